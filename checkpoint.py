@@ -1,0 +1,123 @@
+"""Checkpoints: all that a run needs to go on as if it had never stopped.
+
+    runs/<name>/checkpoints/step-000050/
+        policy.safetensors     policy and value head
+        average.safetensors    their running average
+        optimizer.pt           Adam, learning-rate schedule, global random generators (torch format, weights_only)
+        state.json             step, KL coefficient, and a SHA-256 of every file above
+
+A checkpoint is written under a temporary name, flushed to disk and then renamed: it is there whole or not at all.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_model, save_model
+
+from config import UserError
+
+FILES = ("policy.safetensors", "average.safetensors", "optimizer.pt")
+
+
+def save_checkpoint(trainer, folder: Path, keep: int) -> Path:
+    """Write `folder`/step-NNNNNN for the trainer's present step, then remove all but the newest `keep`."""
+    final = folder / f"step-{trainer.n_steps:06d}"
+    partial = folder / f".partial-{final.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_model(trainer.model, str(partial / FILES[0]))
+    save_model(trainer.average.module, str(partial / FILES[1]))
+    torch.save(
+        {
+            "optimizer": trainer.optimizer.state_dict(),
+            "scheduler": trainer.scheduler.state_dict(),
+            "n_averaged": trainer.average.n_averaged,
+            "random": random_state(),
+        },
+        partial / FILES[2],
+    )
+    state = {
+        "step": trainer.n_steps,
+        "kl_coef": trainer.kl_controller.value,
+        "sha256": {name: sha256(partial / name) for name in FILES},
+    }
+    (partial / "state.json").write_text(json.dumps(state, indent=2))
+    for path in (*partial.iterdir(), partial):
+        flush(path)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    flush(folder)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_checkpoint(trainer, folder: Path) -> None:
+    """Put the newest usable checkpoint below `folder` into the trainer. A damaged one is named and passed over.
+
+    UserError where none can be used.
+    """
+    for path in reversed(checkpoints(folder)):
+        try:
+            state = json.loads((path / "state.json").read_text())
+            for name in FILES:
+                if sha256(path / name) != state["sha256"][name]:
+                    raise ValueError(f"{name} is damaged")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"warning: checkpoint {path} cannot be used ({error}); trying the one before it")
+            continue
+        load_model(trainer.model, str(path / FILES[0]), device=str(trainer.device))
+        load_model(trainer.average.module, str(path / FILES[1]), device=str(trainer.device))
+        saved = torch.load(path / FILES[2], map_location=trainer.device, weights_only=True)
+        trainer.optimizer.load_state_dict(saved["optimizer"])
+        trainer.scheduler.load_state_dict(saved["scheduler"])
+        trainer.average.n_averaged.copy_(saved["n_averaged"])
+        set_random_state(saved["random"])
+        trainer.n_steps, trainer.kl_controller.value = state["step"], state["kl_coef"]
+        return
+    raise UserError(f"no usable checkpoint in {folder}; start the run again under another --run_name")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints below a folder, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def random_state() -> dict:
+    """The global generators of Python, NumPy and torch, which a reward function may draw from."""
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+    }
+
+
+def set_random_state(state: dict) -> None:
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

@@ -1,0 +1,335 @@
+"""Every number of the program: what it does, its unit, and why it has the value it has.
+
+    python train_ppo.py --lr 2e-5 --prompts "刚收到货,感觉" "这部电影很"
+
+Change a default here, or override it by its name on the command line.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import importlib
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Optional, get_args, get_origin, get_type_hints
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: printed as one line on stderr, exit code 2, no traceback."""
+
+
+def option(default, help: str):
+    """A dataclass field with its sentence for --help."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class PPOConfig:
+    """All hyperparameters of a run. The defaults are the preset `article`."""
+
+    preset: str = option("article", "Set of defaults: 'article' (the article's job, wants a GPU) or 'demo' (tiny models made on the spot).")
+
+    # --- models
+    model_name: str = option("uer/gpt2-chinese-cluecorpussmall", "GPT-2 to train: a hub id, a local folder, or 'demo'.")
+    reward_model_name: str = option("uer/roberta-base-finetuned-jd-binary-chinese", "Sentiment classifier that scores the texts: a hub id, a local folder, or 'demo'.")
+    positive_label: Optional[str] = option(None, "The classifier's label whose probability is the reward; found from the model's id2label unless given.")
+    reward: Optional[str] = option(None, "Your own reward instead of the classifier, as module:function; it gets a list of texts and returns as many numbers.")
+
+    # --- prompts and sampling
+    prompts: list[str] = option(["刚收到货,感觉"], "Prompts to complete, taken in turn.")
+    prompts_file: Optional[str] = option(None, "UTF-8 text file with one prompt a line, instead of --prompts.")
+    gen_len: int = option(16, "New tokens per completion at most; a [SEP] ends it earlier.")
+    temperature: float = option(1.0, "Divides the logits everywhere: sampling, policy, reference and evaluation.")
+
+    # --- PPO (Schulman et al. 2017)
+    episodes: int = option(20_000, "Completions to train on, rounded up to whole batches.")
+    batch_size: int = option(128, "Completions sampled and scored per step.")
+    minibatch_size: int = option(128, "Completions per optimiser step (article: 1; many small noisy steps waste KL, see docs/learning.md).")
+    ppo_epochs: int = option(4, "Passes over each batch.")
+    gamma: float = option(1.0, "Discount per token, 0 to 1.")
+    lam: float = option(0.95, "Lambda of generalised advantage estimation, 0 to 1 (Schulman et al. 2016).")
+    cliprange: float = option(0.2, "The probability ratio is clipped to 1 plus or minus this.")
+    cliprange_value: float = option(0.2, "Values are clipped to the old value plus or minus this.")
+    vf_coef: float = option(0.1, "Weight of the value loss.")
+    detach_value: bool = option(True, "Keep the value head's gradient out of the trunk (article: False, which disturbs the policy; see docs/learning.md).")
+
+    # --- KL to the reference (Ziegler et al. 2019, section 2.2)
+    init_kl_coef: float = option(0.2, "KL coefficient, in reward per nat; beta of the evaluation.")
+    kl_controller: Literal["adaptive", "fixed"] = option("fixed", "'fixed' keeps the coefficient, 'adaptive' steers it towards --target (article: adaptive).")
+    target: float = option(6.0, "KL per completion that the adaptive controller aims at, in nats.")
+    horizon: int = option(10_000, "Completions over which the adaptive controller corrects its error.")
+
+    # --- optimisation (Adam, Kingma & Ba 2015)
+    lr: float = option(1.41e-5, "Adam's learning rate at the start.")
+    value_lr: float = option(1e-3, "Learning rate of the value head (article: the same as lr; see docs/learning.md).")
+    lr_schedule: Literal["linear", "constant"] = option("linear", "'linear' lets the learning rates fall to 0 at the last step, 'constant' keeps them (article: constant).")
+    average_decay: float = option(0.9, "The saved policy is a running average of the weights, with this decay per step; 0 saves the last weights (article: 0).")
+    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm at most.")
+    micro_batch_size: int = option(64, "Completions that go through a model at once, which bounds memory and changes nothing else.")
+
+    # --- run and logging
+    seed: int = option(1, "Decides every random draw; on a CPU the same seed gives the same run to the bit.")
+    device: str = option("auto", "'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'.")
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "Arithmetic of the models; 'auto' is bfloat16 where the hardware computes it natively. Weights, optimiser and losses stay float32.")
+    run_name: Optional[str] = option(None, "Folder of this run below --runs_dir; a time stamp unless given.")
+    runs_dir: str = option("runs", "Folder that holds the runs.")
+    log_samples_every: int = option(10, "Print a few completions every this many steps; 0 for never.")
+    save_every: int = option(50, "Write a checkpoint every this many steps; 0 for only at the end.")
+    keep_checkpoints: int = option(2, "Checkpoints kept in the run folder; older ones are removed.")
+    eval_samples: int = option(1024, "Completions that judge the policy before and after training; 0 for none.")
+    resume: Optional[str] = option(None, "Continue this run folder, or 'latest', with its own settings.")
+    eval_only: Optional[str] = option(None, "Judge the saved model of this run folder again, and train nothing.")
+
+    def check(self) -> None:
+        """Refuse values that cannot work, before any model is touched. UserError names the flag and what is allowed."""
+        for name, kind in get_type_hints(PPOConfig).items():
+            check_type(name, kind, getattr(self, name))
+        if self.preset not in PRESETS:
+            raise UserError(f"--preset {self.preset} is unknown; choose one of {', '.join(PRESETS)}")
+        for name, (low, high, low_ok) in LIMITS.items():
+            value = getattr(self, name)
+            if not (low <= value if low_ok else low < value) or not value <= high or not math.isfinite(value):
+                least = f"at least {low}" if low_ok else f"above {low}"
+                most = f" and at most {high}" if math.isfinite(high) else " and finite" if isinstance(value, float) else ""
+                raise UserError(f"--{name} must be {least}{most}, not {value}")
+        if self.minibatch_size > self.batch_size:
+            raise UserError(f"--minibatch_size {self.minibatch_size} is larger than --batch_size {self.batch_size}")
+        if self.run_name is not None and not re.fullmatch(r"[^\W_][\w.\-]*", self.run_name):
+            raise UserError(f"--run_name {self.run_name!r} is no plain name: letters, digits, '_', '-' and '.' only")
+        for name in ("model_name", "reward_model_name", "runs_dir"):
+            if not getattr(self, name).strip():
+                raise UserError(f"--{name} is empty")
+        self.read_prompts()
+        if self.reward is not None:
+            import_function(self.reward)
+        check_device(self.device)
+
+    def read_prompts(self) -> list[str]:
+        """The prompts of this run, from --prompts or --prompts_file."""
+        if self.prompts_file is None:
+            prompts, source = self.prompts, "--prompts"
+        else:
+            source = f"--prompts_file {self.prompts_file}"
+            try:
+                prompts = Path(self.prompts_file).read_text(encoding="utf-8-sig").splitlines()
+            except UnicodeDecodeError:
+                raise UserError(f"{source} is not UTF-8 text; save it as UTF-8, one prompt a line")
+            except OSError as error:
+                raise UserError(f"{source} cannot be read: {error.strerror}")
+            while prompts and not prompts[-1].strip():
+                prompts.pop()
+        if not prompts:
+            raise UserError(f"{source} holds no prompt; give at least one")
+        for number, prompt in enumerate(prompts, 1):
+            if not prompt.strip():
+                raise UserError(f"{source}: prompt {number} is empty; each needs at least one character")
+        return prompts
+
+    def n_steps(self) -> int:
+        """Steps of the run: episodes rounded up to whole batches."""
+        return math.ceil(self.episodes / self.batch_size)
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+PRESETS = {
+    "article": {},
+    "demo": dict(
+        model_name="demo", reward_model_name="demo", episodes=2_560, batch_size=128, minibatch_size=128, gen_len=12, dtype="float32",
+    ),
+}
+
+INF = math.inf
+LIMITS = {  # name: (lowest, highest, whether the lowest itself is allowed)
+    "gen_len": (1, INF, True), "temperature": (0, INF, False), "episodes": (1, INF, True), "batch_size": (1, INF, True),
+    "minibatch_size": (1, INF, True), "ppo_epochs": (1, INF, True), "gamma": (0, 1, True), "lam": (0, 1, True),
+    "cliprange": (0, INF, False), "cliprange_value": (0, INF, False), "vf_coef": (0, INF, True), "init_kl_coef": (0, INF, True),
+    "target": (0, INF, False), "horizon": (1, INF, True), "lr": (0, INF, False), "value_lr": (0, INF, False),
+    "average_decay": (0, 0.9999, True), "max_grad_norm": (0, INF, False), "micro_batch_size": (1, INF, True),
+    "seed": (0, 2**63 - 1, True), "log_samples_every": (0, INF, True), "save_every": (0, INF, True), "keep_checkpoints": (1, INF, True),
+    "eval_samples": (0, INF, True),
+}  # fmt: skip
+
+
+def parse_args(argv: list[str]) -> tuple[PPOConfig, set[str]]:
+    """The command line as a config, the preset's defaults overridden by the flags; and the names of the flags given.
+
+    UserError, with the nearest name, for an unknown flag. --help shows the preset's defaults and leaves.
+    """
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message):
+            raise UserError(f"{message}; python train_ppo.py --help lists the flags")
+
+    parser = Parser(PPOConfig, prog="train_ppo.py", description="Train a Chinese GPT-2 with PPO.", allow_abbrev=False)
+    absent = object()
+    namespace = argparse.Namespace(**{f.name: absent for f in dataclasses.fields(PPOConfig)})
+    namespace, unknown = parser.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")], namespace)
+    given = {name: value for name, value in vars(namespace).items() if value is not absent}
+    if unknown:
+        flags = [f"--{f.name}" for f in dataclasses.fields(PPOConfig)]
+        near = difflib.get_close_matches(unknown[0].split("=")[0].replace("-", "_").replace("__", "--", 1), flags, n=1)
+        hint = f"did you mean {near[0]}?" if near else "python train_ppo.py --help lists the flags"
+        raise UserError(f"unknown argument {unknown[0]}; {hint}")
+    preset = given.get("preset", PPOConfig.preset)
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset} is unknown; choose one of {', '.join(PRESETS)}")
+    if "-h" in argv or "--help" in argv:
+        parser.set_defaults(preset=preset, **PRESETS[preset])
+        parser.print_help()
+        raise SystemExit(0)
+    return PPOConfig(**{**PRESETS[preset], **given}), set(given)
+
+
+def load_config(path: Path) -> PPOConfig:
+    """The config that a run was started with. UserError where the file is missing, broken or of other fields."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}")
+    except ValueError:
+        raise UserError(f"{path} is not JSON")
+    names = {f.name for f in dataclasses.fields(PPOConfig)}
+    if not isinstance(values, dict) or not set(values) <= names:
+        wrong = sorted(set(values) - names) if isinstance(values, dict) else [type(values).__name__]
+        raise UserError(f"{path} is no config of this program: it holds {wrong[0]!r}")
+    config = PPOConfig(**values)
+    config.check()
+    return config
+
+
+# ----------------------------------------------------------------------------------------------
+# Checks of single values
+
+
+def check_type(name: str, kind, value) -> None:
+    """Refuse a value that is not of the field's type, as a script or an edited config.json may hold."""
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise UserError(f"--{name} {value} is unknown; choose one of {', '.join(get_args(kind))}")
+        return
+    if kind is float:
+        good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    elif kind is int:
+        good = isinstance(value, int) and not isinstance(value, bool)
+    elif get_origin(kind) is list:
+        good = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    else:  # str, bool, Optional[str]
+        good = isinstance(value, kind)
+    if not good:
+        raise UserError(f"{name} must be of type {getattr(kind, '__name__', kind)}, not {value!r}")
+
+
+def check_device(device: str) -> None:
+    """Refuse an unknown device, or one that this machine lacks."""
+    if device in ("auto", "cpu"):
+        return
+    if not re.fullmatch(r"cuda(:\d+)?|mps", device):
+        raise UserError(f"--device {device} is unknown; choose auto, cpu, cuda, cuda:N or mps")
+    import torch
+
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: this machine has no Apple GPU that torch can use; try --device cpu")
+    if device.startswith("cuda") and int(device[5:] or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA GPUs here; try --device cpu")
+
+
+def pick_device(device: str):
+    """The torch.device of a --device value; 'auto' is a CUDA GPU, else an Apple GPU, else the CPU."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device(device)
+
+
+def pick_dtype(dtype: str, device):
+    """The torch.dtype of a --dtype value; 'auto' is bfloat16 where `device` computes it natively, else float32."""
+    import torch
+
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return torch.bfloat16 if native else torch.float32
+
+
+def import_function(spec: str) -> Callable:
+    """The callable named by 'module:function', from the working directory or the Python path."""
+    module_name, _, function_name = spec.partition(":")
+    if not module_name or not function_name:
+        raise UserError(f"--reward {spec} must be module:function, for example my_reward:score")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except Exception as error:
+        raise UserError(f"--reward {spec} cannot be imported ({type(error).__name__}: {error})")
+    if not callable(function):
+        raise UserError(f"--reward {spec} is no function but a {type(function).__name__}")
+    return function
+
+
+# ----------------------------------------------------------------------------------------------
+# Where a model's files are
+
+HUB_TIMEOUT = 10  # seconds
+
+
+def model_folder(name: str, flag: str) -> Path:
+    """The local folder of a model: as given, made on the spot for 'demo', or from the hub (its cache first).
+
+    A cached model makes no request at all. Otherwise the hub is asked once what files there are, and those that
+    loading needs are fetched. UserError where neither works.
+    """
+    if name == "demo":
+        from demo_models import demo_models
+
+        return demo_models()[0 if flag == "--model_name" else 1]
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise UserError(f"{flag} {name}: there is no such folder, and it is no hub id (owner/model)")
+
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    wanted = ["config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+    try:
+        cached = Path(snapshot_download(name, local_files_only=True))
+        if (cached / "config.json").exists() and [*cached.glob("*.safetensors"), *cached.glob("pytorch_model*.bin")]:
+            return cached
+    except (LocalEntryNotFoundError, HFValidationError):
+        pass
+    try:
+        files = [file.rfilename for file in HfApi().model_info(name, timeout=HUB_TIMEOUT).siblings]
+    except RepositoryNotFoundError:
+        raise UserError(f"{flag} {name}: no such folder here, and no such public model on the hub")
+    except Exception as error:
+        raise UserError(hub_message(name, flag, error))
+    weights = [file for file in files if re.fullmatch(r"model.*\.safetensors(\.index\.json)?", file)]
+    weights = weights or [file for file in files if re.fullmatch(r"pytorch_model.*\.bin(\.index\.json)?", file)]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted + weights, etag_timeout=HUB_TIMEOUT))
+    except Exception as error:
+        raise UserError(hub_message(name, flag, error))
+
+
+def hub_message(name: str, flag: str, error: Exception) -> str:
+    return (
+        f"cannot fetch {name} from the model hub ({type(error).__name__}). Three ways out: set HF_ENDPOINT to a mirror "
+        f"of the hub; {flag} PATH with a local folder of the model; or --preset demo, which downloads nothing"
+    )

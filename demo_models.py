@@ -1,0 +1,130 @@
+"""Two tiny models made on the spot, for machines without the model hub.
+
+A small grammar writes happy, unhappy and mixed shop reviews. A Chinese GPT-2 learns to write them, a BERT classifier
+to tell happy from unhappy, in under a minute on two CPU cores. They are saved in the article models' file layout
+(config.json, vocab.txt, pytorch_model.bin, ...) in the user's cache folder, so that the same code loads them, and
+made only once.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer, GPT2Config, GPT2LMHeadModel
+
+NEGATIVE, POSITIVE = "negative (stars 1, 2 and 3)", "positive (stars 4 and 5)"
+
+# ----------------------------------------------------------------------------------------------
+# The grammar
+
+OPENINGS = ["刚收到货,感觉", "昨天收到的,", "用了几天,", "第二次买了,", "给妈妈买的,", "打开包装看了看,", "双十一买的,", "朋友推荐的,"]
+THINGS = ["质量", "颜色", "味道", "做工", "包装", "手感", "物流", "客服", "款式", "价格", "屏幕", "尺寸"]
+DEGREES = ["很", "非常", "真的", "还是", "挺", "有点", "比较", "特别", "实在", "相当"]
+GOOD = ["不错", "满意", "漂亮", "好用", "舒服", "喜欢", "划算", "精致", "给力", "贴心", "合适", "靠谱"]
+BAD = ["失望", "粗糙", "难看", "难用", "一般", "太差", "后悔", "糟糕", "敷衍", "廉价", "不值", "气人"]
+GOOD_ENDINGS = ["下次还会再来", "推荐大家购买", "值得拥有", "全五分好评", "家人都说好", "会一直支持"]
+BAD_ENDINGS = ["再也不会买了", "要求退货", "大家别上当", "只能给差评", "打算扔掉", "客服也不理人"]
+
+
+def write_review(draw: random.Random) -> tuple[str, int]:
+    """One review and its label: 1 happy, 0 unhappy. A fifth are mixed, judged by how they end."""
+    happy = draw.random() < 0.5
+    first = happy if draw.random() < 0.8 else not happy
+
+    def clause(good):
+        return draw.choice(THINGS) + draw.choice(DEGREES) + draw.choice(GOOD if good else BAD)
+
+    text = draw.choice(OPENINGS)
+    text += draw.choice(["", draw.choice(THINGS)]) + draw.choice(DEGREES) + draw.choice(GOOD if first else BAD)
+    if draw.random() < 0.7 or first != happy:
+        text += ("," if first == happy else ",但是") + clause(happy)
+    if draw.random() < 0.5:
+        text += "," + draw.choice(GOOD_ENDINGS if happy else BAD_ENDINGS)
+    return text + draw.choice(["。", "!", ""]), int(happy)
+
+
+# ----------------------------------------------------------------------------------------------
+# Training
+
+REVIEWS, STEPS, BATCH = 8_000, {"gpt2": 400, "sentiment": 120}, 64
+
+
+def demo_models() -> tuple[Path, Path]:
+    """The folders of the demo GPT-2 and the demo classifier, made at the first call and cached for the next."""
+    source = Path(__file__).read_bytes() + f"torch {torch.__version__}".encode()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ppo-chinese-gpt2"
+    folder = cache / f"demo-{hashlib.sha256(source).hexdigest()[:16]}"
+    if not folder.exists():
+        print(f"making the demo models in {folder} (once, under a minute)", flush=True)
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
+        try:
+            make_demo_models(partial)
+            partial.rename(folder)
+        except OSError:
+            if not folder.exists():  # another process may have been faster, which is as good
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder / "gpt2", folder / "sentiment"
+
+
+def make_demo_models(out: Path) -> None:
+    """Train both models and write them below `out`, the same weights every time."""
+    draw = random.Random(1)
+    reviews = [write_review(draw) for _ in range(REVIEWS)]
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({character for text, _ in reviews for character in text})]
+    (out / "vocab.txt").write_text("\n".join(vocab) + "\n", encoding="utf-8")
+    tokenizer = BertTokenizer(str(out / "vocab.txt"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        gpt2_config = GPT2Config(
+            vocab_size=len(vocab), n_positions=64, n_embd=96, n_layer=2, n_head=4, activation_function="gelu_pytorch_tanh",
+            attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, bos_token_id=None, eos_token_id=None,
+        )  # fmt: skip
+        gpt2 = GPT2LMHeadModel(gpt2_config)
+        fit(gpt2, tokenizer, reviews, STEPS["gpt2"], draw)
+        classifier_config = BertConfig(
+            vocab_size=len(vocab), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256,
+            max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            id2label={0: NEGATIVE, 1: POSITIVE}, label2id={NEGATIVE: 0, POSITIVE: 1},
+        )  # fmt: skip
+        classifier = BertForSequenceClassification(classifier_config)
+        fit(classifier, tokenizer, reviews, STEPS["sentiment"], draw)
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
+    for name, model in (("gpt2", gpt2), ("sentiment", classifier)):
+        folder = out / name
+        folder.mkdir()
+        config = model.config.to_dict() | {"architectures": [type(model).__name__], "tokenizer_class": "BertTokenizer"}
+        for key in ("bos_token_id", "eos_token_id", "dtype") if name == "gpt2" else ("dtype",):
+            config.pop(key, None)
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        shutil.copy(out / "vocab.txt", folder / "vocab.txt")
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 64, **special}))
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+
+
+def fit(model, tokenizer, reviews: list[tuple[str, int]], steps: int, draw: random.Random) -> None:
+    """Train a GPT-2 on the texts, or a classifier on texts and labels; reviews are encoded as [CLS] ... [SEP]."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    model.train()
+    for _ in range(steps):
+        texts, labels = zip(*draw.sample(reviews, BATCH))
+        batch = tokenizer(list(texts), padding=True, return_tensors="pt")
+        if isinstance(model, GPT2LMHeadModel):
+            targets = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        else:
+            targets = torch.tensor(labels)
+        loss = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=targets).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    model.eval()

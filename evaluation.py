@@ -1,0 +1,161 @@
+"""How good a policy is, and how much of the possible gain it got.
+
+PPO maximises J = R - beta * KL: mean reward minus the KL coefficient times the KL to the reference, per completion.
+The best policy for that is known, the Gibbs policy, proportional to ref * exp(r / beta) (Ziegler et al. 2019,
+section 2; Korbak et al. 2022, "RL with KL penalties is better viewed as Bayesian inference", arXiv:2205.11275).
+Its reward R*, its KL* and its J* follow from rewards of the reference's own samples, so a run can say which share
+of the way it went:
+
+    gain = (J - J_ref) / (J* - J_ref)        1 is the limit, 0 is nothing, below 0 the run did harm
+"""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from ppo import PPOTrainer, masked_mean
+from reward import clean_text, score_texts
+
+SEED = 20_170_707  # of the evaluation alone: every policy of every run is judged on the same draws
+BETAS = [0.05 * 1.25**i for i in range(22)]  # of the frontier, up to 5.4
+SHOWN = 5  # completions in the before/after table
+
+
+def evaluate(trainer: PPOTrainer, model, tokenizer, reward, prompts: list[str], queries: list[torch.Tensor]) -> dict:
+    """Judge `model` on `eval_samples` completions, the prompts in turn. A dict that JSON can hold.
+
+    `kl` is the mean over completions of sum_t KL(model || reference) at the sampled prefixes, computed over the whole
+    vocabulary at each token: the same expectation as the sampled log-ratios, with less noise.
+    """
+    n = trainer.config.eval_samples
+    prompt_index = [i % len(prompts) for i in range(n)]
+    batch = [queries[i] for i in prompt_index]
+    responses = trainer.generate(batch, model, seed=SEED, step=0)
+    completions = [clean_text(text) for text in tokenizer.batch_decode(responses)]
+    rewards = score_texts(reward, [prompts[i] + text for i, text in zip(prompt_index, completions)])
+    kl, ref_logprobs, mask = trainer.kl_to_reference(model, batch, responses)
+
+    characters = [pair for text in completions for pair in text]
+    pairs = [text[i : i + 2] for text in completions for i in range(len(text) - 1)]
+    ended = [bool(response[-1] == tokenizer.sep_token_id) for response in responses]
+    return {
+        "n": n,
+        "reward": rewards.mean().item(),
+        "reward_ci95": 1.96 * rewards.std().item() / math.sqrt(n),
+        "kl": kl.mean().item(),
+        "distinct_1": len(set(characters)) / max(1, len(characters)),
+        "distinct_2": len(set(pairs)) / max(1, len(pairs)),
+        "unique": len(set(zip(prompt_index, completions))) / n,
+        "length": sum(len(response) for response in responses) / n,
+        "ended": sum(ended) / n,
+        "ref_logprob": masked_mean(ref_logprobs, mask).item(),
+        "commonest": [[prompts[i] + text, count] for (i, text), count in Counter(zip(prompt_index, completions)).most_common(10)],
+        "samples": [[prompts[i], text, score] for i, text, score in zip(prompt_index, completions, rewards.tolist())],
+        "kls": kl.tolist(),
+    }
+
+
+def gibbs_policy(rewards: torch.Tensor, prompt_index: torch.Tensor, beta: float) -> dict:
+    """R*, KL* and J* of the Gibbs policy from rewards (n,) of the reference's samples, and where the estimate rests.
+
+    Within each prompt: weights w_i proportional to exp(r_i / beta), R* = sum w_i r_i, KL* = sum w_i log(n w_i) and
+    J* = R* - beta KL*; then means over prompts. `effective_samples` is the least 1 / sum w_i^2 of any prompt.
+    `influence` (n,) is how far each sample moves J*, for its standard error.
+    """
+    rewards = rewards.double()
+    groups = [rewards[prompt_index == i] for i in prompt_index.unique()]
+    weights = [(group / beta).softmax(0) for group in groups]
+    reward = sum((w * r).sum() for w, r in zip(weights, groups)) / len(groups)
+    kl = sum((w * (len(w) * w).log()).sum() for w in weights) / len(groups)
+    influence = torch.cat([beta * (len(w) * w - 1) for w in weights])
+    return {
+        "reward": reward.item(),
+        "kl": kl.item(),
+        "J": (reward - beta * kl).item(),
+        "effective_samples": min((1 / (w**2).sum()).item() for w in weights),
+        "influence": influence,
+    }
+
+
+def gain(before: dict, after: dict, prompts: list[str], beta: float) -> dict:
+    """What share of the possible gain `after` got, with its standard error; null with the reason where that is unknown.
+
+    The standard error is that of (J - J_ref) / (J* - J_ref) to first order in the errors of all three.
+    """
+    if beta == 0:
+        return {"gain": None, "why": "beta is 0: without a KL penalty the best policy has no limit"}
+    rewards = torch.tensor([score for _, _, score in before["samples"]], dtype=torch.float64)
+    prompt_index = torch.tensor([prompts.index(prompt) for prompt, _, _ in before["samples"]])
+    best = gibbs_policy(rewards, prompt_index, beta)
+    influence = best.pop("influence")
+    result = {"beta": beta, "limit": best, "J_before": rewards.mean().item(), "J": after["reward"] - beta * after["kl"]}
+    possible = best["J"] - result["J_before"]
+    if best["effective_samples"] < 100:
+        why = f"the limit would rest on {best['effective_samples']:.0f} samples, fewer than 100; raise --eval_samples"
+        return {**result, "gain": None, "why": why}
+    if possible < 0.01:
+        return {**result, "gain": None, "why": f"there is next to nothing to gain: J* is only {possible:.4f} above J_ref"}
+    share = (result["J"] - result["J_before"]) / possible
+    order = torch.cat([(prompt_index == i).nonzero().squeeze(1) for i in prompt_index.unique()])
+    of_after = torch.tensor([s for *_, s in after["samples"]]) - beta * torch.tensor(after["kls"])
+    of_before = (1 - share) * rewards[order] + share * influence
+    variance = of_after.double().var() / len(of_after) + of_before.var() / len(of_before)
+    return {**result, "gain": share, "gain_se": variance.sqrt().item() / possible}
+
+
+def frontier(before: dict, prompts: list[str]) -> list[dict]:
+    """(beta, reward, kl) of the Gibbs policies over a range of beta, as far as the samples carry them."""
+    rewards = torch.tensor([score for _, _, score in before["samples"]])
+    prompt_index = torch.tensor([prompts.index(prompt) for prompt, _, _ in before["samples"]])
+    points = [{"beta": beta, **gibbs_policy(rewards, prompt_index, beta)} for beta in BETAS]
+    return [{name: p[name] for name in ("beta", "reward", "kl")} for p in points if p["effective_samples"] >= 20]
+
+
+ROWS = [  # of the printed table: (what, key, format)
+    ("mean reward", "reward", ".3f"), ("  95% interval, plus or minus", "reward_ci95", ".3f"), ("KL to the reference, nats", "kl", ".3f"),
+    ("distinct-1, characters", "distinct_1", ".3f"), ("distinct-2, pairs of characters", "distinct_2", ".3f"),
+    ("unique completions", "unique", ".1%"), ("mean length, tokens", "length", ".1f"), ("ended by [SEP]", "ended", ".1%"),
+    ("log-probability a token, reference", "ref_logprob", ".2f"),
+]  # fmt: skip
+
+
+def summary(evaluation: dict) -> str:
+    """The evaluation as a short table for the terminal."""
+    before, after = evaluation["before"], evaluation.get("after")
+    lines = [f"{'':36}{'before':>10}" + (f"{'after':>10}" if after else "")]
+    for what, key, form in ROWS:
+        lines.append(f"{what:36}{before[key]:>10{form}}" + (f"{after[key]:>10{form}}" if after else ""))
+    result = evaluation.get("gain")
+    if result and "J" in result:
+        lines.append(f"{'J = reward - ' + format(result['beta'], 'g') + ' KL':36}{result['J_before']:>10.3f}{result['J']:>10.3f}")
+    if result and result["gain"] is not None:
+        best = result["limit"]
+        lines.append(f"gain {result['gain']:.2f} (standard error {result['gain_se']:.2f}) of what is possible: the limit is")
+        lines.append(f"J* {best['J']:.3f}, with reward {best['reward']:.3f} at KL {best['kl']:.2f}")
+    elif result:
+        lines.append(f"gain unknown: {result['why']}")
+    return "\n".join(lines)
+
+
+def commonest(evaluation: dict) -> str:
+    """The commonest completions before and after."""
+    lines = []
+    for when in ("before", "after"):
+        lines.append(f"commonest completions {when}:")
+        lines += [f"  {count:4d}  {text}" for text, count in evaluation[when]["commonest"]]
+    return "\n".join(lines)
+
+
+def before_after_table(evaluation: dict) -> str:
+    """A few completions of the same random draws before and after training, as a Markdown table."""
+    lines = ["| prompt | before | score | after | score |", "| --- | --- | --- | --- | --- |"]
+    for (prompt, old, old_score), (_, new, new_score) in list(zip(evaluation["before"]["samples"], evaluation["after"]["samples"]))[:SHOWN]:
+        lines.append(f"| {prompt} | {old} | {old_score:.2f} | {new} | {new_score:.2f} |")
+    return "\n".join(lines)
+
+
+def write_json(path: Path, evaluation: dict) -> None:
+    path.write_text(json.dumps(evaluation, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,344 @@
+"""The policy: GPT-2 with its language-model head and a value head, and sampling from it."""
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, GPT2Config, GPT2Model, GPT2PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+from transformers.utils import logging as transformers_logging
+
+from config import UserError
+
+# ----------------------------------------------------------------------------------------------
+# The model
+
+
+class ValueHead(nn.Module):
+    """One number for every token: the reward still to come from there on. Starts at zero."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.summary = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.summary.weight)
+        nn.init.zeros_(self.summary.bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(batch, seq, hidden) -> (batch, seq), in the dtype of the head's own weights even under autocast."""
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return self.summary(hidden_states.to(self.summary.weight.dtype)).squeeze(-1)
+
+
+@dataclass
+class CausalLMOutputWithValue(ModelOutput):
+    """What a forward pass returns.
+
+    logits (batch, seq, vocab): next-token scores, unrestricted and without temperature.
+    value (batch, seq): the value head's estimate at each token.
+    past_key_values: the key/value cache, or None where `use_cache` is off.
+    """
+
+    logits: torch.Tensor | None = None
+    value: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+
+
+class GPT2HeadWithValueModel(GPT2PreTrainedModel):
+    """GPT-2 with a language-model head tied to the embedding, and a value head, as in the article."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+
+    def __init__(self, config: GPT2Config):
+        super().__init__(config)
+        self.transformer = GPT2Model(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.v_head = ValueHead(config.n_embd)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The library's GPT-2 initialisation, except that the value head starts at zero."""
+        super()._init_weights(module)
+        if module is self.v_head.summary:
+            nn.init.zeros_(module.weight)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+    ) -> CausalLMOutputWithValue:
+        """Logits and values at every position of `input_ids`.
+
+        input_ids (batch, seq) int64. attention_mask (batch, past + seq) with 0 at the padding, which may stand left
+        or right; positions count real tokens only. None means that nothing is padding.
+        """
+        hidden_states, past_key_values = self.hidden_states(input_ids, attention_mask, past_key_values, use_cache)
+        return CausalLMOutputWithValue(self.lm_head(hidden_states), self.v_head(hidden_states), past_key_values)
+
+    def hidden_states(self, input_ids, attention_mask=None, past_key_values=None, use_cache=False):
+        """The trunk alone, arguments as in `forward`: hidden states (batch, seq, hidden) and the cache."""
+        position_ids = None
+        if attention_mask is not None:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        output = self.transformer(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+        )
+        return output.last_hidden_state, output.past_key_values
+
+    def score_completions(self, prompts: "Prompts", response_ids: torch.Tensor, detach_value: bool = False):
+        """Logits and values where each completion token was chosen: row t saw the prompt and tokens before t.
+
+        response_ids (n, T) int64, right-padded, row i continuing prompt `prompts.index[i]`. Returns logits
+        (n, T, vocab) and values (n, T). Each distinct prompt goes through the trunk once, whatever n, and the
+        last token of a completion, after which nothing is predicted, not at all. `detach_value` keeps the value
+        head's gradient out of the trunk.
+        """
+        hidden_states, cache = self.hidden_states(prompts.ids, prompts.mask, use_cache=True)
+        hidden_states = hidden_states[prompts.index, -1:]
+        if response_ids.shape[1] > 1:
+            cache.batch_select_indices(prompts.index)
+            mask = prompts.mask_with(response_ids.shape[1] - 1)
+            rest, _ = self.hidden_states(response_ids[:, :-1], mask, cache, use_cache=True)
+            hidden_states = torch.cat([hidden_states, rest], dim=1)
+        value = self.v_head(hidden_states.detach() if detach_value else hidden_states)
+        return self.lm_head(hidden_states), value
+
+
+# ----------------------------------------------------------------------------------------------
+# Prompts and the distribution that completions are drawn from
+
+
+@dataclass
+class Prompts:
+    """The distinct prompts of a batch, left-padded, and which of them each completion continues.
+
+    ids (prompts, P) int64. mask (prompts, P) int64, 0 at the padding, or None where all have one length.
+    index (n,) int64: completion i continues prompt index[i].
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor | None
+    index: torch.Tensor
+
+    @classmethod
+    def from_tensors(cls, query_tensors: list[torch.Tensor], pad_token_id: int, device) -> "Prompts":
+        """Gather n 1-d token tensors, many of them usually equal."""
+        queries = [tuple(query.tolist()) for query in query_tensors]
+        distinct = list(dict.fromkeys(queries))
+        longest = max(len(query) for query in distinct)
+        padding = [longest - len(query) for query in distinct]
+        ids = torch.tensor([[pad_token_id] * pad + list(query) for pad, query in zip(padding, distinct)])
+        mask = (torch.arange(longest) >= torch.tensor(padding)[:, None]).long() if any(padding) else None
+        rows = {query: row for row, query in enumerate(distinct)}
+        index = torch.tensor([rows[query] for query in queries])
+        return cls(ids.to(device), None if mask is None else mask.to(device), index.to(device))
+
+    def select(self, rows: torch.Tensor | slice) -> "Prompts":
+        """The prompts of these completions only."""
+        used, index = self.index[rows].unique(return_inverse=True)
+        return Prompts(self.ids[used], None if self.mask is None else self.mask[used], index)
+
+    def mask_with(self, n_tokens: int) -> torch.Tensor | None:
+        """Attention mask (n, P + n_tokens) of each completion's prompt followed by n_tokens of its own."""
+        if self.mask is None:
+            return None
+        mask = self.mask[self.index]
+        return torch.cat([mask, mask.new_ones(len(mask), n_tokens)], dim=1)
+
+
+def restrict_logits(logits: torch.Tensor, never_sampled: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The logits of the distribution that is sampled: float32 at least, over the temperature, never-sampled tokens -inf.
+
+    logits (..., vocab), never_sampled (k,) int64 token ids. Sampling, policy, reference and update all use this one
+    distribution; otherwise PPO's ratios and the KL would compare different things.
+    """
+    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    return (logits / temperature).index_fill(-1, never_sampled, float("-inf"))
+
+
+# ----------------------------------------------------------------------------------------------
+# Sampling
+
+
+def completion_uniforms(seed: int, step: int, indices: Iterable[int], gen_len: int) -> torch.Tensor:
+    """Uniform numbers in [0, 1), (indices, gen_len) float32: a function of (seed, step, index) alone.
+
+    Philox is a counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): the key
+    is (seed, step), the completion's index stands in the counter, so a batch may be split in any way.
+    """
+    rows = [
+        np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, 0, index])).random(gen_len, np.float32)
+        for index in indices
+    ]
+    return torch.from_numpy(np.stack(rows))
+
+
+@torch.no_grad()
+def sample(
+    model: GPT2HeadWithValueModel,
+    prompts: Prompts,
+    uniforms: torch.Tensor,
+    never_sampled: torch.Tensor,
+    sep_token_id: int,
+    pad_token_id: int,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """Continue every prompt by pure ancestral sampling, with the key/value cache.
+
+    uniforms (n, gen_len) decide the draws: token t of row i is the first whose cumulative probability exceeds
+    uniforms[i, t] (inversion of the distribution function). Returns (n, gen_len) int64; what follows a [SEP] is
+    padding. The prefill runs once for each distinct prompt.
+    """
+    device = prompts.ids.device
+    precise = torch.float32 if device.type == "mps" else torch.float64
+    uniforms = uniforms.to(device)
+    n, gen_len = uniforms.shape
+    responses = torch.full((n, gen_len), pad_token_id, device=device)
+    running = torch.ones(n, dtype=torch.bool, device=device)
+
+    hidden_states, cache = model.hidden_states(prompts.ids, prompts.mask, use_cache=True)
+    hidden_states = hidden_states[prompts.index, -1]
+    cache.batch_select_indices(prompts.index)
+    for t in range(gen_len):
+        probs = restrict_logits(model.lm_head(hidden_states), never_sampled, temperature).softmax(-1)
+        cumulative = probs.to(precise).cumsum(-1)
+        threshold = uniforms[:, t : t + 1].to(precise) * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, threshold, right=True)
+        tokens = tokens.squeeze(1).where(running, pad_token_id)
+        responses[:, t] = tokens
+        running = running & (tokens != sep_token_id)
+        if t + 1 == gen_len or not running.any():
+            break
+        hidden_states, cache = model.hidden_states(tokens[:, None], prompts.mask_with(t + 1), cache, use_cache=True)
+        hidden_states = hidden_states[:, -1]
+    return responses
+
+
+def completion_mask(responses: torch.Tensor, sep_token_id: int) -> torch.Tensor:
+    """True at a completion's tokens up to and including its first [SEP], (n, T) bool."""
+    ended = (responses == sep_token_id).long().cumsum(-1)
+    return (ended == 0) | ((ended == 1) & (responses == sep_token_id))
+
+
+# ----------------------------------------------------------------------------------------------
+# Loading and saving
+
+
+def never_sampled_ids(tokenizer) -> list[int]:
+    """[PAD] [UNK] [CLS] [MASK]: every special token but the [SEP] that ends a text."""
+    return sorted(set(tokenizer.all_special_ids) - {tokenizer.sep_token_id})
+
+
+def encode_prompt(tokenizer, prompt: str) -> torch.Tensor:
+    """[CLS] and the prompt's tokens, 1-d int64; no [SEP], which would end the text before it begins."""
+    return torch.tensor([tokenizer.cls_token_id] + tokenizer.encode(prompt, add_special_tokens=False))
+
+
+def load_tokenizer(folder: Path):
+    """The BertTokenizer of a model folder. UserError where it is missing, broken or lacks a special token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise UserError(f"no usable tokenizer in {folder} ({first_line(error)}); it needs vocab.txt or tokenizer.json")
+    missing = [name for name in ("cls_token", "sep_token", "pad_token") if getattr(tokenizer, name) is None]
+    if missing:
+        raise UserError(f"the tokenizer in {folder} has no {', '.join(missing)}; a BertTokenizer is needed")
+    return tokenizer
+
+
+def load_gpt2_config(folder: Path) -> GPT2Config:
+    """The GPT-2 config of a model folder, read before any weights. UserError for another architecture.
+
+    Chinese GPT-2 checkpoints leave out the special-token ids, so the library fills in 50256, outside their
+    vocabulary: they are dropped here. `gelu_new` becomes the fused implementation of the same function.
+    """
+    config = read_model_config(folder)
+    if config.model_type != "gpt2":
+        raise UserError(f"--model_name needs a GPT-2 model, and {folder} holds one of type '{config.model_type}'")
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = None
+    config.use_cache = True
+    if config.activation_function == "gelu_new":
+        config.activation_function = "gelu_pytorch_tanh"
+    return config
+
+
+def load_policy(folder: Path, config: GPT2Config) -> GPT2HeadWithValueModel:
+    """The policy in float32 from a plain GPT-2 checkpoint (a fresh value head at zero) or from a folder saved here."""
+    model, missing = load_weights(GPT2HeadWithValueModel, folder, config)
+    value_head = {"v_head.summary.weight", "v_head.summary.bias"}
+    if missing - value_head:
+        raise UserError(f"the weights in {folder} lack {sorted(missing - value_head)[0]}: not a whole GPT-2 checkpoint")
+    if missing:
+        print(f"{folder.name}: no value head in this checkpoint, starting one at zero")
+    return model.eval()
+
+
+def save_policy(model: GPT2HeadWithValueModel, tokenizer, folder: Path, temperature: float) -> None:
+    """Write a folder that opens here, value head included, and in plain `transformers` as a GPT-2."""
+    model.save_pretrained(folder)
+    model.config.architectures = ["GPT2LMHeadModel"]
+    model.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        bos_token_id=tokenizer.cls_token_id,
+        eos_token_id=tokenizer.sep_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=never_sampled_ids(tokenizer),
+    ).save_pretrained(folder)
+
+
+def read_model_config(folder: Path):
+    """A folder's config.json as the library's config object. UserError where it cannot be read."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"no model in {folder}: it has no config.json")
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(folder)
+    except Exception as error:
+        raise UserError(f"{folder / 'config.json'} is no readable model config ({first_line(error)})")
+
+
+def load_weights(model_class, folder: Path, config) -> tuple[nn.Module, set[str]]:
+    """`from_pretrained` in float32 without its alarms: the model and the names of weights the checkpoint lacks."""
+    if not [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]:
+        raise UserError(f"no weights in {folder}: neither model.safetensors nor pytorch_model.bin is there")
+    try:
+        with quiet_transformers():
+            model, info = model_class.from_pretrained(
+                folder, config=config, dtype=torch.float32, output_loading_info=True
+            )
+    except Exception as error:
+        raise UserError(f"the weights in {folder} cannot be loaded ({first_line(error)}); is the file complete?")
+    return model, set(info["missing_keys"])
+
+
+def first_line(error: Exception) -> str:
+    """An exception as one line."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
+
+
+@contextlib.contextmanager
+def quiet_transformers():
+    """Silence the library's warnings and progress bars: what matters of them is said in our own words."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()

@@ -1,0 +1,389 @@
+"""Proximal policy optimisation for a language model: the mathematics first, then the trainer that uses it.
+
+Shapes: n completions, T tokens (completions are right-padded to the longest), V vocabulary entries. A mask is True
+or 1 at a completion's real tokens, its final [SEP] included, and 0 at the padding.
+
+Sources, by the names used below:
+    PPO       Schulman et al. 2017, "Proximal policy optimization algorithms", arXiv:1707.06347
+    GAE       Schulman et al. 2016, "High-dimensional continuous control using generalized advantage estimation",
+              arXiv:1506.02438
+    Ziegler   Ziegler et al. 2019, "Fine-tuning language models from human preferences", arXiv:1909.08593, and its
+              code, lm-human-preferences
+"""
+
+
+import copy
+
+import numpy as np
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from config import pick_dtype
+from gpt2_value_head import Prompts, completion_mask, completion_uniforms, never_sampled_ids, restrict_logits, sample
+
+# ----------------------------------------------------------------------------------------------
+# Probabilities
+
+
+def logprobs_from_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """log softmax(logits)[label]. logits (..., V), labels (...) int64 -> (...), in nats."""
+    return logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def entropy_from_logits(logits: torch.Tensor) -> torch.Tensor:
+    """-sum p log p of softmax(logits), in nats. (..., V) -> (...). A logit of -inf adds nothing (0 log 0 = 0)."""
+    return torch.special.entr(logits.softmax(-1)).sum(-1)
+
+
+def kl_from_logits(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tensor:
+    """sum p (log p - log q) with p = softmax(logits), q = softmax(ref_logits), in nats. (..., V) twice -> (...).
+
+    Tokens of probability 0 under p add nothing.
+    """
+    logprobs, ref_logprobs = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    difference = (logprobs - ref_logprobs).where(logprobs > float("-inf"), 0)
+    return (logprobs.exp() * difference).sum(-1)
+
+
+# ----------------------------------------------------------------------------------------------
+# Masked statistics
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of the unmasked entries, a scalar. values and mask of one shape; what is masked may even be NaN."""
+    return values.where(mask.bool(), 0).sum() / mask.sum()
+
+
+def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
+    """(values - mean) / sqrt(variance + 1e-8) over all unmasked entries of the batch, 0 at the masked ones.
+
+    The variance is the biased one. With shift_mean=False the mean is added back.
+    """
+    mean = masked_mean(values, mask)
+    variance = masked_mean((values - mean) ** 2, mask)
+    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
+    return (whitened if shift_mean else whitened + mean).where(mask.bool(), 0)
+
+
+# ----------------------------------------------------------------------------------------------
+# Rewards and advantages
+
+
+def compute_rewards(
+    scores: torch.Tensor, logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor, kl_coef: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reward of each token: the KL penalty, and on a completion's last real token its score (Ziegler, section 2.2).
+
+        non_score_rewards[t] = -kl_coef * (logprobs[t] - ref_logprobs[t])
+
+    scores (n,), logprobs, ref_logprobs and mask (n, T). Returns (rewards, non_score_rewards), each (n, T), 0 where
+    masked.
+    """
+    non_score_rewards = (-kl_coef * (logprobs - ref_logprobs)).where(mask.bool(), 0)
+    last = mask.long().sum(-1) - 1
+    rows = torch.arange(len(scores), device=scores.device)
+    rewards = non_score_rewards.clone()
+    rewards[rows, last] += scores.to(rewards.dtype)
+    return rewards, non_score_rewards
+
+
+def compute_advantages(
+    values: torch.Tensor, rewards: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantage estimation (GAE, equation 16), and the returns that the values should learn.
+
+        delta[t]     = rewards[t] + gamma * values[t + 1] - values[t]
+        advantage[t] = delta[t] + gamma * lam * advantage[t + 1]
+        return[t]    = advantage[t] + values[t]
+
+    A completion ends at its last real token: the value and the advantage after it are 0. All (n, T); 0 where masked.
+    """
+    values = values.where(mask.bool(), 0)
+    rewards = rewards.where(mask.bool(), 0)
+    advantages = torch.zeros_like(values)
+    next_value = next_advantage = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantages[:, t] = (delta + gamma * lam * next_advantage).where(mask[:, t].bool(), 0)
+        next_value, next_advantage = values[:, t], advantages[:, t]
+    return advantages, advantages + values
+
+
+# ----------------------------------------------------------------------------------------------
+# Losses
+
+
+def policy_loss(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, cliprange: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The clipped surrogate objective (PPO, equation 7), negated, as a mean over tokens.
+
+        ratio = exp(logprobs - old_logprobs)
+        loss  = mean max(-advantages * ratio, -advantages * clip(ratio, 1 - cliprange, 1 + cliprange))
+
+    All (n, T). Returns (loss, clipfrac); clipfrac is the share of tokens where the clipped loss is strictly larger.
+    """
+    ratio = (logprobs - old_logprobs).where(mask.bool(), 0).exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    clipfrac = masked_mean((clipped > unclipped).to(logprobs.dtype), mask)
+    return masked_mean(torch.maximum(unclipped, clipped), mask), clipfrac
+
+
+def value_loss(
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, cliprange_value: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Half the mean squared error of the values, the larger of clipped and unclipped (Ziegler's code, `loss`).
+
+        clipped values = old_values + clip(values - old_values, -cliprange_value, cliprange_value)
+        loss           = 0.5 * mean max((values - returns)^2, (clipped values - returns)^2)
+
+    All (n, T). Returns (loss, clipfrac), without vf_coef; clipfrac as in `policy_loss`.
+    """
+    clipped_values = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    unclipped = (values - returns) ** 2
+    clipped = (clipped_values - returns) ** 2
+    clipfrac = masked_mean((clipped > unclipped).to(values.dtype), mask)
+    return 0.5 * masked_mean(torch.maximum(unclipped, clipped), mask), clipfrac
+
+
+# ----------------------------------------------------------------------------------------------
+# The KL coefficient
+
+
+class AdaptiveKLController:
+    """Steers the KL coefficient until the KL meets the target (Ziegler, section 2.2).
+
+        error = clip(current_kl / target - 1, -0.2, 0.2)
+        value = value * (1 + error * n_steps / horizon)
+
+    `current_kl` is in nats per completion, `n_steps` counts the completions since the last update.
+    """
+
+    def __init__(self, init_kl_coef: float, target: float, horizon: int):
+        self.value = init_kl_coef
+        self.target = target
+        self.horizon = horizon
+
+    def update(self, current_kl: float, n_steps: int) -> None:
+        error = min(max(current_kl / self.target - 1, -0.2), 0.2)
+        self.value *= 1 + error * n_steps / self.horizon
+
+
+class FixedKLController:
+    """Keeps the KL coefficient as it is."""
+
+    def __init__(self, kl_coef: float):
+        self.value = kl_coef
+
+    def update(self, current_kl: float, n_steps: int) -> None:
+        pass
+
+
+# ----------------------------------------------------------------------------------------------
+# The trainer
+
+
+class PPOTrainer:
+    """Trains a policy, one batch of completions at a time.
+
+    model: the policy, a GPT2HeadWithValueModel with float32 weights. ref_model: the same before training; its weights
+    stay as they are, in any dtype. tokenizer: gives the special tokens. Dropout stays off in both.
+    `policy_for_saving` is the average of the policy's weights over the last steps (Polyak & Juditsky 1992).
+    """
+
+    def __init__(self, config, model, ref_model, tokenizer):
+        self.config = config
+        self.model = model.eval()
+        self.ref_model = ref_model.eval().requires_grad_(False)
+        self.device = model.device
+        self.dtype = pick_dtype(config.dtype, self.device)
+        self.pad_token_id, self.sep_token_id = tokenizer.pad_token_id, tokenizer.sep_token_id
+        self.never_sampled = torch.tensor(never_sampled_ids(tokenizer), device=self.device)
+        self.token_names = tokenizer.convert_ids_to_tokens
+        self.n_steps = 0
+        if config.kl_controller == "adaptive":
+            self.kl_controller = AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
+        else:
+            self.kl_controller = FixedKLController(config.init_kl_coef)
+
+        value_parameters = list(model.v_head.parameters())
+        policy_parameters = [p for name, p in model.named_parameters() if not name.startswith("v_head.")]
+        groups = [{"params": policy_parameters}, {"params": value_parameters, "lr": config.value_lr}]
+        self.optimizer = torch.optim.Adam(groups, lr=config.lr, fused=self.device.type in ("cpu", "cuda"))
+        self.scheduler = LambdaLR(self.optimizer, self.lr_factor)
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.average_decay))
+
+    def lr_factor(self, step: int) -> float:
+        """What the learning rates are multiplied with at a step."""
+        return 1.0 if self.config.lr_schedule == "constant" else max(0.0, 1 - step / self.config.n_steps())
+
+    @property
+    def policy_for_saving(self):
+        return self.average.module if self.n_steps else self.model
+
+    def generate(self, query_tensors: list[torch.Tensor], model=None, seed=None, step=None) -> list[torch.Tensor]:
+        """Continue each query (1-d int64): the responses, 1-d int64 on the CPU, each up to and including its [SEP].
+
+        Completion i is decided by (seed, step, i). By default the policy continues, with the run's seed and step.
+        """
+        model = self.model if model is None else model
+        seed = self.config.seed if seed is None else seed
+        step = self.n_steps + 1 if step is None else step
+        working_copy = model if model.dtype == self.dtype else copy.deepcopy(model).to(self.dtype)
+        responses = []
+        for rows in torch.arange(len(query_tensors)).split(4 * self.config.micro_batch_size):  # no gradients: room for 4
+            prompts = Prompts.from_tensors([query_tensors[i] for i in rows], self.pad_token_id, self.device)
+            uniforms = completion_uniforms(seed, step, rows.tolist(), self.config.gen_len)
+            special = (self.never_sampled, self.sep_token_id, self.pad_token_id)
+            tokens = sample(working_copy, prompts, uniforms, *special, self.config.temperature).cpu()
+            lengths = completion_mask(tokens, self.sep_token_id).sum(-1)
+            responses += [row[:length] for row, length in zip(tokens, lengths)]
+        return responses
+
+    def step(self, query_tensors: list[torch.Tensor], response_tensors: list[torch.Tensor], rewards) -> dict[str, float]:
+        """One PPO step on a batch.
+
+        query_tensors, response_tensors: lists of 1-d int64 tensors of any lengths (a response includes its [SEP]).
+        rewards: one score for each response, a list or a tensor (n,). Returns the step's statistics as plain floats.
+        ValueError where the lists do not fit together or a response could not have been sampled.
+        """
+        config = self.config
+        prompts, responses, mask = self.collate(query_tensors, response_tensors, rewards)
+        scores = torch.as_tensor(rewards, dtype=torch.float32).to(self.device)
+        n = len(scores)
+
+        # 1. What policy and reference think of the completions before this step's update
+        old_logprobs, old_values, entropy = self.score(self.model, prompts, responses)
+        ref_logprobs, _, _ = self.score(self.ref_model, prompts, responses)
+
+        # 2. Rewards: the KL penalty at every token, the score at the last
+        rewards, non_score_rewards = compute_rewards(scores, old_logprobs, ref_logprobs, mask, self.kl_controller.value)
+
+        # 3. Advantages, whitened over the whole batch
+        advantages, returns = compute_advantages(old_values, rewards, mask, config.gamma, config.lam)
+        whitened = whiten(advantages, mask)
+
+        # 4. Several epochs of minibatches, in an order that depends on (seed, step, epoch) alone
+        stats = []
+        for epoch in range(config.ppo_epochs):
+            order = np.random.default_rng([config.seed, self.n_steps, epoch]).permutation(n)
+            for rows in torch.from_numpy(order).to(self.device).split(config.minibatch_size):
+                minibatch = (old_logprobs[rows], old_values[rows], whitened[rows], returns[rows], mask[rows])
+                stats.append(self.update(prompts.select(rows), responses[rows], *minibatch))
+        self.n_steps += 1
+        self.scheduler.step()
+        self.average.update_parameters(self.model)
+
+        # 5. Statistics, named as in TRL
+        kl = (old_logprobs - ref_logprobs).where(mask, 0).sum(-1)
+        result = {
+            "objective/kl": kl.mean(),
+            "objective/kl_coef": self.kl_controller.value,
+            "objective/entropy": masked_mean(entropy, mask),
+            "objective/non_score_reward": non_score_rewards.sum(-1).mean(),
+            "objective/rlhf_reward": rewards.sum(-1).mean(),
+            **{name: torch.stack([s[name] for s in stats]).mean() for name in stats[0]},
+            "ppo/returns/mean": masked_mean(returns, mask),
+            "ppo/val/mean": masked_mean(old_values, mask),
+            "ppo/val/explained_variance": explained_variance(old_values, returns, mask),
+            "ppo/lr": self.optimizer.param_groups[0]["lr"],
+            "tokens/completion_length": mask.sum() / n,
+            "tokens/ended_share": (responses == self.sep_token_id).any(-1).float().mean(),
+        }
+        result = {name: float(value) for name, value in result.items()}
+
+        # 6. The KL coefficient of the next step
+        self.kl_controller.update(result["objective/kl"], n)
+        return result
+
+    def update(self, prompts, responses, old_logprobs, old_values, advantages, returns, mask) -> dict[str, torch.Tensor]:
+        """One optimiser step on a minibatch, its gradient gathered over micro-batches."""
+        config = self.config
+        self.optimizer.zero_grad()
+        totals: dict[str, torch.Tensor] = {}
+        for part in torch.arange(len(responses), device=self.device).split(config.micro_batch_size):
+            logits, values = self.forward(self.model, prompts.select(part), responses[part])
+            logprobs = logprobs_from_logits(logits, responses[part])
+            pg_loss, pg_clipfrac = policy_loss(logprobs, old_logprobs[part], advantages[part], mask[part], config.cliprange)
+            vf_loss, vf_clipfrac = value_loss(values, old_values[part], returns[part], mask[part], config.cliprange_value)
+            share = mask[part].sum() / mask.sum()
+            loss = pg_loss + config.vf_coef * vf_loss
+            (share * loss).backward()
+            log_ratio = (logprobs.detach() - old_logprobs[part]).where(mask[part], 0)
+            for name, value in {
+                "ppo/loss/policy": pg_loss,
+                "ppo/loss/value": vf_loss,
+                "ppo/loss/total": loss,
+                "ppo/policy/approxkl": 0.5 * masked_mean(log_ratio**2, mask[part]),
+                "ppo/policy/ratio": masked_mean(log_ratio.exp(), mask[part]),
+                "ppo/policy/clipfrac": pg_clipfrac,
+                "ppo/val/clipfrac": vf_clipfrac,
+            }.items():
+                totals[name] = totals.get(name, 0) + share * value.detach()
+        totals["ppo/grad_norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+        self.optimizer.step()
+        return totals
+
+    def forward(self, model, prompts: Prompts, responses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Restricted logits (n, T, V) and values (n, T), float32: the one forward pass of old, new and reference."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            logits, values = model.score_completions(prompts, responses, self.config.detach_value)
+        return restrict_logits(logits, self.never_sampled, self.config.temperature), values.float()
+
+    @torch.no_grad()
+    def score(self, model, prompts: Prompts, responses: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Log-probabilities, values and entropies of all completions, each (n, T) float32."""
+        parts = []
+        for part in torch.arange(len(responses), device=self.device).split(self.config.micro_batch_size):
+            logits, values = self.forward(model, prompts.select(part), responses[part])
+            parts.append((logprobs_from_logits(logits, responses[part]), values, entropy_from_logits(logits)))
+        return tuple(torch.cat(columns) for columns in zip(*parts))
+
+    @torch.no_grad()
+    def kl_to_reference(self, model, query_tensors, response_tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """How far `model` is from the reference along some responses.
+
+        Returns, on the CPU, the KL summed over each completion (n,) in nats, over the whole vocabulary at each token;
+        the reference's log-probabilities (n, T) of the tokens; and the mask (n, T).
+        """
+        prompts, responses, mask = self.collate(query_tensors, response_tensors, response_tensors)
+        kls, ref_logprobs = [], []
+        for part in torch.arange(len(responses), device=self.device).split(self.config.micro_batch_size):
+            logits, _ = self.forward(model, prompts.select(part), responses[part])
+            ref_logits, _ = self.forward(self.ref_model, prompts.select(part), responses[part])
+            kls.append(kl_from_logits(logits, ref_logits).where(mask[part], 0).sum(-1))
+            ref_logprobs.append(logprobs_from_logits(ref_logits, responses[part]))
+        return torch.cat(kls).cpu(), torch.cat(ref_logprobs).cpu(), mask.cpu()
+
+    def collate(self, query_tensors, response_tensors, rewards) -> tuple[Prompts, torch.Tensor, torch.Tensor]:
+        """Check and pad a batch: prompts, responses (n, T) int64 and mask (n, T) bool."""
+        if not len(query_tensors) == len(response_tensors) == len(rewards) > 0:
+            counts = f"{len(query_tensors)} queries, {len(response_tensors)} responses and {len(rewards)} rewards"
+            raise ValueError(f"step() needs one response and one reward for each query, not {counts}")
+        response_tensors = [response.cpu() for response in response_tensors]
+        forbidden = set(self.never_sampled.tolist())
+        for i, response in enumerate(response_tensors):
+            tokens = response.tolist()
+            if not tokens:
+                raise ValueError(f"response {i} is empty; even a completion that ends at once has its [SEP]")
+            tokens = tokens[: tokens.index(self.sep_token_id)] if self.sep_token_id in tokens else tokens
+            for token in tokens:
+                if token in forbidden:
+                    name = self.token_names(token)
+                    raise ValueError(f"response {i} holds {name} before its end, a token that is never sampled")
+        responses = torch.nn.utils.rnn.pad_sequence(response_tensors, batch_first=True, padding_value=self.pad_token_id)
+        lengths = torch.tensor([len(response) for response in response_tensors])
+        mask = completion_mask(responses, self.sep_token_id) & (torch.arange(responses.shape[1]) < lengths[:, None])
+        prompts = Prompts.from_tensors(query_tensors, self.pad_token_id, self.device)
+        return prompts, responses.to(self.device), mask.to(self.device)
+
+
+def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """1 - variance(returns - values) / variance(returns) over the unmasked tokens: 1 is perfect, 0 or less is no help."""
+
+    def variance(x):
+        return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+    return 1 - variance(returns - values) / variance(returns)

@@ -1,0 +1,122 @@
+"""The reward: text -> number. The article's sentiment classifier, or any function of yours."""
+
+import math
+import re
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForSequenceClassification, pipeline
+
+from config import UserError
+from gpt2_value_head import load_tokenizer, load_weights, quiet_transformers, read_model_config
+
+SPECIAL_TOKENS = re.compile(r"\[(PAD|UNK|CLS|SEP|MASK)\]")
+SPACE_BETWEEN_CHARACTERS = re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])")
+
+
+def clean_text(text: str) -> str:
+    """Decoded tokens as people write them: no special tokens, no spaces but those between Latin words."""
+    return SPACE_BETWEEN_CHARACTERS.sub("", re.sub(r"\s+", " ", SPECIAL_TOKENS.sub(" ", text)))
+
+
+class SentimentReward:
+    """Texts -> P(positive) in [0, 1], by the `sentiment-analysis` pipeline around a classifier from a local folder.
+
+    positive_label names the label that counts as happy; None finds it in the model's id2label. UserError where that
+    is ambiguous, or where the folder holds no classifier.
+    """
+
+    def __init__(self, folder: Path, device, dtype: torch.dtype = torch.float32, positive_label: str | None = None, batch_size: int = 128):
+        config = read_model_config(folder)
+        labels = list(config.id2label.values())
+        self.positive_label = find_positive_label(labels, positive_label)
+        model, missing = load_weights(AutoModelForSequenceClassification, folder, config)
+        if missing:
+            raise UserError(f"the weights in {folder} lack {sorted(missing)[0]}: no classifier with a trained head")
+        tokenizer = load_tokenizer(folder)
+        with quiet_transformers():
+            self.pipeline = pipeline("sentiment-analysis", model=model.to(dtype), tokenizer=tokenizer, device=device)
+        positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+        self.options = dict(
+            top_k=None,
+            function_to_apply="softmax",
+            batch_size=batch_size,
+            truncation=True,
+            max_length=min(positions, tokenizer.model_max_length),
+        )
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        """P(positive) of each text, (len(texts),) float32. Scored shortest first, so that a batch holds little padding."""
+        texts = [clean_text(text) for text in texts]
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        scores = torch.empty(len(texts))
+        for i, result in zip(order, self.pipeline([texts[i] for i in order], **self.options)):
+            scores[i] = next(entry["score"] for entry in result if entry["label"] == self.positive_label)
+        return scores
+
+
+def find_positive_label(labels: list[str], wanted: str | None) -> str:
+    """The label that counts as happy. UserError, which lists the labels, where `wanted` is none of them or it is unclear."""
+    listed = ", ".join(repr(label) for label in labels)
+    if wanted is not None:
+        if wanted not in labels:
+            raise UserError(f"--positive_label {wanted!r} is none of the classifier's labels: {listed}")
+        return wanted
+    positive = [label for label in labels if re.match(r"pos|正|好|积极", label.strip().lower())]
+    if len(positive) != 1 or len(labels) < 2:
+        raise UserError(f"which label of the reward model is the happy one? Its labels are {listed}; set --positive_label")
+    return positive[0]
+
+
+# ----------------------------------------------------------------------------------------------
+# Any other reward
+
+
+class RewardError(UserError):
+    """A reward function failed; `traceback` is its own, for error.log."""
+
+    def __init__(self, message: str, traceback: str = ""):
+        super().__init__(message)
+        self.traceback = traceback
+
+
+def score_texts(reward: Callable[[list[str]], object], texts: list[str]) -> torch.Tensor:
+    """The rewards of some texts, (len(texts),) float32, from any callable that returns a number for each.
+
+    RewardError, which shows the text, where it raises or returns another count, a non-number, NaN or infinity.
+    """
+    try:
+        scores = reward(texts)
+    except RewardError:
+        raise
+    except Exception as error:
+        raise failed_call(reward, texts, error)
+    try:
+        scores = scores.tolist() if hasattr(scores, "tolist") else list(scores)
+    except TypeError:
+        raise RewardError(f"the reward function returned a {type(scores).__name__}, not a list of numbers, for {texts[0]!r}")
+    if len(scores) != len(texts):
+        raise RewardError(f"the reward function returned {len(scores)} numbers for {len(texts)} texts; the first text was {texts[0]!r}")
+    for score, text in zip(scores, texts):
+        score = score.item() if hasattr(score, "item") else score
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+            raise RewardError(f"the reward function returned {score!r}, no finite number, for {text!r}")
+    return torch.tensor([float(score) for score in scores])
+
+
+def failed_call(reward: Callable, texts: list[str], error: Exception) -> RewardError:
+    """What to say of an exception inside a reward function: which, where, and for which text."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    culprit = texts[0]
+    for text in texts:
+        try:
+            reward([text])
+        except Exception:
+            culprit = text
+            break
+    return RewardError(
+        f"the reward function raised {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno}) for {culprit!r}",
+        "".join(traceback.format_exception(error)),
+    )

@@ -1,0 +1,282 @@
+"""Train a Chinese GPT-2 with PPO towards texts that a reward likes.
+
+    python train_ppo.py                                  the article's job, on a GPU
+    python train_ppo.py --preset demo                    tiny models made on the spot, two minutes on a laptop
+    python train_ppo.py --model_name DIR --reward_model_name DIR --lr 2e-5 --prompts "衣服" "这本书"
+    python train_ppo.py --reward my_reward:score         your own function of texts
+    python train_ppo.py --resume runs/NAME               go on after a stop
+    python train_ppo.py --eval_only runs/NAME            judge a saved model again
+    python train_ppo.py --help                           every hyperparameter; config.py explains them
+
+A run writes its own folder runs/NAME; `python plot_rewards.py` draws it.
+"""
+
+import csv
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+from config import PPOConfig, UserError, import_function, load_config, model_folder, parse_args, pick_device, pick_dtype
+
+# Settings that may differ when a run goes on: none of them changes what it computes.
+HARMLESS = {"runs_dir", "device", "log_samples_every", "save_every", "keep_checkpoints", "micro_batch_size", "episodes"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; the exit code."""
+    try:
+        config, given = parse_args(sys.argv[1:] if argv is None else argv)
+        if config.eval_only is not None:
+            return run(load_config(run_folder(config, config.eval_only) / "config.json"), Path(config.eval_only), "eval_only")
+        if config.resume is not None:
+            run_dir = run_folder(config, config.resume)
+            return run(resumed_config(run_dir, config, given), run_dir, "resume")
+        config.check()
+        return run(config, new_run_folder(config), "train")
+    except UserError as error:
+        print(f"train_ppo.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+
+
+# ----------------------------------------------------------------------------------------------
+# The run folder
+
+
+def new_run_folder(config: PPOConfig) -> Path:
+    """Where a new run will live; nothing is written yet. UserError where the name is taken."""
+    if config.run_name is None:
+        config.run_name = stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        number = 2
+        while (Path(config.runs_dir) / config.run_name).exists():
+            config.run_name, number = f"{stamp}-{number}", number + 1
+    run_dir = Path(config.runs_dir) / config.run_name
+    if run_dir.exists():
+        raise UserError(f"--run_name {config.run_name}: {run_dir} exists already; choose another name, or --resume {run_dir}")
+    return run_dir
+
+
+def run_folder(config: PPOConfig, name: str) -> Path:
+    """The folder of an earlier run; 'latest' is the newest below --runs_dir."""
+    if name == "latest":
+        runs = sorted(Path(config.runs_dir).glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+        if not runs:
+            raise UserError(f"no run to resume in {config.runs_dir}")
+        return runs[-1].parent
+    if not (Path(name) / "config.json").is_file():
+        raise UserError(f"{name} is no run folder: it has no config.json")
+    return Path(name)
+
+
+def resumed_config(run_dir: Path, config: PPOConfig, given: set[str]) -> PPOConfig:
+    """A run's own config with the harmless flags of this command line. UserError for flags that would change the result."""
+    saved = load_config(run_dir / "config.json")
+    for name in sorted(given - {"resume"}):
+        old, new = getattr(saved, name), getattr(config, name)
+        if name not in HARMLESS and old != new:
+            raise UserError(f"--{name} {new} would change the result of {run_dir}, which was started with {old}; start a new run for that")
+        if name == "episodes" and new < old:
+            raise UserError(f"--episodes {new} is fewer than the {old} of {run_dir}; they can only be raised")
+        if name == "episodes" and new > old and saved.lr_schedule == "linear":
+            print(f"notice: with --episodes {new} instead of {old} the learning rate falls more slowly from here on")
+    resumed = dataclasses.replace(saved, **{name: getattr(config, name) for name in given & HARMLESS})
+    resumed.check()
+    return resumed
+
+
+class RunLog:
+    """metrics.csv, one row a step, and samples.jsonl, one line a completion; both flushed at every step."""
+
+    def __init__(self, run_dir: Path, last_step: int):
+        self.run_dir = run_dir
+        self.drop_after(last_step)
+        self.metrics = (run_dir / "metrics.csv").open("a", encoding="utf-8", newline="")
+        self.samples = (run_dir / "samples.jsonl").open("a", encoding="utf-8")
+
+    def drop_after(self, last_step: int) -> None:
+        """Remove what was logged after the checkpoint that the run goes on from."""
+        for name, step_of in (("metrics.csv", lambda line: int(line.split(",")[0])), ("samples.jsonl", lambda line: json.loads(line)["step"])):
+            path = self.run_dir / name
+            if not path.exists():
+                continue
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            header, rows = (lines[:1], lines[1:]) if name == "metrics.csv" else ([], lines)
+            kept = header + [line for line in rows if line.endswith("\n") and step_of(line) <= last_step]
+            partial = path.with_name(f".partial-{name}")
+            partial.write_text("".join(kept), encoding="utf-8", newline="")
+            partial.replace(path)
+
+    def write(self, row: dict, samples: list[dict]) -> None:
+        writer = csv.DictWriter(self.metrics, row.keys())
+        if self.metrics.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
+        self.samples.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        self.metrics.flush()
+        self.samples.flush()
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM ask the loop to stop after its step; a second one leaves at once."""
+
+    def __init__(self):
+        self.received = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame) -> None:
+        if self.received:
+            os._exit(128 + number)
+        self.received = number
+
+
+# ----------------------------------------------------------------------------------------------
+# The run
+
+
+def draw_prompts(n_prompts: int, seed: int, step: int, batch_size: int) -> list[int]:
+    """Which prompt each completion of a step continues: all in turn, each pass over them in a new order."""
+    import numpy as np
+
+    positions = range((step - 1) * batch_size, step * batch_size)
+    orders = {turn: np.random.default_rng([seed, turn]).permutation(n_prompts) for turn in {p // n_prompts for p in positions}}
+    return [int(orders[p // n_prompts][p % n_prompts]) for p in positions]
+
+
+def run(config: PPOConfig, run_dir: Path, mode: str) -> int:
+    """Train (mode 'train' or 'resume') or only judge ('eval_only'); the exit code."""
+    import copy
+
+    import torch
+    from tqdm import tqdm
+
+    import evaluation
+    from checkpoint import load_checkpoint, save_checkpoint
+    from gpt2_value_head import encode_prompt, load_gpt2_config, load_policy, load_tokenizer, save_policy
+    from plot_rewards import draw
+    from ppo import PPOTrainer
+    from reward import RewardError, SentimentReward, clean_text, score_texts
+
+    # 1. Models, prompts and reward
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    policy_folder = model_folder(config.model_name, "--model_name")
+    gpt2_config = load_gpt2_config(policy_folder)
+    tokenizer = load_tokenizer(policy_folder)
+    if len(tokenizer) > gpt2_config.vocab_size:
+        raise UserError(f"the tokenizer in {policy_folder} has {len(tokenizer)} tokens, the model only {gpt2_config.vocab_size}")
+    prompts = config.read_prompts()
+    queries = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    longest = max(map(len, queries))
+    if longest + config.gen_len > gpt2_config.n_positions:
+        room = gpt2_config.n_positions - longest
+        raise UserError(f"--gen_len {config.gen_len}: the longest prompt has {longest} tokens and the model {gpt2_config.n_positions} positions, which leaves {max(0, room)}")
+    if config.reward is not None:
+        reward = import_function(config.reward)
+    else:
+        reward = SentimentReward(model_folder(config.reward_model_name, "--reward_model_name"), device, dtype, config.positive_label)
+    policy = load_policy(policy_folder, gpt2_config).to(device)
+    reference = copy.deepcopy(policy).to(dtype)
+    trainer = PPOTrainer(config, policy, reference, tokenizer)
+    judge = lambda model: evaluation.evaluate(trainer, model, tokenizer, reward, prompts, queries)
+
+    if mode == "eval_only":
+        saved = load_policy(run_dir / "model", load_gpt2_config(run_dir / "model")).to(device)
+        results = {"before": judge(trainer.ref_model), "after": judge(saved)}
+        finish_evaluation(results, prompts, config, run_dir)
+        return 0
+
+    # 2. The run folder
+    if mode == "train":
+        try:
+            run_dir.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"the run folder {run_dir} cannot be made: {error.strerror}")
+        config.save(run_dir / "config.json")
+    else:
+        load_checkpoint(trainer, run_dir / "checkpoints")
+    log = RunLog(run_dir, trainer.n_steps)
+    print(f"run folder {run_dir}, {config.n_steps()} steps of {config.batch_size} completions on {device} in {str(dtype)[6:]}")
+
+    # 3. How good the policy is before training; measured once
+    evaluation_file = run_dir / "evaluation.json"
+    if evaluation_file.exists():
+        results = json.loads(evaluation_file.read_text(encoding="utf-8"))
+    else:
+        results = {"before": judge(trainer.ref_model)}
+        evaluation.write_json(evaluation_file, results)
+
+    # 4. The loop
+    stop = StopSignal()
+    bar = tqdm(range(trainer.n_steps + 1, config.n_steps() + 1), initial=trainer.n_steps, total=config.n_steps(), unit="step")
+    for step in bar:
+        started = time.perf_counter()
+        drawn = draw_prompts(len(prompts), config.seed, step, config.batch_size)
+        batch = [queries[i] for i in drawn]
+        responses = trainer.generate(batch)
+        completions = [clean_text(text) for text in tokenizer.batch_decode(responses)]
+        sampled = time.perf_counter()
+        try:
+            scores = score_texts(reward, [prompts[i] + text for i, text in zip(drawn, completions)])
+        except RewardError as error:
+            save_checkpoint(trainer, run_dir / "checkpoints", config.keep_checkpoints)
+            if error.traceback:
+                (run_dir / "error.log").write_text(error.traceback, encoding="utf-8")
+            raise UserError(f"step {step}: {error}")
+        scored = time.perf_counter()
+        stats = trainer.step(batch, responses, scores)
+        finished = time.perf_counter()
+
+        row = {"step": step, "episodes": step * config.batch_size, "env/reward_mean": scores.mean().item()}
+        row |= {"env/reward_std": scores.std(correction=0).item(), **stats}
+        row |= {"time/sample": sampled - started, "time/score": scored - sampled, "time/ppo": finished - scored, "time/step": finished - started}
+        samples = [{"step": step, "prompt": prompts[i], "completion": text, "score": score} for i, text, score in zip(drawn, completions, scores.tolist())]
+        log.write(row, samples)
+        bar.set_postfix(reward=f"{row['env/reward_mean']:.3f}", kl=f"{stats['objective/kl']:.2f}")
+        if config.log_samples_every and step % config.log_samples_every == 0:
+            shown = "\n".join(f"  {s['score']:.2f}  {s['prompt']}{s['completion']}" for s in samples[: evaluation.SHOWN])
+            tqdm.write(f"step {step}, mean reward {row['env/reward_mean']:.3f}\n{shown}")
+
+        last = step == config.n_steps()
+        if last or stop.received or (config.save_every and step % config.save_every == 0):
+            save_checkpoint(trainer, run_dir / "checkpoints", config.keep_checkpoints)
+        if stop.received and not last:
+            bar.close()
+            print(f"stopped after step {step}; go on with: python train_ppo.py --resume {run_dir}")
+            return 128 + stop.received
+
+    # 5. The trained model, how good it is now, and the pictures
+    partial = run_dir / ".partial-model"
+    shutil.rmtree(partial, ignore_errors=True)
+    save_policy(trainer.policy_for_saving, tokenizer, partial, config.temperature)
+    shutil.rmtree(run_dir / "model", ignore_errors=True)
+    partial.rename(run_dir / "model")
+    results["after"] = judge(trainer.policy_for_saving)
+    finish_evaluation(results, prompts, config, run_dir)
+    draw([run_dir], run_dir / "rewards.png")
+    table = evaluation.before_after_table(results)
+    (run_dir / "before_after.md").write_text(table + "\n", encoding="utf-8")
+    print(f"\n{table}\n\nmodel, metrics and pictures are in {run_dir}")
+    return 0
+
+
+def finish_evaluation(results: dict, prompts: list[str], config: PPOConfig, run_dir: Path) -> None:
+    """Work out the gain, print the table, write evaluation.json."""
+    import evaluation
+
+    results["gain"] = evaluation.gain(results["before"], results["after"], prompts, config.init_kl_coef)
+    results["frontier"] = evaluation.frontier(results["before"], prompts)
+    evaluation.write_json(run_dir / "evaluation.json", results)
+    print(f"\n{evaluation.commonest(results)}\n\n{evaluation.summary(results)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
