@@ -246,10 +246,12 @@ def encode_prompt(tokenizer, prompt: str) -> torch.Tensor:
 
 def load_tokenizer(folder: Path):
     """The BertTokenizer of a model folder. UserError where it is missing, broken or lacks a special token."""
+    if not (folder / "vocab.txt").is_file() and not (folder / "tokenizer.json").is_file():
+        raise UserError(f"no tokenizer in {folder}: it needs vocab.txt or tokenizer.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:
-        raise UserError(f"no usable tokenizer in {folder} ({first_line(error)}); it needs vocab.txt or tokenizer.json")
+        raise UserError(f"the tokenizer in {folder} cannot be loaded ({first_line(error)})")
     missing = [name for name in ("cls_token", "sep_token", "pad_token") if getattr(tokenizer, name) is None]
     if missing:
         raise UserError(f"the tokenizer in {folder} has no {', '.join(missing)}; a BertTokenizer is needed")
@@ -285,7 +287,8 @@ def load_policy(folder: Path, config: GPT2Config) -> GPT2HeadWithValueModel:
 
 def save_policy(model: GPT2HeadWithValueModel, tokenizer, folder: Path, temperature: float) -> None:
     """Write a folder that opens here, value head included, and in plain `transformers` as a GPT-2."""
-    model.save_pretrained(folder)
+    with quiet_transformers():
+        model.save_pretrained(folder)
     model.config.architectures = ["GPT2LMHeadModel"]
     model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

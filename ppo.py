@@ -33,7 +33,8 @@ def logprobs_from_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
 
 def entropy_from_logits(logits: torch.Tensor) -> torch.Tensor:
     """-sum p log p of softmax(logits), in nats. (..., V) -> (...). A logit of -inf adds nothing (0 log 0 = 0)."""
-    return torch.special.entr(logits.softmax(-1)).sum(-1)
+    logprobs = logits.log_softmax(-1)
+    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logits.dtype).min)).sum(-1)
 
 
 def kl_from_logits(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tensor:
@@ -136,12 +137,12 @@ def value_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Half the mean squared error of the values, the larger of clipped and unclipped (Ziegler's code, `loss`).
 
-        clipped values = old_values + clip(values - old_values, -cliprange_value, cliprange_value)
+        clipped values = clip(values, old_values - cliprange_value, old_values + cliprange_value)
         loss           = 0.5 * mean max((values - returns)^2, (clipped values - returns)^2)
 
     All (n, T). Returns (loss, clipfrac), without vf_coef; clipfrac as in `policy_loss`.
     """
-    clipped_values = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    clipped_values = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
     unclipped = (values - returns) ** 2
     clipped = (clipped_values - returns) ** 2
     clipfrac = masked_mean((clipped > unclipped).to(values.dtype), mask)
@@ -185,6 +186,9 @@ class FixedKLController:
 # The trainer
 
 
+LR_WIDTH = 768  # the learning rates are meant for a model this wide and go with 1 / width (Yang et al. 2022, muP, table 3)
+
+
 class PPOTrainer:
     """Trains a policy, one batch of completions at a time.
 
@@ -200,6 +204,9 @@ class PPOTrainer:
         self.device = model.device
         self.dtype = pick_dtype(config.dtype, self.device)
         self.pad_token_id, self.sep_token_id = tokenizer.pad_token_id, tokenizer.sep_token_id
+        if self.device.type == "cpu":  # faster there than SDPA's kernels at these lengths, see docs/speed.md
+            self.model.set_attn_implementation("eager")
+            self.ref_model.set_attn_implementation("eager")
         self.never_sampled = torch.tensor(never_sampled_ids(tokenizer), device=self.device)
         self.token_names = tokenizer.convert_ids_to_tokens
         self.n_steps = 0
@@ -210,8 +217,12 @@ class PPOTrainer:
 
         value_parameters = list(model.v_head.parameters())
         policy_parameters = [p for name, p in model.named_parameters() if not name.startswith("v_head.")]
-        groups = [{"params": policy_parameters}, {"params": value_parameters, "lr": config.value_lr}]
-        self.optimizer = torch.optim.Adam(groups, lr=config.lr, fused=self.device.type in ("cpu", "cuda"))
+        scale = LR_WIDTH / model.config.n_embd
+        groups = [
+            {"params": policy_parameters, "lr": config.lr * scale},
+            {"params": value_parameters, "lr": config.value_lr * scale},
+        ]
+        self.optimizer = torch.optim.Adam(groups, fused=self.device.type in ("cpu", "cuda"))
         self.scheduler = LambdaLR(self.optimizer, self.lr_factor)
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.average_decay))
 

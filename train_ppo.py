@@ -153,6 +153,9 @@ def draw_prompts(n_prompts: int, seed: int, step: int, batch_size: int) -> list[
 
 def run(config: PPOConfig, run_dir: Path, mode: str) -> int:
     """Train (mode 'train' or 'resume') or only judge ('eval_only'); the exit code."""
+    policy_folder = model_folder(config.model_name, "--model_name")
+    reward_folder = None if config.reward else model_folder(config.reward_model_name, "--reward_model_name")
+
     import copy
 
     import torch
@@ -168,21 +171,20 @@ def run(config: PPOConfig, run_dir: Path, mode: str) -> int:
     # 1. Models, prompts and reward
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    policy_folder = model_folder(config.model_name, "--model_name")
     gpt2_config = load_gpt2_config(policy_folder)
     tokenizer = load_tokenizer(policy_folder)
-    if len(tokenizer) > gpt2_config.vocab_size:
-        raise UserError(f"the tokenizer in {policy_folder} has {len(tokenizer)} tokens, the model only {gpt2_config.vocab_size}")
+    if len(tokenizer) != gpt2_config.vocab_size:
+        raise UserError(f"the tokenizer in {policy_folder} has {len(tokenizer)} tokens, the model {gpt2_config.vocab_size}: they do not belong together")
     prompts = config.read_prompts()
     queries = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     longest = max(map(len, queries))
     if longest + config.gen_len > gpt2_config.n_positions:
         room = gpt2_config.n_positions - longest
         raise UserError(f"--gen_len {config.gen_len}: the longest prompt has {longest} tokens and the model {gpt2_config.n_positions} positions, which leaves {max(0, room)}")
-    if config.reward is not None:
+    if config.reward:
         reward = import_function(config.reward)
     else:
-        reward = SentimentReward(model_folder(config.reward_model_name, "--reward_model_name"), device, dtype, config.positive_label)
+        reward = SentimentReward(reward_folder, device, dtype, config.positive_label)
     policy = load_policy(policy_folder, gpt2_config).to(device)
     reference = copy.deepcopy(policy).to(dtype)
     trainer = PPOTrainer(config, policy, reference, tokenizer)

@@ -1,0 +1,212 @@
+"""The command line: what it accepts, what it shows, and one line for everything it refuses."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import config
+from config import PPOConfig, UserError, load_config, model_folder, parse_args
+from tests.conftest import ROOT
+
+
+def parsed(*argv) -> PPOConfig:
+    values, _ = parse_args(list(argv))
+    values.check()
+    return values
+
+
+def test_article_values():
+    c = parsed()
+    assert (c.model_name, c.reward_model_name) == ("uer/gpt2-chinese-cluecorpussmall", "uer/roberta-base-finetuned-jd-binary-chinese")
+    assert (c.prompts, c.episodes, c.batch_size, c.gen_len, c.ppo_epochs) == (["刚收到货,感觉"], 20_000, 128, 16, 4)
+    assert (c.lr, c.init_kl_coef, c.target, c.horizon) == (1.41e-5, 0.2, 6, 10_000)
+    assert (c.gamma, c.cliprange, c.cliprange_value, c.vf_coef) == (1, 0.2, 0.2, 0.1)
+    assert c.n_steps() == 157
+
+
+def test_flags_override_the_preset_wherever_they_stand():
+    for argv in (["--preset", "demo", "--episodes", "64"], ["--episodes", "64", "--preset", "demo"]):
+        c = parsed(*argv)
+        assert c.episodes == 64 and c.model_name == "demo"
+    c = parsed("--lr", "5e-5", "--batch_size", "64", "--minibatch-size", "32", "--prompts", "刚收到货,感觉", "这部电影很", "--no_detach_value")
+    assert (c.lr, c.batch_size, c.minibatch_size, c.prompts[1], c.detach_value) == (5e-5, 64, 32, "这部电影很", False)
+
+
+def test_the_names_of_given_flags_are_told():
+    assert parse_args(["--lr", "1e-5", "--resume", "x"])[1] == {"lr", "resume"}
+
+
+def test_help_in_a_fresh_process_loads_no_model_library():
+    code = (
+        "import sys; sys.argv = ['train_ppo.py', '--preset', 'demo', '--help']\n"
+        "import train_ppo\n"
+        "try: train_ppo.main()\n"
+        "except SystemExit as e: assert e.code == 0\n"
+        "assert 'torch' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    text = " ".join(result.stdout.split())
+    assert "--reward_model_name" in text and "(default: demo)" in text and "(default: 5120)" in text
+    assert all(f"--{name}" in text for name in PPOConfig.__dataclass_fields__)
+
+
+BAD_FLAGS = [
+    ("--batch_size 0", "--batch_size must be at least 1, not 0"),
+    ("--episodes -5", "--episodes must be at least 1"),
+    ("--lr nan", "--lr must be above 0 and finite, not nan"),
+    ("--lr inf", "--lr must be above 0 and finite, not inf"),
+    ("--lr 0", "--lr must be above 0"),
+    ("--lr fast", "invalid float value: 'fast'"),
+    ("--gen_len 1.5", "invalid int value: '1.5'"),
+    ("--gamma 1.1", "--gamma must be at least 0 and at most 1, not 1.1"),
+    ("--lam -0.1", "--lam must be at least 0 and at most 1"),
+    ("--temperature 0", "--temperature must be above 0"),
+    ("--cliprange -0.2", "--cliprange must be above 0"),
+    ("--init_kl_coef -1", "--init_kl_coef must be at least 0"),
+    ("--target nan", "--target must be above 0"),
+    ("--seed -1", "--seed must be at least 0"),
+    ("--seed 99999999999999999999", "--seed must be at least 0 and at most"),
+    ("--minibatch_size 256", "--minibatch_size 256 is larger than --batch_size 128"),
+    ("--average_decay 1", "--average_decay must be at least 0 and at most 0.9999"),
+    ("--kl_controller adaptiv", "invalid choice: 'adaptiv'"),
+    ("--dtype float16", "invalid choice: 'float16'"),
+    ("--preset big", "--preset big is unknown; choose one of article, demo"),
+    ("--device tpu", "--device tpu is unknown; choose auto, cpu, cuda, cuda:N or mps"),
+    ("--device cuda:99", "CUDA GPUs here"),
+    ("--run_name a/b", "no plain name"),
+    ("--run_name ..", "no plain name"),
+    ("--learning_rate 1e-5", "unknown argument --learning_rate; "),
+    ("--batchsize 5", "unknown argument --batchsize; did you mean --batch_size?"),
+    ("--batch 5", "unknown argument --batch; did you mean --batch_size?"),
+    ("stray", "unknown argument stray"),
+    ("--prompts_file missing.txt", "--prompts_file missing.txt cannot be read: No such file"),
+    ("--reward nothing", "must be module:function"),
+    ("--reward no_such_module:f", "cannot be imported (ModuleNotFoundError"),
+    ("--reward math:no_such", "cannot be imported (AttributeError"),
+    ("--reward math:pi", "is no function but a float"),
+]
+
+
+@pytest.mark.parametrize(("flags", "said"), BAD_FLAGS, ids=[flags for flags, _ in BAD_FLAGS])
+def test_bad_flags_give_one_line_and_exit_code_2(flags, said, capfd):
+    from train_ppo import main
+
+    assert main(flags.split()) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert said in err and err.startswith("train_ppo.py: error: ")
+
+
+def test_empty_prompts_are_refused(tmp_path):
+    for argv in (["--prompts", ""], ["--prompts", "好", "  "], ["--model_name", ""], ["--prompts_file", str(tmp_path)]):
+        with pytest.raises(UserError):
+            parsed(*argv)
+    file = tmp_path / "prompts.txt"
+    for content, said in ((b"", "holds no prompt"), ("好\n\n坏\n".encode(), "prompt 2 is empty"), ("好".encode("gbk"), "not UTF-8")):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=said):
+            parsed("--prompts_file", str(file))
+    file.write_text("\ufeff刚收到货,感觉\n这部电影很\n\n", encoding="utf-8")
+    assert parsed("--prompts_file", str(file)).read_prompts() == ["刚收到货,感觉", "这部电影很"]
+
+
+def test_a_config_survives_its_file(tmp_path):
+    c = parsed("--lr", "3e-5", "--prompts", "这部电影很")
+    c.save(tmp_path / "config.json")
+    assert load_config(tmp_path / "config.json") == c
+    assert "这部电影很" in (tmp_path / "config.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "no config of this program"),
+        ('{"learning": 1}', "'learning'"),
+        ('{"lr": "big"}', "lr must be of type float, not 'big'"),
+        ('{"batch_size": 1.5}', "batch_size must be of type int"),
+        ('{"prompts": "好"}', "prompts must be of type"),
+        ('{"dtype": "int8"}', "--dtype int8 is unknown"),
+        ('{"detach_value": 1}', "detach_value must be of type bool"),
+        ('{"resume": 3}', "resume must be of type"),
+    ],
+)
+def test_broken_config_files_are_named(tmp_path, content, said):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=said):
+        load_config(tmp_path / "config.json")
+
+
+def test_auto_dtype_is_bfloat16_only_where_native(monkeypatch):
+    cpu = torch.device("cpu")
+    for avx, amx, expected in ((True, False, torch.bfloat16), (False, True, torch.bfloat16), (False, False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+        assert config.pick_dtype("auto", cpu) == expected
+    assert config.pick_dtype("auto", torch.device("mps")) == torch.float32
+    assert config.pick_dtype("float32", cpu) == torch.float32
+
+
+# --- the hub
+
+HUB_RUN = """
+import sys, time; sys.path.insert(0, sys.argv[1])
+import train_ppo
+started = time.time()
+code = train_ppo.main(["--device", "cpu"])
+print(code, time.time() - started)
+"""
+
+
+def hub_run(tmp_path, endpoint):
+    environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "PATH": "/usr/bin:/bin"}
+    return subprocess.run([sys.executable, "-c", HUB_RUN, str(ROOT)], cwd=tmp_path, capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize("kind", ["refused", "silent"])
+def test_an_unreachable_hub_is_one_message_within_15_seconds(tmp_path, kind):
+    """A port that refuses connections, and one that takes them and never answers."""
+    import socket
+
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if kind == "silent":
+            server.listen(50)
+        result = hub_run(tmp_path, f"http://127.0.0.1:{server.getsockname()[1]}")
+    code, seconds = result.stdout.split()
+    assert code == "2" and float(seconds) < 15
+    assert result.stderr.count("\n") == 1
+    for part in ("uer/gpt2-chinese-cluecorpussmall", "HF_ENDPOINT", "--model_name PATH", "--preset demo"):
+        assert part in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_cached_model_needs_no_hub(tmp_path, gpt2_folder, monkeypatch):
+    """The hub's cache layout, as an earlier download leaves it; the endpoint refuses, and is not even asked."""
+    import shutil
+
+    from huggingface_hub import constants
+
+    repo = tmp_path / "models--someone--gpt2-chinese"
+    shutil.copytree(gpt2_folder, repo / "snapshots" / "abc123")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc123")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    started = time.time()
+    assert model_folder("someone/gpt2-chinese", "--model_name") == repo / "snapshots" / "abc123"
+    assert time.time() - started < 2
+
+
+def test_a_name_that_is_no_folder_and_no_hub_id():
+    with pytest.raises(UserError, match="no such folder"):
+        model_folder("./models/missing/gpt2", "--model_name")
+
+
+def test_config_json_holds_every_field(tmp_path):
+    parsed().save(tmp_path / "c.json")
+    assert set(json.loads((tmp_path / "c.json").read_text())) == set(PPOConfig.__dataclass_fields__)

@@ -1,0 +1,106 @@
+"""Loading published layouts and saving what plain transformers opens."""
+
+import json
+import shutil
+import warnings
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+import gpt2_value_head as g
+from config import UserError
+from tests.conftest import write_gpt2
+
+
+def load(folder):
+    return g.load_policy(folder, g.load_gpt2_config(folder))
+
+
+@pytest.fixture
+def saved(policy, tmp_path):
+    model, tokenizer = policy
+    torch.nn.init.normal_(model.v_head.summary.weight)
+    g.save_policy(model, tokenizer, tmp_path / "saved", temperature=0.7)
+    return model, tokenizer, tmp_path / "saved"
+
+
+def test_published_layout_loads_with_one_quiet_line(gpt2_folder, capfd):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = load(gpt2_folder)
+    out, err = capfd.readouterr()
+    assert out.count("\n") == 1 and "value head" in out and err == ""
+    assert (model.v_head.summary.weight == 0).all() and (model.v_head.summary.bias == 0).all()
+    assert not model.training and model.dtype == torch.float32
+    assert model.config.eos_token_id is None and model.config.bos_token_id is None
+
+
+def test_logits_are_those_of_plain_transformers(gpt2_folder):
+    plain = AutoModelForCausalLM.from_pretrained(gpt2_folder).eval()
+    ids = torch.tensor([[2, 5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        assert torch.allclose(load(gpt2_folder)(ids).logits, plain(ids).logits, atol=1e-5)
+
+
+def test_saved_folder_opens_here_value_head_included(saved, capfd):
+    model, _, folder = saved
+    capfd.readouterr()
+    again = load(folder)
+    assert capfd.readouterr().out == ""
+    assert sorted(path.name for path in folder.glob("*.safetensors")) == ["model.safetensors"]
+    for (name, old), new in zip(model.state_dict().items(), again.state_dict().values()):
+        assert torch.equal(old, new), name
+
+
+def test_saved_folder_opens_in_plain_transformers_with_the_same_logits(saved):
+    model, tokenizer, folder = saved
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.tensor([[2, 5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        assert torch.equal(plain(ids).logits, model(ids).logits)
+    config = json.loads((folder / "generation_config.json").read_text())
+    assert config["eos_token_id"] == tokenizer.sep_token_id and config["pad_token_id"] == tokenizer.pad_token_id
+    assert config["suppress_tokens"] == [0, 1, 2, 4] and config["temperature"] == 0.7
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["GPT2LMHeadModel"]
+
+
+def test_pipeline_as_in_the_readme_encodes_a_prompt_as_training_did(saved):
+    model, _, folder = saved
+    generator = pipeline("text-generation", model=str(folder))
+    seen = []
+    forward = generator.model.forward
+    generator.model.forward = lambda *args, **kwargs: (seen.append(kwargs["input_ids"]), forward(*args, **kwargs))[1]
+    texts = generator(["[CLS]刚收到货,感觉"] * 40, add_special_tokens=False, max_new_tokens=8, return_full_text=False)
+    assert seen[0][0].tolist() == g.encode_prompt(AutoTokenizer.from_pretrained(folder), "刚收到货,感觉").tolist()
+    assert len({text[0]["generated_text"] for text in texts}) > 10
+    assert not any(token in text[0]["generated_text"] for text in texts for token in ("[UNK]", "[MASK]", "[CLS]"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda f: (f / "config.json").unlink(), "no config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "no readable model config"),
+        (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "type 'bert'"),
+        (lambda f: (f / "pytorch_model.bin").unlink(), "no weights"),
+        (lambda f: (f / "pytorch_model.bin").write_bytes((f / "pytorch_model.bin").read_bytes()[:5000]), "cannot be loaded"),
+        (lambda f: torch.save({"transformer.ln_f.bias": torch.zeros(32)}, f / "pytorch_model.bin"), "not a whole GPT-2"),
+        (lambda f: write_gpt2(f, n_embd=16) and shutil.copy(f.parent / "config.json", f), "cannot be loaded"),
+    ],
+    ids=["no config", "broken config", "other architecture", "no weights", "truncated weights", "weights missing", "other shape"],
+)
+def test_unusable_folders_are_named_in_one_line(gpt2_folder, tmp_path, damage, said):
+    folder = shutil.copytree(gpt2_folder, tmp_path / "gpt2")
+    shutil.copy(folder / "config.json", tmp_path)
+    damage(folder)
+    with pytest.raises(UserError, match=said) as error:
+        load(folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_unusable_tokenizers_are_named(gpt2_folder, tmp_path):
+    folder = shutil.copytree(gpt2_folder, tmp_path / "gpt2")
+    (folder / "vocab.txt").unlink()
+    with pytest.raises(UserError, match="tokenizer"):
+        g.load_tokenizer(folder)

@@ -1,0 +1,110 @@
+"""The sentiment reward and rewards of one's own."""
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from config import UserError
+from demo_models import NEGATIVE, POSITIVE
+from reward import RewardError, SentimentReward, clean_text, find_positive_label, score_texts
+from tests.conftest import write_classifier, write_gpt2
+
+
+@pytest.mark.parametrize(
+    ("decoded", "text"),
+    [
+        ("很 不 错 , 好 评 [SEP] [PAD] [PAD]", "很不错,好评"),
+        ("[CLS] 刚 收 到", "刚收到"),
+        ("good phone 很 好 用 5 星", "good phone很好用5星"),
+        ("质 量 iphone 6 plus", "质量iphone 6 plus"),
+        ("", ""),
+    ],
+)
+def test_clean_text(decoded, text):
+    assert clean_text(decoded) == text
+    assert clean_text(text) == text
+
+
+@pytest.mark.parametrize("labels", [(NEGATIVE, POSITIVE), (POSITIVE, NEGATIVE), ("差评", "中评", "好评")])
+def test_scores_are_the_positive_labels_probability(tmp_path, labels):
+    """Against the model itself, one text at a time without pipeline, batching or padding."""
+    folder = write_classifier(tmp_path / "s", labels)
+    texts = ["刚收到货,感觉很不错", "很差", "质量一般,物流不错。" * 2, "失望", "书"]
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    positive = labels.index("好评" if "好评" in labels else POSITIVE)
+    with torch.no_grad():
+        expected = [model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0, positive].item() for text in texts]
+    scores = SentimentReward(folder, "cpu", batch_size=2)(texts)
+    assert scores.dtype == torch.float32 and scores.shape == (5,)
+    assert scores.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_long_texts_are_cut_at_the_models_limit(classifier_folder):
+    reward = SentimentReward(classifier_folder, "cpu")
+    scores = reward(["很好" * 200, "很好" * 23])
+    assert scores[0].item() == pytest.approx(scores[1].item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("labels", [["LABEL_0", "LABEL_1"], ["positive", "pos again"], ["positive"]])
+def test_ambiguous_labels_are_listed(labels):
+    with pytest.raises(UserError, match="--positive_label") as error:
+        find_positive_label(labels, None)
+    assert all(label in str(error.value) for label in labels)
+
+
+def test_the_happy_label_can_be_named():
+    assert find_positive_label(["LABEL_0", "LABEL_1"], "LABEL_1") == "LABEL_1"
+    with pytest.raises(UserError, match="'LABEL_0', 'LABEL_1'"):
+        find_positive_label(["LABEL_0", "LABEL_1"], "happy")
+
+
+def test_a_classifier_without_head_is_refused(tmp_path):
+    folder = write_classifier(tmp_path / "s")
+    weights = torch.load(folder / "pytorch_model.bin")
+    torch.save({k: v for k, v in weights.items() if not k.startswith("classifier")}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="classifier"):
+        SentimentReward(folder, "cpu")
+
+
+def test_a_gpt2_is_no_classifier(tmp_path):
+    with pytest.raises(UserError):
+        SentimentReward(write_gpt2(tmp_path / "g"), "cpu", positive_label="LABEL_1")
+
+
+# --- any callable
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor, tuple, lambda x: torch.tensor(x).double().numpy()])
+def test_any_list_of_numbers_will_do(kind):
+    scores = score_texts(lambda texts: kind([0.5, 1.0]), ["a", "b"])
+    assert torch.equal(scores, torch.tensor([0.5, 1.0])) and scores.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        ([0.5, math.nan], "nan.*'差评'"),
+        ([0.5, math.inf], "inf.*'差评'"),
+        ([0.5, "good"], "'good'.*'差评'"),
+        ([0.5, None], "None.*'差评'"),
+        ([True, 0.5], "True.*'好评'"),
+        ([0.5], "1 numbers for 2 texts.*'好评'"),
+        (0.5, "float.*'好评'"),
+        (None, "NoneType.*'好评'"),
+        (torch.zeros(2, 2), r"\[0.0, 0.0\].*'好评'"),
+    ],
+)
+def test_rubbish_is_refused_and_the_text_shown(result, said):
+    with pytest.raises(RewardError, match=said):
+        score_texts(lambda texts: result, ["好评", "差评"])
+
+
+def test_a_raising_function_is_named_with_file_line_and_text():
+    def reward(texts):
+        return [1 / (text != "差评") for text in texts]
+
+    with pytest.raises(RewardError, match=r"ZeroDivisionError.*test_reward.py, line \d+.*'差评'") as error:
+        score_texts(reward, ["好评", "差评"])
+    assert "Traceback" in error.value.traceback and "\n" not in str(error.value)

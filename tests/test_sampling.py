@@ -1,0 +1,159 @@
+"""Sampling and the forward passes: the right distribution, whatever the batch looks like."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+import gpt2_value_head as g
+from ppo import entropy_from_logits, logprobs_from_logits
+
+PROMPTS = ["刚收到货,感觉", "衣服", "这本书很好"]
+
+
+def prompts_of(tokenizer, texts):
+    return g.Prompts.from_tensors([g.encode_prompt(tokenizer, text) for text in texts], tokenizer.pad_token_id, "cpu")
+
+
+def draw(model, tokenizer, texts, seed=1, step=1, gen_len=6, temperature=1.0, first=0):
+    uniforms = g.completion_uniforms(seed, step, range(first, first + len(texts)), gen_len)
+    special = torch.tensor(g.never_sampled_ids(tokenizer)), tokenizer.sep_token_id, tokenizer.pad_token_id
+    return g.sample(model, prompts_of(tokenizer, texts), uniforms, *special, temperature)
+
+
+def plain_forward(model, ids):
+    """Logits and values of one unpadded sequence, no cache, no batch: the reference for everything else."""
+    with torch.no_grad():
+        output = model(torch.tensor([ids]))
+    return output.logits[0], output.value[0]
+
+
+def test_forward_names_and_shapes(policy):
+    model, _ = policy
+    output = model(torch.tensor([[2, 5, 6], [2, 7, 8]]), use_cache=True)
+    assert output.logits.shape == (2, 3, model.config.vocab_size)
+    assert output.value.shape == (2, 3) and (output.value == 0).all()
+    assert output.past_key_values.get_seq_length() == 3
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_forward_with_cache_equals_forward_without(policy):
+    model, _ = policy
+    ids = torch.tensor([[2, 5, 6, 7, 8]])
+    first = model(ids[:, :3], use_cache=True)
+    rest = model(ids[:, 3:], past_key_values=first.past_key_values)
+    assert torch.allclose(torch.cat([first.logits, rest.logits], 1), model(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_forward_is_the_same_with_padding_on_either_side(policy, left):
+    model, _ = policy
+    ids, pad = [2, 5, 6, 7], [0, 0]
+    padded = torch.tensor([pad + ids if left else ids + pad])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1] if left else [1, 1, 1, 1, 0, 0]])
+    logits = model(padded, attention_mask=mask).logits[0, 2:] if left else model(padded, attention_mask=mask).logits[0, :4]
+    assert torch.allclose(logits, plain_forward(model, ids)[0], atol=1e-5)
+
+
+def test_score_completions_equals_one_sequence_at_a_time(policy):
+    """Prompts of three lengths, shared prefill, responses of several lengths: every real position as if alone."""
+    model, tokenizer = policy
+    torch.nn.init.normal_(model.v_head.summary.weight)
+    texts = PROMPTS + PROMPTS
+    responses = draw(model, tokenizer, texts)
+    mask = g.completion_mask(responses, tokenizer.sep_token_id)
+    logits, values = model.score_completions(prompts_of(tokenizer, texts), responses)
+    for i, text in enumerate(texts):
+        query = g.encode_prompt(tokenizer, text).tolist()
+        length = int(mask[i].sum())
+        alone_logits, alone_values = plain_forward(model, query + responses[i, :length].tolist())
+        at = slice(len(query) - 1, len(query) - 1 + length)
+        assert torch.allclose(logits[i, :length], alone_logits[at], atol=1e-5)
+        assert torch.allclose(values[i, :length], alone_values[at], atol=1e-5)
+
+
+def test_prompts_of_different_lengths_sample_as_each_would_alone(policy):
+    model, tokenizer = policy
+    texts = PROMPTS * 5
+    together = draw(model, tokenizer, texts)
+    alone = [draw(model, tokenizer, [text], first=i)[0] for i, text in enumerate(texts)]
+    assert torch.equal(together, torch.stack(alone))
+
+
+def test_randomness_depends_on_seed_step_and_index_alone(policy):
+    model, tokenizer = policy
+    whole = draw(model, tokenizer, PROMPTS[:1] * 12)
+    split = torch.cat([draw(model, tokenizer, PROMPTS[:1] * 5, first=0), draw(model, tokenizer, PROMPTS[:1] * 7, first=5)])
+    assert torch.equal(whole, split)
+    for other in ({"seed": 2}, {"step": 2}, {"first": 1}):
+        assert not torch.equal(whole, draw(model, tokenizer, PROMPTS[:1] * 12, **other))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_samples_follow_the_models_distribution(policy, temperature):
+    """First and second token of 20,000 completions against probabilities worked out from plain forward passes."""
+    model, tokenizer = policy
+    n = 20_000
+    responses = draw(model, tokenizer, ["衣服"] * n, gen_len=2, temperature=temperature).numpy()
+    query = g.encode_prompt(tokenizer, "衣服").tolist()
+    forbidden = [tokenizer.convert_tokens_to_ids(t) for t in ("[PAD]", "[UNK]", "[CLS]", "[MASK]")]
+
+    def probs(ids):
+        logits = plain_forward(model, ids)[0][-1].double().numpy() / temperature
+        logits[forbidden] = -np.inf
+        exp = np.exp(logits - logits.max())
+        return exp / exp.sum()
+
+    first = probs(query)
+    observed = np.bincount(responses[:, 0], minlength=len(first)) / n
+    assert np.abs(observed - first).max() < 4 * np.sqrt(0.25 / n)
+    likely = int(np.argmax(np.where(np.arange(len(first)) == tokenizer.sep_token_id, 0, first)))
+    follow = responses[responses[:, 0] == likely, 1]
+    observed = np.bincount(follow, minlength=len(first)) / len(follow)
+    assert np.abs(observed - probs(query + [likely])).max() < 4 * np.sqrt(0.25 / len(follow))
+
+
+def test_special_tokens_are_never_sampled_and_sep_ends(policy):
+    model, tokenizer = policy
+    with torch.no_grad():  # a model that wants nothing but special tokens
+        model.transformer.wte.weight[:5] *= 5
+    responses = draw(model, tokenizer, PROMPTS * 100, gen_len=8)
+    mask = g.completion_mask(responses, tokenizer.sep_token_id)
+    assert not torch.isin(responses[mask], torch.tensor([0, 1, 2, 4])).any()
+    assert (responses[~mask] == tokenizer.pad_token_id).all()
+    ended = (responses == tokenizer.sep_token_id).any(1)
+    assert ended.any() and (responses[ended].gather(1, mask[ended].sum(1, keepdim=True) - 1) == tokenizer.sep_token_id).all()
+
+
+def test_completion_mask_by_hand():
+    responses = torch.tensor([[5, 3, 0, 0], [5, 6, 7, 8], [3, 0, 0, 0]])
+    expected = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]).bool()
+    assert torch.equal(g.completion_mask(responses, 3), expected)
+
+
+def test_restricted_logits_by_hand():
+    logits = torch.tensor([[0.0, 2.0, 4.0]])
+    restricted = g.restrict_logits(logits, torch.tensor([0]), temperature=2.0)
+    assert torch.equal(restricted, torch.tensor([[-float("inf"), 1.0, 2.0]]))
+    assert g.restrict_logits(logits.bfloat16(), torch.tensor([0]), 1.0).dtype == torch.float32
+    assert g.restrict_logits(logits.double(), torch.tensor([0]), 1.0).dtype == torch.float64
+    assert entropy_from_logits(restricted).isfinite().all()
+    assert logprobs_from_logits(restricted, torch.tensor([1])).item() == pytest.approx(-np.log(1 + np.e))
+
+
+def test_prompts_are_encoded_with_cls_and_without_sep(policy):
+    _, tokenizer = policy
+    ids = g.encode_prompt(tokenizer, "衣服").tolist()
+    assert tokenizer.convert_ids_to_tokens(ids) == ["[CLS]", "衣", "服"]
+
+
+def test_value_gradient_stays_out_of_the_trunk_only_when_detached(policy):
+    model, tokenizer = policy
+    torch.nn.init.normal_(model.v_head.summary.weight)
+    prompts, responses = prompts_of(tokenizer, PROMPTS), draw(model, tokenizer, PROMPTS)
+    for detach in (True, False):
+        twin = copy.deepcopy(model)
+        twin.score_completions(prompts, responses, detach)[1].sum().backward()
+        assert (twin.transformer.ln_f.weight.grad is None) == detach
+        assert twin.v_head.summary.weight.grad.abs().sum() > 0
