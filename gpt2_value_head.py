@@ -274,7 +274,7 @@ def load_gpt2_config(folder: Path) -> GPT2Config:
     return config
 
 
-def load_policy(folder: Path, config: GPT2Config) -> GPT2HeadWithValueModel:
+def load_policy(folder: Path, config: GPT2Config, device="cpu") -> GPT2HeadWithValueModel:
     """The policy in float32 from a plain GPT-2 checkpoint (a fresh value head at zero) or from a folder saved here."""
     model, missing = load_weights(GPT2HeadWithValueModel, folder, config)
     value_head = {"v_head.summary.weight", "v_head.summary.bias"}
@@ -282,7 +282,9 @@ def load_policy(folder: Path, config: GPT2Config) -> GPT2HeadWithValueModel:
         raise UserError(f"the weights in {folder} lack {sorted(missing - value_head)[0]}: not a whole GPT-2 checkpoint")
     if missing:
         print(f"{folder.name}: no value head in this checkpoint, starting one at zero")
-    return model.eval()
+    if torch.device(device).type == "cpu":  # faster there than SDPA's kernels at these lengths, see docs/speed.md
+        model.set_attn_implementation("eager")
+    return model.to(device).eval()
 
 
 def save_policy(model: GPT2HeadWithValueModel, tokenizer, folder: Path, temperature: float) -> None:

@@ -110,16 +110,13 @@ def draw(runs: list[Path], out: Path) -> None:
                     label = column.split("/", 1)[1] if number == 0 and len(columns) > 1 else None
                     axes.plot(metrics["step"], metrics[column], style, color=colour, linewidth=1, label=label)
             axes.set(title=title, xlabel="step", ylabel=unit)
-            if len(columns) > 1:
-                axes.legend(fontsize=8)
     reward_axes.set(title="mean reward", xlabel="episodes", ylabel="reward")
     plane_axes.set(title="reward against KL: up is better, right is dearer", xlabel="KL to the reference, nats", ylabel="mean reward")
     histogram_axes.set(title="rewards before and after", xlabel="reward", ylabel="share of completions")
-    for axes in (reward_axes, plane_axes, histogram_axes):
+    for axes in fig.axes:
+        axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8, loc="best")
-    for axes in (reward_axes, plane_axes, histogram_axes, *small_axes):
-        axes.grid(alpha=0.3)
     try:
         fig.savefig(out, dpi=75)
     except (OSError, ValueError) as error:

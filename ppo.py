@@ -204,9 +204,6 @@ class PPOTrainer:
         self.device = model.device
         self.dtype = pick_dtype(config.dtype, self.device)
         self.pad_token_id, self.sep_token_id = tokenizer.pad_token_id, tokenizer.sep_token_id
-        if self.device.type == "cpu":  # faster there than SDPA's kernels at these lengths, see docs/speed.md
-            self.model.set_attn_implementation("eager")
-            self.ref_model.set_attn_implementation("eager")
         self.never_sampled = torch.tensor(never_sampled_ids(tokenizer), device=self.device)
         self.token_names = tokenizer.convert_ids_to_tokens
         self.n_steps = 0

@@ -185,13 +185,13 @@ def run(config: PPOConfig, run_dir: Path, mode: str) -> int:
         reward = import_function(config.reward)
     else:
         reward = SentimentReward(reward_folder, device, dtype, config.positive_label)
-    policy = load_policy(policy_folder, gpt2_config).to(device)
+    policy = load_policy(policy_folder, gpt2_config, device)
     reference = copy.deepcopy(policy).to(dtype)
     trainer = PPOTrainer(config, policy, reference, tokenizer)
     judge = lambda model: evaluation.evaluate(trainer, model, tokenizer, reward, prompts, queries)
 
     if mode == "eval_only":
-        saved = load_policy(run_dir / "model", load_gpt2_config(run_dir / "model")).to(device)
+        saved = load_policy(run_dir / "model", load_gpt2_config(run_dir / "model"), device)
         results = {"before": judge(trainer.ref_model), "after": judge(saved)}
         finish_evaluation(results, prompts, config, run_dir)
         return 0
