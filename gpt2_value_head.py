@@ -156,14 +156,24 @@ class Prompts:
         return torch.cat([mask, mask.new_ones(len(mask), n_tokens)], dim=1)
 
 
-def restrict_logits(logits: torch.Tensor, never_sampled: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The logits of the distribution that is sampled: float32 at least, over the temperature, never-sampled tokens -inf.
+def never_sampled_ids(tokenizer) -> list[int]:
+    """[PAD] [UNK] [CLS] [MASK]: every special token but the [SEP] that ends a text."""
+    return sorted(set(tokenizer.all_special_ids) - {tokenizer.sep_token_id})
 
-    logits (..., vocab), never_sampled (k,) int64 token ids. Sampling, policy, reference and update all use this one
-    distribution; otherwise PPO's ratios and the KL would compare different things.
+
+def restriction(tokenizer, vocab_size: int, device="cpu") -> torch.Tensor:
+    """What is added to logits so that some tokens are never sampled: (vocab,) float32, 0 or -inf."""
+    ids = torch.tensor(never_sampled_ids(tokenizer))
+    return torch.zeros(vocab_size).index_fill(0, ids, float("-inf")).to(device)
+
+
+def restrict_logits(logits: torch.Tensor, restriction: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The logits of the distribution that is sampled, logits / temperature + restriction, in float32 at least.
+
+    logits (..., vocab), restriction (vocab,). Sampling, policy, reference and update all use this one distribution;
+    otherwise PPO's ratios and the KL would compare different things. One pass over memory, cast included.
     """
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    return (logits / temperature).index_fill(-1, never_sampled, float("-inf"))
+    return torch.add(restriction, logits, alpha=1 / temperature)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -188,7 +198,7 @@ def sample(
     model: GPT2HeadWithValueModel,
     prompts: Prompts,
     uniforms: torch.Tensor,
-    never_sampled: torch.Tensor,
+    restriction: torch.Tensor,
     sep_token_id: int,
     pad_token_id: int,
     temperature: float = 1.0,
@@ -210,7 +220,7 @@ def sample(
     hidden_states = hidden_states[prompts.index, -1]
     cache.batch_select_indices(prompts.index)
     for t in range(gen_len):
-        probs = restrict_logits(model.lm_head(hidden_states), never_sampled, temperature).softmax(-1)
+        probs = restrict_logits(model.lm_head(hidden_states), restriction, temperature).softmax(-1)
         cumulative = probs.to(precise).cumsum(-1)
         threshold = uniforms[:, t : t + 1].to(precise) * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, threshold, right=True)
@@ -232,11 +242,6 @@ def completion_mask(responses: torch.Tensor, sep_token_id: int) -> torch.Tensor:
 
 # ----------------------------------------------------------------------------------------------
 # Loading and saving
-
-
-def never_sampled_ids(tokenizer) -> list[int]:
-    """[PAD] [UNK] [CLS] [MASK]: every special token but the [SEP] that ends a text."""
-    return sorted(set(tokenizer.all_special_ids) - {tokenizer.sep_token_id})
 
 
 def encode_prompt(tokenizer, prompt: str) -> torch.Tensor:

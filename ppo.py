@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from config import pick_dtype
-from gpt2_value_head import Prompts, completion_mask, completion_uniforms, never_sampled_ids, restrict_logits, sample
+from gpt2_value_head import Prompts, completion_mask, completion_uniforms, never_sampled_ids, restrict_logits, restriction, sample
 
 # ----------------------------------------------------------------------------------------------
 # Probabilities
@@ -204,7 +204,8 @@ class PPOTrainer:
         self.device = model.device
         self.dtype = pick_dtype(config.dtype, self.device)
         self.pad_token_id, self.sep_token_id = tokenizer.pad_token_id, tokenizer.sep_token_id
-        self.never_sampled = torch.tensor(never_sampled_ids(tokenizer), device=self.device)
+        self.never_sampled = never_sampled_ids(tokenizer)
+        self.restriction = restriction(tokenizer, model.config.vocab_size, self.device)
         self.token_names = tokenizer.convert_ids_to_tokens
         self.n_steps = 0
         if config.kl_controller == "adaptive":
@@ -244,7 +245,7 @@ class PPOTrainer:
         for rows in torch.arange(len(query_tensors)).split(4 * self.config.micro_batch_size):  # no gradients: room for 4
             prompts = Prompts.from_tensors([query_tensors[i] for i in rows], self.pad_token_id, self.device)
             uniforms = completion_uniforms(seed, step, rows.tolist(), self.config.gen_len)
-            special = (self.never_sampled, self.sep_token_id, self.pad_token_id)
+            special = (self.restriction, self.sep_token_id, self.pad_token_id)
             tokens = sample(working_copy, prompts, uniforms, *special, self.config.temperature).cpu()
             lengths = completion_mask(tokens, self.sep_token_id).sum(-1)
             responses += [row[:length] for row, length in zip(tokens, lengths)]
@@ -264,7 +265,7 @@ class PPOTrainer:
 
         # 1. What policy and reference think of the completions before this step's update
         old_logprobs, old_values, entropy = self.score(self.model, prompts, responses)
-        ref_logprobs, _, _ = self.score(self.ref_model, prompts, responses)
+        ref_logprobs, *_ = self.score(self.ref_model, prompts, responses)
 
         # 2. Rewards: the KL penalty at every token, the score at the last
         rewards, non_score_rewards = compute_rewards(scores, old_logprobs, ref_logprobs, mask, self.kl_controller.value)
@@ -338,7 +339,7 @@ class PPOTrainer:
         """Restricted logits (n, T, V) and values (n, T), float32: the one forward pass of old, new and reference."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             logits, values = model.score_completions(prompts, responses, self.config.detach_value)
-        return restrict_logits(logits, self.never_sampled, self.config.temperature), values.float()
+        return restrict_logits(logits, self.restriction, self.config.temperature), values.float()
 
     @torch.no_grad()
     def score(self, model, prompts: Prompts, responses: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -371,14 +372,13 @@ class PPOTrainer:
             counts = f"{len(query_tensors)} queries, {len(response_tensors)} responses and {len(rewards)} rewards"
             raise ValueError(f"step() needs one response and one reward for each query, not {counts}")
         response_tensors = [response.cpu() for response in response_tensors]
-        forbidden = set(self.never_sampled.tolist())
         for i, response in enumerate(response_tensors):
             tokens = response.tolist()
             if not tokens:
                 raise ValueError(f"response {i} is empty; even a completion that ends at once has its [SEP]")
             tokens = tokens[: tokens.index(self.sep_token_id)] if self.sep_token_id in tokens else tokens
             for token in tokens:
-                if token in forbidden:
+                if token in self.never_sampled:
                     name = self.token_names(token)
                     raise ValueError(f"response {i} holds {name} before its end, a token that is never sampled")
         responses = torch.nn.utils.rnn.pad_sequence(response_tensors, batch_first=True, padding_value=self.pad_token_id)

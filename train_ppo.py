@@ -12,6 +12,7 @@ A run writes its own folder runs/NAME; `python plot_rewards.py` draws it.
 """
 
 import csv
+import ctypes
 import dataclasses
 import json
 import os
@@ -151,47 +152,70 @@ def draw_prompts(n_prompts: int, seed: int, step: int, batch_size: int) -> list[
     return [int(orders[p // n_prompts][p % n_prompts]) for p in positions]
 
 
-def run(config: PPOConfig, run_dir: Path, mode: str) -> int:
-    """Train (mode 'train' or 'resume') or only judge ('eval_only'); the exit code."""
+def keep_freed_memory() -> None:
+    """Have glibc keep large freed blocks. It hands them back otherwise, and each tensor of logits would come in anew, page
+    fault by page fault: a sixth of a step on a CPU (docs/speed.md)."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink
+
+
+def load(config: PPOConfig):
+    """Everything that a run needs: trainer, tokenizer, reward, prompts, and the prompts as tokens.
+
+    What can be wrong is found in the order of what it costs to look: the models' folders (on the hub, perhaps), then
+    their configs, then the prompts' lengths, and the weights last.
+    """
     policy_folder = model_folder(config.model_name, "--model_name")
     reward_folder = None if config.reward else model_folder(config.reward_model_name, "--reward_model_name")
 
     import copy
 
-    import torch
-    from tqdm import tqdm
-
-    import evaluation
-    from checkpoint import load_checkpoint, save_checkpoint
-    from gpt2_value_head import encode_prompt, load_gpt2_config, load_policy, load_tokenizer, save_policy
-    from plot_rewards import draw
+    from gpt2_value_head import encode_prompt, load_gpt2_config, load_policy, load_tokenizer
     from ppo import PPOTrainer
-    from reward import RewardError, SentimentReward, clean_text, score_texts
+    from reward import SentimentReward
 
-    # 1. Models, prompts and reward
+    keep_freed_memory()
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     gpt2_config = load_gpt2_config(policy_folder)
     tokenizer = load_tokenizer(policy_folder)
     if len(tokenizer) != gpt2_config.vocab_size:
-        raise UserError(f"the tokenizer in {policy_folder} has {len(tokenizer)} tokens, the model {gpt2_config.vocab_size}: they do not belong together")
+        sizes = f"{len(tokenizer)} tokens, the model {gpt2_config.vocab_size}"
+        raise UserError(f"the tokenizer in {policy_folder} has {sizes}: they do not belong together")
     prompts = config.read_prompts()
     queries = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    longest = max(map(len, queries))
-    if longest + config.gen_len > gpt2_config.n_positions:
-        room = gpt2_config.n_positions - longest
-        raise UserError(f"--gen_len {config.gen_len}: the longest prompt has {longest} tokens and the model {gpt2_config.n_positions} positions, which leaves {max(0, room)}")
+    longest, positions = max(map(len, queries)), gpt2_config.n_positions
+    if longest + config.gen_len > positions:
+        room = f"the longest prompt has {longest} tokens and the model {positions} positions, which leaves {max(0, positions - longest)}"
+        raise UserError(f"--gen_len {config.gen_len}: {room}")
     if config.reward:
         reward = import_function(config.reward)
     else:
         reward = SentimentReward(reward_folder, device, dtype, config.positive_label)
     policy = load_policy(policy_folder, gpt2_config, device)
     reference = copy.deepcopy(policy).to(dtype)
-    trainer = PPOTrainer(config, policy, reference, tokenizer)
-    judge = lambda model: evaluation.evaluate(trainer, model, tokenizer, reward, prompts, queries)
+    return PPOTrainer(config, policy, reference, tokenizer), tokenizer, reward, prompts, queries
+
+
+def run(config: PPOConfig, run_dir: Path, mode: str) -> int:
+    """Train (mode 'train' or 'resume') or only judge ('eval_only'); the exit code."""
+    # 1. Models, prompts and reward
+    trainer, tokenizer, reward, prompts, queries = load(config)
+
+    from tqdm import tqdm
+
+    import evaluation
+    from checkpoint import load_checkpoint, save_checkpoint
+    from gpt2_value_head import load_gpt2_config, load_policy, save_policy
+    from plot_rewards import draw
+    from reward import RewardError, clean_text, score_texts
+
+    def judge(model) -> dict:
+        return evaluation.evaluate(trainer, model, tokenizer, reward, prompts, queries)
 
     if mode == "eval_only":
-        saved = load_policy(run_dir / "model", load_gpt2_config(run_dir / "model"), device)
+        saved = load_policy(run_dir / "model", load_gpt2_config(run_dir / "model"), trainer.device)
         results = {"before": judge(trainer.ref_model), "after": judge(saved)}
         finish_evaluation(results, prompts, config, run_dir)
         return 0
@@ -206,7 +230,7 @@ def run(config: PPOConfig, run_dir: Path, mode: str) -> int:
     else:
         load_checkpoint(trainer, run_dir / "checkpoints")
     log = RunLog(run_dir, trainer.n_steps)
-    print(f"run folder {run_dir}, {config.n_steps()} steps of {config.batch_size} completions on {device} in {str(dtype)[6:]}")
+    print(f"run folder {run_dir}, {config.n_steps()} steps of {config.batch_size} completions on {trainer.device} in {str(trainer.dtype)[6:]}")
 
     # 3. How good the policy is before training; measured once
     evaluation_file = run_dir / "evaluation.json"

@@ -18,7 +18,7 @@ def prompts_of(tokenizer, texts):
 
 def draw(model, tokenizer, texts, seed=1, step=1, gen_len=6, temperature=1.0, first=0):
     uniforms = g.completion_uniforms(seed, step, range(first, first + len(texts)), gen_len)
-    special = torch.tensor(g.never_sampled_ids(tokenizer)), tokenizer.sep_token_id, tokenizer.pad_token_id
+    special = g.restriction(tokenizer, model.config.vocab_size), tokenizer.sep_token_id, tokenizer.pad_token_id
     return g.sample(model, prompts_of(tokenizer, texts), uniforms, *special, temperature)
 
 
@@ -134,10 +134,11 @@ def test_completion_mask_by_hand():
 
 def test_restricted_logits_by_hand():
     logits = torch.tensor([[0.0, 2.0, 4.0]])
-    restricted = g.restrict_logits(logits, torch.tensor([0]), temperature=2.0)
+    no_first = torch.tensor([-float("inf"), 0.0, 0.0])
+    restricted = g.restrict_logits(logits, no_first, temperature=2.0)
     assert torch.equal(restricted, torch.tensor([[-float("inf"), 1.0, 2.0]]))
-    assert g.restrict_logits(logits.bfloat16(), torch.tensor([0]), 1.0).dtype == torch.float32
-    assert g.restrict_logits(logits.double(), torch.tensor([0]), 1.0).dtype == torch.float64
+    assert g.restrict_logits(logits.bfloat16(), no_first, 1.0).dtype == torch.float32
+    assert g.restrict_logits(logits.double(), no_first, 1.0).dtype == torch.float64
     assert entropy_from_logits(restricted).isfinite().all()
     assert logprobs_from_logits(restricted, torch.tensor([1])).item() == pytest.approx(-np.log(1 + np.e))
 

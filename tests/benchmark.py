@@ -1,0 +1,125 @@
+"""How long a training step takes, and how close that is to what the machine can do.
+
+    python -m tests.benchmark --model_name DIR --reward_model_name DIR [--batch_size N --gen_len N --dtype ... any flag]
+
+Runs the step of train_ppo.py once to warm up, then a few times, and prints medians. The arithmetic counted is what the
+step needs, not what it does: one prefill per distinct prompt, the vocabulary projection at completion positions only,
+no padding, backward as twice forward, no recomputation. The ceiling is the best matrix product of this machine in the
+same dtype, measured in the same run. The last line is JSON.
+"""
+
+import json
+import resource
+import statistics
+import sys
+import time
+from collections import defaultdict
+
+import torch
+
+from config import UserError, parse_args
+from reward import clean_text, score_texts
+from train_ppo import draw_prompts, load
+
+STEPS = 3
+
+
+def main(argv: list[str]) -> None:
+    config, _ = parse_args(argv)
+    config.check()
+    trainer, tokenizer, reward, prompts, queries = load(config)
+    device = trainer.device
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    seconds: dict[str, float] = defaultdict(float)
+
+    def timed(name, function):
+        def call(*args, **kwargs):
+            synchronize()
+            started = time.perf_counter()
+            result = function(*args, **kwargs)
+            synchronize()
+            seconds[name] += time.perf_counter() - started
+            return result
+
+        return call
+
+    generate, score_all = timed("sampling", trainer.generate), timed("scoring", score_texts)
+    trainer.score = timed("logprobs", trainer.score)
+    trainer.update = timed("update", trainer.update)
+    phases, lengths, tokens_scored = [], [], []
+    for step in range(1, STEPS + 2):
+        seconds.clear()
+        synchronize()
+        started = time.perf_counter()
+        drawn = draw_prompts(len(prompts), config.seed, step, config.batch_size)
+        batch = [queries[i] for i in drawn]
+        responses = generate(batch)
+        texts = [prompts[i] + clean_text(text) for i, text in zip(drawn, tokenizer.batch_decode(responses))]
+        trainer.step(batch, responses, score_all(reward, texts))
+        synchronize()
+        phases.append({**seconds, "step": time.perf_counter() - started})
+        lengths.append([len(response) for response in responses])
+        tokens_scored.append([len(text) + 2 for text in texts])
+    median = {name: statistics.median(phase[name] for phase in phases[1:]) for name in phases[0]}
+
+    classifier = getattr(getattr(reward, "pipeline", None), "model", None)
+    needed = multiply_adds(trainer.model.config, classifier and classifier.config, config, [len(q) for q in queries], lengths[-1], tokens_scored[-1])
+    rate = 2 * needed / median["step"] / 1e12
+    ceiling = best_matrix_product(device, trainer.dtype) / 1e12
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    for phase, value in median.items():
+        print(f"{phase:10} {value:8.3f} s  {value / median['step']:5.1%}")
+    print(f"{config.batch_size / median['step']:.1f} completions/s, {sum(lengths[-1]) / median['step']:.0f} tokens/s")
+    print(f"{needed / 1e9:.0f} G multiply-adds needed a step: {rate:.3f} TFLOP/s of {ceiling:.3f}, {rate / ceiling:.0%} of the ceiling")
+    print(f"peak memory {memory:.2f} GiB on {name} in {str(trainer.dtype)[6:]}")
+    result = {"seconds_per_step": median.pop("step"), "rate_tflops": rate, "ceiling_tflops": ceiling, "ceiling_share": rate / ceiling}
+    result |= {"peak_memory_gb": memory, "dtype": str(trainer.dtype)[6:], "device": name, **median}
+    print(json.dumps({key: round(value, 5) if isinstance(value, float) else value for key, value in result.items()}))
+
+
+def trunk(layers: int, width: int, inner: int, tokens: int, context: float) -> float:
+    """Multiply-adds of a transformer's trunk: four width x width matrices and two width x inner a layer, and attention."""
+    return layers * tokens * (4 * width**2 + 2 * width * inner + 2 * width * context)
+
+
+def multiply_adds(gpt2, bert, config, prompt_lengths: list[int], lengths: list[int], tokens_scored: list[int]) -> float:
+    """What one step needs, in multiply-adds. `lengths` are the completions' tokens, [SEP] included."""
+    inner = gpt2.n_inner or 4 * gpt2.n_embd
+    new = sum(length - 1 for length in lengths)  # nothing is predicted after the last token
+    context = sum(prompt_lengths) / len(prompt_lengths) + new / len(lengths) / 2
+    prefill = sum(trunk(gpt2.n_layer, gpt2.n_embd, inner, length, length / 2) for length in prompt_lengths)
+    forward = trunk(gpt2.n_layer, gpt2.n_embd, inner, new, context) + sum(lengths) * gpt2.n_embd * gpt2.vocab_size
+    minibatches = -(-config.batch_size // config.minibatch_size)
+    total = 3 * (prefill + forward)  # sampling, old and reference log-probabilities
+    total += 3 * config.ppo_epochs * (minibatches * prefill + forward)
+    if bert is not None:
+        total += sum(trunk(bert.num_hidden_layers, bert.hidden_size, bert.intermediate_size, n, n) for n in tokens_scored)
+    return total
+
+
+def best_matrix_product(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of the fastest of several matrix products, two operations per multiply-add."""
+    best = 0.0
+    sizes = [(8192, 8192, 8192), (4096, 4096, 4096)] if device.type == "cuda" else [(2048, 2048, 2048), (512, 768, 3072), (1024, 1024, 1024)]
+    for m, k, n in sizes:
+        a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
+        for _ in range(10):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            a @ b
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            best = max(best, 2 * m * k * n / (time.perf_counter() - started))
+    return best
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"benchmark: error: {error}")
