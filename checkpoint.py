@@ -9,6 +9,7 @@
 A checkpoint is written under a temporary name, flushed to disk and then renamed: it is there whole or not at all.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
 from config import UserError
@@ -26,9 +28,29 @@ FILES = ("policy.safetensors", "average.safetensors", "optimizer.pt")
 
 
 def save_checkpoint(trainer, folder: Path, keep: int) -> Path:
-    """Write `folder`/step-NNNNNN for the trainer's present step, then remove all but the newest `keep`."""
+    """Write `folder`/step-NNNNNN for the trainer's present step, then remove all but the newest `keep`.
+
+    UserError, with earlier checkpoints as they were, where the disk is full or the folder cannot be written.
+    """
     final = folder / f"step-{trainer.n_steps:06d}"
     partial = folder / f".partial-{final.name}"
+    weights = 4 * sum(parameter.numel() for parameter in trainer.model.parameters())
+    try:
+        with disk_errors(final, 4 * weights):  # policy, average, and Adam's two moments
+            write_checkpoint(trainer, partial)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            flush(folder)
+    except UserError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def write_checkpoint(trainer, partial: Path) -> None:
+    """All files of a checkpoint, flushed to disk."""
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_model(trainer.model, str(partial / FILES[0]))
@@ -50,12 +72,6 @@ def save_checkpoint(trainer, folder: Path, keep: int) -> Path:
     (partial / "state.json").write_text(json.dumps(state, indent=2))
     for path in (*partial.iterdir(), partial):
         flush(path)
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    flush(folder)
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
-    return final
 
 
 def load_checkpoint(trainer, folder: Path) -> None:
@@ -121,3 +137,27 @@ def flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a text file at one stroke: whoever reads it sees the old one or the new one."""
+    partial = path.with_name(f".partial-{path.name}")
+    partial.write_text(text, encoding="utf-8", newline="")
+    flush(partial)
+    partial.replace(path)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path, needed: int = 0):
+    """Turn what goes wrong with the disk, in any library's words, into a UserError with the path and the room needed."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        place = next(parent for parent in (path, *path.parents) if parent.exists())
+        free = shutil.disk_usage(place).free
+        reason = getattr(error, "strerror", None) or str(error)
+        if free < needed or "No space left" in reason:
+            raise UserError(f"no room to write {path}: it needs about {max(needed, 1 << 20) / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free")
+        if not isinstance(error, OSError) and "os error" not in reason:
+            raise
+        raise UserError(f"{path} cannot be written: {reason}")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from checkpoint import write_whole
 from ppo import PPOTrainer, masked_mean
 from reward import clean_text, score_texts
 
@@ -158,4 +159,4 @@ def before_after_table(evaluation: dict) -> str:
 
 
 def write_json(path: Path, evaluation: dict) -> None:
-    path.write_text(json.dumps(evaluation, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(evaluation, ensure_ascii=False, indent=1) + "\n")

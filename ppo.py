@@ -186,6 +186,7 @@ class FixedKLController:
 # The trainer
 
 
+MAX_SKIPPED = 10  # optimiser steps in a row without a finite gradient: then training has failed
 LR_WIDTH = 768  # the learning rates are meant for a model this wide and go with 1 / width (Yang et al. 2022, muP, table 3)
 
 
@@ -208,6 +209,7 @@ class PPOTrainer:
         self.restriction = restriction(tokenizer, model.config.vocab_size, self.device)
         self.token_names = tokenizer.convert_ids_to_tokens
         self.n_steps = 0
+        self.skipped_in_a_row = 0
         if config.kl_controller == "adaptive":
             self.kl_controller = AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
         else:
@@ -256,7 +258,9 @@ class PPOTrainer:
 
         query_tensors, response_tensors: lists of 1-d int64 tensors of any lengths (a response includes its [SEP]).
         rewards: one score for each response, a list or a tensor (n,). Returns the step's statistics as plain floats.
-        ValueError where the lists do not fit together or a response could not have been sampled.
+        An optimiser step whose gradient is not finite is skipped and counted in `ppo/skipped`.
+        ValueError where the lists do not fit together or a response could not have been sampled; FloatingPointError
+        after MAX_SKIPPED skipped steps in a row.
         """
         config = self.config
         prompts, responses, mask = self.collate(query_tensors, response_tensors, rewards)
@@ -294,6 +298,7 @@ class PPOTrainer:
             "objective/non_score_reward": non_score_rewards.sum(-1).mean(),
             "objective/rlhf_reward": rewards.sum(-1).mean(),
             **{name: torch.stack([s[name] for s in stats]).mean() for name in stats[0]},
+            "ppo/skipped": torch.stack([s["ppo/skipped"] for s in stats]).sum(),
             "ppo/returns/mean": masked_mean(returns, mask),
             "ppo/val/mean": masked_mean(old_values, mask),
             "ppo/val/explained_variance": explained_variance(old_values, returns, mask),
@@ -331,9 +336,14 @@ class PPOTrainer:
                 "ppo/val/clipfrac": vf_clipfrac,
             }.items():
                 totals[name] = totals.get(name, 0) + share * value.detach()
-        totals["ppo/grad_norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
-        self.optimizer.step()
-        return totals
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+        finite = bool(grad_norm.isfinite())
+        if finite:
+            self.optimizer.step()
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row == MAX_SKIPPED:
+            raise FloatingPointError(f"the gradient of {MAX_SKIPPED} optimiser steps in a row was not finite")
+        return totals | {"ppo/grad_norm": grad_norm, "ppo/skipped": torch.tensor(float(not finite))}
 
     def forward(self, model, prompts: Prompts, responses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Restricted logits (n, T, V) and values (n, T), float32: the one forward pass of old, new and reference."""

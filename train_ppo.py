@@ -14,6 +14,7 @@ A run writes its own folder runs/NAME; `python plot_rewards.py` draws it.
 import csv
 import ctypes
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -46,6 +47,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported yet
+            print("train_ppo.py: error: the device is out of memory; lower --micro_batch_size (or --gen_len)", file=sys.stderr)
+            return 2
+        raise
 
 
 # ----------------------------------------------------------------------------------------------
@@ -93,6 +99,16 @@ def resumed_config(run_dir: Path, config: PPOConfig, given: set[str]) -> PPOConf
     return resumed
 
 
+def lock_folder(run_dir: Path):
+    """Hold a run folder for this process; the lock ends with it, however it dies. UserError where another holds it."""
+    lock = (run_dir / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is at work in {run_dir}; wait for it, or stop it")
+    return lock
+
+
 class RunLog:
     """metrics.csv, one row a step, and samples.jsonl, one line a completion; both flushed at every step."""
 
@@ -104,6 +120,8 @@ class RunLog:
 
     def drop_after(self, last_step: int) -> None:
         """Remove what was logged after the checkpoint that the run goes on from."""
+        from checkpoint import write_whole
+
         for name, step_of in (("metrics.csv", lambda line: int(line.split(",")[0])), ("samples.jsonl", lambda line: json.loads(line)["step"])):
             path = self.run_dir / name
             if not path.exists():
@@ -111,9 +129,7 @@ class RunLog:
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             header, rows = (lines[:1], lines[1:]) if name == "metrics.csv" else ([], lines)
             kept = header + [line for line in rows if line.endswith("\n") and step_of(line) <= last_step]
-            partial = path.with_name(f".partial-{name}")
-            partial.write_text("".join(kept), encoding="utf-8", newline="")
-            partial.replace(path)
+            write_whole(path, "".join(kept))
 
     def write(self, row: dict, samples: list[dict]) -> None:
         writer = csv.DictWriter(self.metrics, row.keys())
@@ -206,7 +222,7 @@ def run(config: PPOConfig, run_dir: Path, mode: str) -> int:
     from tqdm import tqdm
 
     import evaluation
-    from checkpoint import load_checkpoint, save_checkpoint
+    from checkpoint import disk_errors, load_checkpoint, save_checkpoint
     from gpt2_value_head import load_gpt2_config, load_policy, save_policy
     from plot_rewards import draw
     from reward import RewardError, clean_text, score_texts
@@ -221,13 +237,11 @@ def run(config: PPOConfig, run_dir: Path, mode: str) -> int:
         return 0
 
     # 2. The run folder
-    if mode == "train":
-        try:
-            run_dir.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"the run folder {run_dir} cannot be made: {error.strerror}")
+    with disk_errors(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=mode == "resume")
+        lock = lock_folder(run_dir)
         config.save(run_dir / "config.json")
-    else:
+    if mode == "resume":
         load_checkpoint(trainer, run_dir / "checkpoints")
     log = RunLog(run_dir, trainer.n_steps)
     print(f"run folder {run_dir}, {config.n_steps()} steps of {config.batch_size} completions on {trainer.device} in {str(trainer.dtype)[6:]}")
@@ -258,14 +272,18 @@ def run(config: PPOConfig, run_dir: Path, mode: str) -> int:
                 (run_dir / "error.log").write_text(error.traceback, encoding="utf-8")
             raise UserError(f"step {step}: {error}")
         scored = time.perf_counter()
-        stats = trainer.step(batch, responses, scores)
+        try:
+            stats = trainer.step(batch, responses, scores)
+        except FloatingPointError as error:
+            raise UserError(f"step {step}: {error}; try a lower --lr, or --dtype float32. The last good checkpoint is kept")
         finished = time.perf_counter()
 
         row = {"step": step, "episodes": step * config.batch_size, "env/reward_mean": scores.mean().item()}
         row |= {"env/reward_std": scores.std(correction=0).item(), **stats}
         row |= {"time/sample": sampled - started, "time/score": scored - sampled, "time/ppo": finished - scored, "time/step": finished - started}
         samples = [{"step": step, "prompt": prompts[i], "completion": text, "score": score} for i, text, score in zip(drawn, completions, scores.tolist())]
-        log.write(row, samples)
+        with disk_errors(run_dir / "metrics.csv"):
+            log.write(row, samples)
         bar.set_postfix(reward=f"{row['env/reward_mean']:.3f}", kl=f"{stats['objective/kl']:.2f}")
         if config.log_samples_every and step % config.log_samples_every == 0:
             shown = "\n".join(f"  {s['score']:.2f}  {s['prompt']}{s['completion']}" for s in samples[: evaluation.SHOWN])
@@ -281,10 +299,11 @@ def run(config: PPOConfig, run_dir: Path, mode: str) -> int:
 
     # 5. The trained model, how good it is now, and the pictures
     partial = run_dir / ".partial-model"
-    shutil.rmtree(partial, ignore_errors=True)
-    save_policy(trainer.policy_for_saving, tokenizer, partial, config.temperature)
-    shutil.rmtree(run_dir / "model", ignore_errors=True)
-    partial.rename(run_dir / "model")
+    with disk_errors(run_dir / "model", 4 * trainer.model.num_parameters()):
+        shutil.rmtree(partial, ignore_errors=True)
+        save_policy(trainer.policy_for_saving, tokenizer, partial, config.temperature)
+        shutil.rmtree(run_dir / "model", ignore_errors=True)
+        partial.rename(run_dir / "model")
     results["after"] = judge(trainer.policy_for_saving)
     finish_evaluation(results, prompts, config, run_dir)
     draw([run_dir], run_dir / "rewards.png")

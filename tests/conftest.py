@@ -56,7 +56,7 @@ def write_classifier(folder: Path, labels=(NEGATIVE, POSITIVE)) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def two_threads():
-    torch.set_num_threads(min(2, os.cpu_count()))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count()))))
 
 
 @pytest.fixture(scope="session")
