@@ -67,6 +67,7 @@ def write_checkpoint(trainer, partial: Path) -> None:
     state = {
         "step": trainer.n_steps,
         "kl_coef": trainer.kl_controller.value,
+        "skipped_in_a_row": trainer.skipped_in_a_row,
         "sha256": {name: sha256(partial / name) for name in FILES},
     }
     (partial / "state.json").write_text(json.dumps(state, indent=2))
@@ -77,8 +78,14 @@ def write_checkpoint(trainer, partial: Path) -> None:
 def load_checkpoint(trainer, folder: Path) -> None:
     """Put the newest usable checkpoint below `folder` into the trainer. A damaged one is named and passed over.
 
-    UserError where none can be used.
+    Where the run stopped before its first checkpoint the trainer stays as it is, at step 0. UserError where there are
+    checkpoints, but none can be used.
     """
+    for partial in folder.glob(".partial-*"):
+        shutil.rmtree(partial)
+    if not checkpoints(folder):
+        print(f"no checkpoint in {folder} yet: the run starts from the beginning")
+        return
     for path in reversed(checkpoints(folder)):
         try:
             state = json.loads((path / "state.json").read_text())
@@ -86,16 +93,17 @@ def load_checkpoint(trainer, folder: Path) -> None:
                 if sha256(path / name) != state["sha256"][name]:
                     raise ValueError(f"{name} is damaged")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            print(f"warning: checkpoint {path} cannot be used ({error}); trying the one before it")
+            print(f"warning: checkpoint {path} cannot be used ({error})")
             continue
-        load_model(trainer.model, str(path / FILES[0]), device=str(trainer.device))
-        load_model(trainer.average.module, str(path / FILES[1]), device=str(trainer.device))
+        for model, name in ((trainer.model, FILES[0]), (trainer.average.module, FILES[1])):
+            load_model(model, str(path / name), device=str(trainer.device))
         saved = torch.load(path / FILES[2], map_location=trainer.device, weights_only=True)
         trainer.optimizer.load_state_dict(saved["optimizer"])
         trainer.scheduler.load_state_dict(saved["scheduler"])
         trainer.average.n_averaged.copy_(saved["n_averaged"])
         set_random_state(saved["random"])
         trainer.n_steps, trainer.kl_controller.value = state["step"], state["kl_coef"]
+        trainer.skipped_in_a_row = state["skipped_in_a_row"]
         return
     raise UserError(f"no usable checkpoint in {folder}; start the run again under another --run_name")
 

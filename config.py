@@ -138,7 +138,9 @@ class PPOConfig:
         return math.ceil(self.episodes / self.batch_size)
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        partial = path.with_name(f".partial-{path.name}")
+        partial.write_text(json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
 
 
 PRESETS = {

@@ -287,6 +287,7 @@ def load_policy(folder: Path, config: GPT2Config, device="cpu") -> GPT2HeadWithV
         raise UserError(f"the weights in {folder} lack {sorted(missing - value_head)[0]}: not a whole GPT-2 checkpoint")
     if missing:
         print(f"{folder.name}: no value head in this checkpoint, starting one at zero")
+    model.lm_head.weight = model.transformer.wte.weight  # early 5.x leaves them apart where a checkpoint holds both
     if torch.device(device).type == "cpu":  # faster there than SDPA's kernels at these lengths, see docs/speed.md
         model.set_attn_implementation("eager")
     return model.to(device).eval()

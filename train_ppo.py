@@ -30,6 +30,9 @@ from config import PPOConfig, UserError, import_function, load_config, model_fol
 HARMLESS = {"runs_dir", "device", "log_samples_every", "save_every", "keep_checkpoints", "micro_batch_size", "episodes"}
 
 
+FINAL = ("model", "rewards.png", "before_after.md")  # what the end of a run writes, the last of them last
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the program; the exit code."""
     try:
@@ -38,6 +41,9 @@ def main(argv: list[str] | None = None) -> int:
             return run(load_config(run_folder(config, config.eval_only) / "config.json"), Path(config.eval_only), "eval_only")
         if config.resume is not None:
             run_dir = run_folder(config, config.resume)
+            if all((run_dir / name).exists() for name in FINAL) and given <= {"resume"}:
+                print(f"{run_dir} is finished already, nothing is missing")
+                return 0
             return run(resumed_config(run_dir, config, given), run_dir, "resume")
         config.check()
         return run(config, new_run_folder(config), "train")
@@ -228,7 +234,10 @@ def run(config: PPOConfig, run_dir: Path, mode: str) -> int:
     from reward import RewardError, clean_text, score_texts
 
     def judge(model) -> dict:
-        return evaluation.evaluate(trainer, model, tokenizer, reward, prompts, queries)
+        try:
+            return evaluation.evaluate(trainer, model, tokenizer, reward, prompts, queries)
+        except RewardError as error:
+            raise reward_failure(error, "evaluation", run_dir)
 
     if mode == "eval_only":
         saved = load_policy(run_dir / "model", load_gpt2_config(run_dir / "model"), trainer.device)
@@ -268,9 +277,7 @@ def run(config: PPOConfig, run_dir: Path, mode: str) -> int:
             scores = score_texts(reward, [prompts[i] + text for i, text in zip(drawn, completions)])
         except RewardError as error:
             save_checkpoint(trainer, run_dir / "checkpoints", config.keep_checkpoints)
-            if error.traceback:
-                (run_dir / "error.log").write_text(error.traceback, encoding="utf-8")
-            raise UserError(f"step {step}: {error}")
+            raise reward_failure(error, f"step {step}", run_dir)
         scored = time.perf_counter()
         try:
             stats = trainer.step(batch, responses, scores)
@@ -311,6 +318,14 @@ def run(config: PPOConfig, run_dir: Path, mode: str) -> int:
     (run_dir / "before_after.md").write_text(table + "\n", encoding="utf-8")
     print(f"\n{table}\n\nmodel, metrics and pictures are in {run_dir}")
     return 0
+
+
+def reward_failure(error, where: str, run_dir: Path) -> UserError:
+    """What to tell of a RewardError; its traceback, where the reward function raised, goes to error.log."""
+    if not error.traceback:
+        return UserError(f"{where}: {error}")
+    (run_dir / "error.log").write_text(error.traceback, encoding="utf-8")
+    return UserError(f"{where}: {error}; the traceback is in {run_dir / 'error.log'}")
 
 
 def finish_evaluation(results: dict, prompts: list[str], config: PPOConfig, run_dir: Path) -> None:

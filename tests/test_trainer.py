@@ -60,7 +60,7 @@ def test_statistics_against_one_sequence_at_a_time(policy):
 
 def test_lists_of_any_lengths_and_padding_do_not_matter(policy):
     """Trailing padding after [SEP] in a response changes nothing."""
-    trainer, twin = make(policy), make((copy.deepcopy(policy[0]), policy[1]))
+    trainer, twin = make(policy, ppo_epochs=1), make((copy.deepcopy(policy[0]), policy[1]), ppo_epochs=1)
     queries, responses, scores = batch_of(trainer, policy)
     ended = torch.tensor([7, 8, 3])
     responses[0] = ended
@@ -80,6 +80,7 @@ def test_gradient_of_a_step_is_that_of_the_whole_minibatch(policy):
     for micro_batch_size in (6, 4, 1):
         trainer = make((copy.deepcopy(policy[0]), policy[1]), ppo_epochs=1, micro_batch_size=micro_batch_size, max_grad_norm=1e9)
         trainer.optimizer.step = lambda: None
+        trainer.scheduler.step = lambda: None
         torch.manual_seed(0)
         queries = [encode_prompt(policy[1], PROMPTS[i % 3]) for i in range(6)]
         responses = [torch.randint(5, 20, (length,)) for length in (1, 6, 2, 5, 3, 4)]
@@ -98,7 +99,7 @@ def test_a_rewarded_token_becomes_likelier(policy):
         hits = [float((response == 9).any()) for response in responses]
         rates.append(sum(hits) / 32)
         trainer.step(queries, responses, hits)
-    assert sum(rates[-3:]) / 3 > sum(rates[:3]) / 3 + 0.3
+    assert sum(rates[-3:]) / 3 > rates[0] + 0.3
 
 
 def test_reference_and_dropout_stay_as_they_are(policy):
