@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
 import random
 import shutil
 from pathlib import Path
@@ -92,12 +93,12 @@ def load_checkpoint(trainer, folder: Path) -> None:
             for name in FILES:
                 if sha256(path / name) != state["sha256"][name]:
                     raise ValueError(f"{name} is damaged")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            print(f"warning: checkpoint {path} cannot be used ({error})")
+            saved = torch.load(path / FILES[2], map_location=trainer.device, weights_only=True)
+        except (OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            print(f"warning: checkpoint {path} cannot be used ({str(error).splitlines()[0]})")
             continue
         for model, name in ((trainer.model, FILES[0]), (trainer.average.module, FILES[1])):
             load_model(model, str(path / name), device=str(trainer.device))
-        saved = torch.load(path / FILES[2], map_location=trainer.device, weights_only=True)
         trainer.optimizer.load_state_dict(saved["optimizer"])
         trainer.scheduler.load_state_dict(saved["scheduler"])
         trainer.average.n_averaged.copy_(saved["n_averaged"])
@@ -166,6 +167,7 @@ def disk_errors(path: Path, needed: int = 0):
         reason = getattr(error, "strerror", None) or str(error)
         if free < needed or "No space left" in reason:
             raise UserError(f"no room to write {path}: it needs about {max(needed, 1 << 20) / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free")
-        if not isinstance(error, OSError) and "os error" not in reason:
+        of_disk = isinstance(error, OSError) or "os error" in reason or "inline_container" in reason  # safetensors, torch
+        if not of_disk:
             raise
-        raise UserError(f"{path} cannot be written: {reason}")
+        raise UserError(f"{path} cannot be written: {reason.splitlines()[0]}")

@@ -41,10 +41,11 @@ def main(argv: list[str] | None = None) -> int:
             return run(load_config(run_folder(config, config.eval_only) / "config.json"), Path(config.eval_only), "eval_only")
         if config.resume is not None:
             run_dir = run_folder(config, config.resume)
+            config = resumed_config(run_dir, config, given)
             if all((run_dir / name).exists() for name in FINAL) and given <= {"resume"}:
                 print(f"{run_dir} is finished already, nothing is missing")
                 return 0
-            return run(resumed_config(run_dir, config, given), run_dir, "resume")
+            return run(config, run_dir, "resume")
         config.check()
         return run(config, new_run_folder(config), "train")
     except UserError as error:

@@ -57,53 +57,6 @@ def test_help_in_a_fresh_process_loads_no_model_library():
     assert all(f"--{name}" in text for name in PPOConfig.__dataclass_fields__)
 
 
-BAD_FLAGS = [
-    ("--batch_size 0", "--batch_size must be at least 1, not 0"),
-    ("--episodes -5", "--episodes must be at least 1"),
-    ("--lr nan", "--lr must be above 0 and finite, not nan"),
-    ("--lr inf", "--lr must be above 0 and finite, not inf"),
-    ("--lr 0", "--lr must be above 0"),
-    ("--lr fast", "invalid float value: 'fast'"),
-    ("--gen_len 1.5", "invalid int value: '1.5'"),
-    ("--gamma 1.1", "--gamma must be at least 0 and at most 1, not 1.1"),
-    ("--lam -0.1", "--lam must be at least 0 and at most 1"),
-    ("--temperature 0", "--temperature must be above 0"),
-    ("--cliprange -0.2", "--cliprange must be above 0"),
-    ("--init_kl_coef -1", "--init_kl_coef must be at least 0"),
-    ("--target nan", "--target must be above 0"),
-    ("--seed -1", "--seed must be at least 0"),
-    ("--seed 99999999999999999999", "--seed must be at least 0 and at most"),
-    ("--minibatch_size 256", "--minibatch_size 256 is larger than --batch_size 128"),
-    ("--average_decay 1", "--average_decay must be at least 0 and at most 0.9999"),
-    ("--kl_controller adaptiv", "invalid choice: 'adaptiv'"),
-    ("--dtype float16", "invalid choice: 'float16'"),
-    ("--preset big", "--preset big is unknown; choose one of article, demo"),
-    ("--device tpu", "--device tpu is unknown; choose auto, cpu, cuda, cuda:N or mps"),
-    ("--device cuda:99", "CUDA GPUs here"),
-    ("--run_name a/b", "no plain name"),
-    ("--run_name ..", "no plain name"),
-    ("--learning_rate 1e-5", "unknown argument --learning_rate; "),
-    ("--batchsize 5", "unknown argument --batchsize; did you mean --batch_size?"),
-    ("--batch 5", "unknown argument --batch; did you mean --batch_size?"),
-    ("stray", "unknown argument stray"),
-    ("--prompts_file missing.txt", "--prompts_file missing.txt cannot be read: No such file"),
-    ("--reward nothing", "must be module:function"),
-    ("--reward no_such_module:f", "cannot be imported (ModuleNotFoundError"),
-    ("--reward math:no_such", "cannot be imported (AttributeError"),
-    ("--reward math:pi", "is no function but a float"),
-]
-
-
-@pytest.mark.parametrize(("flags", "said"), BAD_FLAGS, ids=[flags for flags, _ in BAD_FLAGS])
-def test_bad_flags_give_one_line_and_exit_code_2(flags, said, capfd):
-    from train_ppo import main
-
-    assert main(flags.split()) == 2
-    out, err = capfd.readouterr()
-    assert out == "" and err.count("\n") == 1
-    assert said in err and err.startswith("train_ppo.py: error: ")
-
-
 def test_empty_prompts_are_refused(tmp_path):
     for argv in (["--prompts", ""], ["--prompts", "好", "  "], ["--model_name", ""], ["--prompts_file", str(tmp_path)]):
         with pytest.raises(UserError):

@@ -1,0 +1,185 @@
+"""What goes wrong from outside: kills, damaged files, full disks, second processes, gradients that are not finite."""
+
+import fcntl
+import json
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import train_ppo
+from config import UserError
+from ppo import MAX_SKIPPED, PPOTrainer
+from tests.conftest import ROOT
+from tests.stress_resume import stress
+from tests.test_train import SMALL, finished, rows, small_run, weights  # noqa: F401 (finished is a fixture)
+from tests.test_trainer import batch_of, make
+
+
+def test_killed_and_resumed_runs_equal_the_uninterrupted_one(tmp_path, demo, monkeypatch):
+    """The short form of tests/stress_resume.py."""
+    import tests.stress_resume
+
+    monkeypatch.setattr(tests.stress_resume, "FLAGS", [*SMALL, "--episodes", "160", "--save_every", "2"])
+    assert stress(tmp_path, seed=1, kills=2) == (2, 2, [])
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda c: (c / "policy.safetensors").write_bytes((c / "policy.safetensors").read_bytes()[:-100]), "policy.safetensors is damaged"),
+        (lambda c: (c / "average.safetensors").unlink(), "No such file"),
+        (lambda c: (c / "optimizer.pt").write_bytes(b"not torch"), "optimizer.pt is damaged"),
+        (lambda c: (c / "state.json").write_text("{"), "cannot be used"),
+        (lambda c: (c / "state.json").write_text("{}"), "cannot be used"),
+    ],
+    ids=["truncated weights", "missing file", "other optimizer", "truncated state", "empty state"],
+)
+def test_with_no_usable_checkpoint_resume_says_so(finished, tmp_path, damage, said, capsys):  # noqa: F811
+    run_dir = shutil.copytree(finished, tmp_path / "run")
+    (run_dir / "before_after.md").unlink()
+    for checkpoint in (run_dir / "checkpoints").iterdir():
+        damage(checkpoint)
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert train_ppo.main(["--resume", str(run_dir)]) == 2
+    out, err = capsys.readouterr()
+    assert "no usable checkpoint" in err and err.count("\n") == 1
+    assert out.count("cannot be used") == 3 and said in out
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_a_finished_run_is_left_alone_and_missing_output_is_made_again(finished, tmp_path, capsys):  # noqa: F811
+    run_dir = shutil.copytree(finished, tmp_path / "run")
+    assert train_ppo.main(["--resume", str(run_dir)]) == 0
+    assert "nothing is missing" in capsys.readouterr().out
+    shutil.rmtree(run_dir / "model")
+    (run_dir / "rewards.png").unlink()
+    assert train_ppo.main(["--resume", str(run_dir)]) == 0
+    assert weights(run_dir) == weights(finished) and (run_dir / "rewards.png").exists()
+
+
+@pytest.mark.parametrize("name", ["nothing", "latest"])
+def test_runs_that_cannot_be_resumed(tmp_path, name, capsys):
+    assert train_ppo.main(["--resume", name, "--runs_dir", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert train_ppo.main(["--eval_only", str(tmp_path / "nothing")]) == 2
+
+
+def test_a_second_process_is_refused_and_a_stale_lock_is_not(finished, tmp_path, capsys):  # noqa: F811
+    run_dir = shutil.copytree(finished, tmp_path / "run")
+    (run_dir / "before_after.md").unlink()
+    with (run_dir / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert train_ppo.main(["--resume", str(run_dir)]) == 2
+        assert "another process is at work" in capsys.readouterr().err
+    assert (run_dir / ".lock").exists()
+    assert train_ppo.main(["--resume", str(run_dir)]) == 0
+
+
+def test_a_run_folder_that_cannot_be_made(tmp_path, demo, capsys):
+    (tmp_path / "file").write_text("")
+    code, _ = small_run(tmp_path / "file")
+    assert code == 2 and "cannot be written: Not a directory" in capsys.readouterr().err
+
+
+def test_a_full_disk_names_path_and_room_and_keeps_earlier_checkpoints(finished, tmp_path):  # noqa: F811
+    """A limit on the size of files stands in for the full disk; the demo's optimizer state is over it."""
+    run_dir = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(run_dir / "checkpoints" / "step-000003")
+    limit = (run_dir / "checkpoints" / "step-000002" / "policy.safetensors").stat().st_size + 4096
+    kept = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "train_ppo.py"), "--resume", str(run_dir), "--save_every", "1"],
+        capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    last = result.stderr.splitlines()[-1]
+    assert result.returncode == 2 and "step-000003" in last and "Traceback" not in result.stderr
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == kept
+
+
+def test_room_needed_is_named_when_the_disk_is_full(tmp_path, monkeypatch):
+    from checkpoint import disk_errors
+
+    with pytest.raises(UserError, match=r"no room to write .*model: it needs about 5 MiB, \d+ MiB are free"):
+        with disk_errors(tmp_path / "model", 5 << 20):
+            raise OSError(28, "No space left on device")
+    with pytest.raises(RuntimeError, match="a bug"):
+        with disk_errors(tmp_path):
+            raise RuntimeError("a bug")
+
+
+def test_a_non_finite_gradient_is_skipped_and_counted(policy):
+    trainer = make(policy, ppo_epochs=2)
+    batch = batch_of(trainer, policy)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    stats = trainer.step(*batch[:2], [float("nan")] * 6)
+    assert stats["ppo/skipped"] == 2
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
+    assert trainer.step(*batch)["ppo/skipped"] == 0
+    assert any(not torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
+
+
+def test_ten_skipped_steps_in_a_row_end_the_run(policy):
+    trainer = make(policy, ppo_epochs=4)
+    batch = batch_of(trainer, policy)
+    with pytest.raises(FloatingPointError, match=f"{MAX_SKIPPED} optimiser steps"):
+        for _ in range(3):
+            trainer.step(*batch[:2], [float("nan")] * 6)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(FloatingPointError("the gradient of 10"), "try a lower --lr"), (torch.OutOfMemoryError("CUDA"), "lower --micro_batch_size")],
+)
+def test_a_failing_step_is_one_line_and_keeps_the_checkpoint(tmp_path, demo, monkeypatch, capsys, error, said):
+    step = PPOTrainer.step
+
+    def failing(self, *args):
+        if self.n_steps == 2:
+            raise error
+        return step(self, *args)
+
+    monkeypatch.setattr(PPOTrainer, "step", failing)
+    code, run_dir = small_run(tmp_path, "--save_every", "1")
+    assert code == 2 and said in capsys.readouterr().err.splitlines()[-1]
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
+    assert len(rows(run_dir)) == 2
+
+
+def test_a_real_bug_keeps_its_traceback(tmp_path, demo, monkeypatch):
+    monkeypatch.setattr(PPOTrainer, "step", lambda self, *args: [][0])
+    with pytest.raises(IndexError):
+        small_run(tmp_path)
+
+
+def test_raising_the_episodes_goes_on_with_a_notice(finished, tmp_path, capsys):  # noqa: F811
+    run_dir = shutil.copytree(finished, tmp_path / "run")
+    assert train_ppo.main(["--resume", str(run_dir), "--episodes", "64"]) == 0
+    assert "learning rate" in capsys.readouterr().out
+    assert [row["step"] for row in rows(run_dir)] == ["1", "2", "3", "4"]
+    assert json.loads((run_dir / "config.json").read_text())["episodes"] == 64
+
+
+def test_loading_a_checkpoint_runs_nothing(finished, tmp_path):  # noqa: F811
+    """A pickle in the optimizer's place that would run code is not run, even with a matching checksum."""
+    import os
+    import pickle
+
+    from checkpoint import FILES, sha256
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    run_dir = shutil.copytree(finished, tmp_path / "run")
+    (run_dir / "before_after.md").unlink()
+    for checkpoint in (run_dir / "checkpoints").iterdir():
+        (checkpoint / FILES[2]).write_bytes(pickle.dumps(Evil()))
+        state = json.loads((checkpoint / "state.json").read_text())
+        state["sha256"][FILES[2]] = sha256(checkpoint / FILES[2])
+        (checkpoint / "state.json").write_text(json.dumps(state))
+    assert train_ppo.main(["--resume", str(run_dir)]) == 2
+    assert not (tmp_path / "ran").exists()
