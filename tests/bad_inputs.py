@@ -161,12 +161,13 @@ def print_table() -> None:
     gpt2, sentiment = demo_models()
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            train_ppo.main([*NEW.replace("--model_name gpt2 --reward_model_name sentiment", "").split(), "--runs_dir", folder])
+            train_ppo.main([*NEW.replace("--model_name gpt2 --reward_model_name sentiment", "").split(), "--episodes", "32", "--runs_dir", folder])
         print("# Bad input, and the line the user sees\n\nMade by `python -m tests.bad_inputs > docs/errors.md`. All exit with code 2.\n")
         print("| what was tried | what is said |\n| --- | --- |")
         for what, change, command, _ in [(f"`{flags}`", lambda: None, flags, "") for flags, _ in FLAGS] + BROKEN:
             with workplace(gpt2, sentiment, Path(folder) / "new"):
                 _, err, _ = try_out(command, change)
+                err = err.replace(f"{os.getcwd()}/", "")
             print(f"| {what} | {err.strip().splitlines()[-1].split('error: ', 1)[1].replace('|', chr(92) + '|')} |")
 
 
