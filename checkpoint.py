@@ -3,7 +3,7 @@
     runs/<name>/checkpoints/step-000050/
         policy.safetensors     policy and value head
         average.safetensors    their running average
-        optimizer.pt           Adam, learning-rate schedule, global random generators (torch format, weights_only)
+        optimizer.pt           Adam and the global random generators (torch format, weights_only)
         state.json             step, KL coefficient, and a SHA-256 of every file above
 
 A checkpoint is written under a temporary name, flushed to disk and then renamed: it is there whole or not at all.
@@ -59,7 +59,6 @@ def write_checkpoint(trainer, partial: Path) -> None:
     torch.save(
         {
             "optimizer": trainer.optimizer.state_dict(),
-            "scheduler": trainer.scheduler.state_dict(),
             "n_averaged": trainer.average.n_averaged,
             "random": random_state(),
         },
@@ -100,7 +99,6 @@ def load_checkpoint(trainer, folder: Path) -> None:
         for model, name in ((trainer.model, FILES[0]), (trainer.average.module, FILES[1])):
             load_model(model, str(path / name), device=str(trainer.device))
         trainer.optimizer.load_state_dict(saved["optimizer"])
-        trainer.scheduler.load_state_dict(saved["scheduler"])
         trainer.average.n_averaged.copy_(saved["n_averaged"])
         set_random_state(saved["random"])
         trainer.n_steps, trainer.kl_controller.value = state["step"], state["kl_coef"]

@@ -68,9 +68,8 @@ class PPOConfig:
     horizon: int = option(10_000, "Completions over which the adaptive controller corrects its error.")
 
     # --- optimisation (Adam, Kingma & Ba 2015)
-    lr: float = option(1.41e-5, "Adam's learning rate at the start, for a model 768 wide; it goes with 768 / width (Yang et al. 2022).")
-    value_lr: float = option(3.3e-4, "Learning rate of the value head, likewise (article: the same as lr; see docs/learning.md).")
-    lr_schedule: Literal["linear", "constant"] = option("linear", "'linear' lets the learning rates fall to 0 at the last step, 'constant' keeps them (article: constant).")
+    lr: float = option(1.41e-5, "Adam's learning rate.")
+    value_lr: float = option(1e-3, "Adam's learning rate for the value head (article: the same as lr; see docs/learning.md).")
     average_decay: float = option(0.9, "The saved policy is a running average of the weights, with this decay per step; 0 saves the last weights (article: 0).")
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm at most.")
     micro_batch_size: int = option(64, "Completions that go through a model at once, which bounds memory and changes nothing else.")
@@ -146,7 +145,7 @@ class PPOConfig:
 PRESETS = {
     "article": {},
     "demo": dict(
-        model_name="demo", reward_model_name="demo", episodes=5_120, dtype="float32",
+        model_name="demo", reward_model_name="demo", episodes=5_120, lr=1e-4, init_kl_coef=0.1, dtype="float32",
     ),
 }
 

@@ -16,7 +16,6 @@ import copy
 
 import numpy as np
 import torch
-from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from config import pick_dtype
@@ -187,7 +186,6 @@ class FixedKLController:
 
 
 MAX_SKIPPED = 10  # optimiser steps in a row without a finite gradient: then training has failed
-LR_WIDTH = 768  # the learning rates are meant for a model this wide and go with 1 / width (Yang et al. 2022, muP, table 3)
 
 
 class PPOTrainer:
@@ -217,18 +215,9 @@ class PPOTrainer:
 
         value_parameters = list(model.v_head.parameters())
         policy_parameters = [p for name, p in model.named_parameters() if not name.startswith("v_head.")]
-        scale = LR_WIDTH / model.config.n_embd
-        groups = [
-            {"params": policy_parameters, "lr": config.lr * scale},
-            {"params": value_parameters, "lr": config.value_lr * scale},
-        ]
+        groups = [{"params": policy_parameters, "lr": config.lr}, {"params": value_parameters, "lr": config.value_lr}]
         self.optimizer = torch.optim.Adam(groups, fused=self.device.type in ("cpu", "cuda"))
-        self.scheduler = LambdaLR(self.optimizer, self.lr_factor)
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.average_decay))
-
-    def lr_factor(self, step: int) -> float:
-        """What the learning rates are multiplied with at a step."""
-        return 1.0 if self.config.lr_schedule == "constant" else max(0.0, 1 - step / self.config.n_steps())
 
     @property
     def policy_for_saving(self):
@@ -286,7 +275,6 @@ class PPOTrainer:
                 minibatch = (old_logprobs[rows], old_values[rows], whitened[rows], returns[rows], mask[rows])
                 stats.append(self.update(prompts.select(rows), responses[rows], *minibatch))
         self.n_steps += 1
-        self.scheduler.step()
         self.average.update_parameters(self.model)
 
         # 5. Statistics, named as in TRL
@@ -302,7 +290,6 @@ class PPOTrainer:
             "ppo/returns/mean": masked_mean(returns, mask),
             "ppo/val/mean": masked_mean(old_values, mask),
             "ppo/val/explained_variance": explained_variance(old_values, returns, mask),
-            "ppo/lr": self.optimizer.param_groups[0]["lr"],
             "tokens/completion_length": mask.sum() / n,
             "tokens/ended_share": (responses == self.sep_token_id).any(-1).float().mean(),
         }

@@ -99,8 +99,6 @@ def resumed_config(run_dir: Path, config: PPOConfig, given: set[str]) -> PPOConf
             raise UserError(f"--{name} {new} would change the result of {run_dir}, which was started with {old}; start a new run for that")
         if name == "episodes" and new < old:
             raise UserError(f"--episodes {new} is fewer than the {old} of {run_dir}; they can only be raised")
-        if name == "episodes" and new > old and saved.lr_schedule == "linear":
-            print(f"notice: with --episodes {new} instead of {old} the learning rate falls more slowly from here on")
     resumed = dataclasses.replace(saved, **{name: getattr(config, name) for name in given & HARMLESS})
     resumed.check()
     return resumed
