@@ -164,8 +164,12 @@ def disk_errors(path: Path, needed: int = 0):
         free = shutil.disk_usage(place).free
         reason = getattr(error, "strerror", None) or str(error)
         if free < needed or "No space left" in reason:
-            raise UserError(f"no room to write {path}: it needs about {max(needed, 1 << 20) / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free")
-        of_disk = isinstance(error, OSError) or "os error" in reason or "inline_container" in reason  # safetensors, torch
+            raise UserError(
+                f"no room to write {path}: it needs about {max(needed, 1 << 20) / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free"
+            )
+        of_disk = (
+            isinstance(error, OSError) or "os error" in reason or "inline_container" in reason
+        )  # safetensors, torch
         if not of_disk:
             raise
         raise UserError(f"{path} cannot be written: {reason.splitlines()[0]}")

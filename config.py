@@ -35,13 +35,26 @@ def option(default, help: str):
 class PPOConfig:
     """All hyperparameters of a run. The defaults are the preset `article`."""
 
-    preset: str = option("article", "Set of defaults: 'article' (the article's job, wants a GPU) or 'demo' (tiny models made on the spot).")
+    preset: str = option(
+        "article",
+        "Set of defaults: 'article' (the article's job, wants a GPU) or 'demo' (tiny models made on the spot).",
+    )
 
     # --- models
     model_name: str = option("uer/gpt2-chinese-cluecorpussmall", "GPT-2 to train: a hub id, a local folder, or 'demo'.")
-    reward_model_name: str = option("uer/roberta-base-finetuned-jd-binary-chinese", "Sentiment classifier that scores the texts: a hub id, a local folder, or 'demo'.")
-    positive_label: Optional[str] = option(None, "The classifier's label whose probability is the reward; found from the model's id2label unless given.")
-    reward: Optional[str] = option(None, "Your own reward instead of the classifier, as module:function; it gets a list of texts and returns as many numbers.")
+    reward_model_name: str = option(
+        "uer/roberta-base-finetuned-jd-binary-chinese",
+        "Sentiment classifier that scores the texts: a hub id, a local folder, or 'demo'.",
+    )
+    positive_label: Optional[str] = option(
+        None,
+        "The classifier's label whose probability is the reward; found from the model's id2label unless given.",
+    )
+    reward: Optional[str] = option(
+        None,
+        "Your own reward instead of the classifier, as module:function; it gets a list of texts and returns as "
+        "many numbers.",
+    )
 
     # --- prompts and sampling
     prompts: list[str] = option(["刚收到货,感觉"], "Prompts to complete, taken in turn.")
@@ -52,32 +65,56 @@ class PPOConfig:
     # --- PPO (Schulman et al. 2017)
     episodes: int = option(20_000, "Completions to train on, rounded up to whole batches.")
     batch_size: int = option(128, "Completions sampled and scored per step.")
-    minibatch_size: int = option(128, "Completions per optimiser step (article: 1; many small noisy steps waste KL, see docs/learning.md).")
+    minibatch_size: int = option(
+        128,
+        "Completions per optimiser step (article: 1; many small noisy steps waste KL, see docs/learning.md).",
+    )
     ppo_epochs: int = option(4, "Passes over each batch.")
     gamma: float = option(1.0, "Discount per token, 0 to 1.")
     lam: float = option(0.95, "Lambda of generalised advantage estimation, 0 to 1 (Schulman et al. 2016).")
     cliprange: float = option(0.2, "The probability ratio is clipped to 1 plus or minus this.")
     cliprange_value: float = option(0.2, "Values are clipped to the old value plus or minus this.")
     vf_coef: float = option(0.1, "Weight of the value loss.")
-    detach_value: bool = option(True, "Keep the value head's gradient out of the trunk (article: False, which disturbs the policy; see docs/learning.md).")
+    detach_value: bool = option(
+        True,
+        "Keep the value head's gradient out of the trunk (article: False, which disturbs the policy; see "
+        "docs/learning.md).",
+    )
 
     # --- KL to the reference (Ziegler et al. 2019, section 2.2)
     init_kl_coef: float = option(0.2, "KL coefficient, in reward per nat; beta of the evaluation.")
-    kl_controller: Literal["adaptive", "fixed"] = option("fixed", "'fixed' keeps the coefficient, 'adaptive' steers it towards --target (article: adaptive).")
+    kl_controller: Literal["adaptive", "fixed"] = option(
+        "fixed",
+        "'fixed' keeps the coefficient, 'adaptive' steers it towards --target (article: adaptive).",
+    )
     target: float = option(6.0, "KL per completion that the adaptive controller aims at, in nats.")
     horizon: int = option(10_000, "Completions over which the adaptive controller corrects its error.")
 
     # --- optimisation (Adam, Kingma & Ba 2015)
     lr: float = option(1.41e-5, "Adam's learning rate.")
-    value_lr: float = option(1e-3, "Adam's learning rate for the value head (article: the same as lr; see docs/learning.md).")
-    average_decay: float = option(0.9, "The saved policy is a running average of the weights, with this decay per step; 0 saves the last weights (article: 0).")
+    value_lr: float = option(
+        1e-3,
+        "Adam's learning rate for the value head (article: the same as lr; see docs/learning.md).",
+    )
+    average_decay: float = option(
+        0.9,
+        "The saved policy is a running average of the weights, with this decay per step; 0 saves the last weights "
+        "(article: 0).",
+    )
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm at most.")
-    micro_batch_size: int = option(64, "Completions that go through a model at once, which bounds memory and changes nothing else.")
+    micro_batch_size: int = option(
+        64,
+        "Completions that go through a model at once, which bounds memory and changes nothing else.",
+    )
 
     # --- run and logging
     seed: int = option(1, "Decides every random draw; on a CPU the same seed gives the same run to the bit.")
     device: str = option("auto", "'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'.")
-    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "Arithmetic of the models; 'auto' is bfloat16 where the hardware computes it natively. Weights, optimiser and losses stay float32.")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto",
+        "Arithmetic of the models; 'auto' is bfloat16 where the hardware computes it natively. Weights, optimiser "
+        "and losses stay float32.",
+    )
     run_name: Optional[str] = option(None, "Folder of this run below --runs_dir; a time stamp unless given.")
     runs_dir: str = option("runs", "Folder that holds the runs.")
     log_samples_every: int = option(10, "Print a few completions every this many steps; 0 for never.")
@@ -97,7 +134,9 @@ class PPOConfig:
             value = getattr(self, name)
             if not (low <= value if low_ok else low < value) or not value <= high or not math.isfinite(value):
                 least = f"at least {low}" if low_ok else f"above {low}"
-                most = f" and at most {high}" if math.isfinite(high) else " and finite" if isinstance(value, float) else ""
+                most = (
+                    f" and at most {high}" if math.isfinite(high) else " and finite" if isinstance(value, float) else ""
+                )
                 raise UserError(f"--{name} must be {least}{most}, not {value}")
         if self.minibatch_size > self.batch_size:
             raise UserError(f"--minibatch_size {self.minibatch_size} is larger than --batch_size {self.batch_size}")
@@ -145,7 +184,12 @@ class PPOConfig:
 PRESETS = {
     "article": {},
     "demo": dict(
-        model_name="demo", reward_model_name="demo", episodes=5_120, lr=1e-4, init_kl_coef=0.1, dtype="float32",
+        model_name="demo",
+        reward_model_name="demo",
+        episodes=5_120,
+        lr=1e-4,
+        init_kl_coef=0.1,
+        dtype="float32",
     ),
 }
 

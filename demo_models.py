@@ -22,7 +22,16 @@ NEGATIVE, POSITIVE = "negative (stars 1, 2 and 3)", "positive (stars 4 and 5)"
 # ----------------------------------------------------------------------------------------------
 # The grammar
 
-OPENINGS = ["刚收到货,感觉", "昨天收到的,", "用了几天,", "第二次买了,", "给妈妈买的,", "打开包装看了看,", "双十一买的,", "朋友推荐的,"]
+OPENINGS = [
+    "刚收到货,感觉",
+    "昨天收到的,",
+    "用了几天,",
+    "第二次买了,",
+    "给妈妈买的,",
+    "打开包装看了看,",
+    "双十一买的,",
+    "朋友推荐的,",
+]
 THINGS = ["质量", "颜色", "味道", "做工", "包装", "手感", "物流", "客服", "款式", "价格", "屏幕", "尺寸"]
 DEGREES = ["很", "非常", "真的", "还是", "挺", "有点", "比较", "特别", "实在", "相当"]
 GOOD = ["不错", "满意", "漂亮", "好用", "舒服", "喜欢", "划算", "精致", "给力", "贴心", "合适", "靠谱"]
@@ -78,7 +87,14 @@ def make_demo_models(out: Path) -> None:
     """Train both models and write them below `out`, the same weights every time."""
     draw = random.Random(1)
     reviews = [write_review(draw) for _ in range(REVIEWS)]
-    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({character for text, _ in reviews for character in text})]
+    vocab = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *sorted({character for text, _ in reviews for character in text}),
+    ]
     (out / "vocab.txt").write_text("\n".join(vocab) + "\n", encoding="utf-8")
     tokenizer = BertTokenizer(str(out / "vocab.txt"))
     with torch.random.fork_rng(devices=[]):
@@ -105,7 +121,9 @@ def make_demo_models(out: Path) -> None:
             config.pop(key, None)
         (folder / "config.json").write_text(json.dumps(config, indent=2))
         shutil.copy(out / "vocab.txt", folder / "vocab.txt")
-        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 64, **special}))
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 64, **special})
+        )
         torch.save(model.state_dict(), folder / "pytorch_model.bin")
 
 

@@ -53,7 +53,9 @@ def evaluate(trainer: PPOTrainer, model, tokenizer, reward, prompts: list[str], 
         "length": sum(len(response) for response in responses) / n,
         "ended": sum(ended) / n,
         "ref_logprob": masked_mean(ref_logprobs, mask).item(),
-        "commonest": [[prompts[i] + text, count] for (i, text), count in Counter(zip(prompt_index, completions)).most_common(10)],
+        "commonest": [
+            [prompts[i] + text, count] for (i, text), count in Counter(zip(prompt_index, completions)).most_common(10)
+        ],
         "samples": [[prompts[i], text, score] for i, text, score in zip(prompt_index, completions, rewards.tolist())],
         "kls": kl.tolist(),
     }
@@ -98,7 +100,11 @@ def gain(before: dict, after: dict, prompts: list[str], beta: float) -> dict:
         why = f"the limit would rest on {best['effective_samples']:.0f} samples, fewer than 100; raise --eval_samples"
         return {**result, "gain": None, "why": why}
     if possible < 0.01:
-        return {**result, "gain": None, "why": f"there is next to nothing to gain: J* is only {possible:.4f} above J_ref"}
+        return {
+            **result,
+            "gain": None,
+            "why": f"there is next to nothing to gain: J* is only {possible:.4f} above J_ref",
+        }
     share = (result["J"] - result["J_before"]) / possible
     order = torch.cat([(prompt_index == i).nonzero().squeeze(1) for i in prompt_index.unique()])
     of_after = torch.tensor([s for *_, s in after["samples"]]) - beta * torch.tensor(after["kls"])
@@ -131,10 +137,14 @@ def summary(evaluation: dict) -> str:
         lines.append(f"{what:36}{before[key]:>10{form}}" + (f"{after[key]:>10{form}}" if after else ""))
     result = evaluation.get("gain")
     if result and "J" in result:
-        lines.append(f"{'J = reward - ' + format(result['beta'], 'g') + ' KL':36}{result['J_before']:>10.3f}{result['J']:>10.3f}")
+        lines.append(
+            f"{'J = reward - ' + format(result['beta'], 'g') + ' KL':36}{result['J_before']:>10.3f}{result['J']:>10.3f}"
+        )
     if result and result["gain"] is not None:
         best = result["limit"]
-        lines.append(f"gain {result['gain']:.2f} (standard error {result['gain_se']:.2f}) of what is possible: the limit is")
+        lines.append(
+            f"gain {result['gain']:.2f} (standard error {result['gain_se']:.2f}) of what is possible: the limit is"
+        )
         lines.append(f"J* {best['J']:.3f}, with reward {best['reward']:.3f} at KL {best['kl']:.2f}")
     elif result:
         lines.append(f"gain unknown: {result['why']}")
@@ -153,7 +163,9 @@ def commonest(evaluation: dict) -> str:
 def before_after_table(evaluation: dict) -> str:
     """A few completions of the same random draws before and after training, as a Markdown table."""
     lines = ["| prompt | before | score | after | score |", "| --- | --- | --- | --- | --- |"]
-    for (prompt, old, old_score), (_, new, new_score) in list(zip(evaluation["before"]["samples"], evaluation["after"]["samples"]))[:SHOWN]:
+    for (prompt, old, old_score), (_, new, new_score) in list(
+        zip(evaluation["before"]["samples"], evaluation["after"]["samples"])
+    )[:SHOWN]:
         lines.append(f"| {prompt} | {old} | {old_score:.2f} | {new} | {new_score:.2f} |")
     return "\n".join(lines)
 

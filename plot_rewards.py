@@ -1,7 +1,7 @@
 """Draw the curves of one or more runs.
 
-    python plot_rewards.py                              the newest run below runs/, into its folder as rewards.png
-    python plot_rewards.py runs/a runs/b --out FILE     several runs over each other
+python plot_rewards.py                              the newest run below runs/, into its folder as rewards.png
+python plot_rewards.py runs/a runs/b --out FILE     several runs over each other
 """
 
 import argparse
@@ -30,7 +30,9 @@ STYLES = ["-", "--", ":"]  # of several columns in one panel; a run keeps its co
 def main(argv: list[str] | None = None) -> int:
     """Run the program; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders; the newest below runs/ unless given")
+    parser.add_argument(
+        "runs", nargs="*", type=Path, metavar="RUN", help="run folders; the newest below runs/ unless given"
+    )
     parser.add_argument("--out", type=Path, help="picture to write (default: rewards.png in the first run's folder)")
     args = parser.parse_args(argv)
     try:
@@ -62,7 +64,9 @@ def read_metrics(run: Path) -> dict[str, np.ndarray]:
     whole_lines = text[: text.rfind("\n") + 1].splitlines()
     reader = csv.DictReader(whole_lines)
     if not {"step", "env/reward_mean", "env/reward_std"} <= set(reader.fieldnames or []):
-        raise UserError(f"{path} holds no metrics of a run" if whole_lines else f"{path} is empty: the run has not finished a step")
+        raise UserError(
+            f"{path} holds no metrics of a run" if whole_lines else f"{path} is empty: the run has not finished a step"
+        )
     try:
         rows = [{name: float(value) for name, value in row.items()} for row in reader]
     except (TypeError, ValueError):
@@ -111,14 +115,18 @@ def draw(runs: list[Path], out: Path) -> None:
                     axes.plot(metrics["step"], metrics[column], style, color=colour, linewidth=1, label=label)
             axes.set(title=title, xlabel="step", ylabel=unit)
     reward_axes.set(title="mean reward", xlabel="episodes", ylabel="reward")
-    plane_axes.set(title="reward against KL: up is better, right is dearer", xlabel="KL to the reference, nats", ylabel="mean reward")
+    plane_axes.set(
+        title="reward against KL: up is better, right is dearer",
+        xlabel="KL to the reference, nats",
+        ylabel="mean reward",
+    )
     histogram_axes.set(title="rewards before and after", xlabel="reward", ylabel="share of completions")
     for axes in fig.axes:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8, loc="best")
     try:
-        fig.savefig(out, dpi=75)
+        fig.savefig(out, dpi=66)
     except (OSError, ValueError) as error:
         raise UserError(f"the picture {out} cannot be written: {getattr(error, 'strerror', None) or error}")
     finally:
@@ -137,15 +145,45 @@ def draw_plane(axes, name: str, metrics: dict, evaluation: dict, colour: str, wi
     """The run's path in the plane of KL and reward, one dot a step, below the frontier that no policy can cross."""
     points = evaluation.get("frontier", [])
     if points and with_frontier:
-        axes.plot([p["kl"] for p in points], [p["reward"] for p in points], color="black", linewidth=1.5, label="best possible")
-    axes.scatter(metrics["objective/kl"], metrics["env/reward_mean"], s=8, color=colour, alpha=0.35, label=f"{name}, a dot a step")
+        axes.plot(
+            [p["kl"] for p in points],
+            [p["reward"] for p in points],
+            color="black",
+            linewidth=1.5,
+            label="best possible",
+        )
+    axes.scatter(
+        metrics["objective/kl"],
+        metrics["env/reward_mean"],
+        s=8,
+        color=colour,
+        alpha=0.35,
+        label=f"{name}, a dot a step",
+    )
     for when, marker in (("before", "o"), ("after", "*")):
         if when in evaluation:
             point = evaluation[when]
-            axes.scatter(point["kl"], point["reward"], s=160, marker=marker, color=colour, edgecolor="black", zorder=3, label=f"{name}, {when}")
+            axes.scatter(
+                point["kl"],
+                point["reward"],
+                s=160,
+                marker=marker,
+                color=colour,
+                edgecolor="black",
+                zorder=3,
+                label=f"{name}, {when}",
+            )
     limit = (evaluation.get("gain") or {}).get("limit")
     if limit:
-        axes.scatter(limit["kl"], limit["reward"], s=110, marker="D", facecolor="none", edgecolor=colour, label=f"{name}, the limit at its beta")
+        axes.scatter(
+            limit["kl"],
+            limit["reward"],
+            s=110,
+            marker="D",
+            facecolor="none",
+            edgecolor=colour,
+            label=f"{name}, the limit at its beta",
+        )
 
 
 def draw_histogram(axes, name: str, evaluation: dict, colour: str) -> None:

@@ -11,7 +11,6 @@ Sources, by the names used below:
               code, lm-human-preferences
 """
 
-
 import copy
 
 import numpy as np
@@ -19,7 +18,15 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from config import pick_dtype
-from gpt2_value_head import Prompts, completion_mask, completion_uniforms, never_sampled_ids, restrict_logits, restriction, sample
+from gpt2_value_head import (
+    Prompts,
+    completion_mask,
+    completion_uniforms,
+    never_sampled_ids,
+    restrict_logits,
+    restriction,
+    sample,
+)
 
 # ----------------------------------------------------------------------------------------------
 # Probabilities
@@ -233,7 +240,9 @@ class PPOTrainer:
         step = self.n_steps + 1 if step is None else step
         working_copy = model if model.dtype == self.dtype else copy.deepcopy(model).to(self.dtype)
         responses = []
-        for rows in torch.arange(len(query_tensors)).split(4 * self.config.micro_batch_size):  # no gradients: room for 4
+        for rows in torch.arange(len(query_tensors)).split(
+            4 * self.config.micro_batch_size
+        ):  # no gradients: room for 4
             prompts = Prompts.from_tensors([query_tensors[i] for i in rows], self.pad_token_id, self.device)
             uniforms = completion_uniforms(seed, step, rows.tolist(), self.config.gen_len)
             special = (self.restriction, self.sep_token_id, self.pad_token_id)
@@ -242,7 +251,9 @@ class PPOTrainer:
             responses += [row[:length] for row, length in zip(tokens, lengths)]
         return responses
 
-    def step(self, query_tensors: list[torch.Tensor], response_tensors: list[torch.Tensor], rewards) -> dict[str, float]:
+    def step(
+        self, query_tensors: list[torch.Tensor], response_tensors: list[torch.Tensor], rewards
+    ) -> dict[str, float]:
         """One PPO step on a batch.
 
         query_tensors, response_tensors: lists of 1-d int64 tensors of any lengths (a response includes its [SEP]).
@@ -299,7 +310,9 @@ class PPOTrainer:
         self.kl_controller.update(result["objective/kl"], n)
         return result
 
-    def update(self, prompts, responses, old_logprobs, old_values, advantages, returns, mask) -> dict[str, torch.Tensor]:
+    def update(
+        self, prompts, responses, old_logprobs, old_values, advantages, returns, mask
+    ) -> dict[str, torch.Tensor]:
         """One optimiser step on a minibatch, its gradient gathered over micro-batches."""
         config = self.config
         self.optimizer.zero_grad()
@@ -307,8 +320,12 @@ class PPOTrainer:
         for part in torch.arange(len(responses), device=self.device).split(config.micro_batch_size):
             logits, values = self.forward(self.model, prompts.select(part), responses[part])
             logprobs = logprobs_from_logits(logits, responses[part])
-            pg_loss, pg_clipfrac = policy_loss(logprobs, old_logprobs[part], advantages[part], mask[part], config.cliprange)
-            vf_loss, vf_clipfrac = value_loss(values, old_values[part], returns[part], mask[part], config.cliprange_value)
+            pg_loss, pg_clipfrac = policy_loss(
+                logprobs, old_logprobs[part], advantages[part], mask[part], config.cliprange
+            )
+            vf_loss, vf_clipfrac = value_loss(
+                values, old_values[part], returns[part], mask[part], config.cliprange_value
+            )
             share = mask[part].sum() / mask.sum()
             loss = pg_loss + config.vf_coef * vf_loss
             (share * loss).backward()
@@ -348,7 +365,9 @@ class PPOTrainer:
         return tuple(torch.cat(columns) for columns in zip(*parts))
 
     @torch.no_grad()
-    def kl_to_reference(self, model, query_tensors, response_tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def kl_to_reference(
+        self, model, query_tensors, response_tensors
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """How far `model` is from the reference along some responses.
 
         Returns, on the CPU, the KL summed over each completion (n,) in nats, over the whole vocabulary at each token;

@@ -28,7 +28,14 @@ class SentimentReward:
     is ambiguous, or where the folder holds no classifier.
     """
 
-    def __init__(self, folder: Path, device, dtype: torch.dtype = torch.float32, positive_label: str | None = None, batch_size: int = 128):
+    def __init__(
+        self,
+        folder: Path,
+        device,
+        dtype: torch.dtype = torch.float32,
+        positive_label: str | None = None,
+        batch_size: int = 128,
+    ):
         config = read_model_config(folder)
         labels = list(config.id2label.values())
         self.positive_label = find_positive_label(labels, positive_label)
@@ -66,7 +73,9 @@ def find_positive_label(labels: list[str], wanted: str | None) -> str:
         return wanted
     positive = [label for label in labels if re.match(r"pos|正|好|积极", label.strip().lower())]
     if len(positive) != 1 or len(labels) < 2:
-        raise UserError(f"which label of the reward model is the happy one? Its labels are {listed}; set --positive_label")
+        raise UserError(
+            f"which label of the reward model is the happy one? Its labels are {listed}; set --positive_label"
+        )
     return positive[0]
 
 
@@ -96,9 +105,13 @@ def score_texts(reward: Callable[[list[str]], object], texts: list[str]) -> torc
     try:
         scores = scores.tolist() if hasattr(scores, "tolist") else list(scores)
     except TypeError:
-        raise RewardError(f"the reward function returned a {type(scores).__name__}, not a list of numbers, for {texts[0]!r}")
+        raise RewardError(
+            f"the reward function returned a {type(scores).__name__}, not a list of numbers, for {texts[0]!r}"
+        )
     if len(scores) != len(texts):
-        raise RewardError(f"the reward function returned {len(scores)} numbers for {len(texts)} texts; the first text was {texts[0]!r}")
+        raise RewardError(
+            f"the reward function returned {len(scores)} numbers for {len(texts)} texts; the first text was {texts[0]!r}"
+        )
     for score, text in zip(scores, texts):
         score = score.item() if hasattr(score, "item") else score
         if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):

@@ -26,10 +26,10 @@ from pathlib import Path
 
 from config import PPOConfig, UserError, import_function, load_config, model_folder, parse_args, pick_device, pick_dtype
 
-# Settings that may differ when a run goes on: none of them changes what it computes.
+# Settings that may differ when a run goes on, since none of them changes what it computes (but for how long); and when a
+# saved run is judged again.
 HARMLESS = {"runs_dir", "device", "log_samples_every", "save_every", "keep_checkpoints", "micro_batch_size", "episodes"}
-
-
+FOR_JUDGING = {"runs_dir", "device", "dtype", "micro_batch_size", "eval_samples"}
 FINAL = ("model", "rewards.png", "before_after.md")  # what the end of a run writes, the last of them last
 
 
@@ -38,10 +38,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config, given = parse_args(sys.argv[1:] if argv is None else argv)
         if config.eval_only is not None:
-            return run(load_config(run_folder(config, config.eval_only) / "config.json"), Path(config.eval_only), "eval_only")
+            run_dir = run_folder(config, config.eval_only)
+            return run(saved_config(run_dir, config, given - {"eval_only"}, FOR_JUDGING), run_dir, "eval_only")
         if config.resume is not None:
             run_dir = run_folder(config, config.resume)
-            config = resumed_config(run_dir, config, given)
+            config = saved_config(run_dir, config, given - {"resume"}, HARMLESS)
             if all((run_dir / name).exists() for name in FINAL) and given <= {"resume"}:
                 print(f"{run_dir} is finished already, nothing is missing")
                 return 0
@@ -56,7 +57,10 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported yet
-            print("train_ppo.py: error: the device is out of memory; lower --micro_batch_size (or --gen_len)", file=sys.stderr)
+            print(
+                "train_ppo.py: error: the device is out of memory; lower --micro_batch_size (or --gen_len)",
+                file=sys.stderr,
+            )
             return 2
         raise
 
@@ -74,7 +78,9 @@ def new_run_folder(config: PPOConfig) -> Path:
             config.run_name, number = f"{stamp}-{number}", number + 1
     run_dir = Path(config.runs_dir) / config.run_name
     if run_dir.exists():
-        raise UserError(f"--run_name {config.run_name}: {run_dir} exists already; choose another name, or --resume {run_dir}")
+        raise UserError(
+            f"--run_name {config.run_name}: {run_dir} exists already; choose another name, or --resume {run_dir}"
+        )
     return run_dir
 
 
@@ -90,18 +96,19 @@ def run_folder(config: PPOConfig, name: str) -> Path:
     return Path(name)
 
 
-def resumed_config(run_dir: Path, config: PPOConfig, given: set[str]) -> PPOConfig:
-    """A run's own config with the harmless flags of this command line. UserError for flags that would change the result."""
+def saved_config(run_dir: Path, config: PPOConfig, given: set[str], allowed: set[str]) -> PPOConfig:
+    """A run's own config with the allowed flags of this command line. UserError for flags that would change the result."""
     saved = load_config(run_dir / "config.json")
-    for name in sorted(given - {"resume"}):
+    for name in sorted(given):
         old, new = getattr(saved, name), getattr(config, name)
-        if name not in HARMLESS and old != new:
-            raise UserError(f"--{name} {new} would change the result of {run_dir}, which was started with {old}; start a new run for that")
+        if name not in allowed and old != new:
+            change = f"--{name} {new} would change the result of {run_dir}, which was started with {old}"
+            raise UserError(f"{change}; start a new run for that")
         if name == "episodes" and new < old:
             raise UserError(f"--episodes {new} is fewer than the {old} of {run_dir}; they can only be raised")
-    resumed = dataclasses.replace(saved, **{name: getattr(config, name) for name in given & HARMLESS})
-    resumed.check()
-    return resumed
+    config = dataclasses.replace(saved, **{name: getattr(config, name) for name in given & allowed})
+    config.check()
+    return config
 
 
 def lock_folder(run_dir: Path):
@@ -127,7 +134,10 @@ class RunLog:
         """Remove what was logged after the checkpoint that the run goes on from."""
         from checkpoint import write_whole
 
-        for name, step_of in (("metrics.csv", lambda line: int(line.split(",")[0])), ("samples.jsonl", lambda line: json.loads(line)["step"])):
+        for name, step_of in (
+            ("metrics.csv", lambda line: int(line.split(",")[0])),
+            ("samples.jsonl", lambda line: json.loads(line)["step"]),
+        ):
             path = self.run_dir / name
             if not path.exists():
                 continue
@@ -169,7 +179,9 @@ def draw_prompts(n_prompts: int, seed: int, step: int, batch_size: int) -> list[
     import numpy as np
 
     positions = range((step - 1) * batch_size, step * batch_size)
-    orders = {turn: np.random.default_rng([seed, turn]).permutation(n_prompts) for turn in {p // n_prompts for p in positions}}
+    orders = {
+        turn: np.random.default_rng([seed, turn]).permutation(n_prompts) for turn in {p // n_prompts for p in positions}
+    }
     return [int(orders[p // n_prompts][p % n_prompts]) for p in positions]
 
 
@@ -247,12 +259,14 @@ def run(config: PPOConfig, run_dir: Path, mode: str) -> int:
     # 2. The run folder
     with disk_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=mode == "resume")
-        lock = lock_folder(run_dir)
+        lock = lock_folder(run_dir)  # noqa: F841 (held for as long as this name lives)
         config.save(run_dir / "config.json")
     if mode == "resume":
         load_checkpoint(trainer, run_dir / "checkpoints")
     log = RunLog(run_dir, trainer.n_steps)
-    print(f"run folder {run_dir}, {config.n_steps()} steps of {config.batch_size} completions on {trainer.device} in {str(trainer.dtype)[6:]}")
+    print(
+        f"run folder {run_dir}, {config.n_steps()} steps of {config.batch_size} completions on {trainer.device} in {str(trainer.dtype)[6:]}"
+    )
 
     # 3. How good the policy is before training; measured once
     evaluation_file = run_dir / "evaluation.json"
@@ -264,7 +278,9 @@ def run(config: PPOConfig, run_dir: Path, mode: str) -> int:
 
     # 4. The loop
     stop = StopSignal()
-    bar = tqdm(range(trainer.n_steps + 1, config.n_steps() + 1), initial=trainer.n_steps, total=config.n_steps(), unit="step")
+    bar = tqdm(
+        range(trainer.n_steps + 1, config.n_steps() + 1), initial=trainer.n_steps, total=config.n_steps(), unit="step"
+    )
     for step in bar:
         started = time.perf_counter()
         drawn = draw_prompts(len(prompts), config.seed, step, config.batch_size)
@@ -281,18 +297,30 @@ def run(config: PPOConfig, run_dir: Path, mode: str) -> int:
         try:
             stats = trainer.step(batch, responses, scores)
         except FloatingPointError as error:
-            raise UserError(f"step {step}: {error}; try a lower --lr, or --dtype float32. The last good checkpoint is kept")
+            raise UserError(
+                f"step {step}: {error}; try a lower --lr, or --dtype float32. The last good checkpoint is kept"
+            )
         finished = time.perf_counter()
 
         row = {"step": step, "episodes": step * config.batch_size, "env/reward_mean": scores.mean().item()}
         row |= {"env/reward_std": scores.std(correction=0).item(), **stats}
-        row |= {"time/sample": sampled - started, "time/score": scored - sampled, "time/ppo": finished - scored, "time/step": finished - started}
-        samples = [{"step": step, "prompt": prompts[i], "completion": text, "score": score} for i, text, score in zip(drawn, completions, scores.tolist())]
+        row |= {
+            "time/sample": sampled - started,
+            "time/score": scored - sampled,
+            "time/ppo": finished - scored,
+            "time/step": finished - started,
+        }
+        samples = [
+            {"step": step, "prompt": prompts[i], "completion": text, "score": score}
+            for i, text, score in zip(drawn, completions, scores.tolist())
+        ]
         with disk_errors(run_dir / "metrics.csv"):
             log.write(row, samples)
         bar.set_postfix(reward=f"{row['env/reward_mean']:.3f}", kl=f"{stats['objective/kl']:.2f}")
         if config.log_samples_every and step % config.log_samples_every == 0:
-            shown = "\n".join(f"  {s['score']:.2f}  {s['prompt']}{s['completion']}" for s in samples[: evaluation.SHOWN])
+            shown = "\n".join(
+                f"  {s['score']:.2f}  {s['prompt']}{s['completion']}" for s in samples[: evaluation.SHOWN]
+            )
             tqdm.write(f"step {step}, mean reward {row['env/reward_mean']:.3f}\n{shown}")
 
         last = step == config.n_steps()

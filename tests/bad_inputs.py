@@ -126,7 +126,11 @@ BROKEN = [  # (what was done, how, command, part of the line)
 def relabel(*labels: str) -> None:
     path = Path("sentiment/config.json")
     config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}))
+    path.write_text(
+        json.dumps(
+            config | {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        )
+    )
 
 
 def try_out(command: str, change=lambda: None) -> tuple[int, str, bool]:
@@ -137,7 +141,11 @@ def try_out(command: str, change=lambda: None) -> tuple[int, str, bool]:
     program = plot_rewards.main if words[0] == "plot" else train_ppo.main
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
         code = program(words[words[0] == "plot" :])
-    unharmed = all(path.exists() and path.read_bytes() == content for path, content in before.items() if path.name not in (".lock", "config.json"))
+    unharmed = all(
+        path.exists() and path.read_bytes() == content
+        for path, content in before.items()
+        if path.name not in (".lock", "config.json")
+    )
     return code, err.getvalue(), unharmed
 
 
@@ -161,8 +169,18 @@ def print_table() -> None:
     gpt2, sentiment = demo_models()
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            train_ppo.main([*NEW.replace("--model_name gpt2 --reward_model_name sentiment", "").split(), "--episodes", "32", "--runs_dir", folder])
-        print("# Bad input, and the line the user sees\n\nMade by `python -m tests.bad_inputs > docs/errors.md`. All exit with code 2.\n")
+            train_ppo.main(
+                [
+                    *NEW.replace("--model_name gpt2 --reward_model_name sentiment", "").split(),
+                    "--episodes",
+                    "32",
+                    "--runs_dir",
+                    folder,
+                ]
+            )
+        print(
+            "# Bad input, and the line the user sees\n\nMade by `python -m tests.bad_inputs > docs/errors.md`. All exit with code 2.\n"
+        )
         print("| what was tried | what is said |\n| --- | --- |")
         for what, change, command, _ in [(f"`{flags}`", lambda: None, flags, "") for flags, _ in FLAGS] + BROKEN:
             with workplace(gpt2, sentiment, Path(folder) / "new"):

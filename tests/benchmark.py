@@ -63,7 +63,14 @@ def main(argv: list[str]) -> None:
     median = {name: statistics.median(phase[name] for phase in phases[1:]) for name in phases[0]}
 
     classifier = getattr(getattr(reward, "pipeline", None), "model", None)
-    needed = multiply_adds(trainer.model.config, classifier and classifier.config, config, [len(q) for q in queries], lengths[-1], tokens_scored[-1])
+    needed = multiply_adds(
+        trainer.model.config,
+        classifier and classifier.config,
+        config,
+        [len(q) for q in queries],
+        lengths[-1],
+        tokens_scored[-1],
+    )
     rate = 2 * needed / median["step"] / 1e12
     ceiling = best_matrix_product(device, trainer.dtype) / 1e12
     if device.type == "cuda":
@@ -74,9 +81,16 @@ def main(argv: list[str]) -> None:
     for phase, value in median.items():
         print(f"{phase:10} {value:8.3f} s  {value / median['step']:5.1%}")
     print(f"{config.batch_size / median['step']:.1f} completions/s, {sum(lengths[-1]) / median['step']:.0f} tokens/s")
-    print(f"{needed / 1e9:.0f} G multiply-adds needed a step: {rate:.3f} TFLOP/s of {ceiling:.3f}, {rate / ceiling:.0%} of the ceiling")
+    print(
+        f"{needed / 1e9:.0f} G multiply-adds needed a step: {rate:.3f} TFLOP/s of {ceiling:.3f}, {rate / ceiling:.0%} of the ceiling"
+    )
     print(f"peak memory {memory:.2f} GiB on {name} in {str(trainer.dtype)[6:]}")
-    result = {"seconds_per_step": median.pop("step"), "rate_tflops": rate, "ceiling_tflops": ceiling, "ceiling_share": rate / ceiling}
+    result = {
+        "seconds_per_step": median.pop("step"),
+        "rate_tflops": rate,
+        "ceiling_tflops": ceiling,
+        "ceiling_share": rate / ceiling,
+    }
     result |= {"peak_memory_gb": memory, "dtype": str(trainer.dtype)[6:], "device": name, **median}
     print(json.dumps({key: round(value, 5) if isinstance(value, float) else value for key, value in result.items()}))
 
@@ -97,14 +111,20 @@ def multiply_adds(gpt2, bert, config, prompt_lengths: list[int], lengths: list[i
     total = 3 * (prefill + forward)  # sampling, old and reference log-probabilities
     total += 3 * config.ppo_epochs * (minibatches * prefill + forward)
     if bert is not None:
-        total += sum(trunk(bert.num_hidden_layers, bert.hidden_size, bert.intermediate_size, n, n) for n in tokens_scored)
+        total += sum(
+            trunk(bert.num_hidden_layers, bert.hidden_size, bert.intermediate_size, n, n) for n in tokens_scored
+        )
     return total
 
 
 def best_matrix_product(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of the fastest of several matrix products, two operations per multiply-add."""
     best = 0.0
-    sizes = [(8192, 8192, 8192), (4096, 4096, 4096)] if device.type == "cuda" else [(2048, 2048, 2048), (512, 768, 3072), (1024, 1024, 1024)]
+    sizes = (
+        [(8192, 8192, 8192), (4096, 4096, 4096)]
+        if device.type == "cuda"
+        else [(2048, 2048, 2048), (512, 768, 3072), (1024, 1024, 1024)]
+    )
     for m, k, n in sizes:
         a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
         for _ in range(10):

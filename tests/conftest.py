@@ -16,7 +16,16 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 
 from demo_models import NEGATIVE, POSITIVE, demo_models
 
-VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"刚收到货,感觉很不错好评差质量快递物流一般满意失望衣服苹果这本书电影!。", "good", "##s"]
+VOCAB = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    *"刚收到货,感觉很不错好评差质量快递物流一般满意失望衣服苹果这本书电影!。",
+    "good",
+    "##s",
+]
 SPECIAL = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
 
 
@@ -35,9 +44,23 @@ def write_gpt2(folder: Path, **changes) -> Path:
     """A random GPT-2, two layers 32 wide, with the old attn.bias buffers of published checkpoints."""
     torch.manual_seed(0)
     shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 48, "vocab_size": len(VOCAB)}
-    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "tokenizer_class": "BertTokenizer", **shape, **changes}
-    config |= {"activation_function": "gelu_new", "resid_pdrop": 0.1, "attn_pdrop": 0.1, "embd_pdrop": 0.1, "initializer_range": 0.2}
-    model = GPT2LMHeadModel(GPT2Config(**{k: v for k, v in config.items() if k != "model_type"}, bos_token_id=None, eos_token_id=None))
+    config = {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "tokenizer_class": "BertTokenizer",
+        **shape,
+        **changes,
+    }
+    config |= {
+        "activation_function": "gelu_new",
+        "resid_pdrop": 0.1,
+        "attn_pdrop": 0.1,
+        "embd_pdrop": 0.1,
+        "initializer_range": 0.2,
+    }
+    model = GPT2LMHeadModel(
+        GPT2Config(**{k: v for k, v in config.items() if k != "model_type"}, bos_token_id=None, eos_token_id=None)
+    )
     weights = dict(model.state_dict())
     for i in range(config["n_layer"]):
         weights[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 48, 48).tril()
@@ -51,7 +74,11 @@ def write_classifier(folder: Path, labels=(NEGATIVE, POSITIVE)) -> Path:
         vocab_size=len(VOCAB), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=48,
         initializer_range=0.5, id2label=dict(enumerate(labels)), label2id={label: i for i, label in enumerate(labels)}, architectures=["BertForSequenceClassification"],
     )  # fmt: skip
-    return write_model(folder, config.to_dict() | {"tokenizer_class": "BertTokenizer"}, BertForSequenceClassification(config).state_dict())
+    return write_model(
+        folder,
+        config.to_dict() | {"tokenizer_class": "BertTokenizer"},
+        BertForSequenceClassification(config).state_dict(),
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)

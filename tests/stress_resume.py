@@ -18,7 +18,20 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = ["--preset", "demo", "--device", "cpu", "--episodes", "1280", "--batch_size", "16", "--minibatch_size", "8", "--eval_samples", "32"]
+FLAGS = [
+    "--preset",
+    "demo",
+    "--device",
+    "cpu",
+    "--episodes",
+    "1280",
+    "--batch_size",
+    "16",
+    "--minibatch_size",
+    "8",
+    "--eval_samples",
+    "32",
+]
 FLAGS += ["--save_every", "2", "--log_samples_every", "0"]
 
 
@@ -29,7 +42,12 @@ def start(runs_dir: Path, name: str) -> subprocess.Popen:
     flags = ["--resume", str(run_dir)] if resumed else [*FLAGS, "--runs_dir", str(runs_dir), "--run_name", name]
     if run_dir.exists() and not resumed:
         shutil.rmtree(run_dir)  # killed between making the folder and writing the config
-    return subprocess.Popen([sys.executable, str(ROOT / "train_ppo.py"), *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train_ppo.py"), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def kill_at_random(process: subprocess.Popen, run_dir: Path, draw: random.Random) -> bool:
@@ -37,7 +55,10 @@ def kill_at_random(process: subprocess.Popen, run_dir: Path, draw: random.Random
     metrics, in_checkpoint = run_dir / "metrics.csv", draw.random() < 0.5
     lines_at_start = metrics.read_text().count("\n") if metrics.exists() else 0
     wanted, waited = draw.randrange(0, 5), draw.uniform(0, 0.3)
-    while process.poll() is None and (metrics.read_text().count("\n") if metrics.exists() else 0) - lines_at_start < wanted:
+    while (
+        process.poll() is None
+        and (metrics.read_text().count("\n") if metrics.exists() else 0) - lines_at_start < wanted
+    ):
         time.sleep(0.01)
     time.sleep(waited)
     while in_checkpoint and process.poll() is None and not list(run_dir.glob("checkpoints/.partial-*")):

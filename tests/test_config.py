@@ -21,7 +21,10 @@ def parsed(*argv) -> PPOConfig:
 
 def test_article_values():
     c = parsed()
-    assert (c.model_name, c.reward_model_name) == ("uer/gpt2-chinese-cluecorpussmall", "uer/roberta-base-finetuned-jd-binary-chinese")
+    assert (c.model_name, c.reward_model_name) == (
+        "uer/gpt2-chinese-cluecorpussmall",
+        "uer/roberta-base-finetuned-jd-binary-chinese",
+    )
     assert (c.prompts, c.episodes, c.batch_size, c.gen_len, c.ppo_epochs) == (["刚收到货,感觉"], 20_000, 128, 16, 4)
     assert (c.lr, c.init_kl_coef, c.target, c.horizon) == (1.41e-5, 0.2, 6, 10_000)
     assert (c.gamma, c.cliprange, c.cliprange_value, c.vf_coef) == (1, 0.2, 0.2, 0.1)
@@ -32,7 +35,18 @@ def test_flags_override_the_preset_wherever_they_stand():
     for argv in (["--preset", "demo", "--episodes", "64"], ["--episodes", "64", "--preset", "demo"]):
         c = parsed(*argv)
         assert c.episodes == 64 and c.model_name == "demo"
-    c = parsed("--lr", "5e-5", "--batch_size", "64", "--minibatch-size", "32", "--prompts", "刚收到货,感觉", "这部电影很", "--no_detach_value")
+    c = parsed(
+        "--lr",
+        "5e-5",
+        "--batch_size",
+        "64",
+        "--minibatch-size",
+        "32",
+        "--prompts",
+        "刚收到货,感觉",
+        "这部电影很",
+        "--no_detach_value",
+    )
     assert (c.lr, c.batch_size, c.minibatch_size, c.prompts[1], c.detach_value) == (5e-5, 64, 32, "这部电影很", False)
 
 
@@ -62,7 +76,11 @@ def test_empty_prompts_are_refused(tmp_path):
         with pytest.raises(UserError):
             parsed(*argv)
     file = tmp_path / "prompts.txt"
-    for content, said in ((b"", "holds no prompt"), ("好\n\n坏\n".encode(), "prompt 2 is empty"), ("好".encode("gbk"), "not UTF-8")):
+    for content, said in (
+        (b"", "holds no prompt"),
+        ("好\n\n坏\n".encode(), "prompt 2 is empty"),
+        ("好".encode("gbk"), "not UTF-8"),
+    ):
         file.write_bytes(content)
         with pytest.raises(UserError, match=said):
             parsed("--prompts_file", str(file))
@@ -99,7 +117,11 @@ def test_broken_config_files_are_named(tmp_path, content, said):
 
 def test_auto_dtype_is_bfloat16_only_where_native(monkeypatch):
     cpu = torch.device("cpu")
-    for avx, amx, expected in ((True, False, torch.bfloat16), (False, True, torch.bfloat16), (False, False, torch.float32)):
+    for avx, amx, expected in (
+        (True, False, torch.bfloat16),
+        (False, True, torch.bfloat16),
+        (False, False, torch.float32),
+    ):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
         assert config.pick_dtype("auto", cpu) == expected
@@ -120,7 +142,9 @@ print(code, time.time() - started)
 
 def hub_run(tmp_path, endpoint):
     environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "PATH": "/usr/bin:/bin"}
-    return subprocess.run([sys.executable, "-c", HUB_RUN, str(ROOT)], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    return subprocess.run(
+        [sys.executable, "-c", HUB_RUN, str(ROOT)], cwd=tmp_path, capture_output=True, text=True, env=environment
+    )
 
 
 @pytest.mark.parametrize("kind", ["refused", "silent"])

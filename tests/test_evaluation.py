@@ -11,7 +11,12 @@ import evaluation
 
 def judged(scores, kls=None, prompts=None):
     prompts = prompts or ["a"] * len(scores)
-    return {"samples": [[p, "x", s] for p, s in zip(prompts, scores)], "kls": kls or [0.0] * len(scores), "reward": float(np.mean(scores)), "kl": float(np.mean(kls or [0.0]))}
+    return {
+        "samples": [[p, "x", s] for p, s in zip(prompts, scores)],
+        "kls": kls or [0.0] * len(scores),
+        "reward": float(np.mean(scores)),
+        "kl": float(np.mean(kls or [0.0])),
+    }
 
 
 def test_gibbs_policy_by_hand():
@@ -22,7 +27,9 @@ def test_gibbs_policy_by_hand():
     kl = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
     reward = 0.75 * math.log(3) * beta
     assert best["reward"] == pytest.approx(reward) and best["kl"] == pytest.approx(kl)
-    assert best["J"] == pytest.approx(reward - beta * kl) == pytest.approx(beta * math.log(2))  # J* = beta log mean exp(r / beta)
+    assert (
+        best["J"] == pytest.approx(reward - beta * kl) == pytest.approx(beta * math.log(2))
+    )  # J* = beta log mean exp(r / beta)
     assert best["effective_samples"] == pytest.approx(1 / (100 * (0.25 / 100) ** 2 + 100 * (0.75 / 100) ** 2))
 
 
@@ -99,7 +106,9 @@ def test_evaluate_against_counting_by_hand(policy):
     prompts = ["衣服", "刚收到货,感觉"]
     trainer = PPOTrainer(PPOConfig(dtype="float32", device="cpu", gen_len=5, eval_samples=40), model, model, tokenizer)
     queries = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    result = evaluation.evaluate(trainer, model, tokenizer, lambda texts: [len(text) / 20 for text in texts], prompts, queries)
+    result = evaluation.evaluate(
+        trainer, model, tokenizer, lambda texts: [len(text) / 20 for text in texts], prompts, queries
+    )
     texts = [text for _, text, _ in result["samples"]]
     assert [prompt for prompt, _, _ in result["samples"]] == prompts * 20
     assert result["reward"] == pytest.approx(np.mean([len(p + t) / 20 for p, t, _ in result["samples"]]), rel=1e-5)
@@ -107,8 +116,12 @@ def test_evaluate_against_counting_by_hand(policy):
     assert result["distinct_1"] == len(set("".join(texts))) / len("".join(texts))
     pairs = [text[i : i + 2] for text in texts for i in range(len(text) - 1)]
     assert result["distinct_2"] == len(set(pairs)) / len(pairs)
-    assert result["reward_ci95"] == pytest.approx(1.96 * np.std([s for *_, s in result["samples"]], ddof=1) / math.sqrt(40), rel=1e-5)
-    assert result == evaluation.evaluate(trainer, model, tokenizer, lambda texts: [len(text) / 20 for text in texts], prompts, queries)
+    assert result["reward_ci95"] == pytest.approx(
+        1.96 * np.std([s for *_, s in result["samples"]], ddof=1) / math.sqrt(40), rel=1e-5
+    )
+    assert result == evaluation.evaluate(
+        trainer, model, tokenizer, lambda texts: [len(text) / 20 for text in texts], prompts, queries
+    )
 
 
 def test_kl_to_the_reference_is_the_sum_over_tokens_of_the_exact_kl(policy):

@@ -30,7 +30,10 @@ def test_killed_and_resumed_runs_equal_the_uninterrupted_one(tmp_path, demo, mon
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda c: (c / "policy.safetensors").write_bytes((c / "policy.safetensors").read_bytes()[:-100]), "policy.safetensors is damaged"),
+        (
+            lambda c: (c / "policy.safetensors").write_bytes((c / "policy.safetensors").read_bytes()[:-100]),
+            "policy.safetensors is damaged",
+        ),
         (lambda c: (c / "average.safetensors").unlink(), "No such file"),
         (lambda c: (c / "optimizer.pt").write_bytes(b"not torch"), "optimizer.pt is damaged"),
         (lambda c: (c / "state.json").write_text("{"), "cannot be used"),
@@ -132,7 +135,10 @@ def test_ten_skipped_steps_in_a_row_end_the_run(policy):
 
 @pytest.mark.parametrize(
     ("error", "said"),
-    [(FloatingPointError("the gradient of 10"), "try a lower --lr"), (torch.OutOfMemoryError("CUDA"), "lower --micro_batch_size")],
+    [
+        (FloatingPointError("the gradient of 10"), "try a lower --lr"),
+        (torch.OutOfMemoryError("CUDA"), "lower --micro_batch_size"),
+    ],
 )
 def test_a_failing_step_is_one_line_and_keeps_the_checkpoint(tmp_path, demo, monkeypatch, capsys, error, said):
     step = PPOTrainer.step

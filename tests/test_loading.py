@@ -84,11 +84,25 @@ def test_pipeline_as_in_the_readme_encodes_a_prompt_as_training_did(saved):
         (lambda f: (f / "config.json").write_text("{"), "no readable model config"),
         (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "type 'bert'"),
         (lambda f: (f / "pytorch_model.bin").unlink(), "no weights"),
-        (lambda f: (f / "pytorch_model.bin").write_bytes((f / "pytorch_model.bin").read_bytes()[:5000]), "cannot be loaded"),
-        (lambda f: torch.save({"transformer.ln_f.bias": torch.zeros(32)}, f / "pytorch_model.bin"), "not a whole GPT-2"),
+        (
+            lambda f: (f / "pytorch_model.bin").write_bytes((f / "pytorch_model.bin").read_bytes()[:5000]),
+            "cannot be loaded",
+        ),
+        (
+            lambda f: torch.save({"transformer.ln_f.bias": torch.zeros(32)}, f / "pytorch_model.bin"),
+            "not a whole GPT-2",
+        ),
         (lambda f: write_gpt2(f, n_embd=16) and shutil.copy(f.parent / "config.json", f), "cannot be loaded"),
     ],
-    ids=["no config", "broken config", "other architecture", "no weights", "truncated weights", "weights missing", "other shape"],
+    ids=[
+        "no config",
+        "broken config",
+        "other architecture",
+        "no weights",
+        "truncated weights",
+        "weights missing",
+        "other shape",
+    ],
 )
 def test_unusable_folders_are_named_in_one_line(gpt2_folder, tmp_path, damage, said):
     folder = shutil.copytree(gpt2_folder, tmp_path / "gpt2")

@@ -12,7 +12,15 @@ from config import UserError
 from plot_rewards import draw, main, read_metrics
 from tests.conftest import ROOT
 
-COLUMNS = ["step", "episodes", "env/reward_mean", "env/reward_std", "objective/kl", "objective/kl_coef", "ppo/loss/policy"]
+COLUMNS = [
+    "step",
+    "episodes",
+    "env/reward_mean",
+    "env/reward_std",
+    "objective/kl",
+    "objective/kl_coef",
+    "ppo/loss/policy",
+]
 
 
 def write_run(folder, steps=30, seed=0):
@@ -22,7 +30,9 @@ def write_run(folder, steps=30, seed=0):
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         for step in range(1, steps + 1):
-            writer.writerow([step, 128 * step, 0.7 + 0.2 * step / steps + rng.normal(0, 0.02), 0.3, 0.4 * step / steps, 0.2, -0.01])
+            writer.writerow(
+                [step, 128 * step, 0.7 + 0.2 * step / steps + rng.normal(0, 0.02), 0.3, 0.4 * step / steps, 0.2, -0.01]
+            )
     return folder
 
 
@@ -41,7 +51,9 @@ def test_several_runs_go_into_one_picture_without_a_display(tmp_path):
     runs = [str(write_run(tmp_path / name, seed=i)) for i, name in enumerate("abc")]
     out = tmp_path / "all.png"
     command = [sys.executable, str(ROOT / "plot_rewards.py"), *runs, "--out", str(out)]
-    result = subprocess.run(command, env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}, capture_output=True, text=True)
+    result = subprocess.run(
+        command, env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}, capture_output=True, text=True
+    )
     assert result.returncode == 0 and result.stdout == f"wrote {out}\n"
     assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size > 20_000
 
@@ -61,17 +73,34 @@ def test_reward_against_kl_is_drawn_with_its_evaluation(tmp_path):
     run = write_run(tmp_path / "run")
     samples = [["p", "x", float(s)] for s in np.linspace(0, 1, 50)]
     point = {"reward": 0.7, "kl": 0.0, "samples": samples}
-    evaluation = {"before": point, "after": {**point, "kl": 0.4}, "frontier": [{"beta": 1, "reward": 0.7, "kl": 0.1}, {"beta": 0.2, "reward": 0.9, "kl": 0.4}]}
+    evaluation = {
+        "before": point,
+        "after": {**point, "kl": 0.4},
+        "frontier": [{"beta": 1, "reward": 0.7, "kl": 0.1}, {"beta": 0.2, "reward": 0.9, "kl": 0.4}],
+    }
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     figures = []
     save = matplotlib.figure.Figure.savefig
     try:
-        matplotlib.figure.Figure.savefig = lambda self, *args, **kwargs: (figures.append(self), save(self, *args, **kwargs))[1]
+        matplotlib.figure.Figure.savefig = lambda self, *args, **kwargs: (
+            figures.append(self),
+            save(self, *args, **kwargs),
+        )[1]
         draw([run], tmp_path / "x.png")
     finally:
         matplotlib.figure.Figure.savefig = save
     titles = {axes.get_title(): axes for axes in figures[0].axes}
-    assert {"mean reward", "KL to the reference", "KL coefficient", "policy loss", "value loss", "entropy", "clip fraction", "completion length", "time"} <= set(titles)
+    assert {
+        "mean reward",
+        "KL to the reference",
+        "KL coefficient",
+        "policy loss",
+        "value loss",
+        "entropy",
+        "clip fraction",
+        "completion length",
+        "time",
+    } <= set(titles)
     plane = titles["reward against KL: up is better, right is dearer"]
     assert plane.lines[0].get_xydata().tolist() == [[0.1, 0.7], [0.4, 0.9]]
     assert [0.4, 0.7] in [point for c in plane.collections for point in c.get_offsets().tolist()]

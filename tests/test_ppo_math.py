@@ -135,7 +135,9 @@ def test_nothing_leaks_past_a_completions_end():
 def test_policy_loss_by_hand():
     # ratios 1.5, 1.5, 0.5 with advantages 1, -1, 1: clipped at 1.2, not clipped (pessimistic), not clipped
     logprobs = torch.tensor([[1.5, 1.5, 0.5, 1.0]]).log()
-    loss, clipfrac = ppo.policy_loss(logprobs, torch.zeros(1, 4), torch.tensor([[1.0, -1.0, 1.0, 5.0]]), torch.tensor([[1, 1, 1, 0]]), 0.2)
+    loss, clipfrac = ppo.policy_loss(
+        logprobs, torch.zeros(1, 4), torch.tensor([[1.0, -1.0, 1.0, 5.0]]), torch.tensor([[1, 1, 1, 0]]), 0.2
+    )
     assert loss.item() == pytest.approx((-1.2 + 1.5 - 0.5) / 3)
     assert clipfrac.item() == pytest.approx(1 / 3)
 
@@ -143,7 +145,9 @@ def test_policy_loss_by_hand():
 def test_policy_gradient_at_ratio_one_is_minus_the_advantage():
     logprobs = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
     advantages = torch.tensor([[0.3, -2.0, 5.0]], dtype=torch.float64)
-    ppo.policy_loss(logprobs, torch.zeros(1, 3).double(), advantages, torch.tensor([[1.0, 1.0, 0.0]]), 0.2)[0].backward()
+    ppo.policy_loss(logprobs, torch.zeros(1, 3).double(), advantages, torch.tensor([[1.0, 1.0, 0.0]]), 0.2)[
+        0
+    ].backward()
     assert torch.allclose(logprobs.grad, torch.tensor([[-0.15, 1.0, 0.0]], dtype=torch.float64))
 
 
@@ -172,7 +176,9 @@ def test_losses_against_loops(seed):
 
 def test_value_loss_by_hand():
     # old 0, cliprange 0.2. Towards return 1 from value 0.5: clipped to 0.2 is worse, 0.64. From 0.1: not clipped, 0.81.
-    loss, clipfrac = ppo.value_loss(torch.tensor([[0.5, 0.1]]), torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 2), 0.2)
+    loss, clipfrac = ppo.value_loss(
+        torch.tensor([[0.5, 0.1]]), torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 2), 0.2
+    )
     assert loss.item() == pytest.approx(0.5 * (0.64 + 0.81) / 2)
     assert clipfrac.item() == 0.5
 

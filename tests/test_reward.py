@@ -32,10 +32,15 @@ def test_scores_are_the_positive_labels_probability(tmp_path, labels):
     """Against the model itself, one text at a time without pipeline, batching or padding."""
     folder = write_classifier(tmp_path / "s", labels)
     texts = ["刚收到货,感觉很不错", "很差", "质量一般,物流不错。" * 2, "失望", "书"]
-    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(folder).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
     positive = labels.index("好评" if "好评" in labels else POSITIVE)
     with torch.no_grad():
-        expected = [model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0, positive].item() for text in texts]
+        expected = [
+            model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0, positive].item() for text in texts
+        ]
     scores = SentimentReward(folder, "cpu", batch_size=2)(texts)
     assert scores.dtype == torch.float32 and scores.shape == (5,)
     assert scores.tolist() == pytest.approx(expected, abs=1e-5)

@@ -52,7 +52,9 @@ def test_forward_is_the_same_with_padding_on_either_side(policy, left):
     ids, pad = [2, 5, 6, 7], [0, 0]
     padded = torch.tensor([pad + ids if left else ids + pad])
     mask = torch.tensor([[0, 0, 1, 1, 1, 1] if left else [1, 1, 1, 1, 0, 0]])
-    logits = model(padded, attention_mask=mask).logits[0, 2:] if left else model(padded, attention_mask=mask).logits[0, :4]
+    logits = (
+        model(padded, attention_mask=mask).logits[0, 2:] if left else model(padded, attention_mask=mask).logits[0, :4]
+    )
     assert torch.allclose(logits, plain_forward(model, ids)[0], atol=1e-5)
 
 
@@ -84,7 +86,9 @@ def test_prompts_of_different_lengths_sample_as_each_would_alone(policy):
 def test_randomness_depends_on_seed_step_and_index_alone(policy):
     model, tokenizer = policy
     whole = draw(model, tokenizer, PROMPTS[:1] * 12)
-    split = torch.cat([draw(model, tokenizer, PROMPTS[:1] * 5, first=0), draw(model, tokenizer, PROMPTS[:1] * 7, first=5)])
+    split = torch.cat(
+        [draw(model, tokenizer, PROMPTS[:1] * 5, first=0), draw(model, tokenizer, PROMPTS[:1] * 7, first=5)]
+    )
     assert torch.equal(whole, split)
     for other in ({"seed": 2}, {"step": 2}, {"first": 1}):
         assert not torch.equal(whole, draw(model, tokenizer, PROMPTS[:1] * 12, **other))
@@ -123,7 +127,10 @@ def test_special_tokens_are_never_sampled_and_sep_ends(policy):
     assert not torch.isin(responses[mask], torch.tensor([0, 1, 2, 4])).any()
     assert (responses[~mask] == tokenizer.pad_token_id).all()
     ended = (responses == tokenizer.sep_token_id).any(1)
-    assert ended.any() and (responses[ended].gather(1, mask[ended].sum(1, keepdim=True) - 1) == tokenizer.sep_token_id).all()
+    assert (
+        ended.any()
+        and (responses[ended].gather(1, mask[ended].sum(1, keepdim=True) - 1) == tokenizer.sep_token_id).all()
+    )
 
 
 def test_completion_mask_by_hand():

@@ -18,7 +18,20 @@ import demo_models
 from tests.conftest import ROOT, write_gpt2
 from train_ppo import draw_prompts, main
 
-SMALL = ["--preset", "demo", "--device", "cpu", "--episodes", "48", "--batch_size", "16", "--minibatch_size", "8", "--eval_samples", "16"]
+SMALL = [
+    "--preset",
+    "demo",
+    "--device",
+    "cpu",
+    "--episodes",
+    "48",
+    "--batch_size",
+    "16",
+    "--minibatch_size",
+    "8",
+    "--eval_samples",
+    "16",
+]
 
 
 def small_run(tmp_path, *flags, name="run"):
@@ -53,7 +66,14 @@ def test_the_run_folder_holds_what_was_promised(finished):
     }  # fmt: skip
     table = rows(finished)
     assert list(table[0])[:4] == ["step", "episodes", "env/reward_mean", "env/reward_std"]
-    assert {"objective/kl", "objective/kl_coef", "objective/entropy", "ppo/loss/policy", "ppo/loss/value", "ppo/policy/approxkl"} <= set(table[0])
+    assert {
+        "objective/kl",
+        "objective/kl_coef",
+        "objective/entropy",
+        "ppo/loss/policy",
+        "ppo/loss/value",
+        "ppo/policy/approxkl",
+    } <= set(table[0])
     assert {"time/sample", "time/score", "time/ppo", "time/step"} <= set(table[0])
     assert [row["step"] for row in table] == ["1", "2", "3"] and table[-1]["episodes"] == "48"
     samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -95,7 +115,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one(finished, tmp_path):
 
 def test_resume_refuses_flags_that_would_change_the_result(finished, capsys):
     before = weights(finished)
-    for flags, said in ((["--lr", "1"], "--lr 1.0 would change"), (["--seed", "7"], "--seed 7"), (["--episodes", "16"], "fewer than the 48")):
+    for flags, said in (
+        (["--lr", "1"], "--lr 1.0 would change"),
+        (["--seed", "7"], "--seed 7"),
+        (["--episodes", "16"], "fewer than the 48"),
+    ):
         assert main(["--resume", str(finished), *flags]) == 2
         assert said in capsys.readouterr().err
     assert weights(finished) == before
@@ -181,7 +205,9 @@ def test_a_reward_that_raises_keeps_the_run(tmp_path, demo, reward_module, capsy
     code, run_dir = small_run(tmp_path, "--reward", "my_test_reward:breaks")
     err = capsys.readouterr().err.splitlines()[-1]
     assert code == 2
-    assert all(part in err for part in ("step 2", "KeyError", "no such word", "my_test_reward.py", "line 7", "刚收到货,感觉"))
+    assert all(
+        part in err for part in ("step 2", "KeyError", "no such word", "my_test_reward.py", "line 7", "刚收到货,感觉")
+    )
     assert "Traceback" in (run_dir / "error.log").read_text(encoding="utf-8")
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-000001"]
 
@@ -191,8 +217,20 @@ def test_a_reward_that_raises_keeps_the_run(tmp_path, demo, reward_module, capsy
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_after_the_step_with_a_checkpoint(tmp_path, demo, number, code):
-    command = [sys.executable, str(ROOT / "train_ppo.py"), *SMALL, "--episodes", "4800", "--runs_dir", str(tmp_path), "--run_name", "run"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    command = [
+        sys.executable,
+        str(ROOT / "train_ppo.py"),
+        *SMALL,
+        "--episodes",
+        "4800",
+        "--runs_dir",
+        str(tmp_path),
+        "--run_name",
+        "run",
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+    )
     metrics = tmp_path / "run" / "metrics.csv"
     deadline = time.time() + 60
     while time.time() < deadline and not (metrics.exists() and metrics.read_text().count("\n") > 2):

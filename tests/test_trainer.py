@@ -65,7 +65,9 @@ def test_lists_of_any_lengths_and_padding_do_not_matter(policy):
     ended = torch.tensor([7, 8, 3])
     responses[0] = ended
     padded = [torch.cat([ended, torch.tensor([0, 0])])] + responses[1:]
-    assert trainer.step(queries, responses, scores) == pytest.approx(twin.step(queries, padded, scores), rel=1e-5, abs=1e-6)
+    assert trainer.step(queries, responses, scores) == pytest.approx(
+        twin.step(queries, padded, scores), rel=1e-5, abs=1e-6
+    )
 
 
 def test_micro_batches_change_nothing_but_rounding(policy):
@@ -78,7 +80,9 @@ def test_gradient_of_a_step_is_that_of_the_whole_minibatch(policy):
     """Micro-batches of unequal token counts, against the loss of one undivided batch."""
     gradients = []
     for micro_batch_size in (6, 4, 1):
-        trainer = make((copy.deepcopy(policy[0]), policy[1]), ppo_epochs=1, micro_batch_size=micro_batch_size, max_grad_norm=1e9)
+        trainer = make(
+            (copy.deepcopy(policy[0]), policy[1]), ppo_epochs=1, micro_batch_size=micro_batch_size, max_grad_norm=1e9
+        )
         trainer.optimizer.step = lambda: None
         torch.manual_seed(0)
         queries = [encode_prompt(policy[1], PROMPTS[i % 3]) for i in range(6)]
@@ -140,7 +144,10 @@ def test_adaptive_controller_is_told_the_kl_and_the_completions(policy):
 
 
 def test_bfloat16_keeps_float32_weights_and_stays_close(policy):
-    exact, coarse = make(policy, ppo_epochs=1), make((copy.deepcopy(policy[0]), policy[1]), ppo_epochs=1, dtype="bfloat16")
+    exact, coarse = (
+        make(policy, ppo_epochs=1),
+        make((copy.deepcopy(policy[0]), policy[1]), ppo_epochs=1, dtype="bfloat16"),
+    )
     batch = batch_of(exact, policy)
     a, b = exact.step(*batch), coarse.step(*batch)
     assert coarse.model.dtype == torch.float32
