@@ -168,6 +168,7 @@ def test_raising_the_episodes_goes_on(finished, tmp_path):  # noqa: F811
     assert json.loads((run_dir / "config.json").read_text())["episodes"] == 64
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_loading_a_checkpoint_runs_nothing(finished, tmp_path):  # noqa: F811
     """A pickle in the optimizer's place that would run code is not run, even with a matching checksum."""
     import os

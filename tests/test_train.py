@@ -127,6 +127,7 @@ def test_resume_refuses_flags_that_would_change_the_result(finished, capsys):
 
 def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path, capsys):
     run_dir = shutil.copytree(finished, tmp_path / "cut")
+    (run_dir / "before_after.md").unlink()
     file = run_dir / "checkpoints" / "step-000003" / "policy.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     assert main(["--resume", str(run_dir)]) == 0
