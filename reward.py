@@ -17,8 +17,10 @@ SPACE_BETWEEN_CHARACTERS = re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])")
 
 
 def clean_text(text: str) -> str:
-    """Decoded tokens as people write them: no special tokens, no spaces but those between Latin words."""
-    return SPACE_BETWEEN_CHARACTERS.sub("", re.sub(r"\s+", " ", SPECIAL_TOKENS.sub(" ", text)))
+    """Decoded tokens as people write them: no special tokens, no spaces but those between Latin words, and no ## of a
+    first token that continues a word."""
+    text = SPACE_BETWEEN_CHARACTERS.sub("", re.sub(r"\s+", " ", SPECIAL_TOKENS.sub(" ", text)))
+    return text.removeprefix("##")
 
 
 class SentimentReward:

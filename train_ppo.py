@@ -169,6 +169,11 @@ class StopSignal:
             os._exit(128 + number)
         self.received = number
 
+    def release(self) -> None:
+        """Let signals end the process again, where nothing can be lost by it."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
 
 # ----------------------------------------------------------------------------------------------
 # The run
@@ -260,13 +265,13 @@ def run(config: PPOConfig, run_dir: Path, mode: str) -> int:
     with disk_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=mode == "resume")
         lock = lock_folder(run_dir)  # noqa: F841 (held for as long as this name lives)
-        config.save(run_dir / "config.json")
     if mode == "resume":
         load_checkpoint(trainer, run_dir / "checkpoints")
+    with disk_errors(run_dir / "config.json"):
+        config.save(run_dir / "config.json")
     log = RunLog(run_dir, trainer.n_steps)
-    print(
-        f"run folder {run_dir}, {config.n_steps()} steps of {config.batch_size} completions on {trainer.device} in {str(trainer.dtype)[6:]}"
-    )
+    print(f"run folder {run_dir}, {config.n_steps()} steps of {config.batch_size} completions")
+    print(f"on {trainer.device} in {str(trainer.dtype)[6:]}")
 
     # 3. How good the policy is before training; measured once
     evaluation_file = run_dir / "evaluation.json"
@@ -331,7 +336,9 @@ def run(config: PPOConfig, run_dir: Path, mode: str) -> int:
             print(f"stopped after step {step}; go on with: python train_ppo.py --resume {run_dir}")
             return 128 + stop.received
 
-    # 5. The trained model, how good it is now, and the pictures
+    stop.release()
+
+    # 5. The trained model, how good it is now, and the pictures; --resume makes what is missing of them
     partial = run_dir / ".partial-model"
     with disk_errors(run_dir / "model", 4 * trainer.model.num_parameters()):
         shutil.rmtree(partial, ignore_errors=True)

@@ -24,7 +24,7 @@ FLAGS = [
     "--device",
     "cpu",
     "--episodes",
-    "1280",
+    "3200",
     "--batch_size",
     "16",
     "--minibatch_size",

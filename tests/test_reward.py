@@ -19,6 +19,7 @@ from tests.conftest import write_classifier, write_gpt2
         ("[CLS] 刚 收 到", "刚收到"),
         ("good phone 很 好 用 5 星", "good phone很好用5星"),
         ("质 量 iphone 6 plus", "质量iphone 6 plus"),
+        ("##韩 国", "韩国"),
         ("", ""),
     ],
 )
