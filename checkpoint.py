@@ -147,11 +147,12 @@ def flush(path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace a text file at one stroke: whoever reads it sees the old one or the new one."""
+    """Replace a text file at one stroke: whoever reads it sees the old one or the new one. UserError as in disk_errors."""
     partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(text, encoding="utf-8", newline="")
-    flush(partial)
-    partial.replace(path)
+    with disk_errors(path, len(text.encode())):
+        partial.write_text(text, encoding="utf-8", newline="")
+        flush(partial)
+        partial.replace(path)
 
 
 @contextlib.contextmanager

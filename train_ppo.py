@@ -168,6 +168,7 @@ class StopSignal:
         if self.received:
             os._exit(128 + number)
         self.received = number
+        os.write(2, b"\nstopping after this step; once more leaves at once\n")
 
     def release(self) -> None:
         """Let signals end the process again, where nothing can be lost by it."""
@@ -244,7 +245,7 @@ def run(config: PPOConfig, run_dir: Path, mode: str) -> int:
     from tqdm import tqdm
 
     import evaluation
-    from checkpoint import disk_errors, load_checkpoint, save_checkpoint
+    from checkpoint import disk_errors, load_checkpoint, save_checkpoint, write_whole
     from gpt2_value_head import load_gpt2_config, load_policy, save_policy
     from plot_rewards import draw
     from reward import RewardError, clean_text, score_texts
@@ -349,7 +350,7 @@ def run(config: PPOConfig, run_dir: Path, mode: str) -> int:
     finish_evaluation(results, prompts, config, run_dir)
     draw([run_dir], run_dir / "rewards.png")
     table = evaluation.before_after_table(results)
-    (run_dir / "before_after.md").write_text(table + "\n", encoding="utf-8")
+    write_whole(run_dir / "before_after.md", table + "\n")
     print(f"\n{table}\n\nmodel, metrics and pictures are in {run_dir}")
     return 0
 

@@ -244,6 +244,27 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(tmp_path, demo, number,
     assert (tmp_path / "run" / "checkpoints" / f"step-{steps:06d}").is_dir()
 
 
+def test_a_second_signal_leaves_a_hanging_reward_at_once(tmp_path, demo):
+    """The reward hangs in step 1 (the first call is the evaluation): one Ctrl-C waits for the step, two do not."""
+    (tmp_path / "hangs.py").write_text(
+        "import time\ncalls = 0\n"
+        "def score(texts):\n    global calls\n    calls += 1\n"
+        "    if calls > 1:\n        open('hanging', 'w').close()\n        time.sleep(600)\n"
+        "    return [0.0] * len(texts)\n"
+    )
+    command = [sys.executable, str(ROOT / "train_ppo.py"), *SMALL, "--run_name", "run", "--reward", "hangs:score"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    deadline = time.time() + 60
+    while time.time() < deadline and not (tmp_path / "hanging").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 130 and "Traceback" not in err and "once more leaves at once" in err
+
+
 # --- parts
 
 
