@@ -26,16 +26,20 @@ from safetensors.torch import load_model, save_model
 from config import UserError
 
 FILES = ("policy.safetensors", "average.safetensors", "optimizer.pt")
+UNUSABLE = (OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError)  # what a damaged checkpoint raises
 
 
 def save_checkpoint(trainer, folder: Path, keep: int) -> Path:
     """Write `folder`/step-NNNNNN for the trainer's present step, then remove all but the newest `keep`.
 
-    UserError, with earlier checkpoints as they were, where the disk is full or the folder cannot be written.
+    A whole checkpoint of this step that is there already is as good, and is never taken away for a new one. UserError, with earlier checkpoints as they were, where the disk is full or the folder cannot be written.
     """
     final = folder / f"step-{trainer.n_steps:06d}"
     partial = folder / f".partial-{final.name}"
     weights = 4 * sum(parameter.numel() for parameter in trainer.model.parameters())
+    with contextlib.suppress(*UNUSABLE):
+        read_state(final)
+        return final
     try:
         with disk_errors(final, 4 * weights):  # policy, average, and Adam's two moments
             write_checkpoint(trainer, partial)
@@ -88,12 +92,9 @@ def load_checkpoint(trainer, folder: Path) -> None:
         return
     for path in reversed(checkpoints(folder)):
         try:
-            state = json.loads((path / "state.json").read_text())
-            for name in FILES:
-                if sha256(path / name) != state["sha256"][name]:
-                    raise ValueError(f"{name} is damaged")
+            state = read_state(path)
             saved = torch.load(path / FILES[2], map_location=trainer.device, weights_only=True)
-        except (OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        except UNUSABLE as error:
             print(f"warning: checkpoint {path} cannot be used ({str(error).splitlines()[0]})")
             continue
         for model, name in ((trainer.model, FILES[0]), (trainer.average.module, FILES[1])):
@@ -105,6 +106,15 @@ def load_checkpoint(trainer, folder: Path) -> None:
         trainer.skipped_in_a_row = state["skipped_in_a_row"]
         return
     raise UserError(f"no usable checkpoint in {folder}; start the run again under another --run_name")
+
+
+def read_state(path: Path) -> dict:
+    """A checkpoint's state.json, once every file was found whole. One of UNUSABLE where it is not."""
+    state = json.loads((path / "state.json").read_text())
+    for name in FILES:
+        if sha256(path / name) != state["sha256"][name]:
+            raise ValueError(f"{name} is damaged")
+    return state
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -54,6 +54,18 @@ def test_with_no_usable_checkpoint_resume_says_so(finished, tmp_path, damage, sa
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
+def test_a_whole_checkpoint_of_the_same_step_is_not_taken_away(policy, tmp_path):
+    from checkpoint import save_checkpoint
+
+    trainer = make(policy)
+    first = save_checkpoint(trainer, tmp_path, keep=1)
+    inode = first.stat().st_ino
+    assert save_checkpoint(trainer, tmp_path, keep=1).stat().st_ino == inode
+    (first / "policy.safetensors").write_bytes(b"damaged")
+    assert save_checkpoint(trainer, tmp_path, keep=1).stat().st_ino != inode
+    assert (first / "policy.safetensors").stat().st_size > 1000
+
+
 def test_a_finished_run_is_left_alone_and_missing_output_is_made_again(finished, tmp_path, capsys):  # noqa: F811
     run_dir = shutil.copytree(finished, tmp_path / "run")
     assert train_ppo.main(["--resume", str(run_dir)]) == 0
