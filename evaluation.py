@@ -83,6 +83,12 @@ def gibbs_policy(rewards: torch.Tensor, prompt_index: torch.Tensor, beta: float)
     }
 
 
+def scores_and_prompts(judged: dict, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rewards (n,) float64 of a judged policy's samples, and which prompt each continues (n,)."""
+    rewards = torch.tensor([score for _, _, score in judged["samples"]], dtype=torch.float64)
+    return rewards, torch.tensor([prompts.index(prompt) for prompt, _, _ in judged["samples"]])
+
+
 def gain(before: dict, after: dict, prompts: list[str], beta: float) -> dict:
     """What share of the possible gain `after` got, with its standard error; null with the reason where that is unknown.
 
@@ -90,8 +96,7 @@ def gain(before: dict, after: dict, prompts: list[str], beta: float) -> dict:
     """
     if beta == 0:
         return {"gain": None, "why": "beta is 0: without a KL penalty the best policy has no limit"}
-    rewards = torch.tensor([score for _, _, score in before["samples"]], dtype=torch.float64)
-    prompt_index = torch.tensor([prompts.index(prompt) for prompt, _, _ in before["samples"]])
+    rewards, prompt_index = scores_and_prompts(before, prompts)
     best = gibbs_policy(rewards, prompt_index, beta)
     influence = best.pop("influence")
     result = {"beta": beta, "limit": best, "J_before": rewards.mean().item(), "J": after["reward"] - beta * after["kl"]}
@@ -115,8 +120,7 @@ def gain(before: dict, after: dict, prompts: list[str], beta: float) -> dict:
 
 def frontier(before: dict, prompts: list[str]) -> list[dict]:
     """(beta, reward, kl) of the Gibbs policies over a range of beta, as far as the samples carry them."""
-    rewards = torch.tensor([score for _, _, score in before["samples"]])
-    prompt_index = torch.tensor([prompts.index(prompt) for prompt, _, _ in before["samples"]])
+    rewards, prompt_index = scores_and_prompts(before, prompts)
     points = [{"beta": beta, **gibbs_policy(rewards, prompt_index, beta)} for beta in BETAS]
     return [{name: p[name] for name in ("beta", "reward", "kl")} for p in points if p["effective_samples"] >= 20]
 
@@ -131,23 +135,18 @@ ROWS = [  # of the printed table: (what, key, format)
 
 def summary(evaluation: dict) -> str:
     """The evaluation as a short table for the terminal."""
-    before, after = evaluation["before"], evaluation.get("after")
-    lines = [f"{'':36}{'before':>10}" + (f"{'after':>10}" if after else "")]
-    for what, key, form in ROWS:
-        lines.append(f"{what:36}{before[key]:>10{form}}" + (f"{after[key]:>10{form}}" if after else ""))
-    result = evaluation.get("gain")
-    if result and "J" in result:
-        lines.append(
-            f"{'J = reward - ' + format(result['beta'], 'g') + ' KL':36}{result['J_before']:>10.3f}{result['J']:>10.3f}"
-        )
-    if result and result["gain"] is not None:
-        best = result["limit"]
-        lines.append(
-            f"gain {result['gain']:.2f} (standard error {result['gain_se']:.2f}) of what is possible: the limit is"
-        )
-        lines.append(f"J* {best['J']:.3f}, with reward {best['reward']:.3f} at KL {best['kl']:.2f}")
-    elif result:
+    before, after, result = evaluation["before"], evaluation["after"], evaluation["gain"]
+    lines = [f"{'':36}{'before':>10}{'after':>10}"]
+    lines += [f"{what:36}{before[key]:>10{form}}{after[key]:>10{form}}" for what, key, form in ROWS]
+    if "J" in result:
+        what = f"J = reward - {result['beta']:g} KL"
+        lines.append(f"{what:36}{result['J_before']:>10.3f}{result['J']:>10.3f}")
+    if result["gain"] is None:
         lines.append(f"gain unknown: {result['why']}")
+    else:
+        best, share = result["limit"], f"gain {result['gain']:.2f} (standard error {result['gain_se']:.2f})"
+        lines.append(f"{share} of what is possible: the limit is")
+        lines.append(f"J* {best['J']:.3f}, with reward {best['reward']:.3f} at KL {best['kl']:.2f}")
     return "\n".join(lines)
 
 

@@ -240,9 +240,8 @@ class PPOTrainer:
         step = self.n_steps + 1 if step is None else step
         working_copy = model if model.dtype == self.dtype else copy.deepcopy(model).to(self.dtype)
         responses = []
-        for rows in torch.arange(len(query_tensors)).split(
-            4 * self.config.micro_batch_size
-        ):  # no gradients: room for 4
+        at_once = 4 * self.config.micro_batch_size  # no gradients are kept: there is room for more
+        for rows in torch.arange(len(query_tensors)).split(at_once):
             prompts = Prompts.from_tensors([query_tensors[i] for i in rows], self.pad_token_id, self.device)
             uniforms = completion_uniforms(seed, step, rows.tolist(), self.config.gen_len)
             special = (self.restriction, self.sep_token_id, self.pad_token_id)
