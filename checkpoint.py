@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_model
 
+import distributed
 from config import UserError
 
 FILES = ("policy.safetensors", "average.safetensors", "optimizer.pt")
@@ -83,29 +84,36 @@ def load_checkpoint(trainer, folder: Path) -> None:
     """Put the newest usable checkpoint below `folder` into the trainer. A damaged one is named and passed over.
 
     Where the run stopped before its first checkpoint the trainer stays as it is, at step 0. UserError where there are
-    checkpoints, but none can be used.
+    checkpoints, but none can be used. On several processes only rank 0 needs to see the folder.
     """
-    for partial in folder.glob(".partial-*"):
-        shutil.rmtree(partial)
-    if not checkpoints(folder):
+    found = distributed.from_rank_0(lambda: newest_checkpoint(folder))
+    if found is None:
         print(f"no checkpoint in {folder} yet: the run starts from the beginning")
         return
+    state, policy, average, saved = found
+    for model, weights in ((trainer.model, policy), (trainer.average.module, average)):
+        model.load_state_dict(weights, strict=False)  # of the tied weights the file holds one
+    trainer.optimizer.load_state_dict(saved["optimizer"])
+    trainer.average.n_averaged.copy_(saved["n_averaged"])
+    set_random_state(saved["random"])
+    trainer.n_steps, trainer.kl_controller.value = state["step"], state["kl_coef"]
+    trainer.skipped_in_a_row = state["skipped_in_a_row"]
+
+
+def newest_checkpoint(folder: Path) -> tuple[dict, dict, dict, dict] | None:
+    """state.json, weights, averaged weights and the optimiser's file of the newest checkpoint that is whole."""
+    for partial in folder.glob(".partial-*"):
+        shutil.rmtree(partial)
     for path in reversed(checkpoints(folder)):
         try:
             state = read_state(path)
-            saved = torch.load(path / FILES[2], map_location=trainer.device, weights_only=True)
+            saved = torch.load(path / FILES[2], map_location="cpu", weights_only=True)
+            return state, load_file(path / FILES[0]), load_file(path / FILES[1]), saved
         except UNUSABLE as error:
             print(f"warning: checkpoint {path} cannot be used ({str(error).splitlines()[0]})")
-            continue
-        for model, name in ((trainer.model, FILES[0]), (trainer.average.module, FILES[1])):
-            load_model(model, str(path / name), device=str(trainer.device))
-        trainer.optimizer.load_state_dict(saved["optimizer"])
-        trainer.average.n_averaged.copy_(saved["n_averaged"])
-        set_random_state(saved["random"])
-        trainer.n_steps, trainer.kl_controller.value = state["step"], state["kl_coef"]
-        trainer.skipped_in_a_row = state["skipped_in_a_row"]
-        return
-    raise UserError(f"no usable checkpoint in {folder}; start the run again under another --run_name")
+    if checkpoints(folder):
+        raise UserError(f"no usable checkpoint in {folder}; start the run again under another --run_name")
+    return None
 
 
 def read_state(path: Path) -> dict:

@@ -96,6 +96,11 @@ class PPOConfig:
         1e-3,
         "Adam's learning rate for the value head (article: the same as lr; see docs/learning.md).",
     )
+    adam_epsilon: float = option(
+        1e-5,
+        "Added to the root of Adam's second moment: what moves by rounding errors alone stays where it is (article: 1e-8; "
+        "Baselines' PPO has 1e-5).",
+    )
     average_decay: float = option(
         0.9,
         "The saved policy is a running average of the weights, with this decay per step; 0 saves the last weights "
@@ -198,7 +203,7 @@ LIMITS = {  # name: (lowest, highest, whether the lowest itself is allowed)
     "gen_len": (1, INF, True), "temperature": (0, INF, False), "episodes": (1, INF, True), "batch_size": (1, INF, True),
     "minibatch_size": (1, INF, True), "ppo_epochs": (1, INF, True), "gamma": (0, 1, True), "lam": (0, 1, True),
     "cliprange": (0, INF, False), "cliprange_value": (0, INF, False), "vf_coef": (0, INF, True), "init_kl_coef": (0, INF, True),
-    "target": (0, INF, False), "horizon": (1, INF, True), "lr": (0, INF, False), "value_lr": (0, INF, False),
+    "target": (0, INF, False), "horizon": (1, INF, True), "lr": (0, INF, False), "value_lr": (0, INF, False), "adam_epsilon": (0, INF, False),
     "average_decay": (0, 0.9999, True), "max_grad_norm": (0, INF, False), "micro_batch_size": (1, INF, True),
     "seed": (0, 2**63 - 1, True), "log_samples_every": (0, INF, True), "save_every": (0, INF, True), "keep_checkpoints": (1, INF, True),
     "eval_samples": (0, INF, True),
@@ -290,11 +295,18 @@ def check_device(device: str) -> None:
 
 
 def pick_device(device: str):
-    """The torch.device of a --device value; 'auto' is a CUDA GPU, else an Apple GPU, else the CPU."""
+    """The torch.device of a --device value; 'auto' is a CUDA GPU, else an Apple GPU, else the CPU.
+
+    Below torchrun each process takes a GPU of its own. UserError where there are fewer GPUs than processes.
+    """
     import torch
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device.startswith("cuda") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        check_device(device)
+        torch.cuda.set_device(device)
     return torch.device(device)
 
 

@@ -11,12 +11,15 @@ Sources, by the names used below:
               code, lm-human-preferences
 """
 
+import contextlib
 import copy
 
 import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import distributed
 from config import pick_dtype
 from gpt2_value_head import (
     Prompts,
@@ -195,8 +198,22 @@ class FixedKLController:
 MAX_SKIPPED = 10  # optimiser steps in a row without a finite gradient: then training has failed
 
 
+class CompletionScorer(torch.nn.Module):
+    """`score_completions` as a module's forward, which DistributedDataParallel needs."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.model.score_completions(*args)
+
+
 class PPOTrainer:
     """Trains a policy, one batch of completions at a time.
+
+    On several processes (see distributed.py) every one calls the same methods with the same whole batch; the work is
+    shared, the results are those of the whole batch, and the update is that of one process up to rounding.
 
     model: the policy, a GPT2HeadWithValueModel with float32 weights. ref_model: the same before training; its weights
     stay as they are, in any dtype. tokenizer: gives the special tokens. Dropout stays off in both.
@@ -223,8 +240,12 @@ class PPOTrainer:
         value_parameters = list(model.v_head.parameters())
         policy_parameters = [p for name, p in model.named_parameters() if not name.startswith("v_head.")]
         groups = [{"params": policy_parameters, "lr": config.lr}, {"params": value_parameters, "lr": config.value_lr}]
-        self.optimizer = torch.optim.Adam(groups, fused=self.device.type in ("cpu", "cuda"))
+        fused = self.device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.Adam(groups, eps=config.adam_epsilon, fused=fused)
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.average_decay))
+        self.scorer = CompletionScorer(model)
+        if distributed.world_size() > 1:
+            self.scorer = DistributedDataParallel(self.scorer, gradient_as_bucket_view=True)
 
     @property
     def policy_for_saving(self):
@@ -239,16 +260,17 @@ class PPOTrainer:
         seed = self.config.seed if seed is None else seed
         step = self.n_steps + 1 if step is None else step
         working_copy = model if model.dtype == self.dtype else copy.deepcopy(model).to(self.dtype)
-        responses = []
+        n = len(query_tensors)
+        tokens = torch.zeros(n, self.config.gen_len, dtype=torch.int64, device=self.device)
         at_once = 4 * self.config.micro_batch_size  # no gradients are kept: there is room for more
-        for rows in torch.arange(len(query_tensors)).split(at_once):
+        for rows in torch.arange(n)[distributed.share(n)].split(at_once):
             prompts = Prompts.from_tensors([query_tensors[i] for i in rows], self.pad_token_id, self.device)
             uniforms = completion_uniforms(seed, step, rows.tolist(), self.config.gen_len)
             special = (self.restriction, self.sep_token_id, self.pad_token_id)
-            tokens = sample(working_copy, prompts, uniforms, *special, self.config.temperature).cpu()
-            lengths = completion_mask(tokens, self.sep_token_id).sum(-1)
-            responses += [row[:length] for row, length in zip(tokens, lengths)]
-        return responses
+            tokens[rows] = sample(working_copy, prompts, uniforms, *special, self.config.temperature)
+        tokens = distributed.whole(tokens).cpu()
+        lengths = completion_mask(tokens, self.sep_token_id).sum(-1)
+        return [row[:length] for row, length in zip(tokens, lengths)]
 
     def step(
         self, query_tensors: list[torch.Tensor], response_tensors: list[torch.Tensor], rewards
@@ -284,6 +306,7 @@ class PPOTrainer:
             for rows in torch.from_numpy(order).to(self.device).split(config.minibatch_size):
                 minibatch = (old_logprobs[rows], old_values[rows], whitened[rows], returns[rows], mask[rows])
                 stats.append(self.update(prompts.select(rows), responses[rows], *minibatch))
+        stats = {name: distributed.mean(torch.stack([s[name] for s in stats])) for name in stats[0]}
         self.n_steps += 1
         self.average.update_parameters(self.model)
 
@@ -295,8 +318,8 @@ class PPOTrainer:
             "objective/entropy": masked_mean(entropy, mask),
             "objective/non_score_reward": non_score_rewards.sum(-1).mean(),
             "objective/rlhf_reward": rewards.sum(-1).mean(),
-            **{name: torch.stack([s[name] for s in stats]).mean() for name in stats[0]},
-            "ppo/skipped": torch.stack([s["ppo/skipped"] for s in stats]).sum(),
+            **{name: values.mean() for name, values in stats.items()},
+            "ppo/skipped": stats["ppo/skipped"].sum(),
             "ppo/returns/mean": masked_mean(returns, mask),
             "ppo/val/mean": masked_mean(old_values, mask),
             "ppo/val/explained_variance": explained_variance(old_values, returns, mask),
@@ -312,22 +335,27 @@ class PPOTrainer:
     def update(
         self, prompts, responses, old_logprobs, old_values, advantages, returns, mask
     ) -> dict[str, torch.Tensor]:
-        """One optimiser step on a minibatch, its gradient gathered over micro-batches."""
+        """One optimiser step on a minibatch, its gradient gathered over micro-batches and averaged over processes.
+
+        The statistics' means over the processes are those of the minibatch.
+        """
         config = self.config
         self.optimizer.zero_grad()
         totals: dict[str, torch.Tensor] = {}
-        for part in torch.arange(len(responses), device=self.device).split(config.micro_batch_size):
-            logits, values = self.forward(self.model, prompts.select(part), responses[part])
-            logprobs = logprobs_from_logits(logits, responses[part])
-            pg_loss, pg_clipfrac = policy_loss(
-                logprobs, old_logprobs[part], advantages[part], mask[part], config.cliprange
-            )
-            vf_loss, vf_clipfrac = value_loss(
-                values, old_values[part], returns[part], mask[part], config.cliprange_value
-            )
-            share = mask[part].sum() / mask.sum()
-            loss = pg_loss + config.vf_coef * vf_loss
-            (share * loss).backward()
+        for part in (parts := self.parts(len(responses))):
+            exchange = distributed.world_size() == 1 or part is parts[-1]
+            with contextlib.nullcontext() if exchange else self.scorer.no_sync():
+                logits, values = self.forward(self.scorer, prompts.select(part), responses[part])
+                logprobs = logprobs_from_logits(logits, responses[part])
+                pg_loss, pg_clipfrac = policy_loss(
+                    logprobs, old_logprobs[part], advantages[part], mask[part], config.cliprange
+                )
+                vf_loss, vf_clipfrac = value_loss(
+                    values, old_values[part], returns[part], mask[part], config.cliprange_value
+                )
+                loss = pg_loss + config.vf_coef * vf_loss
+                weight = distributed.world_size() * mask[part].sum() / mask.sum()
+                (weight * loss).backward()
             log_ratio = (logprobs.detach() - old_logprobs[part]).where(mask[part], 0)
             for name, value in {
                 "ppo/loss/policy": pg_loss,
@@ -338,7 +366,7 @@ class PPOTrainer:
                 "ppo/policy/clipfrac": pg_clipfrac,
                 "ppo/val/clipfrac": vf_clipfrac,
             }.items():
-                totals[name] = totals.get(name, 0) + share * value.detach()
+                totals[name] = totals.get(name, 0) + weight * value.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
         finite = bool(grad_norm.isfinite())
         if finite:
@@ -348,20 +376,27 @@ class PPOTrainer:
             raise FloatingPointError(f"the gradient of {MAX_SKIPPED} optimiser steps in a row was not finite")
         return totals | {"ppo/grad_norm": grad_norm, "ppo/skipped": torch.tensor(float(not finite))}
 
-    def forward(self, model, prompts: Prompts, responses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, score_completions, prompts: Prompts, responses: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Restricted logits (n, T, V) and values (n, T), float32: the one forward pass of old, new and reference."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits, values = model.score_completions(prompts, responses, self.config.detach_value)
+            logits, values = score_completions(prompts, responses, self.config.detach_value)
         return restrict_logits(logits, self.restriction, self.config.temperature), values.float()
 
     @torch.no_grad()
-    def score(self, model, prompts: Prompts, responses: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Log-probabilities, values and entropies of all completions, each (n, T) float32."""
-        parts = []
-        for part in torch.arange(len(responses), device=self.device).split(self.config.micro_batch_size):
-            logits, values = self.forward(model, prompts.select(part), responses[part])
-            parts.append((logprobs_from_logits(logits, responses[part]), values, entropy_from_logits(logits)))
-        return tuple(torch.cat(columns) for columns in zip(*parts))
+    def score(self, model, prompts: Prompts, responses: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities, values and entropies of all completions, (3, n, T) float32."""
+        scored = torch.zeros(3, *responses.shape, device=self.device)
+        for part in self.parts(len(responses)):
+            logits, values = self.forward(model.score_completions, prompts.select(part), responses[part])
+            logprobs = logprobs_from_logits(logits, responses[part])
+            scored[:, part] = torch.stack([logprobs, values, entropy_from_logits(logits)])
+        return distributed.whole(scored)
+
+    def parts(self, n: int) -> tuple[torch.Tensor, ...]:
+        """The rows, of n, that this process sends through a model, a micro-batch at a time."""
+        return torch.arange(n, device=self.device)[distributed.share(n)].split(self.config.micro_batch_size)
 
     @torch.no_grad()
     def kl_to_reference(
@@ -373,16 +408,18 @@ class PPOTrainer:
         the reference's log-probabilities (n, T) of the tokens; and the mask (n, T).
         """
         prompts, responses, mask = self.collate(query_tensors, response_tensors, response_tensors)
-        kls, ref_logprobs = [], []
-        for part in torch.arange(len(responses), device=self.device).split(self.config.micro_batch_size):
-            logits, _ = self.forward(model, prompts.select(part), responses[part])
-            ref_logits, _ = self.forward(self.ref_model, prompts.select(part), responses[part])
-            kls.append(kl_from_logits(logits, ref_logits).where(mask[part], 0).sum(-1))
-            ref_logprobs.append(logprobs_from_logits(ref_logits, responses[part]))
-        return torch.cat(kls).cpu(), torch.cat(ref_logprobs).cpu(), mask.cpu()
+        kl, ref_logprobs = torch.zeros(len(responses), device=self.device), torch.zeros_like(mask, dtype=torch.float32)
+        for part in self.parts(len(responses)):
+            logits, _ = self.forward(model.score_completions, prompts.select(part), responses[part])
+            ref_logits, _ = self.forward(self.ref_model.score_completions, prompts.select(part), responses[part])
+            kl[part] = kl_from_logits(logits, ref_logits).where(mask[part], 0).sum(-1)
+            ref_logprobs[part] = logprobs_from_logits(ref_logits, responses[part])
+        return distributed.whole(kl).cpu(), distributed.whole(ref_logprobs).cpu(), mask.cpu()
 
     def collate(self, query_tensors, response_tensors, rewards) -> tuple[Prompts, torch.Tensor, torch.Tensor]:
         """Check and pad a batch: prompts, responses (n, T) int64 and mask (n, T) bool."""
+        if len(query_tensors) % distributed.world_size():
+            raise ValueError(f"{len(query_tensors)} completions do not divide by {distributed.world_size()} processes")
         if not len(query_tensors) == len(response_tensors) == len(rewards) > 0:
             counts = f"{len(query_tensors)} queries, {len(response_tensors)} responses and {len(rewards)} rewards"
             raise ValueError(f"step() needs one response and one reward for each query, not {counts}")

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, pipeline
 
+import distributed
 from config import UserError
 from gpt2_value_head import load_tokenizer, load_weights, quiet_transformers, read_model_config
 
@@ -96,8 +97,21 @@ class RewardError(UserError):
 def score_texts(reward: Callable[[list[str]], object], texts: list[str]) -> torch.Tensor:
     """The rewards of some texts, (len(texts),) float32, from any callable that returns a number for each.
 
-    RewardError, which shows the text, where it raises or returns another count, a non-number, NaN or infinity.
+    On several processes each scores its share. RewardError, on all of them, where that fails on any.
     """
+    scores = torch.zeros(len(texts))
+    mine = distributed.share(len(texts))
+    scores[mine] = distributed.together(lambda: checked_scores(reward, texts[mine]))
+    return distributed.whole(scores)
+
+
+def checked_scores(reward: Callable[[list[str]], object], texts: list[str]) -> torch.Tensor:
+    """The rewards of some texts, each a finite number.
+
+    RewardError, which shows the text, where the callable raises or returns another count, a non-number, NaN or infinity.
+    """
+    if not texts:
+        return torch.zeros(0)
     try:
         scores = reward(texts)
     except RewardError:

@@ -6,6 +6,7 @@
     python train_ppo.py --reward my_reward:score         your own function of texts
     python train_ppo.py --resume runs/NAME               go on after a stop
     python train_ppo.py --eval_only runs/NAME            judge a saved model again
+    torchrun --nproc-per-node 8 train_ppo.py             on eight GPUs; --batch_size stays that of all together
     python train_ppo.py --help                           every hyperparameter; config.py explains them
 
 A run writes its own folder runs/NAME; `python plot_rewards.py` draws it.
@@ -24,6 +25,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+import distributed
 from config import PPOConfig, UserError, import_function, load_config, model_folder, parse_args, pick_device, pick_dtype
 
 # Settings that may differ when a run goes on, since none of them changes what it computes (but for how long); and when a
@@ -36,26 +38,21 @@ FINAL = ("model", "rewards.png", "before_after.md")  # what the end of a run wri
 def main(argv: list[str] | None = None) -> int:
     """Run the program; the exit code."""
     try:
-        config, given = parse_args(sys.argv[1:] if argv is None else argv)
-        if config.eval_only is not None:
-            run_dir = run_folder(config, config.eval_only)
-            return run(saved_config(run_dir, config, given - {"eval_only"}, FOR_JUDGING), run_dir, "eval_only")
-        if config.resume is not None:
-            run_dir = run_folder(config, config.resume)
-            config = saved_config(run_dir, config, given - {"resume"}, HARMLESS)
-            if all((run_dir / name).exists() for name in FINAL) and given <= {"resume"}:
-                print(f"{run_dir} is finished already, nothing is missing")
-                return 0
-            return run(config, run_dir, "resume")
-        config.check()
-        return run(config, new_run_folder(config), "train")
+        distributed.join()
+        config, run_dir, mode = distributed.from_rank_0(
+            lambda: read_command_line(sys.argv[1:] if argv is None else argv)
+        )
+        return run(config, run_dir, mode)
     except UserError as error:
-        print(f"train_ppo.py: error: {error}", file=sys.stderr)
+        if distributed.rank() == 0:
+            print(f"train_ppo.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
     except Exception as error:
+        if distributed.died(error):
+            return 1
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported yet
             print(
                 "train_ppo.py: error: the device is out of memory; lower --micro_batch_size (or --gen_len)",
@@ -65,19 +62,60 @@ def main(argv: list[str] | None = None) -> int:
         raise
 
 
+def read_command_line(argv: list[str]) -> tuple[PPOConfig, Path, str]:
+    """What to do: the config, the run folder, and 'train', 'resume', 'eval_only' or 'nothing'. UserError for bad input."""
+    config, given = parse_args(argv)
+    if config.eval_only is not None:
+        run_dir = run_folder(config, config.eval_only)
+        return saved_config(run_dir, config, given - {"eval_only"}, FOR_JUDGING), run_dir, "eval_only"
+    if config.resume is not None:
+        run_dir, mode = run_folder(config, config.resume), "resume"
+    else:
+        config.check()
+        run_dir = new_run_folder(config)
+        mode = "resume" if (run_dir / "config.json").exists() else "train"  # a restart goes on, see new_run_folder
+    if mode == "resume":
+        config = saved_config(run_dir, config, given - {"resume"}, HARMLESS)
+        if all((run_dir / name).exists() for name in FINAL) and (given <= {"resume"} or restarted()):
+            print(f"{run_dir} is finished already, nothing is missing")
+            mode = "nothing"
+    for name in ("batch_size", "minibatch_size"):
+        if getattr(config, name) % distributed.world_size():
+            processes = f"the {distributed.world_size()} processes, each of which takes an equal share"
+            raise UserError(f"--{name} {getattr(config, name)} does not divide by {processes}")
+    return config, run_dir, mode
+
+
 # ----------------------------------------------------------------------------------------------
 # The run folder
 
 
+def restarted() -> bool:
+    """Whether torchrun started this process anew after one of the run's processes had died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
 def new_run_folder(config: PPOConfig) -> Path:
-    """Where a new run will live; nothing is written yet. UserError where the name is taken."""
+    """Where a new run will live; nothing is written yet. UserError where the name is taken.
+
+    Unless --run_name names it, the run has a time stamp for a name, or below torchrun its --rdzv-id, or where that is
+    not set (torchrun then says "none") torchrun's process number: names that a restarted process finds again. A second run of that name
+    is NAME-2. A restarted process takes the folder that is there.
+    """
+    runs = Path(config.runs_dir)
     if config.run_name is None:
-        config.run_name = stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        number = 2
-        while (Path(config.runs_dir) / config.run_name).exists():
-            config.run_name, number = f"{stamp}-{number}", number + 1
-    run_dir = Path(config.runs_dir) / config.run_name
-    if run_dir.exists():
+        torchrun_id = os.environ.get("TORCHELASTIC_RUN_ID")
+        name = datetime.now().strftime("%Y%m%d-%H%M%S") if torchrun_id is None else torchrun_id
+        if torchrun_id == "none":
+            name = f"torchrun-{os.getppid()}"
+        config.run_name, number = name, 1
+        while (runs / config.run_name).exists():
+            last, number = config.run_name, number + 1
+            config.run_name = f"{name}-{number}"
+        if restarted() and number > 1:
+            config.run_name = last
+    run_dir = runs / config.run_name
+    if run_dir.exists() and not restarted():
         raise UserError(
             f"--run_name {config.run_name}: {run_dir} exists already; choose another name, or --resume {run_dir}"
         )
@@ -165,6 +203,9 @@ class StopSignal:
             signal.signal(number, self.receive)
 
     def receive(self, number, frame) -> None:
+        if distributed.world_size() > 1:  # torchrun passes on what the terminal has sent already
+            self.received = number
+            return
         if self.received:
             os._exit(128 + number)
         self.received = number
@@ -200,21 +241,34 @@ def keep_freed_memory() -> None:
 
 
 def load(config: PPOConfig):
-    """Everything that a run needs: trainer, tokenizer, reward, prompts, and the prompts as tokens.
-
-    What can be wrong is found in the order of what it costs to look: the models' folders (on the hub, perhaps), then
-    their configs, then the prompts' lengths, and the weights last.
-    """
-    policy_folder = model_folder(config.model_name, "--model_name")
-    reward_folder = None if config.reward else model_folder(config.reward_model_name, "--reward_model_name")
+    """Everything that a run needs: trainer, tokenizer, reward, prompts, and the prompts as tokens."""
+    policy_folder = distributed.once_per_machine(lambda: model_folder(config.model_name, "--model_name"))
+    reward_folder = None
+    if not config.reward:
+        reward_folder = distributed.once_per_machine(
+            lambda: model_folder(config.reward_model_name, "--reward_model_name")
+        )
 
     import copy
 
-    from gpt2_value_head import encode_prompt, load_gpt2_config, load_policy, load_tokenizer
     from ppo import PPOTrainer
-    from reward import SentimentReward
 
     keep_freed_memory()
+    policy, dtype, *rest = distributed.together(lambda: load_models(config, policy_folder, reward_folder))
+    tokenizer = rest[0]
+    reference = copy.deepcopy(policy).to(dtype)
+    return PPOTrainer(config, policy, reference, tokenizer), *rest
+
+
+def load_models(config: PPOConfig, policy_folder: Path, reward_folder: Path | None):
+    """Policy, dtype, tokenizer, reward, prompts, and the prompts as tokens.
+
+    What can be wrong is found in the order of what it costs to look: configs, then the prompts' lengths, and the weights
+    last.
+    """
+    from gpt2_value_head import encode_prompt, load_gpt2_config, load_policy, load_tokenizer
+    from reward import SentimentReward
+
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     gpt2_config = load_gpt2_config(policy_folder)
@@ -233,12 +287,17 @@ def load(config: PPOConfig):
     else:
         reward = SentimentReward(reward_folder, device, dtype, config.positive_label)
     policy = load_policy(policy_folder, gpt2_config, device)
-    reference = copy.deepcopy(policy).to(dtype)
-    return PPOTrainer(config, policy, reference, tokenizer), tokenizer, reward, prompts, queries
+    return policy, dtype, tokenizer, reward, prompts, queries
 
 
 def run(config: PPOConfig, run_dir: Path, mode: str) -> int:
-    """Train (mode 'train' or 'resume') or only judge ('eval_only'); the exit code."""
+    """Train (mode 'train' or 'resume'), only judge ('eval_only') or do 'nothing'; the exit code.
+
+    On several processes all of them run this; rank 0 alone writes and prints.
+    """
+    if mode == "nothing":
+        return 0
+    rank_0 = distributed.rank() == 0
     # 1. Models, prompts and reward
     trainer, tokenizer, reward, prompts, queries = load(config)
 
@@ -259,33 +318,43 @@ def run(config: PPOConfig, run_dir: Path, mode: str) -> int:
     if mode == "eval_only":
         saved = load_policy(run_dir / "model", load_gpt2_config(run_dir / "model"), trainer.device)
         results = {"before": judge(trainer.ref_model), "after": judge(saved)}
-        finish_evaluation(results, prompts, config, run_dir)
+        if rank_0:
+            finish_evaluation(results, prompts, config, run_dir)
         return 0
 
     # 2. The run folder
-    with disk_errors(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=mode == "resume")
-        lock = lock_folder(run_dir)  # noqa: F841 (held for as long as this name lives)
+    if rank_0:
+        with disk_errors(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=mode == "resume" or restarted())
+            lock = lock_folder(run_dir)  # noqa: F841 (held for as long as this name lives)
     if mode == "resume":
         load_checkpoint(trainer, run_dir / "checkpoints")
-    with disk_errors(run_dir / "config.json"):
-        config.save(run_dir / "config.json")
-    log = RunLog(run_dir, trainer.n_steps)
+    if rank_0:
+        with disk_errors(run_dir / "config.json"):
+            config.save(run_dir / "config.json")
+        log = RunLog(run_dir, trainer.n_steps)
     print(f"run folder {run_dir}, {config.n_steps()} steps of {config.batch_size} completions")
-    print(f"on {trainer.device} in {str(trainer.dtype)[6:]}")
+    processes = f"{distributed.world_size()} processes, each " if distributed.world_size() > 1 else ""
+    print(f"{processes}on {trainer.device} in {str(trainer.dtype)[6:]}")
 
     # 3. How good the policy is before training; measured once
     evaluation_file = run_dir / "evaluation.json"
-    if evaluation_file.exists():
-        results = json.loads(evaluation_file.read_text(encoding="utf-8"))
-    else:
+    results = distributed.from_rank_0(
+        lambda: json.loads(evaluation_file.read_text(encoding="utf-8")) if evaluation_file.exists() else None
+    )
+    if results is None:
         results = {"before": judge(trainer.ref_model)}
-        evaluation.write_json(evaluation_file, results)
+        if rank_0:
+            evaluation.write_json(evaluation_file, results)
 
     # 4. The loop
     stop = StopSignal()
     bar = tqdm(
-        range(trainer.n_steps + 1, config.n_steps() + 1), initial=trainer.n_steps, total=config.n_steps(), unit="step"
+        range(trainer.n_steps + 1, config.n_steps() + 1),
+        initial=trainer.n_steps,
+        total=config.n_steps(),
+        unit="step",
+        disable=not rank_0,
     )
     for step in bar:
         started = time.perf_counter()
@@ -297,7 +366,8 @@ def run(config: PPOConfig, run_dir: Path, mode: str) -> int:
         try:
             scores = score_texts(reward, [prompts[i] + text for i, text in zip(drawn, completions)])
         except RewardError as error:
-            save_checkpoint(trainer, run_dir / "checkpoints", config.keep_checkpoints)
+            if rank_0:
+                save_checkpoint(trainer, run_dir / "checkpoints", config.keep_checkpoints)
             raise reward_failure(error, f"step {step}", run_dir)
         scored = time.perf_counter()
         try:
@@ -320,8 +390,9 @@ def run(config: PPOConfig, run_dir: Path, mode: str) -> int:
             {"step": step, "prompt": prompts[i], "completion": text, "score": score}
             for i, text, score in zip(drawn, completions, scores.tolist())
         ]
-        with disk_errors(run_dir / "metrics.csv"):
-            log.write(row, samples)
+        if rank_0:
+            with disk_errors(run_dir / "metrics.csv"):
+                log.write(row, samples)
         bar.set_postfix(reward=f"{row['env/reward_mean']:.3f}", kl=f"{stats['objective/kl']:.2f}")
         if config.log_samples_every and step % config.log_samples_every == 0:
             shown = "\n".join(
@@ -329,29 +400,32 @@ def run(config: PPOConfig, run_dir: Path, mode: str) -> int:
             )
             tqdm.write(f"step {step}, mean reward {row['env/reward_mean']:.3f}\n{shown}")
 
-        last = step == config.n_steps()
-        if last or stop.received or (config.save_every and step % config.save_every == 0):
+        last, stopped = step == config.n_steps(), distributed.largest(stop.received)
+        due = last or stopped or (config.save_every and step % config.save_every == 0)
+        if due and rank_0:
             save_checkpoint(trainer, run_dir / "checkpoints", config.keep_checkpoints)
-        if stop.received and not last:
+        if stopped and not last:
             bar.close()
             print(f"stopped after step {step}; go on with: python train_ppo.py --resume {run_dir}")
-            return 128 + stop.received
+            return 128 + stopped
 
     stop.release()
 
     # 5. The trained model, how good it is now, and the pictures; --resume makes what is missing of them
     partial = run_dir / ".partial-model"
-    with disk_errors(run_dir / "model", 4 * trainer.model.num_parameters()):
-        shutil.rmtree(partial, ignore_errors=True)
-        save_policy(trainer.policy_for_saving, tokenizer, partial, config.temperature)
-        shutil.rmtree(run_dir / "model", ignore_errors=True)
-        partial.rename(run_dir / "model")
+    if rank_0:
+        with disk_errors(run_dir / "model", 4 * trainer.model.num_parameters()):
+            shutil.rmtree(partial, ignore_errors=True)
+            save_policy(trainer.policy_for_saving, tokenizer, partial, config.temperature)
+            shutil.rmtree(run_dir / "model", ignore_errors=True)
+            partial.rename(run_dir / "model")
     results["after"] = judge(trainer.policy_for_saving)
-    finish_evaluation(results, prompts, config, run_dir)
-    draw([run_dir], run_dir / "rewards.png")
-    table = evaluation.before_after_table(results)
-    write_whole(run_dir / "before_after.md", table + "\n")
-    print(f"\n{table}\n\nmodel, metrics and pictures are in {run_dir}")
+    if rank_0:
+        finish_evaluation(results, prompts, config, run_dir)
+        draw([run_dir], run_dir / "rewards.png")
+        table = evaluation.before_after_table(results)
+        write_whole(run_dir / "before_after.md", table + "\n")
+        print(f"\n{table}\n\nmodel, metrics and pictures are in {run_dir}")
     return 0
 
 
@@ -359,7 +433,8 @@ def reward_failure(error, where: str, run_dir: Path) -> UserError:
     """What to tell of a RewardError; its traceback, where the reward function raised, goes to error.log."""
     if not error.traceback:
         return UserError(f"{where}: {error}")
-    (run_dir / "error.log").write_text(error.traceback, encoding="utf-8")
+    if distributed.rank() == 0:
+        (run_dir / "error.log").write_text(error.traceback, encoding="utf-8")
     return UserError(f"{where}: {error}; the traceback is in {run_dir / 'error.log'}")
 
 

@@ -1,0 +1,232 @@
+"""Several processes: the update, the statistics and the run are those of one."""
+
+import copy
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import multiprocessing
+
+import distributed
+from config import PPOConfig
+from gpt2_value_head import encode_prompt, load_gpt2_config, load_policy, load_tokenizer
+from ppo import PPOTrainer
+from train_ppo import main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PROMPTS = ["刚收到货,感觉", "衣服", "这本书很好"]
+RUN = "--preset demo --device cpu --batch_size 16 --minibatch_size 8 --eval_samples 16 --log_samples_every 0".split()
+
+
+def two_steps(rank, processes, folder, gpt2_folder, spoil):
+    """Two PPO steps as one of some processes; weights and statistics to a file. `spoil`: rank 1's first gradient is NaN."""
+    torch.set_num_threads(1)
+    if processes > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=processes)
+    tokenizer = load_tokenizer(gpt2_folder)
+    model = load_policy(gpt2_folder, load_gpt2_config(gpt2_folder))
+    config = PPOConfig(
+        batch_size=16, minibatch_size=8, ppo_epochs=2, gen_len=8, micro_batch_size=1, lr=1e-4, dtype="float32", device="cpu"
+    )  # fmt: skip
+    trainer = PPOTrainer(config, model, copy.deepcopy(model), tokenizer)
+    if spoil and rank == 1:
+        handle = model.transformer.wpe.weight.register_hook(lambda gradient: handle.remove() or gradient * torch.nan)
+    queries = [encode_prompt(tokenizer, PROMPTS[i % 3]) for i in range(16)]
+    stats = []
+    for _ in range(2):
+        responses = trainer.generate(queries)
+        of_many_lengths = [response[: 1 + i % 8] for i, response in enumerate(responses)]
+        stats.append(trainer.step(queries, of_many_lengths, [0.1 * (i % 5) for i in range(16)]))
+    results = {"weights": model.state_dict(), "average": trainer.policy_for_saving.state_dict(), "stats": stats}
+    results["responses"] = responses
+    torch.save(results, f"{folder}/{processes}-{rank}.pt")
+
+
+def run_two_steps(processes, folder, gpt2_folder, spoil=False) -> list[dict]:
+    multiprocessing.spawn(two_steps, (processes, str(folder), gpt2_folder, spoil), processes)
+    (folder / "group").unlink(missing_ok=True)
+    return [torch.load(folder / f"{processes}-{rank}.pt") for rank in range(processes)]
+
+
+def distance(one, other):
+    """Norm of the difference over the norm of the weights, all parameters together."""
+    difference = sum(((one[name] - other[name]) ** 2).sum() for name in one)
+    return (difference / sum((value**2).sum() for value in one.values())).sqrt().item()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, gpt2_folder):
+    folder, threads = tmp_path_factory.mktemp("alone"), torch.get_num_threads()
+    two_steps(0, 1, folder, gpt2_folder, spoil=False)
+    torch.set_num_threads(threads)
+    return torch.load(folder / "1-0.pt")
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_update_does_not_depend_on_the_number_of_processes(processes, alone, tmp_path, gpt2_folder):
+    for result in run_two_steps(processes, tmp_path, gpt2_folder):
+        assert distance(alone["weights"], result["weights"]) < 1e-5
+        assert distance(alone["average"], result["average"]) < 1e-5
+        assert all(one.equal(other) for one, other in zip(alone["responses"], result["responses"]))
+        for one, other in zip(alone["stats"], result["stats"]):
+            assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
+
+
+def test_a_step_is_skipped_by_all_or_by_none(tmp_path, gpt2_folder):
+    first, second = run_two_steps(2, tmp_path, gpt2_folder, spoil=True)
+    assert [stats["ppo/skipped"] for stats in first["stats"]] == [1, 0]
+    assert [stats["ppo/skipped"] for stats in second["stats"]] == [1, 0]
+    assert all(first["weights"][name].equal(second["weights"][name]) for name in first["weights"])
+
+
+def test_shares_cover_all_rows_once(monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    for n in (0, 1, 2, 3, 10):
+        rows = []
+        for rank in range(3):
+            monkeypatch.setattr(distributed, "rank", lambda: rank)
+            rows += list(range(n))[distributed.share(n)]
+        assert rows == list(range(n))
+
+
+# ----------------------------------------------------------------------------------------------
+# Whole runs below torchrun
+
+
+C10D = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", "job"]
+
+
+def torchrun(tmp_path, *flags, processes=2, options=(), **popen):
+    """Start train_ppo.py below torchrun, in `tmp_path`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command += [str(ROOT / "train_ppo.py"), *RUN, "--runs_dir", str(tmp_path / "runs"), *flags]
+    return subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **streams, **popen)
+
+
+def rows(run_dir):
+    with (run_dir / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def same_curve(one, other):
+    curves = [[float(row["env/reward_mean"]) for row in table] for table in (one, other)]
+    return curves[0] == pytest.approx(curves[1], abs=0.02)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, demo):
+    """Three steps by two processes, and the same run of six steps by one."""
+    tmp_path = tmp_path_factory.mktemp("several")
+    code = main([*RUN, "--runs_dir", str(tmp_path / "runs"), "--run_name", "one", "--episodes", "96"])
+    assert code == 0
+    process = torchrun(tmp_path, "--run_name", "two", "--episodes", "48", "--save_every", "2", options=["--standalone"])
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return tmp_path, output, errors
+
+
+def test_a_run_of_two_processes_is_the_run_of_one(runs):
+    tmp_path, output, _ = runs
+    one, two = tmp_path / "runs" / "one", tmp_path / "runs" / "two"
+    assert same_curve(rows(one)[:3], rows(two))
+    lines = [(run / "samples.jsonl").read_text(encoding="utf-8").splitlines() for run in (one, two)]
+    completions = [[json.loads(line)["completion"] for line in part[:48]] for part in lines]
+    assert sum(a == b for a, b in zip(*completions)) >= 46
+
+
+def test_one_process_alone_writes_and_prints(runs):
+    tmp_path, output, _ = runs
+    assert output.count("run folder") == output.count("model, metrics and pictures are in") == 1
+    assert "2 processes" in output
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["one", "two"]
+    assert {path.name for path in (tmp_path / "runs" / "two").iterdir()} == {
+        path.name for path in (tmp_path / "runs" / "one").iterdir()
+    }
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_a_run_goes_on_with_another_number_of_processes(runs, processes):
+    tmp_path = runs[0]
+    copied = shutil.copytree(tmp_path / "runs" / "two", tmp_path / "runs" / f"continued-{processes}")
+    if processes == 1:
+        assert main(["--resume", str(copied), "--episodes", "96"]) == 0
+    else:
+        process = torchrun(tmp_path, "--resume", str(copied), "--episodes", "96", processes=processes)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    assert same_curve(rows(tmp_path / "runs" / "one"), rows(copied))
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path, demo):
+    process = torchrun(tmp_path, "--batch_size", "18", "--minibatch_size", "9")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert re.findall("train_ppo.py: error: .*", errors) == [
+        "train_ppo.py: error: --minibatch_size 9 does not divide by the 2 processes, each of which takes an equal share"
+    ]
+    assert "Traceback" not in errors.split("--minibatch_size")[0]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_error_on_one_process_ends_all_with_one_message(tmp_path, demo):
+    (tmp_path / "only_rank_1.py").write_text(
+        "import os\n"
+        "def score(texts):\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        raise KeyError('no such word')\n"
+        "    return [0.5] * len(texts)\n"
+    )
+    process = torchrun(tmp_path, "--reward", "only_rank_1:score", "--run_name", "broken")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    messages = re.findall("train_ppo.py: error: .*", errors)
+    assert len(messages) == 1 and "KeyError: 'no such word'" in messages[0]
+    assert "KeyError" in (tmp_path / "runs" / "broken" / "error.log").read_text()
+
+
+def test_a_killed_process_is_replaced_and_the_run_goes_on(tmp_path, demo):
+    (tmp_path / "dies_once.py").write_text(
+        "import os, pathlib, signal\n"
+        "calls = []\n"
+        "def score(texts):\n"
+        "    calls.append(1)\n"
+        "    if os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and len(calls) == 6:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return [len(text) / 20 for text in texts]\n"
+    )
+    flags = ["--reward", "dies_once:score", "--save_every", "2", "--episodes", "96"]
+    process = torchrun(tmp_path, *flags, options=["--max-restarts", "1", *C10D])
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["job"]
+    assert [row["step"] for row in rows(tmp_path / "runs" / "job")] == list("123456")
+    assert "4/6" in errors  # the restarted processes began behind the checkpoint of step 4
+
+
+def test_ctrl_c_stops_all_after_the_same_step(tmp_path, demo):
+    process = torchrun(
+        tmp_path, "--episodes", "16000", "--run_name", "stopped", "--save_every", "0", start_new_session=True
+    )
+    metrics = tmp_path / "runs" / "stopped" / "metrics.csv"
+    deadline = time.monotonic() + 60
+    while (not metrics.exists() or metrics.read_text().count("\n") < 3) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    saved = sorted(path.name for path in (tmp_path / "runs" / "stopped" / "checkpoints").iterdir())
+    assert saved == [f"step-{int(rows(tmp_path / 'runs' / 'stopped')[-1]['step']):06d}"]
+    assert f"stopped after step {len(rows(tmp_path / 'runs' / 'stopped'))}" in output
