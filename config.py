@@ -71,7 +71,10 @@ class PPOConfig:
     )
     ppo_epochs: int = option(4, "Passes over each batch.")
     gamma: float = option(1.0, "Discount per token, 0 to 1.")
-    lam: float = option(0.95, "Lambda of generalised advantage estimation, 0 to 1 (Schulman et al. 2016).")
+    lam: float = option(
+        1.0,
+        "Lambda of generalised advantage estimation, 0 to 1 (Schulman et al. 2016; article: 0.95).",
+    )
     cliprange: float = option(0.2, "The probability ratio is clipped to 1 plus or minus this.")
     cliprange_value: float = option(0.2, "Values are clipped to the old value plus or minus this.")
     vf_coef: float = option(0.1, "Weight of the value loss.")
@@ -101,10 +104,10 @@ class PPOConfig:
         "Added to the root of Adam's second moment: what moves by rounding errors alone stays where it is (article: 1e-8; "
         "Baselines' PPO has 1e-5).",
     )
-    average_decay: float = option(
-        0.9,
-        "The saved policy is a running average of the weights, with this decay per step; 0 saves the last weights "
-        "(article: 0).",
+    average_power: float = option(
+        3.0,
+        "The saved policy is an average of the weights after each step, in which step t weighs about t to this power, "
+        "so that the first steps fade however long the run is; 1e9 saves the last weights (article: these).",
     )
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm at most.")
     micro_batch_size: int = option(
@@ -204,7 +207,7 @@ LIMITS = {  # name: (lowest, highest, whether the lowest itself is allowed)
     "minibatch_size": (1, INF, True), "ppo_epochs": (1, INF, True), "gamma": (0, 1, True), "lam": (0, 1, True),
     "cliprange": (0, INF, False), "cliprange_value": (0, INF, False), "vf_coef": (0, INF, True), "init_kl_coef": (0, INF, True),
     "target": (0, INF, False), "horizon": (1, INF, True), "lr": (0, INF, False), "value_lr": (0, INF, False), "adam_epsilon": (0, INF, False),
-    "average_decay": (0, 0.9999, True), "max_grad_norm": (0, INF, False), "micro_batch_size": (1, INF, True),
+    "average_power": (0, INF, True), "max_grad_norm": (0, INF, False), "micro_batch_size": (1, INF, True),
     "seed": (0, 2**63 - 1, True), "log_samples_every": (0, INF, True), "save_every": (0, INF, True), "keep_checkpoints": (1, INF, True),
     "eval_samples": (0, INF, True),
 }  # fmt: skip

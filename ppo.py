@@ -17,7 +17,7 @@ import copy
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 import distributed
 from config import pick_dtype
@@ -198,6 +198,20 @@ class FixedKLController:
 MAX_SKIPPED = 10  # optimiser steps in a row without a finite gradient: then training has failed
 
 
+def polynomial_average(power: float):
+    """Polynomial-decay averaging of weights (Shamir & Zhang 2013, arXiv:1212.1824, section 4): step t weighs about t^power.
+
+        average[t] = (1 - share) * average[t - 1] + share * weights[t],   share = (power + 1) / (power + t)
+
+    Power 0 is the plain mean. As the avg_fn of AveragedModel, which counts the weights averaged before: t - 1.
+    """
+
+    def update(average: torch.Tensor, weights: torch.Tensor, n_averaged: torch.Tensor) -> torch.Tensor:
+        return average.lerp(weights, (power + 1) / (power + n_averaged.item() + 1))
+
+    return update
+
+
 class CompletionScorer(torch.nn.Module):
     """`score_completions` as a module's forward, which DistributedDataParallel needs."""
 
@@ -217,7 +231,7 @@ class PPOTrainer:
 
     model: the policy, a GPT2HeadWithValueModel with float32 weights. ref_model: the same before training; its weights
     stay as they are, in any dtype. tokenizer: gives the special tokens. Dropout stays off in both.
-    `policy_for_saving` is the average of the policy's weights over the last steps (Polyak & Juditsky 1992).
+    `policy_for_saving` is an average of the policy's weights over the steps, see `polynomial_average`.
     """
 
     def __init__(self, config, model, ref_model, tokenizer):
@@ -242,7 +256,7 @@ class PPOTrainer:
         groups = [{"params": policy_parameters, "lr": config.lr}, {"params": value_parameters, "lr": config.value_lr}]
         fused = self.device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam(groups, eps=config.adam_epsilon, fused=fused)
-        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.average_decay))
+        self.average = AveragedModel(model, avg_fn=polynomial_average(config.average_power))
         self.scorer = CompletionScorer(model)
         if distributed.world_size() > 1:
             self.scorer = DistributedDataParallel(self.scorer, gradient_as_bucket_view=True)

@@ -36,7 +36,7 @@ FLAGS = [  # (flags, part of the line)
     ("--seed -1", "--seed must be at least 0"),
     ("--seed 99999999999999999999", "--seed must be at least 0 and at most"),
     ("--minibatch_size 256", "--minibatch_size 256 is larger than --batch_size 128"),
-    ("--average_decay 1", "--average_decay must be at least 0 and at most 0.9999"),
+    ("--average_power -1", "--average_power must be at least 0 and finite"),
     ("--kl_controller adaptiv", "invalid choice: 'adaptiv'"),
     ("--dtype float16", "invalid choice: 'float16'"),
     ("--preset big", "--preset big is unknown; choose one of article, demo"),

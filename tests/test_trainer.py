@@ -121,19 +121,20 @@ def test_gradients_are_clipped(policy):
 
 
 def test_the_value_head_has_a_learning_rate_of_its_own(policy):
-    trainer = make(policy, lr=1e-5, value_lr=2e-3, average_decay=0.0)
+    trainer = make(policy, lr=1e-5, value_lr=2e-3)
     assert [group["lr"] for group in trainer.optimizer.param_groups] == [1e-5, 2e-3]
     counts = [sum(p.numel() for p in group["params"]) for group in trainer.optimizer.param_groups]
     assert counts[1] == trainer.model.config.n_embd + 1 and sum(counts) == trainer.model.num_parameters()
 
 
-def test_saved_policy_is_the_average_of_the_weights(policy):
-    trainer = make(policy, average_decay=0.75)
+@pytest.mark.parametrize("power, shares", [(0, [1 / 3, 1 / 3, 1 / 3]), (1, [1 / 6, 2 / 6, 3 / 6]), (1e9, [0, 0, 1])])
+def test_saved_policy_is_the_average_of_the_weights(policy, power, shares):
+    trainer = make(policy, average_power=power)
     states = []
     for _ in range(3):
         trainer.step(*batch_of(trainer, policy))
         states.append(trainer.model.transformer.ln_f.weight.detach().clone())
-    expected = 0.75 * (0.75 * states[0] + 0.25 * states[1]) + 0.25 * states[2]
+    expected = sum(share * state for share, state in zip(shares, states))
     assert torch.allclose(trainer.policy_for_saving.transformer.ln_f.weight, expected, atol=1e-7)
 
 
