@@ -29,9 +29,8 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.summary.bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(batch, seq, hidden) -> (batch, seq), in the dtype of the head's own weights even under autocast."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            return self.summary(hidden_states.to(self.summary.weight.dtype)).squeeze(-1)
+        """(batch, seq, hidden) -> (batch, seq), in the dtype of the head's own weights."""
+        return self.summary(hidden_states.to(self.summary.weight.dtype)).squeeze(-1)
 
 
 @dataclass

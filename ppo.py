@@ -42,8 +42,7 @@ def logprobs_from_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
 
 def entropy_from_logits(logits: torch.Tensor) -> torch.Tensor:
     """-sum p log p of softmax(logits), in nats. (..., V) -> (...). A logit of -inf adds nothing (0 log 0 = 0)."""
-    logprobs = logits.log_softmax(-1)
-    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logits.dtype).min)).sum(-1)
+    return torch.special.entr(logits.softmax(-1)).sum(-1)
 
 
 def kl_from_logits(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tensor:
@@ -231,6 +230,8 @@ class PPOTrainer:
 
     model: the policy, a GPT2HeadWithValueModel with float32 weights. ref_model: the same before training; its weights
     stay as they are, in any dtype. tokenizer: gives the special tokens. Dropout stays off in both.
+    Where the arithmetic is bfloat16, a bfloat16 copy of the policy does it, and its gradients move the float32 weights
+    (Micikevicius et al. 2018, "Mixed precision training", arXiv:1710.03740).
     `policy_for_saving` is an average of the policy's weights over the steps, see `polynomial_average`.
     """
 
@@ -254,10 +255,12 @@ class PPOTrainer:
         value_parameters = list(model.v_head.parameters())
         policy_parameters = [p for name, p in model.named_parameters() if not name.startswith("v_head.")]
         groups = [{"params": policy_parameters, "lr": config.lr}, {"params": value_parameters, "lr": config.value_lr}]
+        self.working = model if self.dtype == torch.float32 else copy.deepcopy(model).to(self.dtype)
+        self.working.v_head.float()
         fused = self.device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam(groups, eps=config.adam_epsilon, fused=fused)
         self.average = AveragedModel(model, avg_fn=polynomial_average(config.average_power))
-        self.scorer = CompletionScorer(model)
+        self.scorer = CompletionScorer(self.working)
         if distributed.world_size() > 1:
             self.scorer = DistributedDataParallel(self.scorer, gradient_as_bucket_view=True)
 
@@ -273,7 +276,7 @@ class PPOTrainer:
         model = self.model if model is None else model
         seed = self.config.seed if seed is None else seed
         step = self.n_steps + 1 if step is None else step
-        working_copy = model if model.dtype == self.dtype else copy.deepcopy(model).to(self.dtype)
+        model = self.in_working_dtype(model)
         n = len(query_tensors)
         tokens = torch.zeros(n, self.config.gen_len, dtype=torch.int64, device=self.device)
         at_once = 4 * self.config.micro_batch_size  # no gradients are kept: there is room for more
@@ -281,7 +284,7 @@ class PPOTrainer:
             prompts = Prompts.from_tensors([query_tensors[i] for i in rows], self.pad_token_id, self.device)
             uniforms = completion_uniforms(seed, step, rows.tolist(), self.config.gen_len)
             special = (self.restriction, self.sep_token_id, self.pad_token_id)
-            tokens[rows] = sample(working_copy, prompts, uniforms, *special, self.config.temperature)
+            tokens[rows] = sample(model, prompts, uniforms, *special, self.config.temperature)
         tokens = distributed.whole(tokens).cpu()
         lengths = completion_mask(tokens, self.sep_token_id).sum(-1)
         return [row[:length] for row, length in zip(tokens, lengths)]
@@ -354,7 +357,7 @@ class PPOTrainer:
         The statistics' means over the processes are those of the minibatch.
         """
         config = self.config
-        self.optimizer.zero_grad()
+        self.in_working_dtype(self.model).zero_grad()
         totals: dict[str, torch.Tensor] = {}
         for part in (parts := self.parts(len(responses))):
             exchange = distributed.world_size() == 1 or part is parts[-1]
@@ -381,6 +384,8 @@ class PPOTrainer:
                 "ppo/val/clipfrac": vf_clipfrac,
             }.items():
                 totals[name] = totals.get(name, 0) + weight * value.detach()
+        for parameter, working in zip(self.model.parameters(), self.working.parameters()):
+            parameter.grad = working.grad.to(parameter.dtype)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
         finite = bool(grad_norm.isfinite())
         if finite:
@@ -394,13 +399,24 @@ class PPOTrainer:
         self, score_completions, prompts: Prompts, responses: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Restricted logits (n, T, V) and values (n, T), float32: the one forward pass of old, new and reference."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits, values = score_completions(prompts, responses, self.config.detach_value)
+        logits, values = score_completions(prompts, responses, self.config.detach_value)
         return restrict_logits(logits, self.restriction, self.config.temperature), values.float()
+
+    @torch.no_grad()
+    def in_working_dtype(self, model):
+        """`model` in the dtype of the arithmetic: itself, or a copy. The policy's is kept, and brought up to date here."""
+        if model.dtype == self.dtype:
+            return model
+        if model is not self.model:
+            return copy.deepcopy(model).to(self.dtype)
+        for working, parameter in zip(self.working.parameters(), model.parameters()):
+            working.copy_(parameter)
+        return self.working
 
     @torch.no_grad()
     def score(self, model, prompts: Prompts, responses: torch.Tensor) -> torch.Tensor:
         """Log-probabilities, values and entropies of all completions, (3, n, T) float32."""
+        model = self.in_working_dtype(model)
         scored = torch.zeros(3, *responses.shape, device=self.device)
         for part in self.parts(len(responses)):
             logits, values = self.forward(model.score_completions, prompts.select(part), responses[part])
@@ -422,10 +438,11 @@ class PPOTrainer:
         the reference's log-probabilities (n, T) of the tokens; and the mask (n, T).
         """
         prompts, responses, mask = self.collate(query_tensors, response_tensors, response_tensors)
+        model, ref_model = self.in_working_dtype(model), self.in_working_dtype(self.ref_model)
         kl, ref_logprobs = torch.zeros(len(responses), device=self.device), torch.zeros_like(mask, dtype=torch.float32)
         for part in self.parts(len(responses)):
             logits, _ = self.forward(model.score_completions, prompts.select(part), responses[part])
-            ref_logits, _ = self.forward(self.ref_model.score_completions, prompts.select(part), responses[part])
+            ref_logits, _ = self.forward(ref_model.score_completions, prompts.select(part), responses[part])
             kl[part] = kl_from_logits(logits, ref_logits).where(mask[part], 0).sum(-1)
             ref_logprobs[part] = logprobs_from_logits(ref_logits, responses[part])
         return distributed.whole(kl).cpu(), distributed.whole(ref_logprobs).cpu(), mask.cpu()

@@ -156,6 +156,19 @@ def test_bfloat16_keeps_float32_weights_and_stays_close(policy):
     assert b["ppo/loss/value"] == pytest.approx(a["ppo/loss/value"], rel=0.02)
 
 
+def test_bfloat16_arithmetic_follows_the_float32_weights(policy):
+    """Steps far smaller than bfloat16 can hold add up in the weights, and every optimiser step is seen by the next."""
+    trainer = make(policy, dtype="bfloat16", lr=1e-6, ppo_epochs=1)
+    before = trainer.model.transformer.h[0].mlp.c_fc.weight.clone()
+    trainer.step(*batch_of(trainer, policy))
+    moved = (trainer.model.transformer.h[0].mlp.c_fc.weight - before).abs()
+    assert 0 < moved.max() < 2e-6 and (moved > 0).float().mean() > 0.9
+    trainer = make(policy, dtype="bfloat16", lr=1e-2, ppo_epochs=2)
+    assert trainer.step(*batch_of(trainer, policy))["ppo/policy/approxkl"] > 1e-4
+    working = trainer.in_working_dtype(trainer.model)
+    assert working.lm_head.weight.equal(trainer.model.lm_head.weight.bfloat16())
+
+
 @pytest.mark.parametrize(
     ("response", "said"),
     [([5, 0, 6], r"\[PAD\]"), ([1, 5, 3], r"\[UNK\]"), ([5, 2], r"\[CLS\]"), ([4], r"\[MASK\]"), ([], "empty")],
