@@ -41,7 +41,9 @@ def main() -> None:
     log_ratios = trainer.score(policy, batched, tokens)[0] - trainer.score(trainer.ref_model, batched, tokens)[0]
     beta = config.init_kl_coef
     residual = scores - beta * log_ratios.where(mask, 0).sum(-1)
-    print(f"reward {scores.mean():.3f}, J {residual.mean():.3f}, standard deviation of the residual {residual.std():.3f}")
+    print(
+        f"reward {scores.mean():.3f}, J {residual.mean():.3f}, standard deviation of the residual {residual.std():.3f}"
+    )
     print(f"J* - J, from its variance: {residual.var() / (2 * beta):.3f}")
 
     target = (residual - residual.mean()) / residual.std()

@@ -116,13 +116,24 @@ def test_shares_cover_all_rows_once(monkeypatch):
 C10D = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", "job"]
 
 
-def torchrun(tmp_path, *flags, processes=2, options=(), **popen):
+def torchrun(tmp_path, *flags, processes=2, options=()):
     """Start train_ppo.py below torchrun, in `tmp_path`."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command += [str(ROOT / "train_ppo.py"), *RUN, "--runs_dir", str(tmp_path / "runs"), *flags]
-    return subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **streams, **popen)
+    return subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, start_new_session=True, **streams)
+
+
+def finish(process) -> tuple[int, str, str]:
+    """Exit code, output and errors; a run that hangs is killed with all its processes."""
+    try:
+        output, errors = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)  # torchrun kills those that do not end by that
+        process.communicate()
+        raise
+    return process.returncode, output, errors
 
 
 def rows(run_dir):
@@ -142,8 +153,8 @@ def runs(tmp_path_factory, demo):
     code = main([*RUN, "--runs_dir", str(tmp_path / "runs"), "--run_name", "one", "--episodes", "96"])
     assert code == 0
     process = torchrun(tmp_path, "--run_name", "two", "--episodes", "48", "--save_every", "2", options=["--standalone"])
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    code, output, errors = finish(process)
+    assert code == 0, errors
     return tmp_path, output, errors
 
 
@@ -174,15 +185,15 @@ def test_a_run_goes_on_with_another_number_of_processes(runs, processes):
         assert main(["--resume", str(copied), "--episodes", "96"]) == 0
     else:
         process = torchrun(tmp_path, "--resume", str(copied), "--episodes", "96", processes=processes)
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+        code, _, errors = finish(process)
+        assert code == 0, errors
     assert same_curve(rows(tmp_path / "runs" / "one"), rows(copied))
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path, demo):
     process = torchrun(tmp_path, "--batch_size", "18", "--minibatch_size", "9")
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0
+    code, _, errors = finish(process)
+    assert code != 0
     assert re.findall("train_ppo.py: error: .*", errors) == [
         "train_ppo.py: error: --minibatch_size 9 does not divide by the 2 processes, each of which takes an equal share"
     ]
@@ -199,8 +210,8 @@ def test_an_error_on_one_process_ends_all_with_one_message(tmp_path, demo):
         "    return [0.5] * len(texts)\n"
     )
     process = torchrun(tmp_path, "--reward", "only_rank_1:score", "--run_name", "broken")
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0
+    code, _, errors = finish(process)
+    assert code != 0
     messages = re.findall("train_ppo.py: error: .*", errors)
     assert len(messages) == 1 and "KeyError: 'no such word'" in messages[0]
     assert "KeyError" in (tmp_path / "runs" / "broken" / "error.log").read_text()
@@ -218,8 +229,8 @@ def test_a_killed_process_is_replaced_and_the_run_goes_on(tmp_path, demo):
     )
     flags = ["--reward", "dies_once:score", "--save_every", "2", "--episodes", "96"]
     process = torchrun(tmp_path, *flags, options=["--max-restarts", "1", *C10D])
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    code, output, errors = finish(process)
+    assert code == 0, errors
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["job"]
     assert [row["step"] for row in rows(tmp_path / "runs" / "job")] == list("123456")
     assert 'train_ppo.py", line' not in errors  # the others ended without a traceback
@@ -227,16 +238,14 @@ def test_a_killed_process_is_replaced_and_the_run_goes_on(tmp_path, demo):
 
 
 def test_ctrl_c_stops_all_after_the_same_step(tmp_path, demo):
-    process = torchrun(
-        tmp_path, "--episodes", "16000", "--run_name", "stopped", "--save_every", "0", start_new_session=True
-    )
+    process = torchrun(tmp_path, "--episodes", "16000", "--run_name", "stopped", "--save_every", "0")
     metrics = tmp_path / "runs" / "stopped" / "metrics.csv"
     deadline = time.monotonic() + 60
     while (not metrics.exists() or metrics.read_text().count("\n") < 3) and time.monotonic() < deadline:
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode != 0
+    code, output, _ = finish(process)
+    assert code != 0
     saved = sorted(path.name for path in (tmp_path / "runs" / "stopped" / "checkpoints").iterdir())
     assert saved == [f"step-{int(rows(tmp_path / 'runs' / 'stopped')[-1]['step']):06d}"]
     assert f"stopped after step {len(rows(tmp_path / 'runs' / 'stopped'))}" in output
