@@ -202,11 +202,13 @@ def polynomial_average(power: float):
 
         average[t] = (1 - share) * average[t - 1] + share * weights[t],   share = (power + 1) / (power + t)
 
-    Power 0 is the plain mean. As the avg_fn of AveragedModel, which counts the weights averaged before: t - 1.
+    Power 0 is the plain mean. As the multi_avg_fn of AveragedModel, which counts the weights averaged before: t - 1.
     """
 
-    def update(average: torch.Tensor, weights: torch.Tensor, n_averaged: torch.Tensor) -> torch.Tensor:
-        return average.lerp(weights, (power + 1) / (power + n_averaged.item() + 1))
+    def update(averages: list[torch.Tensor], weights: list[torch.Tensor], n_averaged: torch.Tensor) -> None:
+        share = (power + 1) / (power + n_averaged.item() + 1)
+        for average, weight in zip(averages, weights):
+            average.lerp_(weight, share)
 
     return update
 
@@ -259,7 +261,7 @@ class PPOTrainer:
         self.working.v_head.float()
         fused = self.device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam(groups, eps=config.adam_epsilon, fused=fused)
-        self.average = AveragedModel(model, avg_fn=polynomial_average(config.average_power))
+        self.average = AveragedModel(model, multi_avg_fn=polynomial_average(config.average_power))
         self.scorer = CompletionScorer(self.working)
         if distributed.world_size() > 1:
             self.scorer = DistributedDataParallel(self.scorer, gradient_as_bucket_view=True)
@@ -304,6 +306,8 @@ class PPOTrainer:
         prompts, responses, mask = self.collate(query_tensors, response_tensors, rewards)
         scores = torch.as_tensor(rewards, dtype=torch.float32).to(self.device)
         n = len(scores)
+        if n % distributed.world_size():
+            raise ValueError(f"{n} completions do not divide by {distributed.world_size()} processes")
 
         # 1. What policy and reference think of the completions before this step's update
         old_logprobs, old_values, entropy = self.score(self.model, prompts, responses)
@@ -449,8 +453,6 @@ class PPOTrainer:
 
     def collate(self, query_tensors, response_tensors, rewards) -> tuple[Prompts, torch.Tensor, torch.Tensor]:
         """Check and pad a batch: prompts, responses (n, T) int64 and mask (n, T) bool."""
-        if len(query_tensors) % distributed.world_size():
-            raise ValueError(f"{len(query_tensors)} completions do not divide by {distributed.world_size()} processes")
         if not len(query_tensors) == len(response_tensors) == len(rewards) > 0:
             counts = f"{len(query_tensors)} queries, {len(response_tensors)} responses and {len(rewards)} rewards"
             raise ValueError(f"step() needs one response and one reward for each query, not {counts}")

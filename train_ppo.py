@@ -18,6 +18,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -98,22 +99,18 @@ def restarted() -> bool:
 def new_run_folder(config: PPOConfig) -> Path:
     """Where a new run will live; nothing is written yet. UserError where the name is taken.
 
-    Unless --run_name names it, the run has a time stamp for a name, or below torchrun its --rdzv-id, or where that is
-    not set (torchrun then says "none") torchrun's process number: names that a restarted process finds again. A second run of that name
-    is NAME-2. A restarted process takes the folder that is there.
+    Without --run_name a run is called after the time. Below torchrun its processes may be restarted and must find the folder
+    again, so there it is called after torchrun's --rdzv-id, or, where torchrun knows none, after torchrun's process number.
+    A later run of the same name is NAME-2; a restarted one takes the last that is there.
     """
     runs = Path(config.runs_dir)
     if config.run_name is None:
-        torchrun_id = os.environ.get("TORCHELASTIC_RUN_ID")
-        name = datetime.now().strftime("%Y%m%d-%H%M%S") if torchrun_id is None else torchrun_id
-        if torchrun_id == "none":
-            name = f"torchrun-{os.getppid()}"
-        config.run_name, number = name, 1
-        while (runs / config.run_name).exists():
-            last, number = config.run_name, number + 1
-            config.run_name = f"{name}-{number}"
-        if restarted() and number > 1:
-            config.run_name = last
+        name = os.environ.get("TORCHELASTIC_RUN_ID", datetime.now().strftime("%Y%m%d-%H%M%S"))
+        name = f"torchrun-{os.getppid()}" if name == "none" else re.sub(r"[^\w.\-]", "-", name)
+        names = [name]
+        while (runs / names[-1]).exists():
+            names.append(f"{name}-{len(names) + 1}")
+        config.run_name = names[-2] if restarted() and len(names) > 1 else names[-1]
     run_dir = runs / config.run_name
     if run_dir.exists() and not restarted():
         raise UserError(

@@ -21,7 +21,7 @@ import distributed
 from config import PPOConfig
 from gpt2_value_head import encode_prompt, load_gpt2_config, load_policy, load_tokenizer
 from ppo import PPOTrainer
-from train_ppo import main
+from train_ppo import main, new_run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -107,6 +107,20 @@ def test_shares_cover_all_rows_once(monkeypatch):
             monkeypatch.setattr(distributed, "rank", lambda: rank)
             rows += list(range(n))[distributed.share(n)]
         assert rows == list(range(n))
+
+
+def test_a_restarted_process_finds_the_folder_of_its_run(tmp_path, monkeypatch):
+    def name(torchrun_id, restarts):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", torchrun_id)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+        return new_run_folder(PPOConfig(runs_dir=str(tmp_path))).name
+
+    assert name("a/job", 0) == name("a/job", 1) == "a-job"  # nothing is there yet
+    (tmp_path / "a-job").mkdir()
+    assert name("a/job", 0) == "a-job-2" and name("a/job", 1) == "a-job"
+    (tmp_path / "a-job-2").mkdir()
+    assert name("a/job", 0) == "a-job-3" and name("a/job", 2) == "a-job-2"
+    assert name("none", 0) == name("none", 1) == f"torchrun-{os.getppid()}"
 
 
 # ----------------------------------------------------------------------------------------------
