@@ -29,8 +29,11 @@ PROMPTS = ["刚收到货,感觉", "衣服", "这本书很好"]
 RUN = "--preset demo --device cpu --batch_size 16 --minibatch_size 8 --eval_samples 16 --log_samples_every 0".split()
 
 
-def two_steps(rank, processes, folder, gpt2_folder, spoil):
-    """Two PPO steps as one of some processes; weights and statistics to a file. `spoil`: rank 1's first gradient is NaN."""
+def three_steps(rank, processes, folder, gpt2_folder):
+    """Three PPO steps as one of some processes; weights and statistics to a file.
+
+    In the third the last process's first gradient is NaN.
+    """
     torch.set_num_threads(1)
     if processes > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=processes)
@@ -40,11 +43,13 @@ def two_steps(rank, processes, folder, gpt2_folder, spoil):
         batch_size=16, minibatch_size=8, ppo_epochs=2, gen_len=8, micro_batch_size=1, lr=1e-4, dtype="float32", device="cpu"
     )  # fmt: skip
     trainer = PPOTrainer(config, model, copy.deepcopy(model), tokenizer)
-    if spoil and rank == 1:
-        handle = model.transformer.wpe.weight.register_hook(lambda gradient: handle.remove() or gradient * torch.nan)
     queries = [encode_prompt(tokenizer, PROMPTS[i % 3]) for i in range(16)]
     stats = []
-    for _ in range(2):
+    for step in range(3):
+        if step == 2 and rank == processes - 1:
+            handle = model.transformer.wpe.weight.register_hook(
+                lambda gradient: handle.remove() or gradient * torch.nan
+            )
         responses = trainer.generate(queries)
         of_many_lengths = [response[: 1 + i % 8] for i, response in enumerate(responses)]
         stats.append(trainer.step(queries, of_many_lengths, [0.1 * (i % 5) for i in range(16)]))
@@ -61,9 +66,8 @@ def two_steps(rank, processes, folder, gpt2_folder, spoil):
     torch.save(results, f"{folder}/{processes}-{rank}.pt")
 
 
-def run_two_steps(processes, folder, gpt2_folder, spoil=False) -> list[dict]:
-    multiprocessing.spawn(two_steps, (processes, str(folder), gpt2_folder, spoil), processes)
-    (folder / "group").unlink(missing_ok=True)
+def run_three_steps(processes, folder, gpt2_folder) -> list[dict]:
+    multiprocessing.spawn(three_steps, (processes, str(folder), gpt2_folder), processes)
     return [torch.load(folder / f"{processes}-{rank}.pt") for rank in range(processes)]
 
 
@@ -76,27 +80,21 @@ def distance(one, other):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, gpt2_folder):
     folder, threads = tmp_path_factory.mktemp("alone"), torch.get_num_threads()
-    two_steps(0, 1, folder, gpt2_folder, spoil=False)
+    three_steps(0, 1, folder, gpt2_folder)
     torch.set_num_threads(threads)
     return torch.load(folder / "1-0.pt")
 
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_the_update_does_not_depend_on_the_number_of_processes(processes, alone, tmp_path, gpt2_folder):
-    for rank, result in enumerate(run_two_steps(processes, tmp_path, gpt2_folder)):
+    for rank, result in enumerate(run_three_steps(processes, tmp_path, gpt2_folder)):
         assert result["found"] == (rank > 0)  # the first process of a machine builds, the others find
         assert distance(alone["weights"], result["weights"]) < 1e-5
         assert distance(alone["average"], result["average"]) < 1e-5
         assert all(one.equal(other) for one, other in zip(alone["responses"], result["responses"]))
-        for one, other in zip(alone["stats"], result["stats"]):
+        for one, other in zip(alone["stats"][:2], result["stats"]):
             assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
-
-
-def test_a_step_is_skipped_by_all_or_by_none(tmp_path, gpt2_folder):
-    first, second = run_two_steps(2, tmp_path, gpt2_folder, spoil=True)
-    assert [stats["ppo/skipped"] for stats in first["stats"]] == [1, 0]
-    assert [stats["ppo/skipped"] for stats in second["stats"]] == [1, 0]
-    assert all(first["weights"][name].equal(second["weights"][name]) for name in first["weights"])
+        assert [stats["ppo/skipped"] for stats in result["stats"]] == [0, 0, 1]  # by all processes, or by none
 
 
 def test_shares_cover_all_rows_once(monkeypatch):
