@@ -33,7 +33,8 @@ UNUSABLE = (OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError)  #
 def save_checkpoint(trainer, folder: Path, keep: int) -> Path:
     """Write `folder`/step-NNNNNN for the trainer's present step, then remove all but the newest `keep`.
 
-    A whole checkpoint of this step that is there already is as good, and is never taken away for a new one. UserError, with earlier checkpoints as they were, where the disk is full or the folder cannot be written.
+    A whole checkpoint of this step that is there already is as good, and is never taken away for a new one. UserError,
+    with earlier checkpoints as they were, where the disk is full or the folder cannot be written.
     """
     final = folder / f"step-{trainer.n_steps:06d}"
     partial = folder / f".partial-{final.name}"

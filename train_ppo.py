@@ -251,10 +251,10 @@ def load(config: PPOConfig):
     from ppo import PPOTrainer
 
     keep_freed_memory()
-    policy, dtype, *rest = distributed.together(lambda: load_models(config, policy_folder, reward_folder))
-    tokenizer = rest[0]
+    loaded = distributed.together(lambda: load_models(config, policy_folder, reward_folder))
+    policy, dtype, tokenizer, reward, prompts, queries = loaded
     reference = copy.deepcopy(policy).to(dtype)
-    return PPOTrainer(config, policy, reference, tokenizer), *rest
+    return PPOTrainer(config, policy, reference, tokenizer), tokenizer, reward, prompts, queries
 
 
 def load_models(config: PPOConfig, policy_folder: Path, reward_folder: Path | None):
