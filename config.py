@@ -84,6 +84,12 @@ class PPOConfig:
         "docs/learning.md).",
     )
 
+    frozen_share: float = option(
+        0.5,
+        "Share of the blocks, from the lowest, that stay as they are, and the embeddings with them: the same gain for "
+        "less work (article: 0, which trains everything; see docs/learning.md and docs/speed.md).",
+    )
+
     # --- KL to the reference (Ziegler et al. 2019, section 2.2)
     init_kl_coef: float = option(0.2, "KL coefficient, in reward per nat; beta of the evaluation.")
     kl_controller: Literal["adaptive", "fixed"] = option(
@@ -94,7 +100,7 @@ class PPOConfig:
     horizon: int = option(10_000, "Completions over which the adaptive controller corrects its error.")
 
     # --- optimisation (Adam, Kingma & Ba 2015)
-    lr: float = option(1.41e-5, "Adam's learning rate.")
+    lr: float = option(2e-5, "Adam's learning rate (article: 1.41e-5, with everything trained).")
     value_lr: float = option(
         1e-3,
         "Adam's learning rate for the value head (article: the same as lr; see docs/learning.md).",
@@ -205,7 +211,7 @@ INF = math.inf
 LIMITS = {  # name: (lowest, highest, whether the lowest itself is allowed)
     "gen_len": (1, INF, True), "temperature": (0, INF, False), "episodes": (1, INF, True), "batch_size": (1, INF, True),
     "minibatch_size": (1, INF, True), "ppo_epochs": (1, INF, True), "gamma": (0, 1, True), "lam": (0, 1, True),
-    "cliprange": (0, INF, False), "cliprange_value": (0, INF, False), "vf_coef": (0, INF, True), "init_kl_coef": (0, INF, True),
+    "cliprange": (0, INF, False), "cliprange_value": (0, INF, False), "vf_coef": (0, INF, True), "frozen_share": (0, 1, True), "init_kl_coef": (0, INF, True),
     "target": (0, INF, False), "horizon": (1, INF, True), "lr": (0, INF, False), "value_lr": (0, INF, False), "adam_epsilon": (0, INF, False),
     "average_power": (0, INF, True), "max_grad_norm": (0, INF, False), "micro_batch_size": (1, INF, True),
     "seed": (0, 2**63 - 1, True), "log_samples_every": (0, INF, True), "save_every": (0, INF, True), "keep_checkpoints": (1, INF, True),

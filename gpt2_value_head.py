@@ -65,6 +65,16 @@ class GPT2HeadWithValueModel(GPT2PreTrainedModel):
         if module is self.v_head.summary:
             nn.init.zeros_(module.weight)
 
+    def freeze(self, share: float) -> None:
+        """Keep the lower `share` of the blocks as they are, and the embeddings with the output projection tied to them.
+
+        Share 0 freezes nothing. As in trlX (Havrilla et al. 2023), whose PPO trains the upper blocks alone.
+        """
+        frozen = round(share * len(self.transformer.h))
+        if frozen:
+            for module in (self.transformer.wte, self.transformer.wpe, *self.transformer.h[:frozen]):
+                module.requires_grad_(False)
+
     def forward(
         self,
         input_ids: torch.Tensor,

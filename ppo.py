@@ -231,7 +231,8 @@ class PPOTrainer:
     shared, the results are those of the whole batch, and the update is that of one process up to rounding.
 
     model: the policy, a GPT2HeadWithValueModel with float32 weights. ref_model: the same before training; its weights
-    stay as they are, in any dtype. tokenizer: gives the special tokens. Dropout stays off in both.
+    stay as they are, in any dtype. tokenizer: gives the special tokens. Dropout stays off in both, and the lower blocks
+    of the policy stay as they are (`frozen_share`).
     Where the arithmetic is bfloat16, a bfloat16 copy of the policy does it, and its gradients move the float32 weights
     (Micikevicius et al. 2018, "Mixed precision training", arXiv:1710.03740).
     `policy_for_saving` is an average of the policy's weights over the steps, see `polynomial_average`.
@@ -254,8 +255,10 @@ class PPOTrainer:
         else:
             self.kl_controller = FixedKLController(config.init_kl_coef)
 
+        model.freeze(config.frozen_share)
         value_parameters = list(model.v_head.parameters())
-        policy_parameters = [p for name, p in model.named_parameters() if not name.startswith("v_head.")]
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        policy_parameters = [p for name, p in trained if not name.startswith("v_head.")]
         groups = [{"params": policy_parameters, "lr": config.lr}, {"params": value_parameters, "lr": config.value_lr}]
         self.working = model if self.dtype == torch.float32 else copy.deepcopy(model).to(self.dtype)
         self.working.v_head.float()
@@ -389,7 +392,8 @@ class PPOTrainer:
             }.items():
                 totals[name] = totals.get(name, 0) + weight * value.detach()
         for parameter, working in zip(self.model.parameters(), self.working.parameters()):
-            parameter.grad = working.grad.to(parameter.dtype)
+            if parameter.requires_grad:
+                parameter.grad = working.grad.to(parameter.dtype)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
         finite = bool(grad_norm.isfinite())
         if finite:

@@ -4,7 +4,7 @@
 
 Runs the step of train_ppo.py once to warm up, then a few times, and prints medians. The arithmetic counted is what the
 step needs, not what it does: one prefill per distinct prompt, the vocabulary projection at completion positions only,
-no padding, backward as twice forward, no recomputation. The ceiling is the best matrix product of this machine in the
+no padding, backward as twice forward in what is trained (the projection as once where it is frozen), no recomputation. The ceiling is the best matrix product of this machine in the
 same dtype, measured in the same run. The last line is JSON.
 """
 
@@ -106,10 +106,14 @@ def multiply_adds(gpt2, bert, config, prompt_lengths: list[int], lengths: list[i
     new = sum(length - 1 for length in lengths)  # nothing is predicted after the last token
     context = sum(prompt_lengths) / len(prompt_lengths) + new / len(lengths) / 2
     prefill = sum(trunk(gpt2.n_layer, gpt2.n_embd, inner, length, length / 2) for length in prompt_lengths)
-    forward = trunk(gpt2.n_layer, gpt2.n_embd, inner, new, context) + sum(lengths) * gpt2.n_embd * gpt2.vocab_size
+    completions = trunk(gpt2.n_layer, gpt2.n_embd, inner, new, context)
+    projection = sum(lengths) * gpt2.n_embd * gpt2.vocab_size
     minibatches = -(-config.batch_size // config.minibatch_size)
-    total = 3 * (prefill + forward)  # sampling, old and reference log-probabilities
-    total += 3 * config.ppo_epochs * (minibatches * prefill + forward)
+    frozen = round(config.frozen_share * gpt2.n_layer)
+    trained = 1 - frozen / gpt2.n_layer
+    backward = 2 * trained * (minibatches * prefill + completions) + (1 if frozen else 2) * projection
+    total = 3 * (prefill + completions + projection)  # sampling, old and reference log-probabilities
+    total += config.ppo_epochs * (minibatches * prefill + completions + projection + backward)
     if bert is not None:
         total += sum(
             trunk(bert.num_hidden_layers, bert.hidden_size, bert.intermediate_size, n, n) for n in tokens_scored

@@ -47,7 +47,7 @@ def three_steps(rank, processes, folder, gpt2_folder):
     stats = []
     for step in range(3):
         if step == 2 and rank == processes - 1:
-            handle = model.transformer.wpe.weight.register_hook(
+            handle = model.transformer.ln_f.weight.register_hook(
                 lambda gradient: handle.remove() or gradient * torch.nan
             )
         responses = trainer.generate(queries)

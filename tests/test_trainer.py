@@ -121,10 +121,19 @@ def test_gradients_are_clipped(policy):
 
 
 def test_the_value_head_has_a_learning_rate_of_its_own(policy):
-    trainer = make(policy, lr=1e-5, value_lr=2e-3)
+    trainer = make(policy, lr=1e-5, value_lr=2e-3, frozen_share=0)
     assert [group["lr"] for group in trainer.optimizer.param_groups] == [1e-5, 2e-3]
     counts = [sum(p.numel() for p in group["params"]) for group in trainer.optimizer.param_groups]
     assert counts[1] == trainer.model.config.n_embd + 1 and sum(counts) == trainer.model.num_parameters()
+
+
+@pytest.mark.parametrize("share, moving", [(0, ["wte", "wpe", "h.0.", "h.1.", "ln_f"]), (0.5, ["h.1.", "ln_f"])])
+def test_the_lower_blocks_stay_as_they_are(policy, share, moving):
+    trainer = make(policy, frozen_share=share)
+    before = copy.deepcopy(trainer.model.transformer.state_dict())
+    trainer.step(*batch_of(trainer, policy))
+    for name, tensor in trainer.model.transformer.state_dict().items():
+        assert torch.equal(before[name], tensor) != name.startswith(tuple(moving)), name
 
 
 @pytest.mark.parametrize("power, shares", [(0, [1 / 3, 1 / 3, 1 / 3]), (1, [1 / 6, 2 / 6, 3 / 6]), (1e9, [0, 0, 1])])
@@ -159,9 +168,9 @@ def test_bfloat16_keeps_float32_weights_and_stays_close(policy):
 def test_bfloat16_arithmetic_follows_the_float32_weights(policy):
     """Steps far smaller than bfloat16 can hold add up in the weights, and every optimiser step is seen by the next."""
     trainer = make(policy, dtype="bfloat16", lr=1e-6, ppo_epochs=1)
-    before = trainer.model.transformer.h[0].mlp.c_fc.weight.clone()
+    before = trainer.model.transformer.h[1].mlp.c_fc.weight.clone()
     trainer.step(*batch_of(trainer, policy))
-    moved = (trainer.model.transformer.h[0].mlp.c_fc.weight - before).abs()
+    moved = (trainer.model.transformer.h[1].mlp.c_fc.weight - before).abs()
     assert 0 < moved.max() < 2e-6 and (moved > 0).float().mean() > 0.9
     trainer = make(policy, dtype="bfloat16", lr=1e-2, ppo_epochs=2)
     assert trainer.step(*batch_of(trainer, policy))["ppo/policy/approxkl"] > 1e-4
