@@ -251,7 +251,7 @@ def parse_args(argv: list[str]) -> tuple[PPOConfig, set[str]]:
 
 
 def load_config(path: Path) -> PPOConfig:
-    """The config that a run was started with. UserError where the file is missing, broken or of other fields."""
+    """The config that a run was started with. UserError where the file is missing, broken or has other fields."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -264,6 +264,9 @@ def load_config(path: Path) -> PPOConfig:
         raise UserError(f"{path} is no config of this program: it holds {wrong[0]!r}")
     config = PPOConfig(**values)
     config.check()
+    if absent := sorted(names - set(values)):
+        wrote = f"{path} was written by another version of this program and lacks {absent[0]!r}"
+        raise UserError(f"{wrote}; add it with the value that the run was made with")
     return config
 
 

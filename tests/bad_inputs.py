@@ -111,6 +111,7 @@ BROKEN = [  # (what was done, how, command, part of the line)
     ("run config is no JSON", write("run/config.json", "{"), "--resume run", "is not JSON"),
     ("run config of another program", write("run/config.json", '{"learning": 1}'), "--resume run", "it holds 'learning'"),
     ("run config with a word for a number", write("run/config.json", '{"lr": "big"}'), "--resume run", "lr must be of type float"),
+    ("run config of an earlier version", write("run/config.json", '{"lr": 1e-4}'), "--resume run", "written by another version"),
     ("resume with another learning rate", lambda: None, "--resume run --lr 1", "--lr 1.0 would change the result"),
     ("resume with fewer episodes", lambda: None, "--resume run --episodes 16", "they can only be raised"),
     ("all checkpoints cut off", in_all_checkpoints(lambda c: cut(c / "policy.safetensors")()), "--resume run --save_every 1", "no usable checkpoint"),

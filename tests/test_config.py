@@ -107,6 +107,7 @@ def test_a_config_survives_its_file(tmp_path):
         ('{"dtype": "int8"}', "--dtype int8 is unknown"),
         ('{"detach_value": 1}', "detach_value must be of type bool"),
         ('{"resume": 3}', "resume must be of type"),
+        ('{"lr": 1e-4}', "written by another version of this program and lacks 'adam_epsilon'"),
     ],
 )
 def test_broken_config_files_are_named(tmp_path, content, said):
