@@ -134,7 +134,7 @@ class PPOConfig:
     log_samples_every: int = option(10, "Print a few completions every this many steps; 0 for never.")
     save_every: int = option(50, "Write a checkpoint every this many steps; 0 for only at the end.")
     keep_checkpoints: int = option(2, "Checkpoints kept in the run folder; older ones are removed.")
-    eval_samples: int = option(1024, "Completions that judge the policy before and after training; 0 for none.")
+    eval_samples: int = option(1024, "Completions that judge the policy before and after training, at least 2.")
     resume: Optional[str] = option(None, "Continue this run folder, or 'latest', with its own settings.")
     eval_only: Optional[str] = option(None, "Judge the saved model of this run folder again, and train nothing.")
 
@@ -215,7 +215,7 @@ LIMITS = {  # name: (lowest, highest, whether the lowest itself is allowed)
     "target": (0, INF, False), "horizon": (1, INF, True), "lr": (0, INF, False), "value_lr": (0, INF, False), "adam_epsilon": (0, INF, False),
     "average_power": (0, INF, True), "max_grad_norm": (0, INF, False), "micro_batch_size": (1, INF, True),
     "seed": (0, 2**63 - 1, True), "log_samples_every": (0, INF, True), "save_every": (0, INF, True), "keep_checkpoints": (1, INF, True),
-    "eval_samples": (0, INF, True),
+    "eval_samples": (2, INF, True),
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ import train_ppo
 FLAGS = [  # (flags, part of the line)
     ("--batch_size 0", "--batch_size must be at least 1, not 0"),
     ("--episodes -5", "--episodes must be at least 1"),
+    ("--eval_samples 0", "--eval_samples must be at least 2, not 0"),
     ("--lr nan", "--lr must be above 0 and finite, not nan"),
     ("--lr inf", "--lr must be above 0 and finite, not inf"),
     ("--lr 0", "--lr must be above 0"),
