@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -101,10 +102,10 @@ def test_a_run_folder_that_cannot_be_made(tmp_path, demo, capsys):
 
 
 def test_a_full_disk_names_path_and_room_and_keeps_earlier_checkpoints(finished, tmp_path):  # noqa: F811
-    """A limit on the size of files stands in for the full disk; the demo's optimizer state is over it."""
+    """A limit on the size of files stands in for the full disk; the policy is over it, and nothing written before."""
     run_dir = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(run_dir / "checkpoints" / "step-000003")
-    limit = (run_dir / "checkpoints" / "step-000002" / "policy.safetensors").stat().st_size + 4096
+    limit = (run_dir / "checkpoints" / "step-000002" / "policy.safetensors").stat().st_size - 4096
     kept = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     result = subprocess.run(
         [sys.executable, str(ROOT / "train_ppo.py"), "--resume", str(run_dir), "--save_every", "1"],
@@ -124,6 +125,19 @@ def test_room_needed_is_named_when_the_disk_is_full(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="a bug"):
         with disk_errors(tmp_path):
             raise RuntimeError("a bug")
+
+
+def test_a_file_that_torch_cannot_finish_is_named(tmp_path):
+    script = (
+        "import resource, torch; from pathlib import Path; from checkpoint import disk_errors\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); path = Path('optimizer.pt')\n"
+        "with disk_errors(path.absolute()): torch.save(torch.zeros(10_000), path)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert "UserError" in result.stderr.splitlines()[-1] and "optimizer.pt cannot be written" in result.stderr
 
 
 def test_a_non_finite_gradient_is_skipped_and_counted(policy):
