@@ -201,6 +201,7 @@ PRESETS = {
         model_name="demo",
         reward_model_name="demo",
         episodes=5_120,
+        frozen_share=0.0,
         lr=1e-4,
         init_kl_coef=0.1,
         dtype="float32",
