@@ -86,8 +86,8 @@ class PPOConfig:
 
     frozen_share: float = option(
         0.5,
-        "Share of the blocks, from the lowest, that stay as they are, and the embeddings with them: the same gain for "
-        "less work (article: 0, which trains everything; see docs/learning.md and docs/speed.md).",
+        "Share of the blocks, from the lowest, that stay as they are, and the embeddings with them: less work, and with "
+        "six blocks no less gain (article: 0, which trains everything; see docs/learning.md and docs/speed.md).",
     )
 
     # --- KL to the reference (Ziegler et al. 2019, section 2.2)

@@ -4,8 +4,9 @@
 
 Runs the step of train_ppo.py once to warm up, then a few times, and prints medians. The arithmetic counted is what the
 step needs, not what it does: one prefill per distinct prompt, the vocabulary projection at completion positions only,
-no padding, backward as twice forward in what is trained (the projection as once where it is frozen), no recomputation. The ceiling is the best matrix product of this machine in the
-same dtype, measured in the same run. The last line is JSON.
+no padding, backward as twice forward in what is trained (the projection as once where it is frozen), no recomputation.
+The ceiling is the best matrix product of this machine in the same dtype, measured in the same run. The last line is
+JSON.
 """
 
 import json
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> None:
 
     classifier = getattr(getattr(reward, "pipeline", None), "model", None)
     needed = multiply_adds(
-        trainer.model.config,
+        trainer.model,
         classifier and classifier.config,
         config,
         [len(q) for q in queries],
@@ -100,8 +101,11 @@ def trunk(layers: int, width: int, inner: int, tokens: int, context: float) -> f
     return layers * tokens * (4 * width**2 + 2 * width * inner + 2 * width * context)
 
 
-def multiply_adds(gpt2, bert, config, prompt_lengths: list[int], lengths: list[int], tokens_scored: list[int]) -> float:
+def multiply_adds(
+    policy, bert, config, prompt_lengths: list[int], lengths: list[int], tokens_scored: list[int]
+) -> float:
     """What one step needs, in multiply-adds. `lengths` are the completions' tokens, [SEP] included."""
+    gpt2 = policy.config
     inner = gpt2.n_inner or 4 * gpt2.n_embd
     new = sum(length - 1 for length in lengths)  # nothing is predicted after the last token
     context = sum(prompt_lengths) / len(prompt_lengths) + new / len(lengths) / 2
@@ -109,7 +113,7 @@ def multiply_adds(gpt2, bert, config, prompt_lengths: list[int], lengths: list[i
     completions = trunk(gpt2.n_layer, gpt2.n_embd, inner, new, context)
     projection = sum(lengths) * gpt2.n_embd * gpt2.vocab_size
     minibatches = -(-config.batch_size // config.minibatch_size)
-    frozen = round(config.frozen_share * gpt2.n_layer)
+    frozen = sum(not block.ln_1.weight.requires_grad for block in policy.transformer.h)
     trained = 1 - frozen / gpt2.n_layer
     backward = 2 * trained * (minibatches * prefill + completions) + (1 if frozen else 2) * projection
     total = 3 * (prefill + completions + projection)  # sampling, old and reference log-probabilities
