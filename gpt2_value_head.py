@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, GPT2Config, GPT2Model, GPT2PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import ModelOutput
 from transformers.utils import logging as transformers_logging
 
@@ -57,6 +57,7 @@ class GPT2HeadWithValueModel(GPT2PreTrainedModel):
         self.transformer = GPT2Model(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.v_head = ValueHead(config.n_embd)
+        self.n_frozen = 0
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -70,9 +71,9 @@ class GPT2HeadWithValueModel(GPT2PreTrainedModel):
 
         Share 0 freezes nothing. As in trlX (Havrilla et al. 2023), whose PPO trains the upper blocks alone.
         """
-        frozen = round(share * len(self.transformer.h))
-        if frozen:
-            for module in (self.transformer.wte, self.transformer.wpe, *self.transformer.h[:frozen]):
+        self.n_frozen = round(share * len(self.transformer.h))
+        if self.n_frozen:
+            for module in (self.transformer.wte, self.transformer.wpe, *self.transformer.h[: self.n_frozen]):
                 module.requires_grad_(False)
 
     def forward(
@@ -92,35 +93,80 @@ class GPT2HeadWithValueModel(GPT2PreTrainedModel):
 
     def hidden_states(self, input_ids, attention_mask=None, past_key_values=None, use_cache=False):
         """The trunk alone, arguments as in `forward`: hidden states (batch, seq, hidden) and the cache."""
-        position_ids = None
-        if attention_mask is not None:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        positions = None if attention_mask is None else position_ids(attention_mask)[:, -input_ids.shape[1] :]
         output = self.transformer(
             input_ids,
             attention_mask=attention_mask,
-            position_ids=position_ids,
+            position_ids=positions,
             past_key_values=past_key_values,
             use_cache=use_cache,
         )
         return output.last_hidden_state, output.past_key_values
 
-    def score_completions(self, prompts: "Prompts", response_ids: torch.Tensor, detach_value: bool = False):
+    def score_completions(
+        self, prompts: "Prompts", response_ids: torch.Tensor, states: torch.Tensor | None = None, detach_value=False
+    ):
         """Logits and values where each completion token was chosen: row t saw the prompt and tokens before t.
 
         response_ids (n, T) int64, right-padded, row i continuing prompt `prompts.index[i]`. Returns logits
         (n, T, vocab) and values (n, T). Each distinct prompt goes through the trunk once, whatever n, and the
-        last token of a completion, after which nothing is predicted, not at all. `detach_value` keeps the value
-        head's gradient out of the trunk.
+        last token of a completion, after which nothing is predicted, not at all. Where `states` and `prompts.states`
+        hold what `below` gave, only the blocks above run. `detach_value` keeps the value head's gradient out of the
+        trunk.
         """
-        hidden_states, cache = self.hidden_states(prompts.ids, prompts.mask, use_cache=True)
-        hidden_states = hidden_states[prompts.index, -1:]
-        if response_ids.shape[1] > 1:
-            cache.batch_select_indices(prompts.index)
-            mask = prompts.mask_with(response_ids.shape[1] - 1)
-            rest, _ = self.hidden_states(response_ids[:, :-1], mask, cache, use_cache=True)
-            hidden_states = torch.cat([hidden_states, rest], dim=1)
+        prompt_states, states = (prompts.states, states) if states is not None else self.below(prompts, response_ids)
+        prompt_states, states = self.run_blocks(self.transformer.h[self.n_frozen :], prompts, prompt_states, states)
+        hidden_states = self.transformer.ln_f(torch.cat([prompt_states[prompts.index, -1:], states], dim=1))
         value = self.v_head(hidden_states.detach() if detach_value else hidden_states)
         return self.lm_head(hidden_states), value
+
+    def below(self, prompts: "Prompts", response_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states that the trained blocks start from; with nothing frozen, the embeddings.
+
+        Those of the distinct prompts (prompts, P, hidden), and those of the completions without their last token
+        (n, T - 1, hidden). Arguments as in `score_completions`.
+        """
+        wte, wpe = self.transformer.wte, self.transformer.wpe
+        prompt_positions = position_ids(torch.ones_like(prompts.ids) if prompts.mask is None else prompts.mask)
+        after = torch.arange(1, response_ids.shape[1], device=prompts.ids.device)
+        prompt_states = wte(prompts.ids) + wpe(prompt_positions)
+        states = wte(response_ids[:, :-1]) + wpe(prompt_positions[prompts.index, -1:] + after)
+        return self.run_blocks(self.transformer.h[: self.n_frozen], prompts, prompt_states, states)
+
+    def run_blocks(self, blocks, prompts: "Prompts", prompt_states: torch.Tensor, states: torch.Tensor):
+        """Hidden states of prompts and completions, as in `below`, through some of the blocks.
+
+        A completion reads the keys and values of its prompt, which are worked out once for all that share it.
+        """
+        cache = DynamicCache()
+        bias = attention_bias(prompts.mask, prompt_states, prompt_states.shape[1])
+        for block in blocks:
+            prompt_states = block(prompt_states, cache, bias)
+        if states.shape[1]:
+            cache.batch_select_indices(prompts.index)
+            bias = attention_bias(prompts.mask_with(states.shape[1]), states, prompt_states.shape[1] + states.shape[1])
+            for block in blocks:
+                states = block(states, cache, bias)
+        return prompt_states, states
+
+
+def position_ids(mask: torch.Tensor) -> torch.Tensor:
+    """Positions that count real tokens only: 0 at the first, whatever padding stands before it. mask (batch, seq)."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def attention_bias(mask: torch.Tensor | None, states: torch.Tensor, n_keys: int) -> torch.Tensor:
+    """What is added to attention scores: 0 where a token may look, the dtype's lowest number elsewhere.
+
+    states (batch, seq, hidden) are of the last tokens of n_keys. mask (batch, n_keys) is 0 at the padding, or None.
+    Returns (batch, 1, seq, n_keys), or (seq, n_keys) without padding, in the states' dtype.
+    """
+    seq = states.shape[1]
+    visible = torch.ones(seq, n_keys, dtype=torch.bool, device=states.device).tril(n_keys - seq)
+    if mask is not None:
+        visible = visible & mask.bool()[:, None, None]
+    bias = torch.zeros(visible.shape, dtype=states.dtype, device=states.device)
+    return bias.masked_fill(~visible, torch.finfo(states.dtype).min)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -133,11 +179,13 @@ class Prompts:
 
     ids (prompts, P) int64. mask (prompts, P) int64, 0 at the padding, or None where all have one length.
     index (n,) int64: completion i continues prompt index[i].
+    states (prompts, P, hidden): what `GPT2HeadWithValueModel.below` gave for them, or None.
     """
 
     ids: torch.Tensor
     mask: torch.Tensor | None
     index: torch.Tensor
+    states: torch.Tensor | None = None
 
     @classmethod
     def from_tensors(cls, query_tensors: list[torch.Tensor], pad_token_id: int, device) -> "Prompts":
@@ -155,7 +203,8 @@ class Prompts:
     def select(self, rows: torch.Tensor | slice) -> "Prompts":
         """The prompts of these completions only."""
         used, index = self.index[rows].unique(return_inverse=True)
-        return Prompts(self.ids[used], None if self.mask is None else self.mask[used], index)
+        mask, states = (None if tensor is None else tensor[used] for tensor in (self.mask, self.states))
+        return Prompts(self.ids[used], mask, index, states)
 
     def mask_with(self, n_tokens: int) -> torch.Tensor | None:
         """Attention mask (n, P + n_tokens) of each completion's prompt followed by n_tokens of its own."""

@@ -232,7 +232,7 @@ class PPOTrainer:
 
     model: the policy, a GPT2HeadWithValueModel with float32 weights. ref_model: the same before training; its weights
     stay as they are, in any dtype. tokenizer: gives the special tokens. Dropout stays off in both, and the lower blocks
-    of the policy stay as they are (`frozen_share`).
+    of the policy stay as they are (`frozen_share`); ValueError where the reference has others.
     Where the arithmetic is bfloat16, a bfloat16 copy of the policy does it, and its gradients move the float32 weights
     (Micikevicius et al. 2018, "Mixed precision training", arXiv:1710.03740).
     `policy_for_saving` is an average of the policy's weights over the steps, see `polynomial_average`.
@@ -255,7 +255,11 @@ class PPOTrainer:
         else:
             self.kl_controller = FixedKLController(config.init_kl_coef)
 
-        model.freeze(config.frozen_share)
+        for either in (model, ref_model):
+            either.freeze(config.frozen_share)
+        for parameter, reference in zip(model.parameters(), ref_model.parameters()):
+            if not parameter.requires_grad and not parameter.to(reference.dtype).equal(reference):
+                raise ValueError("policy and reference differ in a frozen block; frozen_share=0 trains them all")
         value_parameters = list(model.v_head.parameters())
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         policy_parameters = [p for name, p in trained if not name.startswith("v_head.")]
@@ -313,8 +317,9 @@ class PPOTrainer:
             raise ValueError(f"{n} completions do not divide by {distributed.world_size()} processes")
 
         # 1. What policy and reference think of the completions before this step's update
-        old_logprobs, old_values, entropy = self.score(self.model, prompts, responses)
-        ref_logprobs, *_ = self.score(self.ref_model, prompts, responses)
+        states = self.below(prompts, responses)
+        old_logprobs, old_values, entropy = self.score(self.model, prompts, responses, states)
+        ref_logprobs, *_ = self.score(self.ref_model, prompts, responses, states)
 
         # 2. Rewards: the KL penalty at every token, the score at the last
         rewards, non_score_rewards = compute_rewards(scores, old_logprobs, ref_logprobs, mask, self.kl_controller.value)
@@ -328,7 +333,8 @@ class PPOTrainer:
         for epoch in range(config.ppo_epochs):
             order = np.random.default_rng([config.seed, self.n_steps, epoch]).permutation(n)
             for rows in torch.from_numpy(order).to(self.device).split(config.minibatch_size):
-                minibatch = (old_logprobs[rows], old_values[rows], whitened[rows], returns[rows], mask[rows])
+                below = None if states is None else states[rows]
+                minibatch = (below, old_logprobs[rows], old_values[rows], whitened[rows], returns[rows], mask[rows])
                 stats.append(self.update(prompts.select(rows), responses[rows], *minibatch))
         stats = {name: distributed.mean(torch.stack([s[name] for s in stats])) for name in stats[0]}
         self.n_steps += 1
@@ -357,7 +363,7 @@ class PPOTrainer:
         return result
 
     def update(
-        self, prompts, responses, old_logprobs, old_values, advantages, returns, mask
+        self, prompts, responses, states, old_logprobs, old_values, advantages, returns, mask
     ) -> dict[str, torch.Tensor]:
         """One optimiser step on a minibatch, its gradient gathered over micro-batches and averaged over processes.
 
@@ -369,7 +375,7 @@ class PPOTrainer:
         for part in (parts := self.parts(len(responses))):
             exchange = distributed.world_size() == 1 or part is parts[-1]
             with contextlib.nullcontext() if exchange else self.scorer.no_sync():
-                logits, values = self.forward(self.scorer, prompts.select(part), responses[part])
+                logits, values = self.forward(self.scorer, prompts, responses, part, states)
                 logprobs = logprobs_from_logits(logits, responses[part])
                 pg_loss, pg_clipfrac = policy_loss(
                     logprobs, old_logprobs[part], advantages[part], mask[part], config.cliprange
@@ -404,11 +410,30 @@ class PPOTrainer:
         return totals | {"ppo/grad_norm": grad_norm, "ppo/skipped": torch.tensor(float(not finite))}
 
     def forward(
-        self, score_completions, prompts: Prompts, responses: torch.Tensor
+        self, score_completions, prompts: Prompts, responses: torch.Tensor, rows: torch.Tensor, states=None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Restricted logits (n, T, V) and values (n, T), float32: the one forward pass of old, new and reference."""
-        logits, values = score_completions(prompts, responses, self.config.detach_value)
+        """Restricted logits (rows, T, V) and values (rows, T), float32: the one forward pass of old, new and reference.
+
+        `rows` are the completions wanted, `states` those of all completions from `below`, or None.
+        """
+        states = None if states is None else states[rows]
+        logits, values = score_completions(prompts.select(rows), responses[rows], states, self.config.detach_value)
         return restrict_logits(logits, self.restriction, self.config.temperature), values.float()
+
+    @torch.no_grad()
+    def below(self, prompts: Prompts, responses: torch.Tensor) -> torch.Tensor | None:
+        """What the frozen blocks make of a batch, worked out once for all of a step's passes, the reference's too.
+
+        Returns the completions' states (n, T - 1, hidden) and keeps the prompts' in `prompts`. None with nothing frozen.
+        """
+        model = self.in_working_dtype(self.ref_model)
+        if not model.n_frozen:
+            return None
+        prompts.states, _ = model.below(prompts, responses[:, :1])
+        states = prompts.states.new_zeros(len(responses), responses.shape[1] - 1, model.config.n_embd)
+        for part in self.parts(len(responses)):
+            _, states[part] = model.below(prompts.select(part), responses[part])
+        return distributed.whole(states)
 
     @torch.no_grad()
     def in_working_dtype(self, model):
@@ -418,16 +443,17 @@ class PPOTrainer:
         if model is not self.model:
             return copy.deepcopy(model).to(self.dtype)
         for working, parameter in zip(self.working.parameters(), model.parameters()):
-            working.copy_(parameter)
+            if parameter.requires_grad:
+                working.copy_(parameter)
         return self.working
 
     @torch.no_grad()
-    def score(self, model, prompts: Prompts, responses: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities, values and entropies of all completions, (3, n, T) float32."""
+    def score(self, model, prompts: Prompts, responses: torch.Tensor, states=None) -> torch.Tensor:
+        """Log-probabilities, values and entropies of all completions, (3, n, T) float32. `states` as `below` gave them."""
         model = self.in_working_dtype(model)
         scored = torch.zeros(3, *responses.shape, device=self.device)
         for part in self.parts(len(responses)):
-            logits, values = self.forward(model.score_completions, prompts.select(part), responses[part])
+            logits, values = self.forward(model.score_completions, prompts, responses, part, states)
             logprobs = logprobs_from_logits(logits, responses[part])
             scored[:, part] = torch.stack([logprobs, values, entropy_from_logits(logits)])
         return distributed.whole(scored)
@@ -449,8 +475,8 @@ class PPOTrainer:
         model, ref_model = self.in_working_dtype(model), self.in_working_dtype(self.ref_model)
         kl, ref_logprobs = torch.zeros(len(responses), device=self.device), torch.zeros_like(mask, dtype=torch.float32)
         for part in self.parts(len(responses)):
-            logits, _ = self.forward(model.score_completions, prompts.select(part), responses[part])
-            ref_logits, _ = self.forward(ref_model.score_completions, prompts.select(part), responses[part])
+            logits, _ = self.forward(model.score_completions, prompts, responses, part)
+            ref_logits, _ = self.forward(ref_model.score_completions, prompts, responses, part)
             kl[part] = kl_from_logits(logits, ref_logits).where(mask[part], 0).sum(-1)
             ref_logprobs[part] = logprobs_from_logits(ref_logits, responses[part])
         return distributed.whole(kl).cpu(), distributed.whole(ref_logprobs).cpu(), mask.cpu()

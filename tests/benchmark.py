@@ -4,7 +4,8 @@
 
 Runs the step of train_ppo.py once to warm up, then a few times, and prints medians. The arithmetic counted is what the
 step needs, not what it does: one prefill per distinct prompt, the vocabulary projection at completion positions only,
-no padding, backward as twice forward in what is trained (the projection as once where it is frozen), no recomputation.
+no padding, backward as twice forward in what is trained (the projection as once where it is frozen), no recomputation:
+frozen blocks count once when sampling and once after.
 The ceiling is the best matrix product of this machine in the same dtype, measured in the same run. The last line is
 JSON.
 """
@@ -45,6 +46,7 @@ def main(argv: list[str]) -> None:
         return call
 
     generate, score_all = timed("sampling", trainer.generate), timed("scoring", score_texts)
+    trainer.below = timed("logprobs", trainer.below)
     trainer.score = timed("logprobs", trainer.score)
     trainer.update = timed("update", trainer.update)
     phases, lengths, tokens_scored = [], [], []
@@ -113,11 +115,12 @@ def multiply_adds(
     completions = trunk(gpt2.n_layer, gpt2.n_embd, inner, new, context)
     projection = sum(lengths) * gpt2.n_embd * gpt2.vocab_size
     minibatches = -(-config.batch_size // config.minibatch_size)
-    frozen = sum(not block.ln_1.weight.requires_grad for block in policy.transformer.h)
-    trained = 1 - frozen / gpt2.n_layer
-    backward = 2 * trained * (minibatches * prefill + completions) + (1 if frozen else 2) * projection
-    total = 3 * (prefill + completions + projection)  # sampling, old and reference log-probabilities
-    total += config.ppo_epochs * (minibatches * prefill + completions + projection + backward)
+    frozen = policy.n_frozen / gpt2.n_layer
+    total = prefill + completions + projection  # sampling
+    total += frozen * (prefill + completions)  # what the trained blocks start from, once for all the passes below
+    total += 2 * ((1 - frozen) * (prefill + completions) + projection)  # old and reference log-probabilities
+    forward = (1 - frozen) * (minibatches * prefill + completions)
+    total += config.ppo_epochs * (3 * forward + (2 if frozen else 3) * projection)
     if bert is not None:
         total += sum(
             trunk(bert.num_hidden_layers, bert.hidden_size, bert.intermediate_size, n, n) for n in tokens_scored

@@ -58,14 +58,25 @@ def test_forward_is_the_same_with_padding_on_either_side(policy, left):
     assert torch.allclose(logits, plain_forward(model, ids)[0], atol=1e-5)
 
 
-def test_score_completions_equals_one_sequence_at_a_time(policy):
-    """Prompts of three lengths, shared prefill, responses of several lengths: every real position as if alone."""
+@pytest.mark.parametrize("frozen_share", [0, 0.5, 1])
+def test_score_completions_equals_one_sequence_at_a_time(policy, frozen_share):
+    """Prompts of three lengths, shared prefill, responses of several lengths: every real position as if alone.
+
+    What lies under the trained blocks may come from another model that shares the frozen ones.
+    """
     model, tokenizer = policy
-    torch.nn.init.normal_(model.v_head.summary.weight)
+    model.freeze(frozen_share)
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+            parameter += 0.05 * torch.randn_like(parameter)
     texts = PROMPTS + PROMPTS
-    responses = draw(model, tokenizer, texts)
+    prompts, responses = prompts_of(tokenizer, texts), draw(model, tokenizer, texts)
     mask = g.completion_mask(responses, tokenizer.sep_token_id)
-    logits, values = model.score_completions(prompts_of(tokenizer, texts), responses)
+    states = None
+    if frozen_share:
+        prompts.states, states = reference.below(prompts, responses)
+    logits, values = model.score_completions(prompts, responses, states)
     for i, text in enumerate(texts):
         query = g.encode_prompt(tokenizer, text).tolist()
         length = int(mask[i].sum())
@@ -162,6 +173,6 @@ def test_value_gradient_stays_out_of_the_trunk_only_when_detached(policy):
     prompts, responses = prompts_of(tokenizer, PROMPTS), draw(model, tokenizer, PROMPTS)
     for detach in (True, False):
         twin = copy.deepcopy(model)
-        twin.score_completions(prompts, responses, detach)[1].sum().backward()
+        twin.score_completions(prompts, responses, detach_value=detach)[1].sum().backward()
         assert (twin.transformer.ln_f.weight.grad is None) == detach
         assert twin.v_head.summary.weight.grad.abs().sum() > 0

@@ -38,7 +38,7 @@ def test_statistics_against_one_sequence_at_a_time(policy):
     """KL, entropy and the first value loss, worked out from plain forward passes on unpadded sequences."""
     trainer = make(policy, ppo_epochs=1)
     with torch.no_grad():
-        for parameter in trainer.model.parameters():
+        for parameter in filter(lambda p: p.requires_grad, trainer.model.parameters()):
             parameter += 0.02 * torch.randn_like(parameter)
     batch = batch_of(trainer, policy)
     kls, entropies = [], []
@@ -134,6 +134,17 @@ def test_the_lower_blocks_stay_as_they_are(policy, share, moving):
     trainer.step(*batch_of(trainer, policy))
     for name, tensor in trainer.model.transformer.state_dict().items():
         assert torch.equal(before[name], tensor) != name.startswith(tuple(moving)), name
+
+
+def test_a_reference_with_other_frozen_blocks_is_refused(policy):
+    """The frozen blocks run once for both models, so they must be the same; without any, the models may differ."""
+    model, tokenizer = policy
+    reference, twin = copy.deepcopy(model), copy.deepcopy(model)
+    with torch.no_grad():
+        reference.transformer.h[0].ln_1.weight += 1
+    PPOTrainer(PPOConfig(frozen_share=0, dtype="float32", device="cpu"), model, reference, tokenizer)
+    with pytest.raises(ValueError, match="frozen"):
+        PPOTrainer(PPOConfig(frozen_share=0.5, dtype="float32", device="cpu"), twin, reference, tokenizer)
 
 
 @pytest.mark.parametrize("power, shares", [(0, [1 / 3, 1 / 3, 1 / 3]), (1, [1 / 6, 2 / 6, 3 / 6]), (1e9, [0, 0, 1])])
