@@ -446,4 +446,4 @@ def finish_evaluation(results: dict, prompts: list[str], config: PPOConfig, run_
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.end(main())

@@ -26,7 +26,7 @@ def test_default_values():
         "uer/roberta-base-finetuned-jd-binary-chinese",
     )
     assert (c.prompts, c.episodes, c.batch_size, c.gen_len, c.ppo_epochs) == (["刚收到货,感觉"], 20_000, 128, 16, 4)
-    assert (c.lr, c.init_kl_coef, c.target, c.horizon) == (2e-5, 0.2, 6, 10_000)
+    assert (c.lr, c.init_kl_coef, c.target, c.horizon) == (4e-5, 0.2, 6, 10_000)
     assert (c.gamma, c.cliprange, c.cliprange_value, c.vf_coef) == (1, 0.2, 0.2, 0.1)
     assert c.n_steps() == 157
 

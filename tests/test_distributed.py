@@ -64,6 +64,8 @@ def three_steps(rank, processes, folder, gpt2_folder):
     results = {"weights": model.state_dict(), "average": trainer.policy_for_saving.state_dict(), "stats": stats}
     results |= {"responses": responses, "found": found}
     torch.save(results, f"{folder}/{processes}-{rank}.pt")
+    if processes > 1:
+        distributed.end(0)
 
 
 def run_three_steps(processes, folder, gpt2_folder) -> list[dict]:

@@ -136,7 +136,7 @@ def test_kl_to_the_reference_is_the_sum_over_tokens_of_the_exact_kl(policy):
     with torch.no_grad():
         for parameter in moved.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
-    trainer = PPOTrainer(PPOConfig(dtype="float32", device="cpu", gen_len=5), moved, model, tokenizer)
+    trainer = PPOTrainer(PPOConfig(dtype="float32", device="cpu", gen_len=5, frozen_share=0), moved, model, tokenizer)
     query, response = encode_prompt(tokenizer, "衣服"), torch.tensor([9, 7, 3])
     kls, ref_logprobs, mask = trainer.kl_to_reference(moved, [query], [response])
     ids = torch.cat([query, response])[None]
