@@ -65,6 +65,7 @@ def test_score_completions_equals_one_sequence_at_a_time(policy, frozen_share):
     What lies under the trained blocks may come from another model that shares the frozen ones.
     """
     model, tokenizer = policy
+    torch.nn.init.normal_(model.v_head.summary.weight)
     model.freeze(frozen_share)
     reference = copy.deepcopy(model)
     with torch.no_grad():

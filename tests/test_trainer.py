@@ -34,9 +34,10 @@ def test_first_ratio_is_one_and_first_kl_zero(policy):
     assert all(type(value) is float and math.isfinite(value) for value in stats.values())
 
 
-def test_statistics_against_one_sequence_at_a_time(policy):
+@pytest.mark.parametrize("frozen_share", [0, 0.5])
+def test_statistics_against_one_sequence_at_a_time(policy, frozen_share):
     """KL, entropy and the first value loss, worked out from plain forward passes on unpadded sequences."""
-    trainer = make(policy, ppo_epochs=1)
+    trainer = make(policy, ppo_epochs=1, frozen_share=frozen_share)
     with torch.no_grad():
         for parameter in filter(lambda p: p.requires_grad, trainer.model.parameters()):
             parameter += 0.02 * torch.randn_like(parameter)
