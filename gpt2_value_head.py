@@ -103,34 +103,32 @@ class GPT2HeadWithValueModel(GPT2PreTrainedModel):
         )
         return output.last_hidden_state, output.past_key_values
 
-    def score_completions(
-        self, prompts: "Prompts", response_ids: torch.Tensor, states: torch.Tensor | None = None, detach_value=False
-    ):
+    def score_completions(self, completions: "Completions", detach_value=False) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and values where each completion token was chosen: row t saw the prompt and tokens before t.
 
-        response_ids (n, T) int64, right-padded, row i continuing prompt `prompts.index[i]`. Returns logits
-        (n, T, vocab) and values (n, T). Each distinct prompt goes through the trunk once, whatever n, and the
-        last token of a completion, after which nothing is predicted, not at all. Where `states` and `prompts.states`
-        hold what `below` gave, only the blocks above run. `detach_value` keeps the value head's gradient out of the
-        trunk.
+        Returns logits (n, T, vocab) and values (n, T). Each distinct prompt goes through the trunk once, whatever n,
+        and the last token of a completion, after which nothing is predicted, not at all. Where the completions hold
+        `states`, only the blocks above run. `detach_value` keeps the value head's gradient out of the trunk.
         """
-        prompt_states, states = (prompts.states, states) if states is not None else self.below(prompts, response_ids)
+        prompts, states = completions.prompts, completions.states
+        prompt_states, states = self.below(completions) if states is None else (prompts.states, states)
         prompt_states, states = self.run_blocks(self.transformer.h[self.n_frozen :], prompts, prompt_states, states)
         hidden_states = self.transformer.ln_f(torch.cat([prompt_states[prompts.index, -1:], states], dim=1))
         value = self.v_head(hidden_states.detach() if detach_value else hidden_states)
         return self.lm_head(hidden_states), value
 
-    def below(self, prompts: "Prompts", response_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def below(self, completions: "Completions") -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states that the trained blocks start from; with nothing frozen, the embeddings.
 
         Those of the distinct prompts (prompts, P, hidden), and those of the completions without their last token
-        (n, T - 1, hidden). Arguments as in `score_completions`.
+        (n, T - 1, hidden).
         """
+        prompts, ids = completions.prompts, completions.ids[:, :-1]
         wte, wpe = self.transformer.wte, self.transformer.wpe
         prompt_positions = position_ids(torch.ones_like(prompts.ids) if prompts.mask is None else prompts.mask)
-        after = torch.arange(1, response_ids.shape[1], device=prompts.ids.device)
+        after = torch.arange(1, ids.shape[1] + 1, device=ids.device)
         prompt_states = wte(prompts.ids) + wpe(prompt_positions)
-        states = wte(response_ids[:, :-1]) + wpe(prompt_positions[prompts.index, -1:] + after)
+        states = wte(ids) + wpe(prompt_positions[prompts.index, -1:] + after)
         return self.run_blocks(self.transformer.h[: self.n_frozen], prompts, prompt_states, states)
 
     def run_blocks(self, blocks, prompts: "Prompts", prompt_states: torch.Tensor, states: torch.Tensor):
@@ -170,7 +168,7 @@ def attention_bias(mask: torch.Tensor | None, states: torch.Tensor, n_keys: int)
 
 
 # ----------------------------------------------------------------------------------------------
-# Prompts and the distribution that completions are drawn from
+# Prompts, completions, and the distribution that these are drawn from
 
 
 @dataclass
@@ -212,6 +210,28 @@ class Prompts:
             return None
         mask = self.mask[self.index]
         return torch.cat([mask, mask.new_ones(len(mask), n_tokens)], dim=1)
+
+
+@dataclass
+class Completions:
+    """A batch of completions and the prompts that they continue.
+
+    ids (n, T) int64, right-padded. mask (n, T) bool, True at the real tokens, a final [SEP] included.
+    states (n, T - 1, hidden): what `GPT2HeadWithValueModel.below` gave for them, or None. `prompts.states` goes with it.
+    """
+
+    prompts: Prompts
+    ids: torch.Tensor
+    mask: torch.Tensor
+    states: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def select(self, rows: torch.Tensor) -> "Completions":
+        """These completions only."""
+        states = None if self.states is None else self.states[rows]
+        return Completions(self.prompts.select(rows), self.ids[rows], self.mask[rows], states)
 
 
 def never_sampled_ids(tokenizer) -> list[int]:

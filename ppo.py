@@ -13,6 +13,7 @@ Sources, by the names used below:
 
 import contextlib
 import copy
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 import distributed
 from config import pick_dtype
 from gpt2_value_head import (
+    Completions,
     Prompts,
     completion_mask,
     completion_uniforms,
@@ -310,16 +312,17 @@ class PPOTrainer:
         after MAX_SKIPPED skipped steps in a row.
         """
         config = self.config
-        prompts, responses, mask = self.collate(query_tensors, response_tensors, rewards)
+        batch = self.collate(query_tensors, response_tensors, rewards)
+        mask = batch.mask
         scores = torch.as_tensor(rewards, dtype=torch.float32).to(self.device)
-        n = len(scores)
+        n = len(batch)
         if n % distributed.world_size():
             raise ValueError(f"{n} completions do not divide by {distributed.world_size()} processes")
 
         # 1. What policy and reference think of the completions before this step's update
-        states = self.below(prompts, responses)
-        old_logprobs, old_values, entropy = self.score(self.model, prompts, responses, states)
-        ref_logprobs, *_ = self.score(self.ref_model, prompts, responses, states)
+        batch = self.below(batch)
+        old_logprobs, old_values, entropy = self.score(self.model, batch)
+        ref_logprobs, *_ = self.score(self.ref_model, batch)
 
         # 2. Rewards: the KL penalty at every token, the score at the last
         rewards, non_score_rewards = compute_rewards(scores, old_logprobs, ref_logprobs, mask, self.kl_controller.value)
@@ -333,9 +336,8 @@ class PPOTrainer:
         for epoch in range(config.ppo_epochs):
             order = np.random.default_rng([config.seed, self.n_steps, epoch]).permutation(n)
             for rows in torch.from_numpy(order).to(self.device).split(config.minibatch_size):
-                below = None if states is None else states[rows]
-                minibatch = (below, old_logprobs[rows], old_values[rows], whitened[rows], returns[rows], mask[rows])
-                stats.append(self.update(prompts.select(rows), responses[rows], *minibatch))
+                fixed = (old_logprobs[rows], old_values[rows], whitened[rows], returns[rows])
+                stats.append(self.update(batch.select(rows), *fixed))
         stats = {name: distributed.mean(torch.stack([s[name] for s in stats])) for name in stats[0]}
         self.n_steps += 1
         self.average.update_parameters(self.model)
@@ -354,7 +356,7 @@ class PPOTrainer:
             "ppo/val/mean": masked_mean(old_values, mask),
             "ppo/val/explained_variance": explained_variance(old_values, returns, mask),
             "tokens/completion_length": mask.sum() / n,
-            "tokens/ended_share": (responses == self.sep_token_id).any(-1).float().mean(),
+            "tokens/ended_share": (batch.ids == self.sep_token_id).any(-1).float().mean(),
         }
         result = {name: float(value) for name, value in result.items()}
 
@@ -362,9 +364,7 @@ class PPOTrainer:
         self.kl_controller.update(result["objective/kl"], n)
         return result
 
-    def update(
-        self, prompts, responses, states, old_logprobs, old_values, advantages, returns, mask
-    ) -> dict[str, torch.Tensor]:
+    def update(self, minibatch: Completions, old_logprobs, old_values, advantages, returns) -> dict[str, torch.Tensor]:
         """One optimiser step on a minibatch, its gradient gathered over micro-batches and averaged over processes.
 
         The statistics' means over the processes are those of the minibatch.
@@ -372,27 +372,27 @@ class PPOTrainer:
         config = self.config
         self.in_working_dtype(self.model).zero_grad()
         totals: dict[str, torch.Tensor] = {}
-        for part in (parts := self.parts(len(responses))):
+        for part in (parts := self.parts(len(minibatch))):
+            micro_batch = minibatch.select(part)
+            mask = micro_batch.mask
             exchange = distributed.world_size() == 1 or part is parts[-1]
             with contextlib.nullcontext() if exchange else self.scorer.no_sync():
-                logits, values = self.forward(self.scorer, prompts, responses, part, states)
-                logprobs = logprobs_from_logits(logits, responses[part])
+                logits, values = self.forward(self.scorer, micro_batch)
+                logprobs = logprobs_from_logits(logits, micro_batch.ids)
                 pg_loss, pg_clipfrac = policy_loss(
-                    logprobs, old_logprobs[part], advantages[part], mask[part], config.cliprange
+                    logprobs, old_logprobs[part], advantages[part], mask, config.cliprange
                 )
-                vf_loss, vf_clipfrac = value_loss(
-                    values, old_values[part], returns[part], mask[part], config.cliprange_value
-                )
+                vf_loss, vf_clipfrac = value_loss(values, old_values[part], returns[part], mask, config.cliprange_value)
                 loss = pg_loss + config.vf_coef * vf_loss
-                weight = distributed.world_size() * mask[part].sum() / mask.sum()
+                weight = distributed.world_size() * mask.sum() / minibatch.mask.sum()
                 (weight * loss).backward()
-            log_ratio = (logprobs.detach() - old_logprobs[part]).where(mask[part], 0)
+            log_ratio = (logprobs.detach() - old_logprobs[part]).where(mask, 0)
             for name, value in {
                 "ppo/loss/policy": pg_loss,
                 "ppo/loss/value": vf_loss,
                 "ppo/loss/total": loss,
-                "ppo/policy/approxkl": 0.5 * masked_mean(log_ratio**2, mask[part]),
-                "ppo/policy/ratio": masked_mean(log_ratio.exp(), mask[part]),
+                "ppo/policy/approxkl": 0.5 * masked_mean(log_ratio**2, mask),
+                "ppo/policy/ratio": masked_mean(log_ratio.exp(), mask),
                 "ppo/policy/clipfrac": pg_clipfrac,
                 "ppo/val/clipfrac": vf_clipfrac,
             }.items():
@@ -409,31 +409,28 @@ class PPOTrainer:
             raise FloatingPointError(f"the gradient of {MAX_SKIPPED} optimiser steps in a row was not finite")
         return totals | {"ppo/grad_norm": grad_norm, "ppo/skipped": torch.tensor(float(not finite))}
 
-    def forward(
-        self, score_completions, prompts: Prompts, responses: torch.Tensor, rows: torch.Tensor, states=None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Restricted logits (rows, T, V) and values (rows, T), float32: the one forward pass of old, new and reference.
-
-        `rows` are the completions wanted, `states` those of all completions from `below`, or None.
-        """
-        states = None if states is None else states[rows]
-        logits, values = score_completions(prompts.select(rows), responses[rows], states, self.config.detach_value)
+    def forward(self, score_completions, batch: Completions) -> tuple[torch.Tensor, torch.Tensor]:
+        """Restricted logits (n, T, V) and values (n, T), float32: the one forward pass of old, new and reference."""
+        logits, values = score_completions(batch, self.config.detach_value)
         return restrict_logits(logits, self.restriction, self.config.temperature), values.float()
 
     @torch.no_grad()
-    def below(self, prompts: Prompts, responses: torch.Tensor) -> torch.Tensor | None:
-        """What the frozen blocks make of a batch, worked out once for all of a step's passes, the reference's too.
+    def below(self, batch: Completions) -> Completions:
+        """The batch with its `states`: what the frozen blocks make of it, once for all of a step's passes, the reference's too.
 
-        Returns the completions' states (n, T - 1, hidden) and keeps the prompts' in `prompts`. None with nothing frozen.
+        With nothing frozen, the batch as it is.
         """
         model = self.in_working_dtype(self.ref_model)
         if not model.n_frozen:
-            return None
-        prompts.states, _ = model.below(prompts, responses[:, :1])
-        states = prompts.states.new_zeros(len(responses), responses.shape[1] - 1, model.config.n_embd)
-        for part in self.parts(len(responses)):
-            _, states[part] = model.below(prompts.select(part), responses[part])
-        return distributed.whole(states)
+            return batch
+        states = torch.zeros(
+            len(batch), batch.ids.shape[1] - 1, model.config.n_embd, dtype=self.dtype, device=self.device
+        )
+        for part in self.parts(len(batch)):
+            _, states[part] = model.below(batch.select(part))
+        prompts = batch.prompts
+        prompt_states, _ = model.below(Completions(prompts, batch.ids[:, :1], batch.mask[:, :1]))
+        return replace(batch, prompts=replace(prompts, states=prompt_states), states=distributed.whole(states))
 
     @torch.no_grad()
     def in_working_dtype(self, model):
@@ -448,13 +445,14 @@ class PPOTrainer:
         return self.working
 
     @torch.no_grad()
-    def score(self, model, prompts: Prompts, responses: torch.Tensor, states=None) -> torch.Tensor:
-        """Log-probabilities, values and entropies of all completions, (3, n, T) float32. `states` as `below` gave them."""
+    def score(self, model, batch: Completions) -> torch.Tensor:
+        """Log-probabilities, values and entropies of a batch, (3, n, T) float32."""
         model = self.in_working_dtype(model)
-        scored = torch.zeros(3, *responses.shape, device=self.device)
-        for part in self.parts(len(responses)):
-            logits, values = self.forward(model.score_completions, prompts, responses, part, states)
-            logprobs = logprobs_from_logits(logits, responses[part])
+        scored = torch.zeros(3, *batch.ids.shape, device=self.device)
+        for part in self.parts(len(batch)):
+            micro_batch = batch.select(part)
+            logits, values = self.forward(model.score_completions, micro_batch)
+            logprobs = logprobs_from_logits(logits, micro_batch.ids)
             scored[:, part] = torch.stack([logprobs, values, entropy_from_logits(logits)])
         return distributed.whole(scored)
 
@@ -471,18 +469,19 @@ class PPOTrainer:
         Returns, on the CPU, the KL summed over each completion (n,) in nats, over the whole vocabulary at each token;
         the reference's log-probabilities (n, T) of the tokens; and the mask (n, T).
         """
-        prompts, responses, mask = self.collate(query_tensors, response_tensors, response_tensors)
+        batch = self.collate(query_tensors, response_tensors, response_tensors)
         model, ref_model = self.in_working_dtype(model), self.in_working_dtype(self.ref_model)
-        kl, ref_logprobs = torch.zeros(len(responses), device=self.device), torch.zeros_like(mask, dtype=torch.float32)
-        for part in self.parts(len(responses)):
-            logits, _ = self.forward(model.score_completions, prompts, responses, part)
-            ref_logits, _ = self.forward(ref_model.score_completions, prompts, responses, part)
-            kl[part] = kl_from_logits(logits, ref_logits).where(mask[part], 0).sum(-1)
-            ref_logprobs[part] = logprobs_from_logits(ref_logits, responses[part])
-        return distributed.whole(kl).cpu(), distributed.whole(ref_logprobs).cpu(), mask.cpu()
+        kl, ref_logprobs = torch.zeros(len(batch), device=self.device), torch.zeros(batch.ids.shape, device=self.device)
+        for part in self.parts(len(batch)):
+            micro_batch = batch.select(part)
+            logits, _ = self.forward(model.score_completions, micro_batch)
+            ref_logits, _ = self.forward(ref_model.score_completions, micro_batch)
+            kl[part] = kl_from_logits(logits, ref_logits).where(micro_batch.mask, 0).sum(-1)
+            ref_logprobs[part] = logprobs_from_logits(ref_logits, micro_batch.ids)
+        return distributed.whole(kl).cpu(), distributed.whole(ref_logprobs).cpu(), batch.mask.cpu()
 
-    def collate(self, query_tensors, response_tensors, rewards) -> tuple[Prompts, torch.Tensor, torch.Tensor]:
-        """Check and pad a batch: prompts, responses (n, T) int64 and mask (n, T) bool."""
+    def collate(self, query_tensors, response_tensors, rewards) -> Completions:
+        """Check and pad a batch."""
         if not len(query_tensors) == len(response_tensors) == len(rewards) > 0:
             counts = f"{len(query_tensors)} queries, {len(response_tensors)} responses and {len(rewards)} rewards"
             raise ValueError(f"step() needs one response and one reward for each query, not {counts}")
@@ -500,7 +499,7 @@ class PPOTrainer:
         lengths = torch.tensor([len(response) for response in response_tensors])
         mask = completion_mask(responses, self.sep_token_id) & (torch.arange(responses.shape[1]) < lengths[:, None])
         prompts = Prompts.from_tensors(query_tensors, self.pad_token_id, self.device)
-        return prompts, responses.to(self.device), mask.to(self.device)
+        return Completions(prompts, responses.to(self.device), mask.to(self.device))
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -41,9 +41,9 @@ def main() -> None:
     responses = trainer.generate(batch, policy, seed=config.seed, step=2**32)
     texts = [prompts[i] + clean_text(text) for i, text in zip(drawn, tokenizer.batch_decode(responses))]
     scores = score_texts(reward, texts)
-    batched, tokens, mask = trainer.collate(batch, responses, scores)
-    logprobs, ref_logprobs = (trainer.score(model, batched, tokens)[0] for model in (policy, trainer.ref_model))
-    log_ratios = (logprobs - ref_logprobs).where(mask, 0).sum(-1).cpu()
+    batched = trainer.collate(batch, responses, scores)
+    logprobs, ref_logprobs = (trainer.score(model, batched)[0] for model in (policy, trainer.ref_model))
+    log_ratios = (logprobs - ref_logprobs).where(batched.mask, 0).sum(-1).cpu()
 
     ids = [torch.cat(pair) for pair in zip(batch, responses)]
     training, judged = torch.arange(args.samples).split([args.samples * 4 // 5, args.samples - args.samples * 4 // 5])

@@ -16,6 +16,10 @@ def prompts_of(tokenizer, texts):
     return g.Prompts.from_tensors([g.encode_prompt(tokenizer, text) for text in texts], tokenizer.pad_token_id, "cpu")
 
 
+def completions_of(tokenizer, texts, responses):
+    return g.Completions(prompts_of(tokenizer, texts), responses, g.completion_mask(responses, tokenizer.sep_token_id))
+
+
 def draw(model, tokenizer, texts, seed=1, step=1, gen_len=6, temperature=1.0, first=0):
     uniforms = g.completion_uniforms(seed, step, range(first, first + len(texts)), gen_len)
     special = g.restriction(tokenizer, model.config.vocab_size), tokenizer.sep_token_id, tokenizer.pad_token_id
@@ -72,15 +76,14 @@ def test_score_completions_equals_one_sequence_at_a_time(policy, frozen_share):
         for parameter in filter(lambda p: p.requires_grad, model.parameters()):
             parameter += 0.05 * torch.randn_like(parameter)
     texts = PROMPTS + PROMPTS
-    prompts, responses = prompts_of(tokenizer, texts), draw(model, tokenizer, texts)
-    mask = g.completion_mask(responses, tokenizer.sep_token_id)
-    states = None
+    responses = draw(model, tokenizer, texts)
+    completions = completions_of(tokenizer, texts, responses)
     if frozen_share:
-        prompts.states, states = reference.below(prompts, responses)
-    logits, values = model.score_completions(prompts, responses, states)
+        completions.prompts.states, completions.states = reference.below(completions)
+    logits, values = model.score_completions(completions)
     for i, text in enumerate(texts):
         query = g.encode_prompt(tokenizer, text).tolist()
-        length = int(mask[i].sum())
+        length = int(completions.mask[i].sum())
         alone_logits, alone_values = plain_forward(model, query + responses[i, :length].tolist())
         at = slice(len(query) - 1, len(query) - 1 + length)
         assert torch.allclose(logits[i, :length], alone_logits[at], atol=1e-5)
@@ -171,9 +174,9 @@ def test_prompts_are_encoded_with_cls_and_without_sep(policy):
 def test_value_gradient_stays_out_of_the_trunk_only_when_detached(policy):
     model, tokenizer = policy
     torch.nn.init.normal_(model.v_head.summary.weight)
-    prompts, responses = prompts_of(tokenizer, PROMPTS), draw(model, tokenizer, PROMPTS)
+    completions = completions_of(tokenizer, PROMPTS, draw(model, tokenizer, PROMPTS))
     for detach in (True, False):
         twin = copy.deepcopy(model)
-        twin.score_completions(prompts, responses, detach_value=detach)[1].sum().backward()
+        twin.score_completions(completions, detach_value=detach)[1].sum().backward()
         assert (twin.transformer.ln_f.weight.grad is None) == detach
         assert twin.v_head.summary.weight.grad.abs().sum() > 0
