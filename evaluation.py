@@ -39,16 +39,14 @@ def evaluate(trainer: PPOTrainer, model, tokenizer, reward, prompts: list[str], 
     rewards = score_texts(reward, [prompts[i] + text for i, text in zip(prompt_index, completions)])
     kl, ref_logprobs, mask = trainer.kl_to_reference(model, batch, responses)
 
-    characters = [pair for text in completions for pair in text]
-    pairs = [text[i : i + 2] for text in completions for i in range(len(text) - 1)]
     ended = [bool(response[-1] == tokenizer.sep_token_id) for response in responses]
     return {
         "n": n,
         "reward": rewards.mean().item(),
         "reward_ci95": 1.96 * rewards.std().item() / math.sqrt(n),
         "kl": kl.mean().item(),
-        "distinct_1": len(set(characters)) / max(1, len(characters)),
-        "distinct_2": len(set(pairs)) / max(1, len(pairs)),
+        "distinct_1": distinct(completions, 1),
+        "distinct_2": distinct(completions, 2),
         "unique": len(set(zip(prompt_index, completions))) / n,
         "length": sum(len(response) for response in responses) / n,
         "ended": sum(ended) / n,
@@ -59,6 +57,12 @@ def evaluate(trainer: PPOTrainer, model, tokenizer, reward, prompts: list[str], 
         "samples": [[prompts[i], text, score] for i, text, score in zip(prompt_index, completions, rewards.tolist())],
         "kls": kl.tolist(),
     }
+
+
+def distinct(texts: list[str], n: int) -> float:
+    """Distinct-n: different runs of n characters over all runs of n characters (Li et al. 2016, arXiv:1510.03055)."""
+    runs = [text[i : i + n] for text in texts for i in range(len(text) - n + 1)]
+    return len(set(runs)) / max(1, len(runs))
 
 
 def gibbs_policy(rewards: torch.Tensor, prompt_index: torch.Tensor, beta: float) -> dict:

@@ -1,0 +1,47 @@
+"""What the limit writes: completions of the Gibbs policy itself, and how varied they are.
+
+    python -m tests.limit_text --model_name GPT2_DIR --reward_model_name SENTIMENT_DIR [--prompts TEXT --eval_samples N]
+
+A completion of the reference is kept with probability exp((r - 1) / beta); what is kept is distributed as the Gibbs policy,
+ref * exp(r / beta), exactly (rejection sampling, for rewards of at most 1). No training can aim at better text than
+this, so its diversity is what a diversity can be held against.
+"""
+
+import sys
+
+import torch
+
+from config import parse_args
+from evaluation import SHOWN, distinct
+from reward import clean_text, score_texts
+from train_ppo import load
+
+DRAWN = 4096  # completions of the reference at a time
+
+
+def main() -> None:
+    config, _ = parse_args(sys.argv[1:])
+    config.check()
+    trainer, tokenizer, reward, prompts, queries = load(config)
+    generator = torch.Generator().manual_seed(config.seed)
+    print(f"{'prompt':16}{'kept':>8}{'unique':>10}{'distinct-2':>12}{'over the reference':>20}")
+    for prompt, query in zip(prompts, queries):
+        drawn, kept = [], []
+        while len(kept) < config.eval_samples:
+            responses = trainer.generate([query] * DRAWN, trainer.ref_model, step=2**32 + len(drawn))
+            texts = [clean_text(text) for text in tokenizer.batch_decode(responses)]
+            scores = score_texts(reward, [prompt + text for text in texts])
+            if scores.max() > 1:
+                raise SystemExit(f"a reward of {scores.max():.3f}: this needs rewards of at most 1")
+            keep = torch.rand(DRAWN, generator=generator) < ((scores - 1) / config.init_kl_coef).exp()
+            drawn += texts
+            kept += [text for text, good in zip(texts, keep) if good]
+        share, kept = len(kept) / len(drawn), kept[: config.eval_samples]
+        of_limit, of_reference = distinct(kept, 2), distinct(drawn[: config.eval_samples], 2)
+        unique = len(set(kept)) / len(kept)
+        print(f"{prompt:16}{share:>8.1%}{unique:>10.1%}{of_limit:>12.3f}{of_limit / of_reference:>20.2f}")
+        print(*(f"    {prompt}{text}" for text in kept[:SHOWN]), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
