@@ -21,7 +21,8 @@ import distributed
 from config import PPOConfig
 from gpt2_value_head import encode_prompt, load_gpt2_config, load_policy, load_tokenizer
 from ppo import PPOTrainer
-from train_ppo import main, new_run_folder
+from run_folder import new_run_folder
+from train_ppo import main
 
 ROOT = Path(__file__).resolve().parent.parent
 
