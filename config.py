@@ -87,7 +87,7 @@ class PPOConfig:
     frozen_share: float = option(
         2 / 3,
         "Share of the blocks, from the lowest, that stay as they are, and the embeddings with them: half the work, and with "
-        "six blocks no less gain (article: 0, which trains everything; see docs/learning.md and docs/speed.md).",
+        "six blocks or twelve no less gain (article: 0, which trains everything; see docs/learning.md and docs/speed.md).",
     )
 
     # --- KL to the reference (Ziegler et al. 2019, section 2.2)
