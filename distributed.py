@@ -27,6 +27,11 @@ def world_size() -> int:
     return group().get_world_size() if group() else 1
 
 
+def restarts() -> int:
+    """How often torchrun has started this process anew because one of the run's processes had died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 def join() -> None:
     """Enter the group that torchrun's environment variables describe, if they do. From here on rank 0 alone prints.
 
@@ -38,7 +43,7 @@ def join() -> None:
     import torch.distributed as dist
 
     store, rank, world_size = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store = dist.PrefixStore(f"start-{restarts()}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     if rank:

@@ -18,6 +18,7 @@ import re
 from datetime import datetime
 from pathlib import Path
 
+import distributed
 from config import PPOConfig, UserError, load_config
 
 # Settings that may differ when a run goes on, since none of them changes what it computes (but for how long); and when a
@@ -25,11 +26,6 @@ from config import PPOConfig, UserError, load_config
 HARMLESS = {"runs_dir", "device", "log_samples_every", "save_every", "keep_checkpoints", "micro_batch_size", "episodes"}
 FOR_JUDGING = {"runs_dir", "device", "dtype", "micro_batch_size", "eval_samples"}
 FINAL = ("model", "rewards.png", "before_after.md")  # what the end of a run writes, the last of them last
-
-
-def restarted() -> bool:
-    """Whether torchrun started this process anew after one of the run's processes had died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def new_run_folder(config: PPOConfig) -> Path:
@@ -46,9 +42,9 @@ def new_run_folder(config: PPOConfig) -> Path:
         names = [name]
         while (runs / names[-1]).exists():
             names.append(f"{name}-{len(names) + 1}")
-        config.run_name = names[-2] if restarted() and len(names) > 1 else names[-1]
+        config.run_name = names[-2] if distributed.restarts() and len(names) > 1 else names[-1]
     run_dir = runs / config.run_name
-    if run_dir.exists() and not restarted():
+    if run_dir.exists() and not distributed.restarts():
         raise UserError(
             f"--run_name {config.run_name}: {run_dir} exists already; choose another name, or --resume {run_dir}"
         )

@@ -31,7 +31,6 @@ from run_folder import (
     find_run_folder,
     lock_folder,
     new_run_folder,
-    restarted,
     saved_config,
 )
 
@@ -77,7 +76,7 @@ def read_command_line(argv: list[str]) -> tuple[PPOConfig, Path, str]:
         mode = "resume" if (run_dir / "config.json").exists() else "train"  # a restart goes on, see new_run_folder
     if mode == "resume":
         config = saved_config(run_dir, config, given - {"resume"}, HARMLESS)
-        if all((run_dir / name).exists() for name in FINAL) and (given <= {"resume"} or restarted()):
+        if all((run_dir / name).exists() for name in FINAL) and (given <= {"resume"} or distributed.restarts()):
             print(f"{run_dir} is finished already, nothing is missing")
             mode = "nothing"
     for name in ("batch_size", "minibatch_size"):
@@ -218,7 +217,7 @@ def run(config: PPOConfig, run_dir: Path, mode: str) -> int:
     # 2. The run folder
     if rank_0:
         with disk_errors(run_dir):
-            run_dir.mkdir(parents=True, exist_ok=mode == "resume" or restarted())
+            run_dir.mkdir(parents=True, exist_ok=mode == "resume" or distributed.restarts())
             lock = lock_folder(run_dir)  # noqa: F841 (held for as long as this name lives)
     if mode == "resume":
         load_checkpoint(trainer, run_dir / "checkpoints")
