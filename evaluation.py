@@ -32,12 +32,11 @@ def evaluate(trainer: PPOTrainer, model, tokenizer, reward, prompts: list[str], 
     vocabulary at each token: the same expectation as the sampled log-ratios, with less noise.
     """
     n = trainer.config.eval_samples
-    prompt_index = [i % len(prompts) for i in range(n)]
-    batch = [queries[i] for i in prompt_index]
-    responses = trainer.generate(batch, model, seed=SEED, step=0)
-    completions = [clean_text(text) for text in tokenizer.batch_decode(responses)]
-    rewards = score_texts(reward, [prompts[i] + text for i, text in zip(prompt_index, completions)])
-    kl, ref_logprobs, mask = trainer.kl_to_reference(model, batch, responses)
+    draws = (n, SEED, 0)
+    prompt_index, responses, completions, rewards = sample_and_score(
+        trainer, model, tokenizer, reward, prompts, queries, *draws
+    )
+    kl, ref_logprobs, mask = trainer.kl_to_reference(model, [queries[i] for i in prompt_index], responses)
 
     ended = [bool(response[-1] == tokenizer.sep_token_id) for response in responses]
     return {
@@ -57,6 +56,15 @@ def evaluate(trainer: PPOTrainer, model, tokenizer, reward, prompts: list[str], 
         "samples": [[prompts[i], text, score] for i, text, score in zip(prompt_index, completions, rewards.tolist())],
         "kls": kl.tolist(),
     }
+
+
+def sample_and_score(trainer, model, tokenizer, reward, prompts, queries, n: int, seed: int, step: int):
+    """n completions by `model`, the prompts in turn: which prompt each continues, tokens, texts, rewards (n,) float32."""
+    prompt_index = [i % len(prompts) for i in range(n)]
+    responses = trainer.generate([queries[i] for i in prompt_index], model, seed, step)
+    completions = [clean_text(text) for text in tokenizer.batch_decode(responses)]
+    rewards = score_texts(reward, [prompts[i] + text for i, text in zip(prompt_index, completions)])
+    return prompt_index, responses, completions, rewards
 
 
 def distinct(texts: list[str], n: int) -> float:

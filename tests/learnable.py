@@ -17,8 +17,8 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from config import load_config
+from evaluation import sample_and_score
 from gpt2_value_head import load_gpt2_config, load_policy
-from reward import clean_text, score_texts
 from train_ppo import load
 
 EPOCHS, BATCH, LR, WARMUP = 4, 64, 2e-4, 50
@@ -36,11 +36,9 @@ def main() -> None:
     policy = trainer.ref_model if args.reference else load_policy(saved, load_gpt2_config(saved), trainer.device)
     beta = config.init_kl_coef
 
-    drawn = torch.arange(args.samples) % len(prompts)
-    batch = [queries[i] for i in drawn]
-    responses = trainer.generate(batch, policy, seed=config.seed, step=2**32)
-    texts = [prompts[i] + clean_text(text) for i, text in zip(drawn, tokenizer.batch_decode(responses))]
-    scores = score_texts(reward, texts)
+    draws = (args.samples, config.seed, 2**32)
+    drawn, responses, _, scores = sample_and_score(trainer, policy, tokenizer, reward, prompts, queries, *draws)
+    drawn, batch = torch.tensor(drawn), [queries[i] for i in drawn]
     batched = trainer.collate(batch, responses, scores)
     logprobs, ref_logprobs = (trainer.score(model, batched)[0] for model in (policy, trainer.ref_model))
     log_ratios = (logprobs - ref_logprobs).where(batched.mask, 0).sum(-1).cpu()

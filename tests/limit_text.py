@@ -12,8 +12,7 @@ import sys
 import torch
 
 from config import parse_args
-from evaluation import SHOWN, distinct
-from reward import clean_text, score_texts
+from evaluation import SHOWN, distinct, sample_and_score
 from train_ppo import load
 
 DRAWN = 4096  # completions of the reference at a time
@@ -22,15 +21,18 @@ DRAWN = 4096  # completions of the reference at a time
 def main() -> None:
     config, _ = parse_args(sys.argv[1:])
     config.check()
+    if config.init_kl_coef == 0:
+        raise SystemExit("--init_kl_coef 0: without a KL penalty the best policy has no limit")
     trainer, tokenizer, reward, prompts, queries = load(config)
     generator = torch.Generator().manual_seed(config.seed)
     print(f"{'prompt':16}{'kept':>8}{'unique':>10}{'distinct-2':>12}{'over the reference':>20}")
     for prompt, query in zip(prompts, queries):
         drawn, kept = [], []
         while len(kept) < config.eval_samples:
-            responses = trainer.generate([query] * DRAWN, trainer.ref_model, step=2**32 + len(drawn))
-            texts = [clean_text(text) for text in tokenizer.batch_decode(responses)]
-            scores = score_texts(reward, [prompt + text for text in texts])
+            draws = (DRAWN, config.seed, 2**32 + len(drawn))
+            *_, texts, scores = sample_and_score(
+                trainer, trainer.ref_model, tokenizer, reward, [prompt], [query], *draws
+            )
             if scores.max() > 1:
                 raise SystemExit(f"a reward of {scores.max():.3f}: this needs rewards of at most 1")
             keep = torch.rand(DRAWN, generator=generator) < ((scores - 1) / config.init_kl_coef).exp()
