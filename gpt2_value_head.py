@@ -113,7 +113,8 @@ class GPT2HeadWithValueModel(GPT2PreTrainedModel):
         prompts, states = completions.prompts, completions.states
         prompt_states, states = self.below(completions) if states is None else (prompts.states, states)
         prompt_states, states = self.run_blocks(self.transformer.h[self.n_frozen :], prompts, prompt_states, states)
-        hidden_states = self.transformer.ln_f(torch.cat([prompt_states[prompts.index, -1:], states], dim=1))
+        last_of_prompts = prompt_states[:, -1:].index_select(0, prompts.index)
+        hidden_states = self.transformer.ln_f(torch.cat([last_of_prompts, states], dim=1))
         value = self.v_head(hidden_states.detach() if detach_value else hidden_states)
         return self.lm_head(hidden_states), value
 
@@ -134,14 +135,15 @@ class GPT2HeadWithValueModel(GPT2PreTrainedModel):
     def run_blocks(self, blocks, prompts: "Prompts", prompt_states: torch.Tensor, states: torch.Tensor):
         """Hidden states of prompts and completions, as in `below`, through some of the blocks.
 
-        A completion reads the keys and values of its prompt, which are worked out once for all that share it.
+        A completion reads the keys and values of its prompt, which are worked out once for all that share it. These are
+        picked by `index_select` (`reorder_cache` does that): `tensor[index]` adds up gradients in the threads' order.
         """
         cache = DynamicCache()
         bias = attention_bias(prompts.mask, prompt_states, prompt_states.shape[1])
         for block in blocks:
             prompt_states = block(prompt_states, cache, bias)
         if states.shape[1]:
-            cache.batch_select_indices(prompts.index)
+            cache.reorder_cache(prompts.index)
             bias = attention_bias(prompts.mask_with(states.shape[1]), states, prompt_states.shape[1] + states.shape[1])
             for block in blocks:
                 states = block(states, cache, bias)

@@ -180,3 +180,16 @@ def test_value_gradient_stays_out_of_the_trunk_only_when_detached(policy):
         twin.score_completions(completions, detach_value=detach)[1].sum().backward()
         assert (twin.transformer.ln_f.weight.grad is None) == detach
         assert twin.v_head.summary.weight.grad.abs().sum() > 0
+
+
+def test_gradients_are_the_same_to_the_bit_each_time(policy):
+    """On several threads and with many completions of one prompt, whose gradients all add up in it."""
+    model, tokenizer = policy
+    texts = ["刚收到货,感觉很不错"] * 256
+    completions = completions_of(tokenizer, texts, draw(model, tokenizer, texts))
+    gradients = []
+    for _ in range(6):
+        model.zero_grad()
+        model.score_completions(completions)[0].sin().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients[1:])
