@@ -20,7 +20,6 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-import distributed
 from config import pick_dtype
 from gpt2_value_head import (
     Completions,
@@ -32,6 +31,7 @@ from gpt2_value_head import (
     restriction,
     sample,
 )
+from support import processes
 
 # ----------------------------------------------------------------------------------------------
 # Probabilities
@@ -229,7 +229,7 @@ class CompletionScorer(torch.nn.Module):
 class PPOTrainer:
     """Trains a policy, one batch of completions at a time.
 
-    On several processes (see distributed.py) every one calls the same methods with the same whole batch; the work is
+    On several processes (see support/processes.py) every one calls the same methods with the same whole batch; the work is
     shared, the results are those of the whole batch, and the update is that of one process up to rounding.
 
     model: the policy, a GPT2HeadWithValueModel with float32 weights. ref_model: the same before training; its weights
@@ -272,7 +272,7 @@ class PPOTrainer:
         self.optimizer = torch.optim.Adam(groups, eps=config.adam_epsilon, fused=fused)
         self.average = AveragedModel(model, multi_avg_fn=polynomial_average(config.average_power))
         self.scorer = CompletionScorer(self.working)
-        if distributed.world_size() > 1:
+        if processes.world_size() > 1:
             self.scorer = DistributedDataParallel(self.scorer, gradient_as_bucket_view=True)
 
     @property
@@ -291,12 +291,12 @@ class PPOTrainer:
         n = len(query_tensors)
         tokens = torch.zeros(n, self.config.gen_len, dtype=torch.int64, device=self.device)
         at_once = 4 * self.config.micro_batch_size  # no gradients are kept: there is room for more
-        for rows in torch.arange(n)[distributed.share(n)].split(at_once):
+        for rows in torch.arange(n)[processes.rows_of_rank(n)].split(at_once):
             prompts = Prompts.from_tensors([query_tensors[i] for i in rows], self.pad_token_id, self.device)
             uniforms = completion_uniforms(seed, step, rows.tolist(), self.config.gen_len)
             special = (self.restriction, self.sep_token_id, self.pad_token_id)
             tokens[rows] = sample(model, prompts, uniforms, *special, self.config.temperature)
-        tokens = distributed.whole(tokens).cpu()
+        tokens = processes.all_reduce_sum(tokens).cpu()
         lengths = completion_mask(tokens, self.sep_token_id).sum(-1)
         return [row[:length] for row, length in zip(tokens, lengths)]
 
@@ -316,8 +316,8 @@ class PPOTrainer:
         mask = batch.mask
         scores = torch.as_tensor(rewards, dtype=torch.float32).to(self.device)
         n = len(batch)
-        if n % distributed.world_size():
-            raise ValueError(f"{n} completions do not divide by {distributed.world_size()} processes")
+        if n % processes.world_size():
+            raise ValueError(f"{n} completions do not divide by {processes.world_size()} processes")
 
         # 1. What policy and reference think of the completions before this step's update
         batch = self.below(batch)
@@ -338,7 +338,7 @@ class PPOTrainer:
             for rows in torch.from_numpy(order).to(self.device).split(config.minibatch_size):
                 fixed = (old_logprobs[rows], old_values[rows], whitened[rows], returns[rows])
                 stats.append(self.update(batch.select(rows), *fixed))
-        stats = {name: distributed.mean(torch.stack([s[name] for s in stats])) for name in stats[0]}
+        stats = {name: processes.all_reduce_mean(torch.stack([s[name] for s in stats])) for name in stats[0]}
         self.n_steps += 1
         self.average.update_parameters(self.model)
 
@@ -375,7 +375,7 @@ class PPOTrainer:
         for part in (parts := self.parts(len(minibatch))):
             micro_batch = minibatch.select(part)
             mask = micro_batch.mask
-            exchange = distributed.world_size() == 1 or part is parts[-1]
+            exchange = processes.world_size() == 1 or part is parts[-1]
             with contextlib.nullcontext() if exchange else self.scorer.no_sync():
                 logits, values = self.forward(self.scorer, micro_batch)
                 logprobs = logprobs_from_logits(logits, micro_batch.ids)
@@ -384,7 +384,7 @@ class PPOTrainer:
                 )
                 vf_loss, vf_clipfrac = value_loss(values, old_values[part], returns[part], mask, config.cliprange_value)
                 loss = pg_loss + config.vf_coef * vf_loss
-                weight = distributed.world_size() * mask.sum() / minibatch.mask.sum()
+                weight = processes.world_size() * mask.sum() / minibatch.mask.sum()
                 (weight * loss).backward()
             log_ratio = (logprobs.detach() - old_logprobs[part]).where(mask, 0)
             for name, value in {
@@ -430,7 +430,7 @@ class PPOTrainer:
             _, states[part] = model.below(batch.select(part))
         prompts = batch.prompts
         prompt_states, _ = model.below(Completions(prompts, batch.ids[:, :1], batch.mask[:, :1]))
-        return replace(batch, prompts=replace(prompts, states=prompt_states), states=distributed.whole(states))
+        return replace(batch, prompts=replace(prompts, states=prompt_states), states=processes.all_reduce_sum(states))
 
     @torch.no_grad()
     def in_working_dtype(self, model):
@@ -454,11 +454,11 @@ class PPOTrainer:
             logits, values = self.forward(model.score_completions, micro_batch)
             logprobs = logprobs_from_logits(logits, micro_batch.ids)
             scored[:, part] = torch.stack([logprobs, values, entropy_from_logits(logits)])
-        return distributed.whole(scored)
+        return processes.all_reduce_sum(scored)
 
     def parts(self, n: int) -> tuple[torch.Tensor, ...]:
         """The rows, of n, that this process sends through a model, a micro-batch at a time."""
-        return torch.arange(n, device=self.device)[distributed.share(n)].split(self.config.micro_batch_size)
+        return torch.arange(n, device=self.device)[processes.rows_of_rank(n)].split(self.config.micro_batch_size)
 
     @torch.no_grad()
     def kl_to_reference(
@@ -478,7 +478,7 @@ class PPOTrainer:
             ref_logits, _ = self.forward(ref_model.score_completions, micro_batch)
             kl[part] = kl_from_logits(logits, ref_logits).where(micro_batch.mask, 0).sum(-1)
             ref_logprobs[part] = logprobs_from_logits(ref_logits, micro_batch.ids)
-        return distributed.whole(kl).cpu(), distributed.whole(ref_logprobs).cpu(), batch.mask.cpu()
+        return processes.all_reduce_sum(kl).cpu(), processes.all_reduce_sum(ref_logprobs).cpu(), batch.mask.cpu()
 
     def collate(self, query_tensors, response_tensors, rewards) -> Completions:
         """Check and pad a batch."""

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, pipeline
 
-import distributed
 from config import UserError
-from gpt2_value_head import load_tokenizer, load_weights, quiet_transformers, read_model_config
+from support import processes
+from support.models import load_tokenizer, load_weights, quiet_transformers, read_model_config
 
 SPECIAL_TOKENS = re.compile(r"\[(PAD|UNK|CLS|SEP|MASK)\]")
 SPACE_BETWEEN_CHARACTERS = re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])")
@@ -100,9 +100,9 @@ def score_texts(reward: Callable[[list[str]], object], texts: list[str]) -> torc
     On several processes each scores its share. RewardError, on all of them, where that fails on any.
     """
     scores = torch.zeros(len(texts))
-    mine = distributed.share(len(texts))
-    scores[mine] = distributed.together(lambda: checked_scores(reward, texts[mine]))
-    return distributed.whole(scores)
+    mine = processes.rows_of_rank(len(texts))
+    scores[mine] = processes.on_all_ranks(lambda: checked_scores(reward, texts[mine]))
+    return processes.all_reduce_sum(scores)
 
 
 def checked_scores(reward: Callable[[list[str]], object], texts: list[str]) -> torch.Tensor:

@@ -21,9 +21,10 @@ import sys
 import time
 from pathlib import Path
 
-import distributed
-from config import PPOConfig, UserError, import_function, model_folder, parse_args, pick_device, pick_dtype
-from run_folder import (
+from config import PPOConfig, UserError, import_function, parse_args, pick_device, pick_dtype
+from support import processes
+from support.hub import model_folder
+from support.run_folder import (
     FINAL,
     FOR_JUDGING,
     HARMLESS,
@@ -38,20 +39,20 @@ from run_folder import (
 def main(argv: list[str] | None = None) -> int:
     """Run the program; the exit code."""
     try:
-        distributed.join()
-        config, run_dir, mode = distributed.from_rank_0(
+        processes.init_process_group()
+        config, run_dir, mode = processes.broadcast_from_rank_0(
             lambda: read_command_line(sys.argv[1:] if argv is None else argv)
         )
         return run(config, run_dir, mode)
     except UserError as error:
-        if distributed.rank() == 0:
+        if processes.rank() == 0:
             print(f"train_ppo.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
     except Exception as error:
-        if distributed.died(error):
+        if processes.lost_another_process(error):
             return 1
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported yet
             print(
@@ -76,13 +77,13 @@ def read_command_line(argv: list[str]) -> tuple[PPOConfig, Path, str]:
         mode = "resume" if (run_dir / "config.json").exists() else "train"  # a restart goes on, see new_run_folder
     if mode == "resume":
         config = saved_config(run_dir, config, given - {"resume"}, HARMLESS)
-        if all((run_dir / name).exists() for name in FINAL) and (given <= {"resume"} or distributed.restarts()):
+        if all((run_dir / name).exists() for name in FINAL) and (given <= {"resume"} or processes.restart_count()):
             print(f"{run_dir} is finished already, nothing is missing")
             mode = "nothing"
     for name in ("batch_size", "minibatch_size"):
-        if getattr(config, name) % distributed.world_size():
-            processes = f"the {distributed.world_size()} processes, each of which takes an equal share"
-            raise UserError(f"--{name} {getattr(config, name)} does not divide by {processes}")
+        if getattr(config, name) % processes.world_size():
+            share = f"the {processes.world_size()} processes, each of which takes an equal share"
+            raise UserError(f"--{name} {getattr(config, name)} does not divide by {share}")
     return config, run_dir, mode
 
 
@@ -99,7 +100,7 @@ class StopSignal:
             signal.signal(number, self.receive)
 
     def receive(self, number, frame) -> None:
-        if distributed.world_size() > 1:  # torchrun passes on what the terminal has sent already
+        if processes.world_size() > 1:  # torchrun passes on what the terminal has sent already
             self.received = number
             return
         if self.received:
@@ -134,10 +135,10 @@ def keep_freed_memory() -> None:
 
 def load(config: PPOConfig):
     """Everything that a run needs: trainer, tokenizer, reward, prompts, and the prompts as tokens."""
-    policy_folder = distributed.once_per_machine(lambda: model_folder(config.model_name, "--model_name"))
+    policy_folder = processes.local_rank_0_first(lambda: model_folder(config.model_name, "--model_name"))
     reward_folder = None
     if not config.reward:
-        reward_folder = distributed.once_per_machine(
+        reward_folder = processes.local_rank_0_first(
             lambda: model_folder(config.reward_model_name, "--reward_model_name")
         )
 
@@ -146,7 +147,7 @@ def load(config: PPOConfig):
     from ppo import PPOTrainer
 
     keep_freed_memory()
-    loaded = distributed.together(lambda: load_models(config, policy_folder, reward_folder))
+    loaded = processes.on_all_ranks(lambda: load_models(config, policy_folder, reward_folder))
     policy, dtype, tokenizer, reward, prompts, queries = loaded
     reference = copy.deepcopy(policy).to(dtype)
     return PPOTrainer(config, policy, reference, tokenizer), tokenizer, reward, prompts, queries
@@ -158,8 +159,8 @@ def load_models(config: PPOConfig, policy_folder: Path, reward_folder: Path | No
     What can be wrong is found in the order of what it costs to look: configs, then the prompts' lengths, and the weights
     last.
     """
-    from gpt2_value_head import encode_prompt, load_gpt2_config, load_policy, load_tokenizer
     from reward import SentimentReward
+    from support.models import encode_prompt, load_gpt2_config, load_policy, load_tokenizer
 
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
@@ -189,17 +190,17 @@ def run(config: PPOConfig, run_dir: Path, mode: str) -> int:
     """
     if mode == "nothing":
         return 0
-    rank_0 = distributed.rank() == 0
+    rank_0 = processes.rank() == 0
     # 1. Models, prompts and reward
     trainer, tokenizer, reward, prompts, queries = load(config)
 
     from tqdm import tqdm
 
-    import evaluation
-    from checkpoint import disk_errors, load_checkpoint, save_checkpoint, write_whole
-    from gpt2_value_head import load_gpt2_config, load_policy, save_policy
     from plot_rewards import draw
     from reward import RewardError, clean_text, score_texts
+    from support import evaluation
+    from support.checkpoint import disk_errors, load_checkpoint, save_checkpoint, write_whole
+    from support.models import load_gpt2_config, load_policy, save_policy
 
     def judge(model) -> dict:
         try:
@@ -217,7 +218,7 @@ def run(config: PPOConfig, run_dir: Path, mode: str) -> int:
     # 2. The run folder
     if rank_0:
         with disk_errors(run_dir):
-            run_dir.mkdir(parents=True, exist_ok=mode == "resume" or distributed.restarts())
+            run_dir.mkdir(parents=True, exist_ok=mode == "resume" or processes.restart_count())
             lock = lock_folder(run_dir)  # noqa: F841 (held for as long as this name lives)
     if mode == "resume":
         load_checkpoint(trainer, run_dir / "checkpoints")
@@ -226,12 +227,12 @@ def run(config: PPOConfig, run_dir: Path, mode: str) -> int:
             config.save(run_dir / "config.json")
         log = RunLog(run_dir, trainer.n_steps)
     print(f"run folder {run_dir}, {config.n_steps()} steps of {config.batch_size} completions")
-    processes = f"{distributed.world_size()} processes, each " if distributed.world_size() > 1 else ""
-    print(f"{processes}on {trainer.device} in {str(trainer.dtype)[6:]}")
+    several = f"{processes.world_size()} processes, each " if processes.world_size() > 1 else ""
+    print(f"{several}on {trainer.device} in {str(trainer.dtype)[6:]}")
 
     # 3. How good the policy is before training; measured once
     evaluation_file = run_dir / "evaluation.json"
-    results = distributed.from_rank_0(
+    results = processes.broadcast_from_rank_0(
         lambda: json.loads(evaluation_file.read_text(encoding="utf-8")) if evaluation_file.exists() else None
     )
     if results is None:
@@ -292,7 +293,7 @@ def run(config: PPOConfig, run_dir: Path, mode: str) -> int:
             )
             tqdm.write(f"step {step}, mean reward {row['env/reward_mean']:.3f}\n{shown}")
 
-        last, stopped = step == config.n_steps(), distributed.largest(stop.received)
+        last, stopped = step == config.n_steps(), processes.all_reduce_max(stop.received)
         due = last or stopped or (config.save_every and step % config.save_every == 0)
         if due and rank_0:
             save_checkpoint(trainer, run_dir / "checkpoints", config.keep_checkpoints)
@@ -325,14 +326,14 @@ def reward_failure(error, where: str, run_dir: Path) -> UserError:
     """What to tell of a RewardError; its traceback, where the reward function raised, goes to error.log."""
     if not error.traceback:
         return UserError(f"{where}: {error}")
-    if distributed.rank() == 0:
+    if processes.rank() == 0:
         (run_dir / "error.log").write_text(error.traceback, encoding="utf-8")
     return UserError(f"{where}: {error}; the traceback is in {run_dir / 'error.log'}")
 
 
 def finish_evaluation(results: dict, prompts: list[str], config: PPOConfig, run_dir: Path) -> None:
     """Work out the gain, print the table, write evaluation.json."""
-    import evaluation
+    from support import evaluation
 
     results["gain"] = evaluation.gain(results["before"], results["after"], prompts, config.init_kl_coef)
     results["frontier"] = evaluation.frontier(results["before"], prompts)
@@ -341,4 +342,4 @@ def finish_evaluation(results: dict, prompts: list[str], config: PPOConfig, run_
 
 
 if __name__ == "__main__":
-    distributed.end(main())
+    processes.exit_process(main())

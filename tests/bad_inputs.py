@@ -166,7 +166,7 @@ def workplace(gpt2: Path, sentiment: Path, run: Path):
 
 
 def print_table() -> None:
-    from demo_models import demo_models
+    from support.demo_models import demo_models
 
     gpt2, sentiment = demo_models()
     with tempfile.TemporaryDirectory() as folder:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-from demo_models import NEGATIVE, POSITIVE, demo_models
+from support.demo_models import NEGATIVE, POSITIVE, demo_models
 
 VOCAB = [
     "[PAD]",
@@ -104,6 +104,6 @@ def demo() -> tuple[Path, Path]:
 @pytest.fixture
 def policy(gpt2_folder):
     """A fresh policy and its tokenizer."""
-    from gpt2_value_head import load_gpt2_config, load_policy, load_tokenizer
+    from support.models import load_gpt2_config, load_policy, load_tokenizer
 
     return load_policy(gpt2_folder, load_gpt2_config(gpt2_folder)), load_tokenizer(gpt2_folder)

@@ -17,8 +17,8 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from config import load_config
-from evaluation import sample_and_score
-from gpt2_value_head import load_gpt2_config, load_policy
+from support.evaluation import sample_and_score
+from support.models import load_gpt2_config, load_policy
 from train_ppo import load
 
 EPOCHS, BATCH, LR, WARMUP = 4, 64, 2e-4, 50

@@ -12,7 +12,7 @@ import sys
 import torch
 
 from config import parse_args
-from evaluation import SHOWN, distinct, sample_and_score
+from support.evaluation import SHOWN, distinct, sample_and_score
 from train_ppo import load
 
 DRAWN = 4096  # completions of the reference at a time

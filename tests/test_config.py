@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import config
-from config import PPOConfig, UserError, load_config, model_folder, parse_args
+from config import PPOConfig, UserError, load_config, parse_args
+from support.hub import model_folder
 from tests.conftest import ROOT
 
 

@@ -17,11 +17,11 @@ import torch
 from torch import distributed as dist
 from torch import multiprocessing
 
-import distributed
 from config import PPOConfig
-from gpt2_value_head import encode_prompt, load_gpt2_config, load_policy, load_tokenizer
 from ppo import PPOTrainer
-from run_folder import new_run_folder
+from support import processes
+from support.models import encode_prompt, load_gpt2_config, load_policy, load_tokenizer
+from support.run_folder import new_run_folder
 from train_ppo import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,14 +30,14 @@ PROMPTS = ["刚收到货,感觉", "衣服", "这本书很好"]
 RUN = "--preset demo --device cpu --batch_size 16 --minibatch_size 8 --eval_samples 16 --log_samples_every 0".split()
 
 
-def three_steps(rank, processes, folder, gpt2_folder):
+def three_steps(rank, n_processes, folder, gpt2_folder):
     """Three PPO steps as one of some processes; weights and statistics to a file.
 
     In the third the last process's first gradient is NaN.
     """
     torch.set_num_threads(1)
-    if processes > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=processes)
+    if n_processes > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=n_processes)
     tokenizer = load_tokenizer(gpt2_folder)
     model = load_policy(gpt2_folder, load_gpt2_config(gpt2_folder))
     config = PPOConfig(
@@ -47,7 +47,7 @@ def three_steps(rank, processes, folder, gpt2_folder):
     queries = [encode_prompt(tokenizer, PROMPTS[i % 3]) for i in range(16)]
     stats = []
     for step in range(3):
-        if step == 2 and rank == processes - 1:
+        if step == 2 and rank == n_processes - 1:
             handle = model.transformer.ln_f.weight.register_hook(
                 lambda gradient: handle.remove() or gradient * torch.nan
             )
@@ -61,17 +61,17 @@ def three_steps(rank, processes, folder, gpt2_folder):
         (Path(folder) / "built").touch()
         return found
 
-    found = distributed.once_per_machine(build)
+    found = processes.local_rank_0_first(build)
     results = {"weights": model.state_dict(), "average": trainer.policy_for_saving.state_dict(), "stats": stats}
     results |= {"responses": responses, "found": found}
-    torch.save(results, f"{folder}/{processes}-{rank}.pt")
-    if processes > 1:
-        distributed.end(0)
+    torch.save(results, f"{folder}/{n_processes}-{rank}.pt")
+    if n_processes > 1:
+        processes.exit_process(0)
 
 
-def run_three_steps(processes, folder, gpt2_folder) -> list[dict]:
-    multiprocessing.spawn(three_steps, (processes, str(folder), gpt2_folder), processes)
-    return [torch.load(folder / f"{processes}-{rank}.pt") for rank in range(processes)]
+def run_three_steps(n_processes, folder, gpt2_folder) -> list[dict]:
+    multiprocessing.spawn(three_steps, (n_processes, str(folder), gpt2_folder), n_processes)
+    return [torch.load(folder / f"{n_processes}-{rank}.pt") for rank in range(n_processes)]
 
 
 def distance(one, other):
@@ -88,9 +88,9 @@ def alone(tmp_path_factory, gpt2_folder):
     return torch.load(folder / "1-0.pt")
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_the_update_does_not_depend_on_the_number_of_processes(processes, alone, tmp_path, gpt2_folder):
-    for rank, result in enumerate(run_three_steps(processes, tmp_path, gpt2_folder)):
+@pytest.mark.parametrize("n_processes", [2, 4])
+def test_the_update_does_not_depend_on_the_number_of_processes(n_processes, alone, tmp_path, gpt2_folder):
+    for rank, result in enumerate(run_three_steps(n_processes, tmp_path, gpt2_folder)):
         assert result["found"] == (rank > 0)  # the first process of a machine builds, the others find
         assert distance(alone["weights"], result["weights"]) < 1e-5
         assert distance(alone["average"], result["average"]) < 1e-5
@@ -101,12 +101,12 @@ def test_the_update_does_not_depend_on_the_number_of_processes(processes, alone,
 
 
 def test_shares_cover_all_rows_once(monkeypatch):
-    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    monkeypatch.setattr(processes, "world_size", lambda: 3)
     for n in (0, 1, 2, 3, 10):
         rows = []
         for rank in range(3):
-            monkeypatch.setattr(distributed, "rank", lambda: rank)
-            rows += list(range(n))[distributed.share(n)]
+            monkeypatch.setattr(processes, "rank", lambda: rank)
+            rows += list(range(n))[processes.rows_of_rank(n)]
         assert rows == list(range(n))
 
 
@@ -131,9 +131,9 @@ def test_a_restarted_process_finds_the_folder_of_its_run(tmp_path, monkeypatch):
 C10D = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", "job"]
 
 
-def torchrun(tmp_path, *flags, processes=2, options=()):
+def torchrun(tmp_path, *flags, n_processes=2, options=()):
     """Start train_ppo.py below torchrun, in `tmp_path`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *options]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n_processes), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command += [str(ROOT / "train_ppo.py"), *RUN, "--runs_dir", str(tmp_path / "runs"), *flags]
@@ -192,14 +192,14 @@ def test_one_process_alone_writes_and_prints(runs):
     }
 
 
-@pytest.mark.parametrize("processes", [1, 4])
-def test_a_run_goes_on_with_another_number_of_processes(runs, processes):
+@pytest.mark.parametrize("n_processes", [1, 4])
+def test_a_run_goes_on_with_another_number_of_processes(runs, n_processes):
     tmp_path = runs[0]
-    copied = shutil.copytree(tmp_path / "runs" / "two", tmp_path / "runs" / f"continued-{processes}")
-    if processes == 1:
+    copied = shutil.copytree(tmp_path / "runs" / "two", tmp_path / "runs" / f"continued-{n_processes}")
+    if n_processes == 1:
         assert main(["--resume", str(copied), "--episodes", "96"]) == 0
     else:
-        process = torchrun(tmp_path, "--resume", str(copied), "--episodes", "96", processes=processes)
+        process = torchrun(tmp_path, "--resume", str(copied), "--episodes", "96", n_processes=n_processes)
         code, _, errors = finish(process)
         assert code == 0, errors
     assert same_curve(rows(tmp_path / "runs" / "one"), rows(copied))

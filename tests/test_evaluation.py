@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-import evaluation
+from support import evaluation
 
 
 def judged(scores, kls=None, prompts=None):
@@ -99,8 +99,8 @@ def test_frontier_rises_with_kl_and_ends_where_samples_do():
 def test_evaluate_against_counting_by_hand(policy):
     """The statistics of a judged policy, recomputed from what it sampled."""
     from config import PPOConfig
-    from gpt2_value_head import encode_prompt
     from ppo import PPOTrainer
+    from support.models import encode_prompt
 
     model, tokenizer = policy
     prompts = ["衣服", "刚收到货,感觉"]
@@ -128,8 +128,8 @@ def test_kl_to_the_reference_is_the_sum_over_tokens_of_the_exact_kl(policy):
     import copy
 
     from config import PPOConfig
-    from gpt2_value_head import encode_prompt
     from ppo import PPOTrainer
+    from support.models import encode_prompt
 
     model, tokenizer = policy
     moved = copy.deepcopy(model)

@@ -56,7 +56,7 @@ def test_with_no_usable_checkpoint_resume_says_so(finished, tmp_path, damage, sa
 
 
 def test_a_whole_checkpoint_of_the_same_step_is_not_taken_away(policy, tmp_path):
-    from checkpoint import save_checkpoint
+    from support.checkpoint import save_checkpoint
 
     trainer = make(policy)
     first = save_checkpoint(trainer, tmp_path, keep=1)
@@ -117,7 +117,7 @@ def test_a_full_disk_names_path_and_room_and_keeps_earlier_checkpoints(finished,
 
 
 def test_room_needed_is_named_when_the_disk_is_full(tmp_path, monkeypatch):
-    from checkpoint import disk_errors
+    from support.checkpoint import disk_errors
 
     with pytest.raises(UserError, match=r"no room to write .*model: it needs about 5 MiB, \d+ MiB are free"):
         with disk_errors(tmp_path / "model", 5 << 20):
@@ -200,7 +200,7 @@ def test_loading_a_checkpoint_runs_nothing(finished, tmp_path):  # noqa: F811
     import os
     import pickle
 
-    from checkpoint import FILES, sha256
+    from support.checkpoint import FILES, sha256
 
     class Evil:
         def __reduce__(self):

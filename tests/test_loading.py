@@ -8,20 +8,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-import gpt2_value_head as g
 from config import UserError
+from support import models
 from tests.conftest import write_gpt2
 
 
 def load(folder):
-    return g.load_policy(folder, g.load_gpt2_config(folder))
+    return models.load_policy(folder, models.load_gpt2_config(folder))
 
 
 @pytest.fixture
 def saved(policy, tmp_path):
     model, tokenizer = policy
     torch.nn.init.normal_(model.v_head.summary.weight)
-    g.save_policy(model, tokenizer, tmp_path / "saved", temperature=0.7)
+    models.save_policy(model, tokenizer, tmp_path / "saved", temperature=0.7)
     return model, tokenizer, tmp_path / "saved"
 
 
@@ -72,7 +72,7 @@ def test_pipeline_as_in_the_readme_encodes_a_prompt_as_training_did(saved):
     forward = generator.model.forward
     generator.model.forward = lambda *args, **kwargs: (seen.append(kwargs["input_ids"]), forward(*args, **kwargs))[1]
     texts = generator(["[CLS]刚收到货,感觉"] * 40, add_special_tokens=False, max_new_tokens=8, return_full_text=False)
-    assert seen[0][0].tolist() == g.encode_prompt(AutoTokenizer.from_pretrained(folder), "刚收到货,感觉").tolist()
+    assert seen[0][0].tolist() == models.encode_prompt(AutoTokenizer.from_pretrained(folder), "刚收到货,感觉").tolist()
     assert len({text[0]["generated_text"] for text in texts}) > 10
     assert not any(token in text[0]["generated_text"] for text in texts for token in ("[UNK]", "[MASK]", "[CLS]"))
 
@@ -117,4 +117,4 @@ def test_unusable_tokenizers_are_named(gpt2_folder, tmp_path):
     folder = shutil.copytree(gpt2_folder, tmp_path / "gpt2")
     (folder / "vocab.txt").unlink()
     with pytest.raises(UserError, match="tokenizer"):
-        g.load_tokenizer(folder)
+        models.load_tokenizer(folder)

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from config import UserError
-from demo_models import NEGATIVE, POSITIVE
 from reward import RewardError, SentimentReward, clean_text, find_positive_label, score_texts
+from support.demo_models import NEGATIVE, POSITIVE
 from tests.conftest import write_classifier, write_gpt2
 
 

@@ -8,12 +8,15 @@ import torch
 
 import gpt2_value_head as g
 from ppo import entropy_from_logits, logprobs_from_logits
+from support import models
 
 PROMPTS = ["刚收到货,感觉", "衣服", "这本书很好"]
 
 
 def prompts_of(tokenizer, texts):
-    return g.Prompts.from_tensors([g.encode_prompt(tokenizer, text) for text in texts], tokenizer.pad_token_id, "cpu")
+    return g.Prompts.from_tensors(
+        [models.encode_prompt(tokenizer, text) for text in texts], tokenizer.pad_token_id, "cpu"
+    )
 
 
 def completions_of(tokenizer, texts, responses):
@@ -82,7 +85,7 @@ def test_score_completions_equals_one_sequence_at_a_time(policy, frozen_share):
         completions.prompts.states, completions.states = reference.below(completions)
     logits, values = model.score_completions(completions)
     for i, text in enumerate(texts):
-        query = g.encode_prompt(tokenizer, text).tolist()
+        query = models.encode_prompt(tokenizer, text).tolist()
         length = int(completions.mask[i].sum())
         alone_logits, alone_values = plain_forward(model, query + responses[i, :length].tolist())
         at = slice(len(query) - 1, len(query) - 1 + length)
@@ -115,7 +118,7 @@ def test_samples_follow_the_models_distribution(policy, temperature):
     model, tokenizer = policy
     n = 20_000
     responses = draw(model, tokenizer, ["衣服"] * n, gen_len=2, temperature=temperature).numpy()
-    query = g.encode_prompt(tokenizer, "衣服").tolist()
+    query = models.encode_prompt(tokenizer, "衣服").tolist()
     forbidden = [tokenizer.convert_tokens_to_ids(t) for t in ("[PAD]", "[UNK]", "[CLS]", "[MASK]")]
 
     def probs(ids):
@@ -167,7 +170,7 @@ def test_restricted_logits_by_hand():
 
 def test_prompts_are_encoded_with_cls_and_without_sep(policy):
     _, tokenizer = policy
-    ids = g.encode_prompt(tokenizer, "衣服").tolist()
+    ids = models.encode_prompt(tokenizer, "衣服").tolist()
     assert tokenizer.convert_ids_to_tokens(ids) == ["[CLS]", "衣", "服"]
 
 

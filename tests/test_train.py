@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import demo_models
+from support import demo_models
 from tests.conftest import ROOT, write_gpt2
 from train_ppo import draw_prompts, main
 

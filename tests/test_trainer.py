@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from config import PPOConfig
-from gpt2_value_head import encode_prompt
 from ppo import PPOTrainer
+from support.models import encode_prompt
 
 PROMPTS = ["刚收到货,感觉", "衣服", "这本书很好"]
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import write_whole
 from ppo import PPOTrainer, masked_mean
 from reward import clean_text, score_texts
+from support.checkpoint import write_whole
 
 SEED = 20_170_707  # of the evaluation alone: every policy of every run is judged on the same draws
 BETAS = [0.05 * 1.25**i for i in range(22)]  # of the frontier, up to 5.4

@@ -23,8 +23,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_model
 
-import distributed
 from config import UserError
+from support import processes
 
 FILES = ("policy.safetensors", "average.safetensors", "optimizer.pt")
 UNUSABLE = (OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError)  # what a damaged checkpoint raises
@@ -87,7 +87,7 @@ def load_checkpoint(trainer, folder: Path) -> None:
     Where the run stopped before its first checkpoint the trainer stays as it is, at step 0. UserError where there are
     checkpoints, but none can be used. On several processes only rank 0 needs to see the folder.
     """
-    found = distributed.from_rank_0(lambda: newest_checkpoint(folder))
+    found = processes.broadcast_from_rank_0(lambda: newest_checkpoint(folder))
     if found is None:
         print(f"no checkpoint in {folder} yet: the run starts from the beginning")
         return

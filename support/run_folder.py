@@ -18,8 +18,8 @@ import re
 from datetime import datetime
 from pathlib import Path
 
-import distributed
 from config import PPOConfig, UserError, load_config
+from support import processes
 
 # Settings that may differ when a run goes on, since none of them changes what it computes (but for how long); and when a
 # saved run is judged again.
@@ -42,9 +42,9 @@ def new_run_folder(config: PPOConfig) -> Path:
         names = [name]
         while (runs / names[-1]).exists():
             names.append(f"{name}-{len(names) + 1}")
-        config.run_name = names[-2] if distributed.restarts() and len(names) > 1 else names[-1]
+        config.run_name = names[-2] if processes.restart_count() and len(names) > 1 else names[-1]
     run_dir = runs / config.run_name
-    if run_dir.exists() and not distributed.restarts():
+    if run_dir.exists() and not processes.restart_count():
         raise UserError(
             f"--run_name {config.run_name}: {run_dir} exists already; choose another name, or --resume {run_dir}"
         )
@@ -99,7 +99,7 @@ class RunLog:
 
     def drop_after(self, last_step: int) -> None:
         """Remove what was logged after the checkpoint that the run goes on from."""
-        from checkpoint import write_whole
+        from support.checkpoint import write_whole
 
         for name, step_of in (
             ("metrics.csv", lambda line: int(line.split(",")[0])),

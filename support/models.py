@@ -1,0 +1,123 @@
+"""Loading and saving models in the Hugging Face file layout, with what can be wrong with a folder said in one line."""
+
+import contextlib
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, GPT2Config
+from transformers.utils import logging as transformers_logging
+
+from config import UserError
+from gpt2_value_head import GPT2HeadWithValueModel, never_sampled_ids
+
+
+def encode_prompt(tokenizer, prompt: str) -> torch.Tensor:
+    """[CLS] and the prompt's tokens, 1-d int64; no [SEP], which would end the text before it begins."""
+    return torch.tensor([tokenizer.cls_token_id] + tokenizer.encode(prompt, add_special_tokens=False))
+
+
+def load_tokenizer(folder: Path):
+    """The BertTokenizer of a model folder. UserError where it is missing, broken or lacks a special token."""
+    if not (folder / "vocab.txt").is_file() and not (folder / "tokenizer.json").is_file():
+        raise UserError(f"no tokenizer in {folder}: it needs vocab.txt or tokenizer.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise UserError(f"the tokenizer in {folder} cannot be loaded ({first_line(error)})")
+    missing = [name for name in ("cls_token", "sep_token", "pad_token") if getattr(tokenizer, name) is None]
+    if missing:
+        raise UserError(f"the tokenizer in {folder} has no {', '.join(missing)}; a BertTokenizer is needed")
+    return tokenizer
+
+
+def load_gpt2_config(folder: Path) -> GPT2Config:
+    """The GPT-2 config of a model folder, read before any weights. UserError for another architecture.
+
+    Chinese GPT-2 checkpoints leave out the special-token ids, so the library fills in 50256, outside their
+    vocabulary: they are dropped here. `gelu_new` becomes the fused implementation of the same function.
+    """
+    config = read_model_config(folder)
+    if config.model_type != "gpt2":
+        raise UserError(f"--model_name needs a GPT-2 model, and {folder} holds one of type '{config.model_type}'")
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = None
+    config.use_cache = True
+    if config.activation_function == "gelu_new":
+        config.activation_function = "gelu_pytorch_tanh"
+    return config
+
+
+def load_policy(folder: Path, config: GPT2Config, device="cpu") -> GPT2HeadWithValueModel:
+    """The policy in float32 from a plain GPT-2 checkpoint (a fresh value head at zero) or from a folder saved here."""
+    model, missing = load_weights(GPT2HeadWithValueModel, folder, config)
+    value_head = {"v_head.summary.weight", "v_head.summary.bias"}
+    if missing - value_head:
+        raise UserError(f"the weights in {folder} lack {sorted(missing - value_head)[0]}: not a whole GPT-2 checkpoint")
+    if missing:
+        print(f"{folder.name}: no value head in this checkpoint, starting one at zero")
+    model.lm_head.weight = model.transformer.wte.weight  # early 5.x leaves them apart where a checkpoint holds both
+    if torch.device(device).type == "cpu":  # faster there than SDPA's kernels at these lengths, see docs/speed.md
+        model.set_attn_implementation("eager")
+    return model.to(device).eval()
+
+
+def save_policy(model: GPT2HeadWithValueModel, tokenizer, folder: Path, temperature: float) -> None:
+    """Write a folder that opens here, value head included, and in plain `transformers` as a GPT-2."""
+    with quiet_transformers():
+        model.save_pretrained(folder)
+    model.config.architectures = ["GPT2LMHeadModel"]
+    model.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        bos_token_id=tokenizer.cls_token_id,
+        eos_token_id=tokenizer.sep_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=never_sampled_ids(tokenizer),
+    ).save_pretrained(folder)
+
+
+def read_model_config(folder: Path):
+    """A folder's config.json as the library's config object. UserError where it cannot be read."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"no model in {folder}: it has no config.json")
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(folder)
+    except Exception as error:
+        raise UserError(f"{folder / 'config.json'} is no readable model config ({first_line(error)})")
+
+
+def load_weights(model_class, folder: Path, config) -> tuple[nn.Module, set[str]]:
+    """`from_pretrained` in float32 without its alarms: the model and the names of weights the checkpoint lacks."""
+    if not [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]:
+        raise UserError(f"no weights in {folder}: neither model.safetensors nor pytorch_model.bin is there")
+    try:
+        with quiet_transformers():
+            model, info = model_class.from_pretrained(
+                folder, config=config, dtype=torch.float32, output_loading_info=True
+            )
+    except Exception as error:
+        raise UserError(f"the weights in {folder} cannot be loaded ({first_line(error)}); is the file complete?")
+    return model, set(info["missing_keys"])
+
+
+def first_line(error: Exception) -> str:
+    """An exception as one line."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
+
+
+@contextlib.contextmanager
+def quiet_transformers():
+    """Silence the library's warnings and progress bars: what matters of them is said in our own words."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
