@@ -129,7 +129,7 @@ def test_room_needed_is_named_when_the_disk_is_full(tmp_path, monkeypatch):
 
 def test_a_file_that_torch_cannot_finish_is_named(tmp_path):
     script = (
-        "import resource, torch; from pathlib import Path; from checkpoint import disk_errors\n"
+        "import resource, torch; from pathlib import Path; from support.checkpoint import disk_errors\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); path = Path('optimizer.pt')\n"
         "with disk_errors(path.absolute()): torch.save(torch.zeros(10_000), path)"
     )
