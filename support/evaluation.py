@@ -137,6 +137,12 @@ def frontier(before: dict, prompts: list[str]) -> list[dict]:
     return [{name: p[name] for name in ("beta", "reward", "kl")} for p in points if p["effective_samples"] >= 20]
 
 
+def add_yardsticks(results: dict, prompts: list[str], beta: float) -> None:
+    """Put next to "before" and "after" what they are measured against: the gain and the frontier."""
+    results["gain"] = gain(results["before"], results["after"], prompts, beta)
+    results["frontier"] = frontier(results["before"], prompts)
+
+
 ROWS = [  # of the printed table: (what, key, format)
     ("mean reward", "reward", ".3f"), ("  95% interval, plus or minus", "reward_ci95", ".3f"), ("KL to the reference, nats", "kl", ".3f"),
     ("distinct-1, characters", "distinct_1", ".3f"), ("distinct-2, pairs of characters", "distinct_2", ".3f"),

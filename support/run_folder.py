@@ -1,4 +1,4 @@
-"""The folder of a run: its name, its settings when a run goes on, its lock and its log.
+"""The folder of a run, and all that is written into it.
 
 runs/<name>/
     config.json       the settings that the run was started with
@@ -6,76 +6,153 @@ runs/<name>/
     samples.jsonl     one line a completion
     evaluation.json   how good the policy was before and after
     checkpoints/      see checkpoint.py
+    error.log         the traceback of a reward function that failed
     model/  rewards.png  before_after.md      what the end of a run writes
 """
 
+import contextlib
 import csv
-import dataclasses
 import fcntl
 import json
-import os
-import re
-from datetime import datetime
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from config import PPOConfig, UserError, load_config
-from support import processes
+from tqdm import tqdm
 
-# Settings that may differ when a run goes on, since none of them changes what it computes (but for how long); and when a
-# saved run is judged again.
-HARMLESS = {"runs_dir", "device", "log_samples_every", "save_every", "keep_checkpoints", "micro_batch_size", "episodes"}
-FOR_JUDGING = {"runs_dir", "device", "dtype", "micro_batch_size", "eval_samples"}
-FINAL = ("model", "rewards.png", "before_after.md")  # what the end of a run writes, the last of them last
+from config import PPOConfig, UserError
+from plot_rewards import draw
+from reward import RewardError
+from support import evaluation, processes
+from support.checkpoint import disk_errors, load_checkpoint, save_checkpoint, write_whole
+from support.models import save_policy
 
 
-def new_run_folder(config: PPOConfig) -> Path:
-    """Where a new run will live; nothing is written yet. UserError where the name is taken.
+class RunFolder:
+    """What a run reads from its folder and writes into it.
 
-    Without --run_name a run is called after the time. Below torchrun its processes may be restarted and must find the folder
-    again, so there it is called after torchrun's --rdzv-id, or, where torchrun knows none, after torchrun's process number.
-    A later run of the same name is NAME-2; a restarted one takes the last that is there.
+    Every process calls every method: those that read do it for all, those that write do it on rank 0 alone and are
+    silent on the others. UserError where the disk or the folder does not allow it.
     """
-    runs = Path(config.runs_dir)
-    if config.run_name is None:
-        name = os.environ.get("TORCHELASTIC_RUN_ID", datetime.now().strftime("%Y%m%d-%H%M%S"))
-        name = f"torchrun-{os.getppid()}" if name == "none" else re.sub(r"[^\w.\-]", "-", name)
-        names = [name]
-        while (runs / names[-1]).exists():
-            names.append(f"{name}-{len(names) + 1}")
-        config.run_name = names[-2] if processes.restart_count() and len(names) > 1 else names[-1]
-    run_dir = runs / config.run_name
-    if run_dir.exists() and not processes.restart_count():
-        raise UserError(
-            f"--run_name {config.run_name}: {run_dir} exists already; choose another name, or --resume {run_dir}"
+
+    def __init__(self, path: Path, config: PPOConfig):
+        self.path = path
+        self.config = config
+        self.writes = processes.rank() == 0
+
+    def open(self, trainer, resume: bool) -> None:
+        """Make the folder or, to resume, put its newest checkpoint into the trainer; hold its lock; start its log."""
+        if self.writes:
+            with disk_errors(self.path):
+                self.path.mkdir(parents=True, exist_ok=resume or processes.restart_count() > 0)
+                self.lock = lock_folder(self.path)
+        if resume:
+            load_checkpoint(trainer, self.path / "checkpoints")
+        if self.writes:
+            with disk_errors(self.path / "config.json"):
+                self.config.save(self.path / "config.json")
+            self.run_log = RunLog(self.path, trainer.n_steps)
+        print(f"run folder {self.path}, {self.config.n_steps()} steps of {self.config.batch_size} completions")
+        several = f"{processes.world_size()} processes, each " if processes.world_size() > 1 else ""
+        print(f"{several}on {trainer.device} in {str(trainer.dtype)[6:]}")
+
+    def steps(self, trainer) -> Iterator[int]:
+        """The numbers of the steps still to do, from 1, with a progress bar."""
+        first, last = trainer.n_steps + 1, self.config.n_steps()
+        with tqdm(
+            range(first, last + 1), initial=first - 1, total=last, unit="step", disable=not self.writes
+        ) as self.bar:
+            yield from self.bar
+
+    def log(self, step: int, seconds: dict[str, float], prompts: list[str], completions: list[str], scores, stats):
+        """A step's row of metrics.csv and its lines of samples.jsonl; now and then a few completions on the screen.
+
+        seconds: what each part of the step took. prompts, completions (n texts) and scores (n,) belong together.
+        """
+        if not self.writes:
+            return
+        row = {
+            "step": step,
+            "episodes": step * self.config.batch_size,
+            "env/reward_mean": scores.mean().item(),
+            "env/reward_std": scores.std(correction=0).item(),
+            **stats,
+            **{f"time/{name}": value for name, value in seconds.items()},
+            "time/step": sum(seconds.values()),
+        }
+        samples = [
+            {"step": step, "prompt": prompt, "completion": completion, "score": score}
+            for prompt, completion, score in zip(prompts, completions, scores.tolist())
+        ]
+        with disk_errors(self.path / "metrics.csv"):
+            self.run_log.write(row, samples)
+        self.bar.set_postfix(reward=f"{row['env/reward_mean']:.3f}", kl=f"{stats['objective/kl']:.2f}")
+        if self.config.log_samples_every and step % self.config.log_samples_every == 0:
+            shown = [f"  {s['score']:.2f}  {s['prompt']}{s['completion']}" for s in samples[: evaluation.SHOWN]]
+            tqdm.write("\n".join([f"step {step}, mean reward {row['env/reward_mean']:.3f}", *shown]))
+
+    def checkpoint_due(self, step: int) -> bool:
+        every = self.config.save_every
+        return step == self.config.n_steps() or (every > 0 and step % every == 0)
+
+    def save_checkpoint(self, trainer) -> None:
+        if self.writes:
+            save_checkpoint(trainer, self.path / "checkpoints", self.config.keep_checkpoints)
+
+    def save_model(self, trainer, tokenizer) -> None:
+        """Replace model/ by the policy that training ended with; it is there whole or not at all."""
+        if not self.writes:
+            return
+        model, partial = self.path / "model", self.path / ".partial-model"
+        with disk_errors(model, 4 * trainer.model.num_parameters()):
+            shutil.rmtree(partial, ignore_errors=True)
+            save_policy(trainer.policy_for_saving, tokenizer, partial, self.config.temperature)
+            shutil.rmtree(model, ignore_errors=True)
+            partial.rename(model)
+
+    def read_evaluation(self) -> dict:
+        """evaluation.json, or nothing where there is none yet."""
+        path = self.path / "evaluation.json"
+        return processes.broadcast_from_rank_0(
+            lambda: json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         )
-    return run_dir
 
+    def write_evaluation(self, results: dict) -> None:
+        if self.writes:
+            evaluation.write_json(self.path / "evaluation.json", results)
 
-def find_run_folder(config: PPOConfig, name: str) -> Path:
-    """The folder of an earlier run; 'latest' is the newest below --runs_dir."""
-    if name == "latest":
-        runs = sorted(Path(config.runs_dir).glob("*/config.json"), key=lambda path: path.stat().st_mtime)
-        if not runs:
-            raise UserError(f"no run to resume in {config.runs_dir}")
-        return runs[-1].parent
-    if not (Path(name) / "config.json").is_file():
-        raise UserError(f"{name} is no run folder: it has no config.json")
-    return Path(name)
+    def report(self, results: dict, prompts: list[str]) -> None:
+        """Work out the gain, print the table, write evaluation.json."""
+        if self.writes:
+            evaluation.add_yardsticks(results, prompts, self.config.init_kl_coef)
+            self.write_evaluation(results)
+            print(f"\n{evaluation.commonest(results)}\n\n{evaluation.summary(results)}")
 
+    def finish(self, results: dict) -> None:
+        """The pictures, and the table of completions before and after."""
+        if self.writes:
+            draw([self.path], self.path / "rewards.png")
+            table = evaluation.before_after_table(results)
+            write_whole(self.path / "before_after.md", table + "\n")
+            print(f"\n{table}\n\nmodel, metrics and pictures are in {self.path}")
 
-def saved_config(run_dir: Path, config: PPOConfig, given: set[str], allowed: set[str]) -> PPOConfig:
-    """A run's own config with the allowed flags of this command line. UserError for flags that would change the result."""
-    saved = load_config(run_dir / "config.json")
-    for name in sorted(given):
-        old, new = getattr(saved, name), getattr(config, name)
-        if name not in allowed and old != new:
-            change = f"--{name} {new} would change the result of {run_dir}, which was started with {old}"
-            raise UserError(f"{change}; start a new run for that")
-        if name == "episodes" and new < old:
-            raise UserError(f"--episodes {new} is fewer than the {old} of {run_dir}; they can only be raised")
-    config = dataclasses.replace(saved, **{name: getattr(config, name) for name in given & allowed})
-    config.check()
-    return config
+    @contextlib.contextmanager
+    def errors_explained(self, trainer, training: bool = False):
+        """Say where a reward or a step failed. A reward's traceback goes to error.log; training keeps a checkpoint."""
+        try:
+            yield
+        except RewardError as error:
+            where = f"step {trainer.n_steps + 1}" if training else "evaluation"
+            if training:
+                self.save_checkpoint(trainer)
+            if not error.traceback:
+                raise UserError(f"{where}: {error}")
+            if self.writes:
+                (self.path / "error.log").write_text(error.traceback, encoding="utf-8")
+            raise UserError(f"{where}: {error}; the traceback is in {self.path / 'error.log'}")
+        except FloatingPointError as error:
+            hint = "try a lower --lr, or --dtype float32. The last good checkpoint is kept"
+            raise UserError(f"step {trainer.n_steps + 1}: {error}; {hint}")
 
 
 def lock_folder(run_dir: Path):
@@ -99,8 +176,6 @@ class RunLog:
 
     def drop_after(self, last_step: int) -> None:
         """Remove what was logged after the checkpoint that the run goes on from."""
-        from support.checkpoint import write_whole
-
         for name, step_of in (
             ("metrics.csv", lambda line: int(line.split(",")[0])),
             ("samples.jsonl", lambda line: json.loads(line)["step"]),

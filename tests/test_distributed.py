@@ -20,8 +20,8 @@ from torch import multiprocessing
 from config import PPOConfig
 from ppo import PPOTrainer
 from support import processes
+from support.command_line import new_run_folder
 from support.models import encode_prompt, load_gpt2_config, load_policy, load_tokenizer
-from support.run_folder import new_run_folder
 from train_ppo import main
 
 ROOT = Path(__file__).resolve().parent.parent

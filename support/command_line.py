@@ -1,0 +1,90 @@
+"""What the command line asks for: the config, the folder of the run, and what to do there."""
+
+import dataclasses
+import os
+import re
+from datetime import datetime
+from pathlib import Path
+
+from config import PPOConfig, UserError, load_config, parse_args
+from support import processes
+
+# Settings that may differ when a run goes on, since none of them changes what it computes (but for how long); and when a
+# saved run is judged again.
+HARMLESS = {"runs_dir", "device", "log_samples_every", "save_every", "keep_checkpoints", "micro_batch_size", "episodes"}
+FOR_JUDGING = {"runs_dir", "device", "dtype", "micro_batch_size", "eval_samples"}
+FINAL = ("model", "rewards.png", "before_after.md")  # what the end of a run writes, the last of them last
+
+
+def read_command_line(argv: list[str]) -> tuple[PPOConfig, Path, str]:
+    """What to do: the config, the run folder, and 'train', 'resume', 'eval_only' or 'nothing'. UserError for bad input."""
+    config, given = parse_args(argv)
+    if config.eval_only is not None:
+        run_dir = find_run_folder(config, config.eval_only)
+        return saved_config(run_dir, config, given - {"eval_only"}, FOR_JUDGING), run_dir, "eval_only"
+    if config.resume is not None:
+        run_dir, mode = find_run_folder(config, config.resume), "resume"
+    else:
+        config.check()
+        run_dir = new_run_folder(config)
+        mode = "resume" if (run_dir / "config.json").exists() else "train"  # a restart goes on, see new_run_folder
+    if mode == "resume":
+        config = saved_config(run_dir, config, given - {"resume"}, HARMLESS)
+        if all((run_dir / name).exists() for name in FINAL) and (given <= {"resume"} or processes.restart_count()):
+            print(f"{run_dir} is finished already, nothing is missing")
+            mode = "nothing"
+    for name in ("batch_size", "minibatch_size"):
+        if getattr(config, name) % processes.world_size():
+            share = f"the {processes.world_size()} processes, each of which takes an equal share"
+            raise UserError(f"--{name} {getattr(config, name)} does not divide by {share}")
+    return config, run_dir, mode
+
+
+def new_run_folder(config: PPOConfig) -> Path:
+    """Where a new run will live; nothing is written yet. UserError where the name is taken.
+
+    Without --run_name a run is called after the time. Below torchrun its processes may be restarted and must find the folder
+    again, so there it is called after torchrun's --rdzv-id, or, where torchrun knows none, after torchrun's process number.
+    A later run of the same name is NAME-2; a restarted one takes the last that is there.
+    """
+    runs = Path(config.runs_dir)
+    if config.run_name is None:
+        name = os.environ.get("TORCHELASTIC_RUN_ID", datetime.now().strftime("%Y%m%d-%H%M%S"))
+        name = f"torchrun-{os.getppid()}" if name == "none" else re.sub(r"[^\w.\-]", "-", name)
+        names = [name]
+        while (runs / names[-1]).exists():
+            names.append(f"{name}-{len(names) + 1}")
+        config.run_name = names[-2] if processes.restart_count() and len(names) > 1 else names[-1]
+    run_dir = runs / config.run_name
+    if run_dir.exists() and not processes.restart_count():
+        raise UserError(
+            f"--run_name {config.run_name}: {run_dir} exists already; choose another name, or --resume {run_dir}"
+        )
+    return run_dir
+
+
+def find_run_folder(config: PPOConfig, name: str) -> Path:
+    """The folder of an earlier run; 'latest' is the newest below --runs_dir."""
+    if name == "latest":
+        runs = sorted(Path(config.runs_dir).glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+        if not runs:
+            raise UserError(f"no run to resume in {config.runs_dir}")
+        return runs[-1].parent
+    if not (Path(name) / "config.json").is_file():
+        raise UserError(f"{name} is no run folder: it has no config.json")
+    return Path(name)
+
+
+def saved_config(run_dir: Path, config: PPOConfig, given: set[str], allowed: set[str]) -> PPOConfig:
+    """A run's own config with the allowed flags of this command line. UserError for flags that would change the result."""
+    saved = load_config(run_dir / "config.json")
+    for name in sorted(given):
+        old, new = getattr(saved, name), getattr(config, name)
+        if name not in allowed and old != new:
+            change = f"--{name} {new} would change the result of {run_dir}, which was started with {old}"
+            raise UserError(f"{change}; start a new run for that")
+        if name == "episodes" and new < old:
+            raise UserError(f"--episodes {new} is fewer than the {old} of {run_dir}; they can only be raised")
+    config = dataclasses.replace(saved, **{name: getattr(config, name) for name in given & allowed})
+    config.check()
+    return config

@@ -1,0 +1,48 @@
+"""Everything that a run needs, loaded in the order of what it costs to look."""
+
+from pathlib import Path
+
+from config import PPOConfig, UserError, import_function, pick_device, pick_dtype
+from support import processes
+from support.hub import model_folder
+
+
+def load(config: PPOConfig):
+    """Trainer, tokenizer, reward, prompts, and the prompts as tokens. UserError, on all processes, where any fails."""
+    flags = ("model_name",) if config.reward else ("model_name", "reward_model_name")
+    folders = [
+        processes.local_rank_0_first(lambda flag=flag: model_folder(getattr(config, flag), f"--{flag}"))
+        for flag in flags
+    ]
+    processes.keep_freed_memory()
+    return processes.on_all_ranks(lambda: load_models(config, *folders))
+
+
+def load_models(config: PPOConfig, policy_folder: Path, reward_folder: Path | None = None):
+    """As `load`, from local folders: configs first, then the prompts' lengths, and the weights last."""
+    import copy
+
+    from ppo import PPOTrainer
+    from reward import SentimentReward
+    from support.models import encode_prompt, load_gpt2_config, load_policy, load_tokenizer
+
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    gpt2_config = load_gpt2_config(policy_folder)
+    tokenizer = load_tokenizer(policy_folder)
+    if len(tokenizer) != gpt2_config.vocab_size:
+        sizes = f"{len(tokenizer)} tokens, the model {gpt2_config.vocab_size}"
+        raise UserError(f"the tokenizer in {policy_folder} has {sizes}: they do not belong together")
+    prompts = config.read_prompts()
+    queries = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    longest, positions = max(map(len, queries)), gpt2_config.n_positions
+    if longest + config.gen_len > positions:
+        room = f"the longest prompt has {longest} tokens and the model {positions} positions"
+        raise UserError(f"--gen_len {config.gen_len}: {room}, which leaves {max(0, positions - longest)}")
+    if config.reward:
+        reward = import_function(config.reward)
+    else:
+        reward = SentimentReward(reward_folder, device, dtype, config.positive_label)
+    policy = load_policy(policy_folder, gpt2_config, device)
+    reference = copy.deepcopy(policy).to(dtype)
+    return PPOTrainer(config, policy, reference, tokenizer), tokenizer, reward, prompts, queries
