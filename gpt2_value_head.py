@@ -1,7 +1,7 @@
 """The policy: GPT-2 with its language-model head and a value head, and sampling from it."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ class GPT2HeadWithValueModel(GPT2PreTrainedModel):
     def freeze(self, share: float) -> None:
         """Keep the lower `share` of the blocks as they are, and the embeddings with the output projection tied to them.
 
-        Share 0 freezes nothing. As in trlX (Havrilla et al. 2023), whose PPO trains the upper blocks alone.
+        Share 0 freezes nothing.
         """
         self.n_frozen = round(share * len(self.transformer.h))
         if self.n_frozen:
@@ -101,23 +101,17 @@ class GPT2HeadWithValueModel(GPT2PreTrainedModel):
     def score_completions(self, completions: "Completions", detach_value=False) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and values where each completion token was chosen: row t saw the prompt and tokens before t.
 
-        Returns logits (n, T, vocab) and values (n, T). Each distinct prompt goes through the trunk once, whatever n,
-        and the last token of a completion, after which nothing is predicted, not at all. Where the completions hold
-        `states`, only the blocks above run. `detach_value` keeps the value head's gradient out of the trunk.
+        Returns logits (n, T, vocab) and values (n, T). Each distinct prompt goes through the model once, whatever n,
+        and the last token of a completion, after which nothing is predicted, not at all. Completions that have been
+        through the trunk go through the branch only. `detach_value` keeps the value head's gradient out of both.
         """
-        prompts, states = completions.prompts, completions.states
-        prompt_states, states = self.below(completions) if states is None else (prompts.states, states)
-        prompt_states, states = self.run_blocks(self.transformer.h[self.n_frozen :], prompts, prompt_states, states)
-        last_of_prompts = prompt_states[:, -1:].index_select(0, prompts.index)
-        hidden_states = self.transformer.ln_f(torch.cat([last_of_prompts, states], dim=1))
-        value = self.v_head(hidden_states.detach() if detach_value else hidden_states)
-        return self.lm_head(hidden_states), value
+        return self.branch(self.trunk(completions) if completions.hidden_states is None else completions, detach_value)
 
-    def below(self, completions: "Completions") -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states that the trained blocks start from; with nothing frozen, the embeddings.
+    def trunk(self, completions: "Completions") -> "Completions":
+        """The completions with their hidden states below the trained blocks; with nothing frozen, the embeddings.
 
-        Those of the distinct prompts (prompts, P, hidden), and those of the completions without their last token
-        (n, T - 1, hidden).
+        The trunk stays as it is in training, so policy and reference share it; a branch of its own is what they have
+        above it. As in trlX (Havrilla et al. 2023), which calls this a hydra.
         """
         prompts, ids = completions.prompts, completions.ids[:, :-1]
         wte, wpe = self.transformer.wte, self.transformer.wpe
@@ -125,10 +119,22 @@ class GPT2HeadWithValueModel(GPT2PreTrainedModel):
         after = torch.arange(1, ids.shape[1] + 1, device=ids.device)
         prompt_states = wte(prompts.ids) + wpe(prompt_positions)
         states = wte(ids) + wpe(prompt_positions[prompts.index, -1:] + after)
-        return self.run_blocks(self.transformer.h[: self.n_frozen], prompts, prompt_states, states)
+        prompt_states, states = self.run_blocks(self.transformer.h[: self.n_frozen], prompts, prompt_states, states)
+        return replace(completions, prompts=replace(prompts, hidden_states=prompt_states), hidden_states=states)
+
+    def branch(self, completions: "Completions", detach_value=False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and values as in `score_completions`, of completions that have been through the trunk."""
+        prompts, states = completions.prompts, completions.hidden_states
+        blocks = self.transformer.h[self.n_frozen :]
+        prompt_states, states = self.run_blocks(blocks, prompts, prompts.hidden_states, states)
+        last_of_prompts = prompt_states[:, -1:].index_select(0, prompts.index)
+        hidden_states = self.transformer.ln_f(torch.cat([last_of_prompts, states], dim=1))
+        value = self.v_head(hidden_states.detach() if detach_value else hidden_states)
+        return self.lm_head(hidden_states), value
 
     def run_blocks(self, blocks, prompts: "Prompts", prompt_states: torch.Tensor, states: torch.Tensor):
-        """Hidden states of prompts and completions, as in `below`, through some of the blocks.
+        """Hidden states of the distinct prompts (prompts, P, hidden) and of the completions without their last token
+        (n, T - 1, hidden), through some of the blocks.
 
         A completion reads the keys and values of its prompt, which are worked out once for all that share it. These are
         picked by `index_select` (`reorder_cache` does that): `tensor[index]` adds up gradients in the threads' order.
@@ -174,13 +180,13 @@ class Prompts:
 
     ids (prompts, P) int64. mask (prompts, P) int64, 0 at the padding, or None where all have one length.
     index (n,) int64: completion i continues prompt index[i].
-    states (prompts, P, hidden): what `GPT2HeadWithValueModel.below` gave for them, or None.
+    hidden_states (prompts, P, hidden): what `GPT2HeadWithValueModel.trunk` made of them, or None.
     """
 
     ids: torch.Tensor
     mask: torch.Tensor | None
     index: torch.Tensor
-    states: torch.Tensor | None = None
+    hidden_states: torch.Tensor | None = None
 
     @classmethod
     def from_tensors(cls, query_tensors: list[torch.Tensor], pad_token_id: int, device) -> "Prompts":
@@ -198,8 +204,8 @@ class Prompts:
     def select(self, rows: torch.Tensor | slice) -> "Prompts":
         """The prompts of these completions only."""
         used, index = self.index[rows].unique(return_inverse=True)
-        mask, states = (None if tensor is None else tensor[used] for tensor in (self.mask, self.states))
-        return Prompts(self.ids[used], mask, index, states)
+        mask, hidden_states = (None if tensor is None else tensor[used] for tensor in (self.mask, self.hidden_states))
+        return Prompts(self.ids[used], mask, index, hidden_states)
 
     def mask_with(self, n_tokens: int) -> torch.Tensor | None:
         """Attention mask (n, P + n_tokens) of each completion's prompt followed by n_tokens of its own."""
@@ -214,21 +220,21 @@ class Completions:
     """A batch of completions and the prompts that they continue.
 
     ids (n, T) int64, right-padded. mask (n, T) bool, True at the real tokens, a final [SEP] included.
-    states (n, T - 1, hidden): what `GPT2HeadWithValueModel.below` gave for them, or None. `prompts.states` goes with it.
+    hidden_states (n, T - 1, hidden): what `GPT2HeadWithValueModel.trunk` made of them, or None, as in `prompts`.
     """
 
     prompts: Prompts
     ids: torch.Tensor
     mask: torch.Tensor
-    states: torch.Tensor | None = None
+    hidden_states: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def select(self, rows: torch.Tensor) -> "Completions":
         """These completions only."""
-        states = None if self.states is None else self.states[rows]
-        return Completions(self.prompts.select(rows), self.ids[rows], self.mask[rows], states)
+        hidden_states = None if self.hidden_states is None else self.hidden_states[rows]
+        return Completions(self.prompts.select(rows), self.ids[rows], self.mask[rows], hidden_states)
 
 
 def never_sampled_ids(tokenizer) -> list[int]:

@@ -229,21 +229,23 @@ class CompletionScorer(torch.nn.Module):
 class PPOTrainer:
     """Trains a policy, one batch of completions at a time.
 
-    On several processes (see support/processes.py) every one calls the same methods with the same whole batch; the work is
-    shared, the results are those of the whole batch, and the update is that of one process up to rounding.
+    model: the policy, a GPT2HeadWithValueModel with float32 weights. ref_model: the same before training, in any dtype;
+    the trainer takes it over. tokenizer: gives the special tokens. Dropout stays off in both.
 
-    model: the policy, a GPT2HeadWithValueModel with float32 weights. ref_model: the same before training; its weights
-    stay as they are, in any dtype. tokenizer: gives the special tokens. Dropout stays off in both, and the lower blocks
-    of the policy stay as they are (`frozen_share`); ValueError where the reference has others.
-    Where the arithmetic is bfloat16, a bfloat16 copy of the policy does it, and its gradients move the float32 weights
-    (Micikevicius et al. 2018, "Mixed precision training", arXiv:1710.03740).
+    Three things are decided here, each in one place:
+    - what is trained: `config.frozen_share` of the blocks are a trunk that policy and reference share; a batch goes
+      through it once a step. ValueError where the two models differ in it.
+    - the dtype of the arithmetic, in `in_compute_dtype`: in bfloat16 a copy of the policy computes, and its gradients
+      move the float32 weights (Micikevicius et al. 2018, "Mixed precision training", arXiv:1710.03740).
+    - how work is split, in `micro_batches`. On several processes (see support/processes.py) each calls the same methods
+      with the same whole batch; results are those of the whole batch, and the update is that of one process up to
+      rounding.
+
     `policy_for_saving` is an average of the policy's weights over the steps, see `polynomial_average`.
     """
 
     def __init__(self, config, model, ref_model, tokenizer):
         self.config = config
-        self.model = model.eval()
-        self.ref_model = ref_model.eval().requires_grad_(False)
         self.device = model.device
         self.dtype = pick_dtype(config.dtype, self.device)
         self.pad_token_id, self.sep_token_id = tokenizer.pad_token_id, tokenizer.sep_token_id
@@ -257,21 +259,27 @@ class PPOTrainer:
         else:
             self.kl_controller = FixedKLController(config.init_kl_coef)
 
+        self.model = model.eval()
+        self.ref_model = ref_model.eval().to(self.dtype).requires_grad_(False)
         for either in (model, ref_model):
             either.freeze(config.frozen_share)
-        for parameter, reference in zip(model.parameters(), ref_model.parameters()):
-            if not parameter.requires_grad and not parameter.to(reference.dtype).equal(reference):
-                raise ValueError("policy and reference differ in a frozen block; frozen_share=0 trains them all")
-        value_parameters = list(model.v_head.parameters())
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        policy_parameters = [p for name, p in trained if not name.startswith("v_head.")]
-        groups = [{"params": policy_parameters, "lr": config.lr}, {"params": value_parameters, "lr": config.value_lr}]
-        self.working = model if self.dtype == torch.float32 else copy.deepcopy(model).to(self.dtype)
-        self.working.v_head.float()
+        self.compute_model = model if self.dtype == torch.float32 else copy.deepcopy(model).to(self.dtype)
+        self.compute_model.v_head.float()
+        for weight, ref_weight in zip(self.compute_model.parameters(), self.ref_model.parameters()):
+            if not weight.requires_grad:
+                if not weight.equal(ref_weight):
+                    raise ValueError("policy and reference differ in a frozen block; frozen_share=0 trains them all")
+                ref_weight.data = weight.data
+        self.trained = [weight for weight in model.parameters() if weight.requires_grad]
+        self.computing = [weight for weight in self.compute_model.parameters() if weight.requires_grad]
+
+        value_head = list(model.v_head.parameters())
+        policy = [weight for weight in self.trained if not any(weight is v for v in value_head)]
+        groups = [{"params": policy, "lr": config.lr}, {"params": value_head, "lr": config.value_lr}]
         fused = self.device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam(groups, eps=config.adam_epsilon, fused=fused)
         self.average = AveragedModel(model, multi_avg_fn=polynomial_average(config.average_power))
-        self.scorer = CompletionScorer(self.working)
+        self.scorer = CompletionScorer(self.compute_model)
         if processes.world_size() > 1:
             self.scorer = DistributedDataParallel(self.scorer, gradient_as_bucket_view=True)
 
@@ -287,7 +295,7 @@ class PPOTrainer:
         model = self.model if model is None else model
         seed = self.config.seed if seed is None else seed
         step = self.n_steps + 1 if step is None else step
-        model = self.in_working_dtype(model)
+        model = self.in_compute_dtype(model)
         n = len(query_tensors)
         tokens = torch.zeros(n, self.config.gen_len, dtype=torch.int64, device=self.device)
         at_once = 4 * self.config.micro_batch_size  # no gradients are kept: there is room for more
@@ -320,7 +328,7 @@ class PPOTrainer:
             raise ValueError(f"{n} completions do not divide by {processes.world_size()} processes")
 
         # 1. What policy and reference think of the completions before this step's update
-        batch = self.below(batch)
+        batch = self.through_trunk(batch)
         old_logprobs, old_values, entropy = self.score(self.model, batch)
         ref_logprobs, *_ = self.score(self.ref_model, batch)
 
@@ -370,14 +378,14 @@ class PPOTrainer:
         The statistics' means over the processes are those of the minibatch.
         """
         config = self.config
-        self.in_working_dtype(self.model).zero_grad()
+        self.in_compute_dtype(self.model).zero_grad()
         totals: dict[str, torch.Tensor] = {}
-        for part in (parts := self.parts(len(minibatch))):
+        for part in (parts := self.micro_batches(len(minibatch))):
             micro_batch = minibatch.select(part)
             mask = micro_batch.mask
             exchange = processes.world_size() == 1 or part is parts[-1]
             with contextlib.nullcontext() if exchange else self.scorer.no_sync():
-                logits, values = self.forward(self.scorer, micro_batch)
+                logits, values = self.logits_and_values(self.scorer, micro_batch)
                 logprobs = logprobs_from_logits(logits, micro_batch.ids)
                 pg_loss, pg_clipfrac = policy_loss(
                     logprobs, old_logprobs[part], advantages[part], mask, config.cliprange
@@ -397,10 +405,9 @@ class PPOTrainer:
                 "ppo/val/clipfrac": vf_clipfrac,
             }.items():
                 totals[name] = totals.get(name, 0) + weight * value.detach()
-        for parameter, working in zip(self.model.parameters(), self.working.parameters()):
-            if parameter.requires_grad:
-                parameter.grad = working.grad.to(parameter.dtype)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+        for weight, computing in zip(self.trained, self.computing):
+            weight.grad = computing.grad.to(weight.dtype)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.trained, config.max_grad_norm)
         finite = bool(grad_norm.isfinite())
         if finite:
             self.optimizer.step()
@@ -409,58 +416,54 @@ class PPOTrainer:
             raise FloatingPointError(f"the gradient of {MAX_SKIPPED} optimiser steps in a row was not finite")
         return totals | {"ppo/grad_norm": grad_norm, "ppo/skipped": torch.tensor(float(not finite))}
 
-    def forward(self, score_completions, batch: Completions) -> tuple[torch.Tensor, torch.Tensor]:
+    # How a batch goes through a model
+
+    @torch.no_grad()
+    def in_compute_dtype(self, model):
+        """`model` in the dtype of the arithmetic: itself, or a copy. The policy's copy is kept, and brought up to date."""
+        if model is not self.model:
+            return model if model.dtype == self.dtype else copy.deepcopy(model).to(self.dtype)
+        if self.compute_model is not model:
+            torch._foreach_copy_(self.computing, self.trained)
+        return self.compute_model
+
+    def micro_batches(self, n: int) -> tuple[torch.Tensor, ...]:
+        """The rows, of n, that this process sends through a model, a micro-batch at a time."""
+        return torch.arange(n, device=self.device)[processes.rows_of_rank(n)].split(self.config.micro_batch_size)
+
+    @torch.no_grad()
+    def over_micro_batches(self, function, batch: Completions) -> torch.Tensor:
+        """function(micro-batch) -> (rows, ...), without gradients, for all rows of a batch, whichever process has them."""
+        computed = torch.cat([function(batch.select(part)) for part in self.micro_batches(len(batch))])
+        rows = computed.new_zeros(len(batch), *computed.shape[1:])
+        rows[processes.rows_of_rank(len(batch))] = computed
+        return processes.all_reduce_sum(rows)
+
+    def logits_and_values(self, score_completions, batch: Completions) -> tuple[torch.Tensor, torch.Tensor]:
         """Restricted logits (n, T, V) and values (n, T), float32: the one forward pass of old, new and reference."""
         logits, values = score_completions(batch, self.config.detach_value)
         return restrict_logits(logits, self.restriction, self.config.temperature), values.float()
 
     @torch.no_grad()
-    def below(self, batch: Completions) -> Completions:
-        """The batch with its `states`: what the frozen blocks make of it, once for all of a step's passes, the reference's too.
-
-        With nothing frozen, the batch as it is.
-        """
-        model = self.in_working_dtype(self.ref_model)
-        if not model.n_frozen:
+    def through_trunk(self, batch: Completions) -> Completions:
+        """The batch with its hidden states above the trunk; as it is, with nothing frozen."""
+        if not self.ref_model.n_frozen:
             return batch
-        states = torch.zeros(
-            len(batch), batch.ids.shape[1] - 1, model.config.n_embd, dtype=self.dtype, device=self.device
-        )
-        for part in self.parts(len(batch)):
-            _, states[part] = model.below(batch.select(part))
-        prompts = batch.prompts
-        prompt_states, _ = model.below(Completions(prompts, batch.ids[:, :1], batch.mask[:, :1]))
-        return replace(batch, prompts=replace(prompts, states=prompt_states), states=processes.all_reduce_sum(states))
+        states = self.over_micro_batches(lambda part: self.ref_model.trunk(part).hidden_states, batch)
+        prompts = self.ref_model.trunk(replace(batch, ids=batch.ids[:, :1])).prompts
+        return replace(batch, prompts=prompts, hidden_states=states)
 
-    @torch.no_grad()
-    def in_working_dtype(self, model):
-        """`model` in the dtype of the arithmetic: itself, or a copy. The policy's is kept, and brought up to date here."""
-        if model.dtype == self.dtype:
-            return model
-        if model is not self.model:
-            return copy.deepcopy(model).to(self.dtype)
-        for working, parameter in zip(self.working.parameters(), model.parameters()):
-            if parameter.requires_grad:
-                working.copy_(parameter)
-        return self.working
-
-    @torch.no_grad()
     def score(self, model, batch: Completions) -> torch.Tensor:
         """Log-probabilities, values and entropies of a batch, (3, n, T) float32."""
-        model = self.in_working_dtype(model)
-        scored = torch.zeros(3, *batch.ids.shape, device=self.device)
-        for part in self.parts(len(batch)):
-            micro_batch = batch.select(part)
-            logits, values = self.forward(model.score_completions, micro_batch)
+        model = self.in_compute_dtype(model)
+
+        def scored(micro_batch):
+            logits, values = self.logits_and_values(model.score_completions, micro_batch)
             logprobs = logprobs_from_logits(logits, micro_batch.ids)
-            scored[:, part] = torch.stack([logprobs, values, entropy_from_logits(logits)])
-        return processes.all_reduce_sum(scored)
+            return torch.stack([logprobs, values, entropy_from_logits(logits)], dim=1)
 
-    def parts(self, n: int) -> tuple[torch.Tensor, ...]:
-        """The rows, of n, that this process sends through a model, a micro-batch at a time."""
-        return torch.arange(n, device=self.device)[processes.rows_of_rank(n)].split(self.config.micro_batch_size)
+        return self.over_micro_batches(scored, batch).movedim(1, 0).contiguous()
 
-    @torch.no_grad()
     def kl_to_reference(
         self, model, query_tensors, response_tensors
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -470,15 +473,17 @@ class PPOTrainer:
         the reference's log-probabilities (n, T) of the tokens; and the mask (n, T).
         """
         batch = self.collate(query_tensors, response_tensors, response_tensors)
-        model, ref_model = self.in_working_dtype(model), self.in_working_dtype(self.ref_model)
-        kl, ref_logprobs = torch.zeros(len(batch), device=self.device), torch.zeros(batch.ids.shape, device=self.device)
-        for part in self.parts(len(batch)):
-            micro_batch = batch.select(part)
-            logits, _ = self.forward(model.score_completions, micro_batch)
-            ref_logits, _ = self.forward(ref_model.score_completions, micro_batch)
-            kl[part] = kl_from_logits(logits, ref_logits).where(micro_batch.mask, 0).sum(-1)
-            ref_logprobs[part] = logprobs_from_logits(ref_logits, micro_batch.ids)
-        return processes.all_reduce_sum(kl).cpu(), processes.all_reduce_sum(ref_logprobs).cpu(), batch.mask.cpu()
+        model = self.in_compute_dtype(model)
+
+        def compared(micro_batch):
+            logits, _ = self.logits_and_values(model.score_completions, micro_batch)
+            ref_logits, _ = self.logits_and_values(self.ref_model.score_completions, micro_batch)
+            ref_logprobs = logprobs_from_logits(ref_logits, micro_batch.ids)
+            return torch.stack([kl_from_logits(logits, ref_logits), ref_logprobs], dim=1)
+
+        kl, ref_logprobs = self.over_micro_batches(compared, batch).cpu().unbind(1)
+        mask = batch.mask.cpu()
+        return kl.where(mask, 0).sum(-1), ref_logprobs, mask
 
     def collate(self, query_tensors, response_tensors, rewards) -> Completions:
         """Check and pad a batch."""

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
         return call
 
     generate, score_all = timed("sampling", trainer.generate), timed("scoring", score_texts)
-    trainer.below = timed("logprobs", trainer.below)
+    trainer.through_trunk = timed("logprobs", trainer.through_trunk)
     trainer.score = timed("logprobs", trainer.score)
     trainer.update = timed("update", trainer.update)
     phases, lengths, tokens_scored = [], [], []

@@ -82,7 +82,7 @@ def test_score_completions_equals_one_sequence_at_a_time(policy, frozen_share):
     responses = draw(model, tokenizer, texts)
     completions = completions_of(tokenizer, texts, responses)
     if frozen_share:
-        completions.prompts.states, completions.states = reference.below(completions)
+        completions = reference.trunk(completions)
     logits, values = model.score_completions(completions)
     for i, text in enumerate(texts):
         query = models.encode_prompt(tokenizer, text).tolist()

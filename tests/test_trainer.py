@@ -186,8 +186,8 @@ def test_bfloat16_arithmetic_follows_the_float32_weights(policy):
     assert 0 < moved.max() < 2e-6 and (moved > 0).float().mean() > 0.9
     trainer = make(policy, dtype="bfloat16", lr=1e-2, ppo_epochs=2)
     assert trainer.step(*batch_of(trainer, policy))["ppo/policy/approxkl"] > 1e-4
-    working = trainer.in_working_dtype(trainer.model)
-    assert working.lm_head.weight.equal(trainer.model.lm_head.weight.bfloat16())
+    computing = trainer.in_compute_dtype(trainer.model)
+    assert computing.lm_head.weight.equal(trainer.model.lm_head.weight.bfloat16())
 
 
 @pytest.mark.parametrize(
