@@ -200,7 +200,9 @@ MAX_SKIPPED = 10  # optimiser steps in a row without a finite gradient: then tra
 
 
 def polynomial_average(power: float):
-    """Polynomial-decay averaging of weights (Shamir & Zhang 2013, arXiv:1212.1824, section 4): step t weighs about t^power.
+    """Polynomial-decay averaging of weights (Shamir & Zhang 2013, arXiv:1212.1824, section 4).
+
+    Step t weighs about t^power:
 
         average[t] = (1 - share) * average[t - 1] + share * weights[t],   share = (power + 1) / (power + t)
 
@@ -253,6 +255,7 @@ class PPOTrainer:
         self.restriction = restriction(tokenizer, model.config.vocab_size, self.device)
         self.token_names = tokenizer.convert_ids_to_tokens
         self.n_steps = 0
+        self.n_drawn = 0  # completions since the last step
         self.skipped_in_a_row = 0
         if config.kl_controller == "adaptive":
             self.kl_controller = AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
@@ -290,8 +293,12 @@ class PPOTrainer:
     def generate(self, query_tensors: list[torch.Tensor], model=None, seed=None, step=None) -> list[torch.Tensor]:
         """Continue each query (1-d int64): the responses, 1-d int64 on the CPU, each up to and including its [SEP].
 
-        Completion i is decided by (seed, step, i). By default the policy continues, with the run's seed and step.
+        Completion i is decided by (seed, step, i). By default the policy continues, with the run's seed and step, and i
+        counts the completions since the last step: n calls with one query draw what one call with n draws.
         """
+        first = 0
+        if step is None:
+            first, self.n_drawn = self.n_drawn, self.n_drawn + len(query_tensors)
         model = self.model if model is None else model
         seed = self.config.seed if seed is None else seed
         step = self.n_steps + 1 if step is None else step
@@ -301,7 +308,7 @@ class PPOTrainer:
         at_once = 4 * self.config.micro_batch_size  # no gradients are kept: there is room for more
         for rows in torch.arange(n)[processes.rows_of_rank(n)].split(at_once):
             prompts = Prompts.from_tensors([query_tensors[i] for i in rows], self.pad_token_id, self.device)
-            uniforms = completion_uniforms(seed, step, rows.tolist(), self.config.gen_len)
+            uniforms = completion_uniforms(seed, step, (first + rows).tolist(), self.config.gen_len)
             special = (self.restriction, self.sep_token_id, self.pad_token_id)
             tokens[rows] = sample(model, prompts, uniforms, *special, self.config.temperature)
         tokens = processes.all_reduce_sum(tokens).cpu()
@@ -346,8 +353,10 @@ class PPOTrainer:
             for rows in torch.from_numpy(order).to(self.device).split(config.minibatch_size):
                 fixed = (old_logprobs[rows], old_values[rows], whitened[rows], returns[rows])
                 stats.append(self.update(batch.select(rows), *fixed))
-        stats = {name: processes.all_reduce_mean(torch.stack([s[name] for s in stats])) for name in stats[0]}
-        self.n_steps += 1
+        rows = torch.stack([torch.stack(list(values.values())) for values in stats])
+        means = processes.all_reduce_mean(rows).unbind(1)
+        stats = dict(zip(stats[0], means))
+        self.n_steps, self.n_drawn = self.n_steps + 1, 0
         self.average.update_parameters(self.model)
 
         # 5. Statistics, named as in TRL
@@ -414,13 +423,13 @@ class PPOTrainer:
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == MAX_SKIPPED:
             raise FloatingPointError(f"the gradient of {MAX_SKIPPED} optimiser steps in a row was not finite")
-        return totals | {"ppo/grad_norm": grad_norm, "ppo/skipped": torch.tensor(float(not finite))}
+        return totals | {"ppo/grad_norm": grad_norm, "ppo/skipped": grad_norm.new_tensor(float(not finite))}
 
     # How a batch goes through a model
 
     @torch.no_grad()
     def in_compute_dtype(self, model):
-        """`model` in the dtype of the arithmetic: itself, or a copy. The policy's copy is kept, and brought up to date."""
+        """`model` in the dtype of the arithmetic: itself, or a copy. The policy's is kept, and brought up to date."""
         if model is not self.model:
             return model if model.dtype == self.dtype else copy.deepcopy(model).to(self.dtype)
         if self.compute_model is not model:
@@ -433,7 +442,7 @@ class PPOTrainer:
 
     @torch.no_grad()
     def over_micro_batches(self, function, batch: Completions) -> torch.Tensor:
-        """function(micro-batch) -> (rows, ...), without gradients, for all rows of a batch, whichever process has them."""
+        """function(micro-batch) -> (rows, ...), without gradients, for all rows of a batch, of every process."""
         computed = torch.cat([function(batch.select(part)) for part in self.micro_batches(len(batch))])
         rows = computed.new_zeros(len(batch), *computed.shape[1:])
         rows[processes.rows_of_rank(len(batch))] = computed
@@ -508,7 +517,7 @@ class PPOTrainer:
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """1 - variance(returns - values) / variance(returns) over the unmasked tokens: 1 is perfect, 0 or less is no help."""
+    """1 - variance(returns - values) / variance(returns) over the unmasked tokens: 1 is perfect, 0 no help."""
 
     def variance(x):
         return masked_mean((x - masked_mean(x, mask)) ** 2, mask)

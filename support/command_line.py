@@ -9,15 +9,15 @@ from pathlib import Path
 from config import PPOConfig, UserError, load_config, parse_args
 from support import processes
 
-# Settings that may differ when a run goes on, since none of them changes what it computes (but for how long); and when a
-# saved run is judged again.
+# Settings that may differ when a run goes on, since none of them changes what it computes (but for how long); and
+# when a saved run is judged again.
 HARMLESS = {"runs_dir", "device", "log_samples_every", "save_every", "keep_checkpoints", "micro_batch_size", "episodes"}
 FOR_JUDGING = {"runs_dir", "device", "dtype", "micro_batch_size", "eval_samples"}
 FINAL = ("model", "rewards.png", "before_after.md")  # what the end of a run writes, the last of them last
 
 
 def read_command_line(argv: list[str]) -> tuple[PPOConfig, Path, str]:
-    """What to do: the config, the run folder, and 'train', 'resume', 'eval_only' or 'nothing'. UserError for bad input."""
+    """The config, the run folder, and 'train', 'resume', 'eval_only' or 'nothing'. UserError for bad input."""
     config, given = parse_args(argv)
     if config.eval_only is not None:
         run_dir = find_run_folder(config, config.eval_only)
@@ -43,9 +43,9 @@ def read_command_line(argv: list[str]) -> tuple[PPOConfig, Path, str]:
 def new_run_folder(config: PPOConfig) -> Path:
     """Where a new run will live; nothing is written yet. UserError where the name is taken.
 
-    Without --run_name a run is called after the time. Below torchrun its processes may be restarted and must find the folder
-    again, so there it is called after torchrun's --rdzv-id, or, where torchrun knows none, after torchrun's process number.
-    A later run of the same name is NAME-2; a restarted one takes the last that is there.
+    Without --run_name a run is called after the time. Below torchrun its processes may be restarted and must find the
+    folder again, so there it is called after torchrun's --rdzv-id, or, where torchrun knows none, after torchrun's
+    process number. A later run of the same name is NAME-2; a restarted one takes the last that is there.
     """
     runs = Path(config.runs_dir)
     if config.run_name is None:
@@ -76,7 +76,7 @@ def find_run_folder(config: PPOConfig, name: str) -> Path:
 
 
 def saved_config(run_dir: Path, config: PPOConfig, given: set[str], allowed: set[str]) -> PPOConfig:
-    """A run's own config with the allowed flags of this command line. UserError for flags that would change the result."""
+    """A run's own config with the allowed flags given here. UserError for flags that would change the result."""
     saved = load_config(run_dir / "config.json")
     for name in sorted(given):
         old, new = getattr(saved, name), getattr(config, name)

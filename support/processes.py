@@ -1,9 +1,9 @@
 """One run on several processes, with torch.distributed: NCCL between GPUs, Gloo between CPUs.
 
-Every process holds the whole batch, which is small, and takes its own share of it through the models, which is the work.
-`all_reduce_sum` puts the shares together, so that everything after it (rewards, advantages, whitening, statistics) is computed by
-every process alike, from the whole batch. Gradients are averaged by DistributedDataParallel. In a process that is alone
-every function here does nothing.
+Every process holds the whole batch, which is small, and takes its own rows of it through the models, which is the
+work. `all_reduce_sum` puts the rows together, so that everything after it (rewards, advantages, whitening, statistics)
+is computed by every process alike, from the whole batch. Gradients are averaged by DistributedDataParallel. In a
+process that is alone every function here does nothing.
 """
 
 import ctypes
@@ -71,8 +71,8 @@ def lost_another_process(error: Exception) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep large freed blocks. It hands them back otherwise, and each tensor of logits would come in anew, page
-    fault by page fault: a sixth of a step on a CPU (docs/speed.md)."""
+    """Have glibc keep large freed blocks. It hands them back otherwise, and each tensor of logits would come in anew,
+    page fault by page fault: a sixth of a step on a CPU (docs/speed.md)."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink
@@ -88,7 +88,7 @@ def rows_of_rank(n: int) -> slice:
 
 
 def all_reduce_sum(rows):
-    """A tensor that each process filled at its own `rows_of_rank` and left 0 elsewhere -> the same tensor filled, in place."""
+    """A tensor's sum over the processes, in place. Where each filled its `rows_of_rank` only, all rows are filled."""
     if process_group():
         process_group().all_reduce(rows)
     return rows
@@ -122,7 +122,7 @@ def broadcast_from_rank_0(function: Callable):
 
 
 def on_all_ranks(function: Callable):
-    """function(), which every process runs for itself. Where it raises UserError on any, all raise the first of them."""
+    """function(), run by every process for itself. Where it raises UserError on any, all raise the first of them."""
     result = error = None
     try:
         result = function()

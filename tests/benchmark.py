@@ -85,7 +85,8 @@ def main(argv: list[str]) -> None:
         print(f"{phase:10} {value:8.3f} s  {value / median['step']:5.1%}")
     print(f"{config.batch_size / median['step']:.1f} completions/s, {sum(lengths[-1]) / median['step']:.0f} tokens/s")
     print(
-        f"{needed / 1e9:.0f} G multiply-adds needed a step: {rate:.3f} TFLOP/s of {ceiling:.3f}, {rate / ceiling:.0%} of the ceiling"
+        f"{needed / 1e9:.0f} G multiply-adds needed a step: {rate:.3f} TFLOP/s of {ceiling:.3f}, "
+        f"{rate / ceiling:.0%} of the ceiling"
     )
     print(f"peak memory {memory:.2f} GiB on {name} in {str(trainer.dtype)[6:]}")
     result = {
@@ -99,7 +100,7 @@ def main(argv: list[str]) -> None:
 
 
 def trunk(layers: int, width: int, inner: int, tokens: int, context: float) -> float:
-    """Multiply-adds of a transformer's trunk: four width x width matrices and two width x inner a layer, and attention."""
+    """Multiply-adds of a transformer's blocks: four width x width matrices, two width x inner, and attention."""
     return layers * tokens * (4 * width**2 + 2 * width * inner + 2 * width * context)
 
 

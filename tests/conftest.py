@@ -71,8 +71,9 @@ def write_classifier(folder: Path, labels=(NEGATIVE, POSITIVE)) -> Path:
     """A random BERT classifier, one layer 16 wide."""
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(VOCAB), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=48,
-        initializer_range=0.5, id2label=dict(enumerate(labels)), label2id={label: i for i, label in enumerate(labels)}, architectures=["BertForSequenceClassification"],
+        vocab_size=len(VOCAB), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=48, initializer_range=0.5, id2label=dict(enumerate(labels)),
+        label2id={label: i for i, label in enumerate(labels)}, architectures=["BertForSequenceClassification"],
     )  # fmt: skip
     return write_model(
         folder,

@@ -5,8 +5,8 @@
 Samples completions from a run's saved model, or with --reference from the model before training. A reward model, the
 policy's own network with one number read off at the last token, learns the reward from four fifths of them. On the last
 fifth this compares J of the sampled policy, of the Gibbs policy of the learned reward (proportional to
-ref * exp(learned reward / beta)) and of the Gibbs policy of the true one, which is the limit. With --reference the share
-between them is the gain that so many completions are good for.
+ref * exp(learned reward / beta)) and of the Gibbs policy of the true one, which is the limit. With --reference the
+share between them is the gain that so many completions are good for.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python -m tests.limit_text --model_name GPT2_DIR --reward_model_name SENTIMENT_DIR [--prompts TEXT --eval_samples N]
 
-A completion of the reference is kept with probability exp((r - 1) / beta); what is kept is distributed as the Gibbs policy,
-ref * exp(r / beta), exactly (rejection sampling, for rewards of at most 1). No training can aim at better text than
-this, so its diversity is what a diversity can be held against.
+A completion of the reference is kept with probability exp((r - 1) / beta); what is kept is distributed as the Gibbs
+policy, ref * exp(r / beta), exactly (rejection sampling, for rewards of at most 1). No training can aim at better text
+than this, so its diversity is what a diversity can be held against.
 """
 
 import sys

@@ -40,9 +40,8 @@ def three_steps(rank, n_processes, folder, gpt2_folder):
         dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=n_processes)
     tokenizer = load_tokenizer(gpt2_folder)
     model = load_policy(gpt2_folder, load_gpt2_config(gpt2_folder))
-    config = PPOConfig(
-        batch_size=16, minibatch_size=8, ppo_epochs=2, gen_len=8, micro_batch_size=1, lr=1e-4, dtype="float32", device="cpu"
-    )  # fmt: skip
+    sizes = dict(batch_size=16, minibatch_size=8, micro_batch_size=1, gen_len=8)
+    config = PPOConfig(**sizes, ppo_epochs=2, lr=1e-4, dtype="float32", device="cpu")
     trainer = PPOTrainer(config, model, copy.deepcopy(model), tokenizer)
     queries = [encode_prompt(tokenizer, PROMPTS[i % 3]) for i in range(16)]
     stats = []

@@ -62,7 +62,8 @@ def finished(tmp_path_factory, demo):
 
 def test_the_run_folder_holds_what_was_promised(finished):
     assert {path.name for path in finished.iterdir()} >= {
-        "config.json", "metrics.csv", "samples.jsonl", "model", "rewards.png", "evaluation.json", "before_after.md", "checkpoints",
+        "config.json", "metrics.csv", "samples.jsonl", "model", "rewards.png", "evaluation.json", "before_after.md",
+        "checkpoints",
     }  # fmt: skip
     table = rows(finished)
     assert list(table[0])[:4] == ["step", "episodes", "env/reward_mean", "env/reward_std"]
@@ -202,7 +203,7 @@ def test_a_reward_of_ones_own(tmp_path, demo, reward_module):
 
 
 def test_a_reward_that_raises_keeps_the_run(tmp_path, demo, reward_module, capsys):
-    """The first call is the evaluation, the second step 1: step 2 fails, a checkpoint is there, error.log has it all."""
+    """The first call is the evaluation, the second step 1: step 2 fails, and leaves a checkpoint and error.log."""
     code, run_dir = small_run(tmp_path, "--reward", "my_test_reward:breaks")
     err = capsys.readouterr().err.splitlines()[-1]
     assert code == 2
