@@ -86,8 +86,8 @@ class PPOConfig:
 
     frozen_share: float = option(
         2 / 3,
-        "Share of the blocks, from the lowest, that stay as they are, and the embeddings with them: half the work, and with "
-        "six blocks or twelve no less gain (article: 0, which trains everything; see docs/learning.md and docs/speed.md).",
+        "Share of the blocks, from the lowest, that stay as they are, and the embeddings with them: half the work, and "
+        "with six blocks or twelve no less gain (article: 0, which trains everything; see docs/learning.md).",
     )
 
     # --- KL to the reference (Ziegler et al. 2019, section 2.2)
@@ -107,8 +107,8 @@ class PPOConfig:
     )
     adam_epsilon: float = option(
         1e-5,
-        "Added to the root of Adam's second moment: what moves by rounding errors alone stays where it is (article: 1e-8; "
-        "Baselines' PPO has 1e-5).",
+        "Added to the root of Adam's second moment: what moves by rounding errors alone stays where it is (article: "
+        "1e-8; Baselines' PPO has 1e-5).",
     )
     average_power: float = option(
         3.0,
@@ -210,14 +210,31 @@ PRESETS = {
 
 INF = math.inf
 LIMITS = {  # name: (lowest, highest, whether the lowest itself is allowed)
-    "gen_len": (1, INF, True), "temperature": (0, INF, False), "episodes": (1, INF, True), "batch_size": (1, INF, True),
-    "minibatch_size": (1, INF, True), "ppo_epochs": (1, INF, True), "gamma": (0, 1, True), "lam": (0, 1, True),
-    "cliprange": (0, INF, False), "cliprange_value": (0, INF, False), "vf_coef": (0, INF, True), "frozen_share": (0, 1, True), "init_kl_coef": (0, INF, True),
-    "target": (0, INF, False), "horizon": (1, INF, True), "lr": (0, INF, False), "value_lr": (0, INF, False), "adam_epsilon": (0, INF, False),
+    "gen_len": (1, INF, True), "temperature": (0, INF, False),
+    "episodes": (1, INF, True), "batch_size": (1, INF, True), "minibatch_size": (1, INF, True),
+    "ppo_epochs": (1, INF, True), "gamma": (0, 1, True), "lam": (0, 1, True), "cliprange": (0, INF, False),
+    "cliprange_value": (0, INF, False), "vf_coef": (0, INF, True), "frozen_share": (0, 1, True),
+    "init_kl_coef": (0, INF, True), "target": (0, INF, False), "horizon": (1, INF, True),
+    "lr": (0, INF, False), "value_lr": (0, INF, False), "adam_epsilon": (0, INF, False),
     "average_power": (0, INF, True), "max_grad_norm": (0, INF, False), "micro_batch_size": (1, INF, True),
-    "seed": (0, 2**63 - 1, True), "log_samples_every": (0, INF, True), "save_every": (0, INF, True), "keep_checkpoints": (1, INF, True),
-    "eval_samples": (2, INF, True),
+    "seed": (0, 2**63 - 1, True), "log_samples_every": (0, INF, True), "save_every": (0, INF, True),
+    "keep_checkpoints": (1, INF, True), "eval_samples": (2, INF, True),
 }  # fmt: skip
+
+
+GROUPS = {  # of --help, each by its first field
+    "preset": "models",
+    "prompts": "prompts and sampling",
+    "episodes": "PPO (Schulman et al. 2017)",
+    "init_kl_coef": "KL to the reference (Ziegler et al. 2019, section 2.2)",
+    "lr": "optimisation (Adam, Kingma & Ba 2015)",
+    "seed": "run and logging",
+}
+DESCRIPTION = """Train a Chinese GPT-2 with PPO towards texts that a reward likes.
+
+  python train_ppo.py --preset demo
+  python train_ppo.py --model_name DIR --reward_model_name DIR --lr 3e-5 --prompts "刚收到货,感觉" "这部电影很"
+"""
 
 
 def parse_args(argv: list[str]) -> tuple[PPOConfig, set[str]]:
@@ -227,11 +244,33 @@ def parse_args(argv: list[str]) -> tuple[PPOConfig, set[str]]:
     """
     from transformers import HfArgumentParser
 
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
     class Parser(HfArgumentParser):
         def error(self, message):
             raise UserError(f"{message}; python train_ppo.py --help lists the flags")
 
-    parser = Parser(PPOConfig, prog="train_ppo.py", description="Train a Chinese GPT-2 with PPO.", allow_abbrev=False)
+        group = None
+
+        def add_argument(self, *flags, **options):
+            name = flags[0].lstrip("-")
+            if name in GROUPS:
+                self.group = self.add_argument_group(GROUPS[name])
+            if name.startswith("no_"):  # the library's addition for a bool that is True by default
+                options |= {"help": f"Sets --{name[3:]} to False.", "default": argparse.SUPPRESS}
+            if self.group is None:
+                return super().add_argument(*flags, **options)
+            return self.group.add_argument(flags[0], **options)
+
+    parser = Parser(
+        PPOConfig,
+        usage="python train_ppo.py [--NAME VALUE ...]",
+        description=DESCRIPTION,
+        formatter_class=Formatter,
+        allow_abbrev=False,
+    )
+    argv = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), arg) for arg in argv]
     absent = object()
     namespace = argparse.Namespace(**{f.name: absent for f in dataclasses.fields(PPOConfig)})
     namespace, unknown = parser.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")], namespace)

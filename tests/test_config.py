@@ -1,6 +1,7 @@
 """The command line: what it accepts, what it shows, and one line for everything it refuses."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -46,7 +47,7 @@ def test_flags_override_the_preset_wherever_they_stand():
         "--prompts",
         "刚收到货,感觉",
         "这部电影很",
-        "--no_detach_value",
+        "--no-detach-value",
     )
     assert (c.lr, c.batch_size, c.minibatch_size, c.prompts[1], c.detach_value) == (5e-5, 64, 32, "这部电影很", False)
 
@@ -69,7 +70,14 @@ def test_help_in_a_fresh_process_loads_no_model_library():
     assert result.returncode == 0, result.stderr
     text = " ".join(result.stdout.split())
     assert "--reward_model_name" in text and "(default: demo)" in text and "(default: 5120)" in text
-    assert all(f"--{name}" in text for name in PPOConfig.__dataclass_fields__)
+    assert all(result.stdout.count(f"\n  --{name} ") == 1 for name in PPOConfig.__dataclass_fields__)
+    titles = [line[:-1] for line in result.stdout.splitlines() if re.fullmatch(r"\w.*:", line)]
+    assert titles == ["options", *config.GROUPS.values()]
+    kl = result.stdout.split(config.GROUPS["init_kl_coef"])[1].split("\n\n")[0]
+    assert "--kl_controller" in kl and "--lr" not in kl and "--cliprange" not in kl
+    assert result.stdout.startswith("usage: python train_ppo.py [--NAME VALUE ...]\n\n")
+    assert result.stdout.count("\n  python train_ppo.py --") == 2
+    assert "--no_detach_value Sets --detach_value to False." in text
 
 
 def test_empty_prompts_are_refused(tmp_path):
