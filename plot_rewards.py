@@ -24,6 +24,14 @@ PANELS = [  # (title, columns drawn as lines, y axis)
     ("completion length", ["tokens/completion_length"], "tokens"),
     ("time", ["time/sample", "time/score", "time/ppo"], "seconds a step"),
 ]
+CHINESE_FONTS = [
+    "Noto Sans CJK SC",
+    "Source Han Sans SC",
+    "Microsoft YaHei",
+    "PingFang SC",
+    "WenQuanYi Micro Hei",
+    "SimHei",
+]
 STYLES = ["-", "--", ":"]  # of several columns in one panel; a run keeps its colour
 
 
@@ -85,115 +93,141 @@ def read_evaluation(run: Path) -> dict:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Running mean over a tenth of the run, shorter at the ends."""
-    half = max(1, len(values) // 20)
-    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
+    """Running mean over a tenth of the run. Its window shrinks towards both ends, which stay what they were."""
+    half, last = max(1, len(values) // 20), len(values) - 1
+    reach = [min(half, i, last - i) for i in range(len(values))]
+    return np.array([values[i - r : i + r + 1].mean() for i, r in enumerate(reach)])
 
 
 def draw(runs: list[Path], out: Path) -> None:
     """Draw the runs over each other into `out`. UserError where a run or `out` cannot be used; no display is needed."""
     data = [(run.resolve().name, read_metrics(run), read_evaluation(run)) for run in runs]
+    panels = [panel for panel in PANELS if changes(panel[1], [metrics for _, metrics, _ in data])]
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
 
-    fig = plt.figure(figsize=(15, 12), layout="constrained")
-    grid = fig.add_gridspec(4, 4, height_ratios=[1.5, 1.3, 1, 1])
-    reward_axes = fig.add_subplot(grid[0, :])
-    plane_axes, histogram_axes = fig.add_subplot(grid[1, :2]), fig.add_subplot(grid[1, 2:])
-    small_axes = [fig.add_subplot(grid[2 + i // 4, i % 4]) for i in range(len(PANELS))]
-    for number, (name, metrics, evaluation) in enumerate(data):
-        colour = f"C{number % 10}"
-        draw_reward(reward_axes, name, metrics, colour)
-        draw_plane(plane_axes, name, metrics, evaluation, colour, with_frontier=number == 0)
-        draw_histogram(histogram_axes, name, evaluation, colour)
-        for axes, (title, columns, unit) in zip(small_axes, PANELS):
-            for column, style in zip(columns, STYLES):
-                if column in metrics:
-                    label = column.split("/", 1)[1] if number == 0 and len(columns) > 1 else None
-                    axes.plot(metrics["step"], metrics[column], style, color=colour, linewidth=1, label=label)
+    n_rows = -(-len(panels) // 4)
+    with matplotlib.rc_context({"font.size": 12, "font.family": fonts(), "axes.grid": True, "grid.alpha": 0.3}):
+        fig = plt.figure(figsize=(13, 8 + 2.6 * n_rows), layout="constrained")
+        grid = fig.add_gridspec(2 + n_rows, 4, height_ratios=[1.5, 1.6] + [1] * n_rows)
+        reward_axes = fig.add_subplot(grid[0, :])
+        plane_axes, histogram_axes = fig.add_subplot(grid[1, :2]), fig.add_subplot(grid[1, 2:])
+        small_axes = [fig.add_subplot(grid[2 + i // 4, i % 4]) for i in range(len(panels))]
+        for number, (_, metrics, evaluation) in enumerate(data):
+            colour = f"C{number % 10}"
+            draw_reward(reward_axes, metrics, colour, number)
+            draw_plane(plane_axes, metrics, evaluation, colour, first=number == 0)
+            draw_histogram(histogram_axes, evaluation, colour)
+            for axes, (_, columns, _) in zip(small_axes, panels):
+                for column, style in zip(columns, STYLES):
+                    if column in metrics:
+                        axes.plot(metrics["step"], metrics[column], style, color=colour, linewidth=1)
+        for axes, (title, columns, unit) in zip(small_axes, panels):
             axes.set(title=title, xlabel="step", ylabel=unit)
-    reward_axes.set(title="mean reward", xlabel="episodes", ylabel="reward")
-    plane_axes.set(
-        title="reward against KL: up is better, right is dearer",
-        xlabel="KL to the reference, nats",
-        ylabel="mean reward",
-    )
-    histogram_axes.set(title="rewards before and after", xlabel="reward", ylabel="share of completions")
-    for axes in fig.axes:
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8, loc="best")
-    try:
-        fig.savefig(out, dpi=66)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the picture {out} cannot be written: {getattr(error, 'strerror', None) or error}")
-    finally:
-        plt.close(fig)
+            if len(columns) > 1:
+                add_key(axes, {name.split("/", 1)[1]: dict(linestyle=s) for name, s in zip(columns, STYLES)})
+        reward_axes.set(title="mean reward of each step, and the 10th to 90th percentile", xlabel="episodes")
+        plane_axes.set(title="reward against KL: up is better, right is dearer", xlabel="KL to the reference, nats")
+        histogram_axes.set(title="rewards before (line) and after (filled)", ylabel="share of completions")
+        histogram_axes.set_xlabel("reward")
+        for axes in (reward_axes, plane_axes):
+            axes.set_ylabel("mean reward")
+        names = [Line2D([], [], color=f"C{i % 10}", linewidth=3, label=shown(run[0])) for i, run in enumerate(data)]
+        fig.legend(handles=names, loc="outside upper left", ncols=min(4, len(names)), frameon=False)
+        try:
+            fig.savefig(out, dpi=100)
+        except (OSError, ValueError) as error:
+            raise UserError(f"the picture {out} cannot be written: {getattr(error, 'strerror', None) or error}")
+        finally:
+            plt.close(fig)
 
 
-def draw_reward(axes, name: str, metrics: dict, colour: str) -> None:
-    """Mean reward with a band of one standard deviation, and smoothed."""
-    episodes, mean, std = (metrics[column] for column in ("episodes", "env/reward_mean", "env/reward_std"))
-    axes.fill_between(episodes, mean - std, mean + std, color=colour, alpha=0.12, linewidth=0)
-    axes.plot(episodes, mean, color=colour, alpha=0.4, linewidth=1)
-    axes.plot(episodes, smooth(mean), color=colour, linewidth=2, label=name)
+def changes(columns: list[str], runs: list[dict]) -> bool:
+    """Whether any of these columns takes more than one value."""
+    return any(len({value for run in runs for value in run.get(column, ())}) > 1 for column in columns)
 
 
-def draw_plane(axes, name: str, metrics: dict, evaluation: dict, colour: str, with_frontier: bool) -> None:
-    """The run's path in the plane of KL and reward, one dot a step, below the frontier that no policy can cross."""
-    points = evaluation.get("frontier", [])
-    if points and with_frontier:
-        axes.plot(
-            [p["kl"] for p in points],
-            [p["reward"] for p in points],
-            color="black",
-            linewidth=1.5,
-            label="best possible",
+def fonts() -> list[str]:
+    """Font families to look characters up in: matplotlib's own, then the installed ones that have Chinese."""
+    from matplotlib.font_manager import get_font_names
+
+    return ["DejaVu Sans", *[name for name in CHINESE_FONTS if name in get_font_names()]]
+
+
+def shown(name: str) -> str:
+    """A run's name as the fonts here can write it: Chinese by its code points where no font has them."""
+    return name if len(fonts()) > 1 else name.encode("ascii", "backslashreplace").decode()
+
+
+def add_key(axes, entries: dict[str, dict]) -> None:
+    """A legend that says what marks mean, in black, whichever runs there are."""
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], **{"color": "black", "linewidth": 1, **mark}, label=what) for what, mark in entries.items()
+    ]
+    axes.legend(handles=handles, loc="best", fontsize=10)
+
+
+def draw_reward(axes, metrics: dict, colour: str, number: int) -> None:
+    """Mean reward, smoothed, with its start and its end in figures; and the band that most completions lie in."""
+    episodes, mean = metrics["episodes"], metrics["env/reward_mean"]
+    if "env/reward_p10" in metrics:  # runs of earlier versions have none
+        axes.fill_between(
+            episodes, metrics["env/reward_p10"], metrics["env/reward_p90"], color=colour, alpha=0.12, linewidth=0
         )
-    axes.scatter(
-        metrics["objective/kl"],
-        metrics["env/reward_mean"],
-        s=8,
-        color=colour,
-        alpha=0.35,
-        label=f"{name}, a dot a step",
-    )
+    axes.plot(episodes, mean, color=colour, alpha=0.4, linewidth=1)
+    axes.plot(episodes, smooth(mean), color=colour, linewidth=2.5)
+    for at, value, place in ((0, mean[0], (-8, "right")), (-1, mean[-10:].mean(), (8, "left"))):
+        axes.annotate(
+            f"{value:.2f}",
+            (episodes[at], value),
+            (place[0], -16 * number),
+            textcoords="offset points",
+            ha=place[1],
+            va="center",
+            color=colour,
+            fontweight="bold",
+        )
+    axes.margins(x=0.06)
+
+
+def draw_plane(axes, metrics: dict, evaluation: dict, colour: str, first: bool) -> None:
+    """The run's path in the plane of KL and reward, one dot a step, below the frontier that no policy can cross."""
+    key = {"a step": dict(marker=".", linestyle="", alpha=0.5)}
+    axes.scatter(metrics["objective/kl"], metrics["env/reward_mean"], s=10, color=colour, alpha=0.4, linewidth=0)
+    points = evaluation.get("frontier", [])
+    if points and first:
+        axes.plot([p["kl"] for p in points], [p["reward"] for p in points], color="black", linewidth=1.5)
+        key["best possible"] = dict(linewidth=1.5)
+    best = evaluation.get("best_of_n", [])
+    if best and first:
+        axes.plot([p["kl"] for p in best], [p["reward"] for p in best], "x", color="black")
+        key[f"best of {', '.join(str(p['n']) for p in best)} drafts"] = dict(marker="x", linestyle="")
     for when, marker in (("before", "o"), ("after", "*")):
         if when in evaluation:
-            point = evaluation[when]
-            axes.scatter(
-                point["kl"],
-                point["reward"],
-                s=160,
-                marker=marker,
-                color=colour,
-                edgecolor="black",
-                zorder=3,
-                label=f"{name}, {when}",
-            )
+            at = evaluation[when]["kl"], evaluation[when]["reward"]
+            axes.scatter(*at, s=170, marker=marker, color=colour, edgecolor="black", zorder=3)
+            key[when] = dict(marker=marker, linestyle="", markersize=9)
     limit = (evaluation.get("gain") or {}).get("limit")
     if limit:
-        axes.scatter(
-            limit["kl"],
-            limit["reward"],
-            s=110,
-            marker="D",
-            facecolor="none",
-            edgecolor=colour,
-            label=f"{name}, the limit at its beta",
-        )
+        axes.scatter(limit["kl"], limit["reward"], s=120, marker="D", facecolor="none", edgecolor=colour, linewidth=2)
+        key["the limit at this beta"] = dict(marker="D", linestyle="", markerfacecolor="none")
+    if first:
+        add_key(axes, key)
 
 
-def draw_histogram(axes, name: str, evaluation: dict, colour: str) -> None:
+def draw_histogram(axes, evaluation: dict, colour: str) -> None:
     """Distribution of rewards before (outline) and after (filled) training."""
     for when, options in (("before", dict(histtype="step", linewidth=1.5)), ("after", dict(alpha=0.45))):
         if when in evaluation:
             scores = np.array([score for *_, score in evaluation[when]["samples"]])
             weights = np.full(len(scores), 1 / len(scores))
             edges = np.linspace(min(0, scores.min()), max(1, scores.max()), 41)
-            axes.hist(scores, bins=edges, weights=weights, color=colour, label=f"{name}, {when}", **options)
+            axes.hist(scores, bins=edges, weights=weights, color=colour, **options)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class SentimentReward:
         )
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
-        """P(positive) of each text, (len(texts),) float32. Scored shortest first, so that a batch holds little padding."""
+        """P(positive) of each text, (len(texts),) float32. Shortest first, so that a batch holds little padding."""
         texts = [clean_text(text) for text in texts]
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         scores = torch.empty(len(texts))
@@ -68,7 +68,7 @@ class SentimentReward:
 
 
 def find_positive_label(labels: list[str], wanted: str | None) -> str:
-    """The label that counts as happy. UserError, which lists the labels, where `wanted` is none of them or it is unclear."""
+    """The label that counts as happy. UserError, with all labels, where `wanted` is none of them or it is unclear."""
     listed = ", ".join(repr(label) for label in labels)
     if wanted is not None:
         if wanted not in labels:
@@ -108,7 +108,8 @@ def score_texts(reward: Callable[[list[str]], object], texts: list[str]) -> torc
 def checked_scores(reward: Callable[[list[str]], object], texts: list[str]) -> torch.Tensor:
     """The rewards of some texts, each a finite number.
 
-    RewardError, which shows the text, where the callable raises or returns another count, a non-number, NaN or infinity.
+    RewardError, which shows the text, where the callable raises or returns another count, a non-number, NaN or
+    infinity.
     """
     if not texts:
         return torch.zeros(0)
@@ -126,7 +127,8 @@ def checked_scores(reward: Callable[[list[str]], object], texts: list[str]) -> t
         )
     if len(scores) != len(texts):
         raise RewardError(
-            f"the reward function returned {len(scores)} numbers for {len(texts)} texts; the first text was {texts[0]!r}"
+            f"the reward function returned {len(scores)} numbers for {len(texts)} texts; "
+            f"the first text was {texts[0]!r}"
         )
     for score, text in zip(scores, texts):
         score = score.item() if hasattr(score, "item") else score
@@ -145,7 +147,8 @@ def failed_call(reward: Callable, texts: list[str], error: Exception) -> RewardE
         except Exception:
             culprit = text
             break
+    where = f"({frame.filename}, line {frame.lineno}) for {culprit!r}"
     return RewardError(
-        f"the reward function raised {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno}) for {culprit!r}",
+        f"the reward function raised {type(error).__name__}: {error} {where}",
         "".join(traceback.format_exception(error)),
     )

@@ -166,7 +166,7 @@ def flush(path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace a text file at one stroke: whoever reads it sees the old one or the new one. UserError as in disk_errors."""
+    """Replace a text file at one stroke: a reader sees the old one or the new one. UserError as in disk_errors."""
     partial = path.with_name(f".partial-{path.name}")
     with disk_errors(path, len(text.encode())):
         partial.write_text(text, encoding="utf-8", newline="")
@@ -176,7 +176,7 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path, needed: int = 0):
-    """Turn what goes wrong with the disk, in any library's words, into a UserError with the path and the room needed."""
+    """What goes wrong with the disk, in any library's words, as a UserError with the path and the room needed."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -184,9 +184,8 @@ def disk_errors(path: Path, needed: int = 0):
         free = shutil.disk_usage(place).free
         reason = getattr(error, "strerror", None) or str(error)
         if free < needed or "No space left" in reason:
-            raise UserError(
-                f"no room to write {path}: it needs about {max(needed, 1 << 20) / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free"
-            )
+            room = f"it needs about {max(needed, 1 << 20) / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free"
+            raise UserError(f"no room to write {path}: {room}")
         of_disk = (
             isinstance(error, OSError) or "os error" in reason or "inline_container" in reason
         )  # safetensors, torch

@@ -100,8 +100,8 @@ def make_demo_models(out: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         gpt2_config = GPT2Config(
-            vocab_size=len(vocab), n_positions=64, n_embd=96, n_layer=2, n_head=4, activation_function="gelu_pytorch_tanh",
-            attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, bos_token_id=None, eos_token_id=None,
+            vocab_size=len(vocab), n_positions=64, n_embd=96, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=None,
+            activation_function="gelu_pytorch_tanh", attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
         )  # fmt: skip
         gpt2 = GPT2LMHeadModel(gpt2_config)
         fit(gpt2, tokenizer, reviews, STEPS["gpt2"], draw)

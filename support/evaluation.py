@@ -11,6 +11,7 @@ of the way it went:
 
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def evaluate(trainer: PPOTrainer, model, tokenizer, reward, prompts: list[str], 
 
 
 def sample_and_score(trainer, model, tokenizer, reward, prompts, queries, n: int, seed: int, step: int):
-    """n completions by `model`, the prompts in turn: which prompt each continues, tokens, texts, rewards (n,) float32."""
+    """n completions, the prompts in turn: which prompt each continues, tokens, texts, and rewards (n,) float32."""
     prompt_index = [i % len(prompts) for i in range(n)]
     responses = trainer.generate([queries[i] for i in prompt_index], model, seed, step)
     completions = [clean_text(text) for text in tokenizer.batch_decode(responses)]
@@ -138,17 +139,45 @@ def frontier(before: dict, prompts: list[str]) -> list[dict]:
 
 
 def add_yardsticks(results: dict, prompts: list[str], beta: float) -> None:
-    """Put next to "before" and "after" what they are measured against: the gain and the frontier."""
+    """Put next to "before" and "after" what they are measured against: the gain, the frontier, and best-of-n."""
     results["gain"] = gain(results["before"], results["after"], prompts, beta)
     results["frontier"] = frontier(results["before"], prompts)
+    results["best_of_n"] = [best_of_n(results, prompts, n) for n in (2, 3, 4, 8)]
+
+
+def best_of_n(results: dict, prompts: list[str], n: int) -> dict:
+    """What drawing n completions of the reference and keeping the best would give, without any training.
+
+    reward: the expected best of n different samples of a prompt, a mean over prompts, exact for these samples: of m
+    rewards in ascending order, the i-th is the best of C(i - 1, n - 1) of the C(m, n) choices. kl: log n - (n - 1) / n,
+    an upper bound (Beirami et al. 2024, arXiv:2401.01879). gain: as of a trained model, so a lower bound; None where
+    that of the run is unknown.
+    """
+    rewards, prompt_index = scores_and_prompts(results["before"], prompts)
+    best = []
+    for i in prompt_index.unique():
+        ordered = rewards[prompt_index == i].sort().values
+        m = len(ordered)
+        ways = torch.tensor([math.comb(i, n - 1) / math.comb(m, n) for i in range(m)], dtype=torch.float64)
+        best.append((ways * ordered).sum() if m >= n else ordered[-1])
+    reward, kl = torch.stack(best).mean().item(), math.log(n) - (n - 1) / n
+    run, share = results["gain"], None
+    if run["gain"] is not None:
+        share = (reward - run["beta"] * kl - run["J_before"]) / (run["limit"]["J"] - run["J_before"])
+    return {"n": n, "reward": reward, "kl": kl, "gain": share}
 
 
 ROWS = [  # of the printed table: (what, key, format)
-    ("mean reward", "reward", ".3f"), ("  95% interval, plus or minus", "reward_ci95", ".3f"), ("KL to the reference, nats", "kl", ".3f"),
-    ("distinct-1, characters", "distinct_1", ".3f"), ("distinct-2, pairs of characters", "distinct_2", ".3f"),
-    ("unique completions", "unique", ".1%"), ("mean length, tokens", "length", ".1f"), ("ended by [SEP]", "ended", ".1%"),
+    ("mean reward", "reward", ".3f"),
+    ("  95% interval, plus or minus", "reward_ci95", ".3f"),
+    ("KL to the reference, nats", "kl", ".3f"),
+    ("distinct-1, characters", "distinct_1", ".3f"),
+    ("distinct-2, pairs of characters", "distinct_2", ".3f"),
+    ("unique completions", "unique", ".1%"),
+    ("mean length, tokens", "length", ".1f"),
+    ("ended by [SEP]", "ended", ".1%"),
     ("log-probability a token, reference", "ref_logprob", ".2f"),
-]  # fmt: skip
+]
 
 
 def summary(evaluation: dict) -> str:
@@ -169,11 +198,16 @@ def summary(evaluation: dict) -> str:
 
 
 def commonest(evaluation: dict) -> str:
-    """The commonest completions before and after."""
+    """The ten commonest completions before and after; where none makes up 1% of all, a few random ones instead."""
     lines = []
     for when in ("before", "after"):
-        lines.append(f"commonest completions {when}:")
-        lines += [f"  {count:4d}  {text}" for text, count in evaluation[when]["commonest"]]
+        judged = evaluation[when]
+        if judged["commonest"][0][1] >= 0.01 * judged["n"]:
+            lines.append(f"commonest completions {when}, of {judged['n']}:")
+            lines += [f"  {count:4d}  {text}" for text, count in judged["commonest"]]
+        else:
+            lines.append(f"random completions {when}:")
+            lines += [f"  {score:.2f}  {prompt}{text}" for prompt, text, score in judged["samples"][:SHOWN]]
     return "\n".join(lines)
 
 
@@ -183,6 +217,7 @@ def before_after_table(evaluation: dict) -> str:
     for (prompt, old, old_score), (_, new, new_score) in list(
         zip(evaluation["before"]["samples"], evaluation["after"]["samples"])
     )[:SHOWN]:
+        prompt, old, new = (re.sub(r"([\\|])", r"\\\1", text) for text in (prompt, old, new))
         lines.append(f"| {prompt} | {old} | {old_score:.2f} | {new} | {new_score:.2f} |")
     return "\n".join(lines)
 

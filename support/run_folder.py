@@ -76,6 +76,8 @@ class RunFolder:
             "episodes": step * self.config.batch_size,
             "env/reward_mean": scores.mean().item(),
             "env/reward_std": scores.std(correction=0).item(),
+            "env/reward_p10": scores.quantile(0.1).item(),
+            "env/reward_p90": scores.quantile(0.9).item(),
             **stats,
             **{f"time/{name}": value for name, value in seconds.items()},
             "time/step": sum(seconds.values()),

@@ -83,46 +83,139 @@ def without_key(path: str, part: str):
     return change
 
 
-NEW = "--preset demo --model_name gpt2 --reward_model_name sentiment --episodes 16 --batch_size 16 --minibatch_size 16 --eval_samples 4 --run_name new"
+NEW = (
+    "--preset demo --model_name gpt2 --reward_model_name sentiment "
+    "--episodes 16 --batch_size 16 --minibatch_size 16 --eval_samples 4 --run_name new"
+)
 BROKEN = [  # (what was done, how, command, part of the line)
     ("an empty prompts file", write("p.txt", ""), f"{NEW} --prompts_file p.txt", "holds no prompt"),
-    ("an empty line in the prompts file", write("p.txt", "好\n\n坏\n"), f"{NEW} --prompts_file p.txt", "prompt 2 is empty"),
+    (
+        "an empty line in the prompts file",
+        write("p.txt", "好\n\n坏\n"),
+        f"{NEW} --prompts_file p.txt",
+        "prompt 2 is empty",
+    ),
     ("a prompts file in GBK", write("p.txt", "感觉".encode("gbk")), f"{NEW} --prompts_file p.txt", "is not UTF-8 text"),
-    ("a prompt longer than the model", write("p.txt", "好" * 60), f"{NEW} --prompts_file p.txt", "64 positions, which leaves"),
+    (
+        "a prompt longer than the model",
+        write("p.txt", "好" * 60),
+        f"{NEW} --prompts_file p.txt",
+        "64 positions, which leaves",
+    ),
     ("the run's name is taken", lambda: None, NEW.replace("new", "run") + " --runs_dir .", "exists already"),
     ("runs_dir is a file", write("file", ""), f"{NEW} --runs_dir file", "Not a directory"),
     ("model without config.json", lambda: os.remove("gpt2/config.json"), NEW, "it has no config.json"),
     ("model config cut off", write("gpt2/config.json", "{"), NEW, "is no readable model config"),
-    ("model of another architecture", lambda: shutil.copy("sentiment/config.json", "gpt2/config.json"), NEW, "one of type 'bert'"),
+    (
+        "model of another architecture",
+        lambda: shutil.copy("sentiment/config.json", "gpt2/config.json"),
+        NEW,
+        "one of type 'bert'",
+    ),
     ("model without weights", lambda: os.remove("gpt2/pytorch_model.bin"), NEW, "no weights in gpt2"),
     ("model weights cut off", cut("gpt2/pytorch_model.bin"), NEW, "cannot be loaded"),
-    ("model weights of half a model", without_key("gpt2/pytorch_model.bin", "h.1."), NEW, "not a whole GPT-2 checkpoint"),
+    (
+        "model weights of half a model",
+        without_key("gpt2/pytorch_model.bin", "h.1."),
+        NEW,
+        "not a whole GPT-2 checkpoint",
+    ),
     ("model without vocabulary", lambda: os.remove("gpt2/vocab.txt"), NEW, "no tokenizer in gpt2"),
-    ("vocabulary of another size", write("gpt2/vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n好\n"), NEW, "do not belong together"),
+    (
+        "vocabulary of another size",
+        write("gpt2/vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n好\n"),
+        NEW,
+        "do not belong together",
+    ),
     ("vocabulary that is no text", write("gpt2/vocab.txt", b"\xff\xfe\x00\xff"), NEW, "the tokenizer in gpt2"),
-    ("classifier without its head", without_key("sentiment/pytorch_model.bin", "classifier"), NEW, "no classifier with a trained head"),
+    (
+        "classifier without its head",
+        without_key("sentiment/pytorch_model.bin", "classifier"),
+        NEW,
+        "no classifier with a trained head",
+    ),
     ("classifier with unclear labels", lambda: relabel("LABEL_0", "LABEL_1"), NEW, "set --positive_label"),
     ("a label that is not there", lambda: None, f"{NEW} --positive_label happy", "none of the classifier's labels"),
-    ("reward function raises", write("r1.py", "def f(texts): return [1 / 0]\n"), f"{NEW} --reward r1:f", "ZeroDivisionError"),
-    ("reward function returns NaN", write("r2.py", "def f(texts): return [float('nan')] * len(texts)\n"), f"{NEW} --reward r2:f", "nan, no finite number"),
-    ("reward function returns too few", write("r3.py", "def f(texts): return [0.5]\n"), f"{NEW} --reward r3:f", "1 numbers for 4 texts"),
-    ("reward function returns words", write("r4.py", "def f(texts): return ['good'] * len(texts)\n"), f"{NEW} --reward r4:f", "'good', no finite number"),
-    ("reward function returns nothing", write("r5.py", "def f(texts): pass\n"), f"{NEW} --reward r5:f", "returned a NoneType"),
-    ("reward module with a syntax error", write("r6.py", "def f(texts) return 1\n"), f"{NEW} --reward r6:f", "cannot be imported (SyntaxError"),
+    (
+        "reward function raises",
+        write("r1.py", "def f(texts): return [1 / 0]\n"),
+        f"{NEW} --reward r1:f",
+        "ZeroDivisionError",
+    ),
+    (
+        "reward function returns NaN",
+        write("r2.py", "def f(texts): return [float('nan')] * len(texts)\n"),
+        f"{NEW} --reward r2:f",
+        "nan, no finite number",
+    ),
+    (
+        "reward function returns too few",
+        write("r3.py", "def f(texts): return [0.5]\n"),
+        f"{NEW} --reward r3:f",
+        "1 numbers for 4 texts",
+    ),
+    (
+        "reward function returns words",
+        write("r4.py", "def f(texts): return ['good'] * len(texts)\n"),
+        f"{NEW} --reward r4:f",
+        "'good', no finite number",
+    ),
+    (
+        "reward function returns nothing",
+        write("r5.py", "def f(texts): pass\n"),
+        f"{NEW} --reward r5:f",
+        "returned a NoneType",
+    ),
+    (
+        "reward module with a syntax error",
+        write("r6.py", "def f(texts) return 1\n"),
+        f"{NEW} --reward r6:f",
+        "cannot be imported (SyntaxError",
+    ),
     ("run config is no JSON", write("run/config.json", "{"), "--resume run", "is not JSON"),
-    ("run config of another program", write("run/config.json", '{"learning": 1}'), "--resume run", "it holds 'learning'"),
-    ("run config with a word for a number", write("run/config.json", '{"lr": "big"}'), "--resume run", "lr must be of type float"),
-    ("run config of an earlier version", write("run/config.json", '{"lr": 1e-4}'), "--resume run", "written by another version"),
+    (
+        "run config of another program",
+        write("run/config.json", '{"learning": 1}'),
+        "--resume run",
+        "it holds 'learning'",
+    ),
+    (
+        "run config with a word for a number",
+        write("run/config.json", '{"lr": "big"}'),
+        "--resume run",
+        "lr must be of type float",
+    ),
+    (
+        "run config of an earlier version",
+        write("run/config.json", '{"lr": 1e-4}'),
+        "--resume run",
+        "written by another version",
+    ),
     ("resume with another learning rate", lambda: None, "--resume run --lr 1", "--lr 1.0 would change the result"),
     ("resume with fewer episodes", lambda: None, "--resume run --episodes 16", "they can only be raised"),
-    ("all checkpoints cut off", in_all_checkpoints(lambda c: cut(c / "policy.safetensors")()), "--resume run --save_every 1", "no usable checkpoint"),
-    ("all checkpoints without state", in_all_checkpoints(lambda c: os.remove(c / "state.json")), "--resume run --save_every 1", "no usable checkpoint"),
+    (
+        "all checkpoints cut off",
+        in_all_checkpoints(lambda c: cut(c / "policy.safetensors")()),
+        "--resume run --save_every 1",
+        "no usable checkpoint",
+    ),
+    (
+        "all checkpoints without state",
+        in_all_checkpoints(lambda c: os.remove(c / "state.json")),
+        "--resume run --save_every 1",
+        "no usable checkpoint",
+    ),
     ("metrics file missing", lambda: os.remove("run/metrics.csv"), "plot run", "cannot be read: No such file"),
     ("metrics file empty", write("run/metrics.csv", ""), "plot run", "is empty"),
     ("metrics file of something else", write("run/metrics.csv", "a,b\n1,2\n"), "plot run", "holds no metrics of a run"),
-    ("metrics file with a word for a number", write("run/metrics.csv", "step,env/reward_mean,env/reward_std\n1,high,0\n"), "plot run", "damaged in line 2"),
+    (
+        "metrics file with a word for a number",
+        write("run/metrics.csv", "step,env/reward_mean,env/reward_std\n1,high,0\n"),
+        "plot run",
+        "damaged in line 2",
+    ),
     ("picture into a missing folder", lambda: None, "plot run --out nowhere/x.png", "cannot be written"),
-]  # fmt: skip
+]
 
 
 def relabel(*labels: str) -> None:
@@ -136,7 +229,7 @@ def relabel(*labels: str) -> None:
 
 
 def try_out(command: str, change=lambda: None) -> tuple[int, str, bool]:
-    """Exit code, stderr, and whether every file was left as it was (but for logs in the run folder) in the working folder."""
+    """Exit code, stderr, and whether every file in the working folder but the run's logs was left as it was."""
     change()
     before = {path: path.read_bytes() for path in Path(".").rglob("*") if path.is_file()}
     words, err = command.split(), io.StringIO()
@@ -181,7 +274,8 @@ def print_table() -> None:
                 ]
             )
         print(
-            "# Bad input, and the line the user sees\n\nMade by `python -m tests.bad_inputs > docs/errors.md`. All exit with code 2.\n"
+            "# Bad input, and the line the user sees\n\n"
+            "Made by `python -m tests.bad_inputs > docs/errors.md`. All exit with code 2.\n"
         )
         print("| what was tried | what is said |\n| --- | --- |")
         for what, change, command, _ in [(f"`{flags}`", lambda: None, flags, "") for flags, _ in FLAGS] + BROKEN:

@@ -1,5 +1,6 @@
 """The evaluation: the Gibbs limit against exact sums and numbers worked out by hand."""
 
+import itertools
 import math
 
 import numpy as np
@@ -150,3 +151,40 @@ def test_kl_to_the_reference_is_the_sum_over_tokens_of_the_exact_kl(policy):
     assert kls.item() == pytest.approx(expected.item(), rel=1e-3)
     assert ref_logprobs[0].tolist() == pytest.approx(logps[1].gather(1, response[:, None])[:, 0].tolist(), abs=1e-4)
     assert mask.tolist() == [[True, True, True]]
+
+
+def with_gain(scores, prompts=None, gain=None):
+    result = {"gain": gain, "beta": 0.2, "J_before": 0.5, "limit": {"J": 0.9}}
+    return {"before": judged(scores, prompts=prompts), "gain": result}
+
+
+def test_best_of_n_by_hand_and_by_trying_all():
+    """Of 1, 2, 4 the best of two is 2, 4 or 4; and all choices of n of eight."""
+    assert evaluation.best_of_n(with_gain([4.0, 1.0, 2.0]), ["a"], 2)["reward"] == pytest.approx(10 / 3)
+    scores = np.random.default_rng(0).uniform(size=8).round(1)
+    for n in (2, 3, 8):
+        brute = np.mean([max(choice) for choice in itertools.combinations(scores, n)])
+        assert evaluation.best_of_n(with_gain(scores.tolist()), ["a"], n)["reward"] == pytest.approx(brute)
+
+
+def test_best_of_n_ranks_within_a_prompt_and_has_its_price():
+    results = with_gain([0.0, 10.0, 1.0, 10.0], prompts=["a", "b", "a", "b"], gain=0.5)
+    result = evaluation.best_of_n(results, ["a", "b"], 2)
+    assert result["reward"] == pytest.approx(5.5)
+    assert result["kl"] == pytest.approx(0.193147, abs=1e-6)  # log 2 - 1/2
+    assert result["gain"] == pytest.approx((5.5 - 0.2 * 0.193147 - 0.5) / 0.4, rel=1e-6)
+    assert evaluation.best_of_n(with_gain([0.0, 1.0]), ["a"], 2)["gain"] is None
+
+
+def test_completions_are_shown_as_common_only_where_they_are():
+    rare = {"n": 1024, "commonest": [["ax", 4]] * 10, "samples": [["a", f"text{i}", 0.5] for i in range(9)]}
+    text = evaluation.commonest({"before": rare, "after": {**rare, "commonest": [["a好", 11], ["ab", 3]]}})
+    before, after = text.split("commonest completions after, of 1024:")
+    assert before.startswith("random completions before:") and before.count("atext") == evaluation.SHOWN
+    assert after.split() == ["11", "a好", "3", "ab"]
+
+
+def test_a_bar_in_a_completion_does_not_break_the_table():
+    samples = {"samples": [["a", "好|坏\\差", 0.5]]}
+    row = evaluation.before_after_table({"before": samples, "after": samples}).splitlines()[2]
+    assert row == r"| a | 好\|坏\\差 | 0.50 | 好\|坏\\差 | 0.50 |"
