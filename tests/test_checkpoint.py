@@ -1,0 +1,83 @@
+"""What a checkpoint gives back: everything that decides how a run goes on."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from support.checkpoint import load_checkpoint, save_checkpoint
+from tests.test_trainer import batch_of, make
+
+
+def trained(policy, **changes):
+    trainer = make((copy.deepcopy(policy[0]), policy[1]), **changes)
+    batch = batch_of(trainer, policy)
+    for _ in range(2):
+        trainer.step(*batch)
+    return trainer, batch
+
+
+def test_a_loaded_trainer_goes_on_as_the_saved_one(policy, tmp_path):
+    changes = dict(kl_controller="adaptive", target=0.01, horizon=20)
+    trainer, batch = trained(policy, **changes)
+    trainer.skipped_in_a_row = 3
+    save_checkpoint(trainer, tmp_path, keep=1)
+    twin = make((copy.deepcopy(policy[0]), policy[1]), **changes)
+    load_checkpoint(twin, tmp_path)
+    assert twin.n_steps == 2 and twin.skipped_in_a_row == 3
+    assert twin.kl_controller.value == trainer.kl_controller.value != twin.config.init_kl_coef
+    for mine, other in ((trainer.model, twin.model), (trainer.policy_for_saving, twin.policy_for_saving)):
+        for weight, same in zip(mine.parameters(), other.parameters()):
+            assert torch.equal(weight, same)
+    assert trainer.step(*batch) == twin.step(*batch)
+    for mine, other in ((trainer.model, twin.model), (trainer.policy_for_saving, twin.policy_for_saving)):
+        for weight, same in zip(mine.parameters(), other.parameters()):
+            assert torch.equal(weight, same)
+
+
+def test_the_global_random_generators_go_on_too(policy, tmp_path):
+    trainer, _ = trained(policy)
+    save_checkpoint(trainer, tmp_path, keep=1)
+
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item(), random.gauss(0, 1), np.random.randn()
+
+    expected = draw()
+    draw()
+    load_checkpoint(trainer, tmp_path)
+    assert draw() == expected
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_older_ones_are_removed(policy, tmp_path):
+    trainer, batch = trained(policy)
+    for _ in range(3):
+        save_checkpoint(trainer, tmp_path, keep=2)
+        trainer.step(*batch)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000003", "step-000004"]
+    weights = tmp_path / "step-000004" / "average.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    twin = make((copy.deepcopy(policy[0]), policy[1]))
+    load_checkpoint(twin, tmp_path)
+    assert twin.n_steps == 3
+
+
+def test_a_step_with_an_infinite_gradient_is_not_taken(policy):
+    trainer = make(policy, ppo_epochs=2)
+    queries, responses, scores = batch_of(trainer, policy)
+    before = copy.deepcopy(trainer.model.state_dict())
+    stats = trainer.step(queries, responses, [1e30 * (i + 1) for i in range(len(scores))])
+    assert stats["ppo/grad_norm"] == float("inf") and stats["ppo/skipped"] == 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
+    assert trainer.skipped_in_a_row == 2
+    assert trainer.step(queries, responses, scores)["ppo/skipped"] == 0 and trainer.skipped_in_a_row == 0
+
+
+@pytest.mark.parametrize(("kl", "factor"), [(100.0, 1.02), (0.0, 0.98), (6.6, 1.01)])
+def test_the_controllers_error_is_clipped_at_a_fifth(kl, factor):
+    from ppo import AdaptiveKLController
+
+    controller = AdaptiveKLController(0.5, target=6.0, horizon=1000)
+    controller.update(kl, 100)
+    assert controller.value == pytest.approx(0.5 * factor)
