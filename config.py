@@ -303,7 +303,7 @@ def load_config(path: Path) -> PPOConfig:
         wrong = sorted(set(values) - names) if isinstance(values, dict) else [type(values).__name__]
         raise UserError(f"{path} is no config of this program: it holds {wrong[0]!r}")
     config = PPOConfig(**values)
-    config.check()
+    dataclasses.replace(config, device="auto").check()  # a run may go on where its device is not
     if absent := sorted(names - set(values)):
         wrote = f"{path} was written by another version of this program and lacks {absent[0]!r}"
         raise UserError(f"{wrote}; add it with the value that the run was made with")
@@ -358,6 +358,7 @@ def pick_device(device: str):
     if device.startswith("cuda") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         check_device(device)
+    if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     return torch.device(device)
 

@@ -43,7 +43,7 @@ class CausalLMOutputWithValue(ModelOutput):
 
 
 class GPT2HeadWithValueModel(GPT2PreTrainedModel):
-    """GPT-2 with a language-model head tied to the embedding, and a value head, as in the article."""
+    """GPT-2 with a language-model head, tied to the embedding unless the config says no, and a value head."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
 
@@ -62,13 +62,14 @@ class GPT2HeadWithValueModel(GPT2PreTrainedModel):
             nn.init.zeros_(module.weight)
 
     def freeze(self, share: float) -> None:
-        """Keep the lower `share` of the blocks as they are, and the embeddings with the output projection tied to them.
+        """Keep the lower `share` of the blocks as they are, and the embeddings with the output projection.
 
         Share 0 freezes nothing.
         """
         self.n_frozen = round(share * len(self.transformer.h))
         if self.n_frozen:
-            for module in (self.transformer.wte, self.transformer.wpe, *self.transformer.h[: self.n_frozen]):
+            embeddings = (self.transformer.wte, self.transformer.wpe, self.lm_head)
+            for module in (*embeddings, *self.transformer.h[: self.n_frozen]):
                 module.requires_grad_(False)
 
     def forward(
@@ -288,7 +289,7 @@ def sample(
 
     uniforms (n, gen_len) decide the draws: token t of row i is the first whose cumulative probability exceeds
     uniforms[i, t] (inversion of the distribution function). Returns (n, gen_len) int64; what follows a [SEP] is
-    padding. The prefill runs once for each distinct prompt.
+    padding. The prefill runs once for each distinct prompt. FloatingPointError where logits are NaN.
     """
     device = prompts.ids.device
     precise = torch.float32 if device.type == "mps" else torch.float64
@@ -307,11 +308,14 @@ def sample(
         tokens = torch.searchsorted(cumulative, threshold, right=True)
         tokens = tokens.squeeze(1).where(running, pad_token_id)
         responses[:, t] = tokens
+        tokens = tokens.clamp(max=len(restriction) - 1)  # NaN has no token: one past the last, told below
         running = running & (tokens != sep_token_id)
         if t + 1 == gen_len or not running.any():
             break
         hidden_states, cache = model.hidden_states(tokens[:, None], prompts.mask_with(t + 1), cache, use_cache=True)
         hidden_states = hidden_states[:, -1]
+    if (responses == len(restriction)).any():
+        raise FloatingPointError("the model's logits are not finite")
     return responses
 
 

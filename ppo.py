@@ -116,7 +116,7 @@ def compute_advantages(
     next_value = next_advantage = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantages[:, t] = (delta + gamma * lam * next_advantage).where(mask[:, t].bool(), 0)
+        advantages[:, t] = delta + gamma * lam * next_advantage
         next_value, next_advantage = values[:, t], advantages[:, t]
     return advantages, advantages + values
 

@@ -46,8 +46,9 @@ class SentimentReward:
         if missing:
             raise UserError(f"the weights in {folder} lack {sorted(missing)[0]}: no classifier with a trained head")
         tokenizer = load_tokenizer(folder)
+        model = model.to(device=device, dtype=dtype)  # below torchrun the pipeline leaves a model where it is
         with quiet_transformers():
-            self.pipeline = pipeline("sentiment-analysis", model=model.to(dtype), tokenizer=tokenizer, device=device)
+            self.pipeline = pipeline("sentiment-analysis", model=model, tokenizer=tokenizer, device=device)
         positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
         self.options = dict(
             top_k=None,
@@ -62,7 +63,9 @@ class SentimentReward:
         texts = [clean_text(text) for text in texts]
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         scores = torch.empty(len(texts))
-        for i, result in zip(order, self.pipeline([texts[i] for i in order], **self.options)):
+        with quiet_transformers():  # on a GPU it advises against calling it more than ten times
+            results = self.pipeline([texts[i] for i in order], **self.options)
+        for i, result in zip(order, results):
             scores[i] = next(entry["score"] for entry in result if entry["label"] == self.positive_label)
         return scores
 
@@ -70,12 +73,17 @@ class SentimentReward:
 def find_positive_label(labels: list[str], wanted: str | None) -> str:
     """The label that counts as happy. UserError, with all labels, where `wanted` is none of them or it is unclear."""
     listed = ", ".join(repr(label) for label in labels)
+    if len(labels) < 2:
+        raise UserError(
+            f"the reward model has one label, {listed}: a regression, and no classifier; use it in a function of "
+            "yours, with --reward module:function"
+        )
     if wanted is not None:
         if wanted not in labels:
             raise UserError(f"--positive_label {wanted!r} is none of the classifier's labels: {listed}")
         return wanted
     positive = [label for label in labels if re.match(r"pos|正|好|积极", label.strip().lower())]
-    if len(positive) != 1 or len(labels) < 2:
+    if len(positive) != 1:
         raise UserError(
             f"which label of the reward model is the happy one? Its labels are {listed}; set --positive_label"
         )

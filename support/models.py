@@ -40,6 +40,10 @@ def load_gpt2_config(folder: Path) -> GPT2Config:
     config = read_model_config(folder)
     if config.model_type != "gpt2":
         raise UserError(f"--model_name needs a GPT-2 model, and {folder} holds one of type '{config.model_type}'")
+    if config.add_cross_attention:
+        raise UserError(
+            f"the GPT-2 in {folder} has cross-attention (add_cross_attention), which nothing here could feed"
+        )
     config.bos_token_id = config.eos_token_id = config.pad_token_id = None
     config.use_cache = True
     if config.activation_function == "gelu_new":
@@ -51,13 +55,18 @@ def load_policy(folder: Path, config: GPT2Config, device="cpu") -> GPT2HeadWithV
     """The policy in float32 from a plain GPT-2 checkpoint (a fresh value head at zero) or from a folder saved here."""
     model, missing = load_weights(GPT2HeadWithValueModel, folder, config)
     value_head = {"v_head.summary.weight", "v_head.summary.bias"}
+    if broken := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
+        raise UserError(f"the weights in {folder} hold NaN or infinity, first in {broken[0]}: the model is broken")
     if missing - value_head:
         raise UserError(f"the weights in {folder} lack {sorted(missing - value_head)[0]}: not a whole GPT-2 checkpoint")
     if missing:
         print(f"{folder.name}: no value head in this checkpoint, starting one at zero")
-    model.lm_head.weight = model.transformer.wte.weight  # early 5.x leaves them apart where a checkpoint holds both
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.transformer.wte.weight  # early 5.x leaves them apart where a checkpoint holds both
     if torch.device(device).type == "cpu":  # faster there than SDPA's kernels at these lengths, see docs/speed.md
         model.set_attn_implementation("eager")
+    # cuDNN's attention plans anew for every shape, and with a mask its gradients can be NaN (pytorch issue 196678)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return model.to(device).eval()
 
 

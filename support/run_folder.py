@@ -12,12 +12,12 @@ runs/<name>/
 
 import contextlib
 import csv
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from config import PPOConfig, UserError
@@ -157,12 +157,12 @@ class RunFolder:
             raise UserError(f"step {trainer.n_steps + 1}: {error}; {hint}")
 
 
-def lock_folder(run_dir: Path):
+def lock_folder(run_dir: Path) -> FileLock:
     """Hold a run folder for this process; the lock ends with it, however it dies. UserError where another holds it."""
-    lock = (run_dir / ".lock").open("w")
+    lock = FileLock(run_dir / ".lock")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        lock.acquire(blocking=False)
+    except Timeout:
         raise UserError(f"another process is at work in {run_dir}; wait for it, or stop it")
     return lock
 

@@ -215,3 +215,13 @@ def test_loading_a_checkpoint_runs_nothing(finished, tmp_path):  # noqa: F811
         (checkpoint / "state.json").write_text(json.dumps(state))
     assert train_ppo.main(["--resume", str(run_dir)]) == 2
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_run_goes_on_where_its_device_is_not(finished, tmp_path, capsys):  # noqa: F811
+    run_dir = shutil.copytree(finished, tmp_path / "run")
+    (run_dir / "before_after.md").unlink()
+    config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+    (run_dir / "config.json").write_text(json.dumps(config | {"device": "cuda:7"}), encoding="utf-8")
+    assert train_ppo.main(["--resume", str(run_dir)]) == 2
+    assert "--device cuda:7: torch sees 0 CUDA GPUs here; try --device cpu" in capsys.readouterr().err
+    assert train_ppo.main(["--resume", str(run_dir), "--device", "cpu"]) == 0

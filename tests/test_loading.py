@@ -118,3 +118,37 @@ def test_unusable_tokenizers_are_named(gpt2_folder, tmp_path):
     (folder / "vocab.txt").unlink()
     with pytest.raises(UserError, match="tokenizer"):
         models.load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("frozen_share", [0.0, 0.5])
+def test_an_output_matrix_of_its_own_is_kept(tmp_path, frozen_share):
+    """tie_word_embeddings off: the logits of transformers, frozen with the embeddings, and saved whole."""
+    folder = write_gpt2(tmp_path / "gpt2", tie_word_embeddings=False)
+    model, tokenizer = load(folder), models.load_tokenizer(folder)
+    ids = torch.tensor([[2, 5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits
+        assert torch.allclose(model(ids).logits, plain, atol=1e-5)
+        assert not torch.allclose(model.lm_head.weight, model.transformer.wte.weight)
+        model.freeze(frozen_share)
+        assert model.lm_head.weight.requires_grad == (frozen_share == 0)
+        models.save_policy(model, tokenizer, tmp_path / "saved", temperature=1.0)
+        assert torch.allclose(load(tmp_path / "saved")(ids).logits, plain, atol=1e-5)
+        assert torch.allclose(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(ids).logits, plain, atol=1e-5)
+
+
+def test_broken_weights_are_told(tmp_path):
+    folder = write_gpt2(tmp_path / "gpt2")
+    weights = torch.load(folder / "pytorch_model.bin")
+    weights["transformer.h.1.ln_1.bias"][3] = torch.nan
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"NaN or infinity, first in transformer.h.1.ln_1.bias"):
+        load(folder)
+
+
+def test_cross_attention_is_refused(tmp_path):
+    folder = write_gpt2(tmp_path / "gpt2")
+    config = json.loads((folder / "config.json").read_text()) | {"add_cross_attention": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="cross-attention"):
+        load(folder)

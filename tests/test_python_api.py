@@ -17,6 +17,7 @@ def test_queries_one_at_a_time_draw_what_one_call_draws(policy):
     assert all(map(torch.equal, at_once, one_by_one))
     assert len({tuple(response.tolist()) for response in one_by_one}) > 8
     assert not all(map(torch.equal, at_once, second))
+    assert all(map(torch.equal, second, trainer.generate([query] * 16, step=2)))
     halves = make((trainer.ref_model, policy[1]))
     assert all(map(torch.equal, at_once, halves.generate([query] * 8) + halves.generate([query] * 8)))
 

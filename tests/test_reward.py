@@ -53,7 +53,7 @@ def test_long_texts_are_cut_at_the_models_limit(classifier_folder):
     assert scores[0].item() == pytest.approx(scores[1].item(), abs=1e-6)
 
 
-@pytest.mark.parametrize("labels", [["LABEL_0", "LABEL_1"], ["positive", "pos again"], ["positive"]])
+@pytest.mark.parametrize("labels", [["LABEL_0", "LABEL_1"], ["positive", "pos again"]])
 def test_ambiguous_labels_are_listed(labels):
     with pytest.raises(UserError, match="--positive_label") as error:
         find_positive_label(labels, None)
@@ -114,3 +114,17 @@ def test_a_raising_function_is_named_with_file_line_and_text():
     with pytest.raises(RewardError, match=r"ZeroDivisionError.*test_reward.py, line \d+.*'差评'") as error:
         score_texts(reward, ["好评", "差评"])
     assert "Traceback" in error.value.traceback and "\n" not in str(error.value)
+
+
+def test_a_regression_is_no_classifier():
+    for wanted in (None, "LABEL_0"):
+        with pytest.raises(UserError, match="one label, 'LABEL_0': a regression"):
+            find_positive_label(["LABEL_0"], wanted)
+
+
+def test_the_classifier_is_on_its_device_before_the_pipeline_has_it(classifier_folder, monkeypatch):
+    """With a process group the pipeline leaves a model where it is; one left on the CPU would be slow in silence."""
+    seen = []
+    monkeypatch.setattr("reward.pipeline", lambda *args, model, **options: seen.append((model.device, model.dtype)))
+    SentimentReward(classifier_folder, torch.device("meta"), torch.bfloat16)
+    assert seen == [(torch.device("meta"), torch.bfloat16)]

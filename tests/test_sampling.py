@@ -196,3 +196,11 @@ def test_gradients_are_the_same_to_the_bit_each_time(policy):
         model.score_completions(completions)[0].sin().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert all(torch.equal(gradient, gradients[0]) for gradient in gradients[1:])
+
+
+def test_nan_logits_are_told_and_not_embedded(policy):
+    model, tokenizer = policy
+    with torch.no_grad():
+        model.transformer.ln_f.bias[0] = torch.nan
+    with pytest.raises(FloatingPointError, match="logits are not finite"):
+        draw(model, tokenizer, ["衣服"])

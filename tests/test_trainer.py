@@ -207,3 +207,15 @@ def test_lists_that_do_not_fit_are_refused(policy):
     queries, responses, scores = batch_of(trainer, policy)
     with pytest.raises(ValueError, match="6 queries, 6 responses and 5 rewards"):
         trainer.step(queries, responses, scores[:5])
+
+
+def test_padding_adds_nothing_to_the_kl(policy):
+    """The KL of a short completion is the same next to a long one, whose length it is padded to."""
+    trainer = make(policy, lr=1e-2)
+    queries, responses, scores = batch_of(trainer, policy)
+    trainer.step(queries, responses, scores)
+    short, long = torch.tensor([5, 3]), torch.tensor([5, 6, 7, 8, 9])
+    alone, _, _ = trainer.kl_to_reference(trainer.model, queries[:1], [short])
+    both, _, mask = trainer.kl_to_reference(trainer.model, [queries[0]] * 2, [short, long])
+    assert both[0] == pytest.approx(float(alone), rel=1e-3) and both[0] > 0.01
+    assert mask.tolist() == [[True, True, False, False, False], [True] * 5]
