@@ -394,7 +394,7 @@ def import_function(spec: str) -> Callable:
     if not module_name or not function_name:
         raise UserError(f"--reward {spec} must be module:function, for example my_reward:score")
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())  # last: a reward.py there must not hide this program's
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except Exception as error:

@@ -1,6 +1,8 @@
 """The sentiment reward and rewards of one's own."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from config import UserError
 from reward import RewardError, SentimentReward, clean_text, find_positive_label, score_texts
 from support.demo_models import NEGATIVE, POSITIVE
-from tests.conftest import write_classifier, write_gpt2
+from tests.conftest import ROOT, write_classifier, write_gpt2
 
 
 @pytest.mark.parametrize(
@@ -128,3 +130,15 @@ def test_the_classifier_is_on_its_device_before_the_pipeline_has_it(classifier_f
     monkeypatch.setattr("reward.pipeline", lambda *args, model, **options: seen.append((model.device, model.dtype)))
     SentimentReward(classifier_folder, torch.device("meta"), torch.bfloat16)
     assert seen == [(torch.device("meta"), torch.bfloat16)]
+
+
+def test_files_beside_a_reward_of_ones_own_do_not_hide_the_programs(tmp_path):
+    for name in ("reward", "ppo", "plot_rewards"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong file')\n", encoding="utf-8")
+    (tmp_path / "my_reward.py").write_text("def score(texts):\n    return [0.5] * len(texts)\n", encoding="utf-8")
+    script = (
+        f"import sys; sys.path[0] = {str(ROOT)!r}\n"
+        "from config import import_function; import_function('my_reward:score'); import reward, ppo, plot_rewards"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
