@@ -142,16 +142,17 @@ def add_yardsticks(results: dict, prompts: list[str], beta: float) -> None:
     """Put next to "before" and "after" what they are measured against: the gain, the frontier, and best-of-n."""
     results["gain"] = gain(results["before"], results["after"], prompts, beta)
     results["frontier"] = frontier(results["before"], prompts)
-    results["best_of_n"] = [best_of_n(results, prompts, n) for n in (2, 3, 4, 8)]
+    fewest = min(Counter(prompt for prompt, *_ in results["before"]["samples"]).values())
+    results["best_of_n"] = [best_of_n(results, prompts, n) for n in (2, 3, 4, 8) if n <= fewest]
 
 
 def best_of_n(results: dict, prompts: list[str], n: int) -> dict:
     """What drawing n completions of the reference and keeping the best would give, without any training.
 
     reward: the expected best of n different samples of a prompt, a mean over prompts, exact for these samples: of m
-    rewards in ascending order, the i-th is the best of C(i - 1, n - 1) of the C(m, n) choices. kl: log n - (n - 1) / n,
-    an upper bound (Beirami et al. 2024, arXiv:2401.01879). gain: as of a trained model, so a lower bound; None where
-    that of the run is unknown.
+    rewards in ascending order, m at least n, the i-th is the best of C(i - 1, n - 1) of the C(m, n) choices.
+    kl: log n - (n - 1) / n, an upper bound (Beirami et al. 2024, arXiv:2401.01879). gain: as of a trained model, so a
+    lower bound; None where that of the run is unknown.
     """
     rewards, prompt_index = scores_and_prompts(results["before"], prompts)
     best = []
@@ -159,7 +160,7 @@ def best_of_n(results: dict, prompts: list[str], n: int) -> dict:
         ordered = rewards[prompt_index == i].sort().values
         m = len(ordered)
         ways = torch.tensor([math.comb(i, n - 1) / math.comb(m, n) for i in range(m)], dtype=torch.float64)
-        best.append((ways * ordered).sum() if m >= n else ordered[-1])
+        best.append((ways * ordered).sum())
     reward, kl = torch.stack(best).mean().item(), math.log(n) - (n - 1) / n
     run, share = results["gain"], None
     if run["gain"] is not None:

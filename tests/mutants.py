@@ -133,7 +133,7 @@ MUTANTS = [  # (file, what stands there, the bug)
         "weights = [(group / beta).softmax(0) for group in groups]",
         "weights = [group.softmax(0) for group in groups]",
     ),
-    (JUDGE, "best.append((ways * ordered).sum() if m >= n else ordered[-1])", "best.append(ordered[-1])"),
+    (JUDGE, "best.append((ways * ordered).sum())", "best.append(ordered[-1])"),
     (JUDGE, "math.log(n) - (n - 1) / n", "math.log(n)"),
 ]
 

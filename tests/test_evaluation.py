@@ -188,3 +188,9 @@ def test_a_bar_in_a_completion_does_not_break_the_table():
     samples = {"samples": [["a", "好|坏\\差", 0.5]]}
     row = evaluation.before_after_table({"before": samples, "after": samples}).splitlines()[2]
     assert row == r"| a | 好\|坏\\差 | 0.50 | 好\|坏\\差 | 0.50 |"
+
+
+def test_best_of_n_needs_n_samples_of_each_prompt():
+    results = {"before": judged([0.1] * 7, prompts=["a"] * 4 + ["b"] * 3), "after": judged([0.2] * 7)}
+    evaluation.add_yardsticks(results, ["a", "b"], 0.2)
+    assert [best["n"] for best in results["best_of_n"]] == [2, 3]
