@@ -116,10 +116,11 @@ def draw(runs: list[Path], out: Path) -> None:
         reward_axes = fig.add_subplot(grid[0, :])
         plane_axes, histogram_axes = fig.add_subplot(grid[1, :2]), fig.add_subplot(grid[1, 2:])
         small_axes = [fig.add_subplot(grid[2 + i // 4, i % 4]) for i in range(len(panels))]
+        plane_key = {"a step": dict(marker=".", linestyle="", alpha=0.5)}
         for number, (_, metrics, evaluation) in enumerate(data):
             colour = f"C{number % 10}"
             draw_reward(reward_axes, metrics, colour, number)
-            draw_plane(plane_axes, metrics, evaluation, colour, first=number == 0)
+            draw_plane(plane_axes, metrics, evaluation, colour, plane_key)
             draw_histogram(histogram_axes, evaluation, colour)
             for axes, (_, columns, _) in zip(small_axes, panels):
                 for column, style in zip(columns, STYLES):
@@ -129,6 +130,7 @@ def draw(runs: list[Path], out: Path) -> None:
             axes.set(title=title, xlabel="step", ylabel=unit)
             if len(columns) > 1:
                 add_key(axes, {name.split("/", 1)[1]: dict(linestyle=s) for name, s in zip(columns, STYLES)})
+        add_key(plane_axes, plane_key)
         reward_axes.set(title="mean reward of each step, and the 10th to 90th percentile", xlabel="episodes")
         plane_axes.set(title="reward against KL: up is better, right is dearer", xlabel="KL to the reference, nats")
         histogram_axes.set(title="rewards before (line) and after (filled)", ylabel="share of completions")
@@ -195,18 +197,21 @@ def draw_reward(axes, metrics: dict, colour: str, number: int) -> None:
     axes.margins(x=0.06)
 
 
-def draw_plane(axes, metrics: dict, evaluation: dict, colour: str, first: bool) -> None:
-    """The run's path in the plane of KL and reward, one dot a step, below the frontier that no policy can cross."""
-    key = {"a step": dict(marker=".", linestyle="", alpha=0.5)}
+def draw_plane(axes, metrics: dict, evaluation: dict, colour: str, key: dict[str, dict]) -> None:
+    """The run's path in the plane of KL and reward, one dot a step, below the frontier that no policy can cross.
+
+    What stands for all runs, the frontier and best-of-n, is the first's that has it. `key` gathers the legend.
+    """
     axes.scatter(metrics["objective/kl"], metrics["env/reward_mean"], s=10, color=colour, alpha=0.4, linewidth=0)
     points = evaluation.get("frontier", [])
-    if points and first:
+    if points and "best possible" not in key:
         axes.plot([p["kl"] for p in points], [p["reward"] for p in points], color="black", linewidth=1.5)
         key["best possible"] = dict(linewidth=1.5)
     best = evaluation.get("best_of_n", [])
-    if best and first:
+    drafts = f"best of {', '.join(str(p['n']) for p in best)} drafts"
+    if best and drafts not in key:
         axes.plot([p["kl"] for p in best], [p["reward"] for p in best], "x", color="black")
-        key[f"best of {', '.join(str(p['n']) for p in best)} drafts"] = dict(marker="x", linestyle="")
+        key[drafts] = dict(marker="x", linestyle="")
     for when, marker in (("before", "o"), ("after", "*")):
         if when in evaluation:
             at = evaluation[when]["kl"], evaluation[when]["reward"]
@@ -216,8 +221,6 @@ def draw_plane(axes, metrics: dict, evaluation: dict, colour: str, first: bool) 
     if limit:
         axes.scatter(limit["kl"], limit["reward"], s=120, marker="D", facecolor="none", edgecolor=colour, linewidth=2)
         key["the limit at this beta"] = dict(marker="D", linestyle="", markerfacecolor="none")
-    if first:
-        add_key(axes, key)
 
 
 def draw_histogram(axes, evaluation: dict, colour: str) -> None:

@@ -76,7 +76,7 @@ def write_checkpoint(trainer, partial: Path) -> None:
         "skipped_in_a_row": trainer.skipped_in_a_row,
         "sha256": {name: sha256(partial / name) for name in FILES},
     }
-    (partial / "state.json").write_text(json.dumps(state, indent=2))
+    (partial / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
     for path in (*partial.iterdir(), partial):
         flush(path)
 
@@ -119,7 +119,7 @@ def newest_checkpoint(folder: Path) -> tuple[dict, dict, dict, dict] | None:
 
 def read_state(path: Path) -> dict:
     """A checkpoint's state.json, once every file was found whole. One of UNUSABLE where it is not."""
-    state = json.loads((path / "state.json").read_text())
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     for name in FILES:
         if sha256(path / name) != state["sha256"][name]:
             raise ValueError(f"{name} is damaged")
@@ -159,8 +159,13 @@ def sha256(path: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file or folder is on disk; a folder only where the system opens one (Windows does not)."""
+    try:
+        descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    except PermissionError:
+        if path.is_dir():
+            return
+        raise
     os.fsync(descriptor)
     os.close(descriptor)
 

@@ -119,10 +119,11 @@ def make_demo_models(out: Path) -> None:
         config = model.config.to_dict() | {"architectures": [type(model).__name__], "tokenizer_class": "BertTokenizer"}
         for key in ("bos_token_id", "eos_token_id", "dtype") if name == "gpt2" else ("dtype",):
             config.pop(key, None)
-        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         shutil.copy(out / "vocab.txt", folder / "vocab.txt")
         (folder / "tokenizer_config.json").write_text(
-            json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 64, **special})
+            json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 64, **special}),
+            encoding="utf-8",
         )
         torch.save(model.state_dict(), folder / "pytorch_model.bin")
 

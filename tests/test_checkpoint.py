@@ -1,7 +1,9 @@
 """What a checkpoint gives back: everything that decides how a run goes on."""
 
 import copy
+import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,3 +83,20 @@ def test_the_controllers_error_is_clipped_at_a_fifth(kl, factor):
     controller = AdaptiveKLController(0.5, target=6.0, horizon=1000)
     controller.update(kl, 100)
     assert controller.value == pytest.approx(0.5 * factor)
+
+
+def test_a_system_that_opens_no_folders_still_writes_checkpoints(policy, tmp_path, monkeypatch):
+    """As Windows: PermissionError for every folder, and files are flushed all the same."""
+    flushed, opens = [], os.open
+
+    def windows_open(path, *args, **options):
+        if Path(path).is_dir():
+            raise PermissionError(13, "Permission denied")
+        flushed.append(Path(path).name)
+        return opens(path, *args, **options)
+
+    trainer, _ = trained(policy)
+    monkeypatch.setattr(os, "open", windows_open)
+    save_checkpoint(trainer, tmp_path, keep=1)
+    assert {"policy.safetensors", "average.safetensors", "optimizer.pt", "state.json"} <= set(flushed)
+    load_checkpoint(make((copy.deepcopy(policy[0]), policy[1])), tmp_path)

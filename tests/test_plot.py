@@ -95,13 +95,15 @@ def test_reward_against_kl_is_drawn_with_its_evaluation(tmp_path, figures):
         "best_of_n": [{"n": 2, "reward": 0.8, "kl": 0.19, "gain": 0.8}],
     }
     (run / "evaluation.json").write_text(json.dumps(evaluation))
-    draw([run], tmp_path / "x.png")
+    growing = write_run(tmp_path / "growing", steps=0)
+    (growing / "metrics.csv").write_text("\n".join((run / "metrics.csv").read_text().splitlines()[:2]) + "\n")
+    draw([growing, run], tmp_path / "x.png")
     plane = titles(figures[0])["reward against KL: up is better, right is dearer"]
     frontier, best_of_n = plane.lines
     assert frontier.get_xydata().tolist() == [[0.1, 0.7], [0.4, 0.9]]
     assert best_of_n.get_xydata().tolist() == [[0.19, 0.8]]
     assert [0.4, 0.7] in [point for c in plane.collections for point in c.get_offsets().tolist()]
-    assert sum(len(c.get_offsets()) for c in plane.collections) == 30 + 2
+    assert sum(len(c.get_offsets()) for c in plane.collections) == 1 + 30 + 2
     assert len(titles(figures[0])["rewards before (line) and after (filled)"].patches) > 1
     words = [text.get_text() for text in plane.get_legend().get_texts()]
     assert words == ["a step", "best possible", "best of 2 drafts", "before", "after"]

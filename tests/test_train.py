@@ -293,3 +293,23 @@ def test_demo_models_are_the_same_every_time_and_made_whole(tmp_path, monkeypatc
     with pytest.raises(ZeroDivisionError):
         demo_models.demo_models()
     assert list((tmp_path / "c" / "ppo-chinese-gpt2").iterdir()) == []
+
+
+def test_a_console_that_lacks_a_character_does_not_end_the_run(tmp_path):
+    command = [sys.executable, str(ROOT / "train_ppo.py"), "--preset", "demo", "--prompts", "\U0001f600"]
+    environment = dict(os.environ, PYTHONIOENCODING="ascii")
+    result = subprocess.run(
+        [*command, "--positive_label", "\U0001f600好"], env=environment, capture_output=True, cwd=tmp_path
+    )
+    assert result.returncode == 2 and b"Traceback" not in result.stderr
+    assert b"--positive_label '??'" in result.stderr
+
+
+def test_nothing_imports_what_windows_lacks():
+    code = (
+        "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None\n"
+        "import train_ppo, plot_rewards, ppo, reward\n"
+        "from support import run_folder, demo_models, hub, signals\n"
+    )
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
