@@ -291,11 +291,12 @@ class PPOTrainer:
         return self.average.module if self.n_steps else self.model
 
     def generate(self, query_tensors: list[torch.Tensor], model=None, seed=None, step=None) -> list[torch.Tensor]:
-        """Continue each query (1-d int64): the responses, 1-d int64 on the CPU, each up to and including its [SEP].
+        """Continue each query (1-d int64, or a list of ids): the responses, 1-d int64 on the CPU, [SEP] included.
 
         Completion i is decided by (seed, step, i). By default the policy continues, with the run's seed and step, and i
         counts the completions since the last step: n calls with one query draw what one call with n draws.
         """
+        query_tensors = self.as_tensors("query", query_tensors)
         first = 0
         if step is None:
             first, self.n_drawn = self.n_drawn, self.n_drawn + len(query_tensors)
@@ -320,17 +321,22 @@ class PPOTrainer:
     ) -> dict[str, float]:
         """One PPO step on a batch.
 
-        query_tensors, response_tensors: lists of 1-d int64 tensors of any lengths (a response includes its [SEP]).
-        rewards: one score for each response, a list or a tensor (n,). Returns the step's statistics as plain floats.
-        An optimiser step whose gradient is not finite is skipped and counted in `ppo/skipped`.
-        ValueError where the lists do not fit together or a response could not have been sampled; FloatingPointError
-        after MAX_SKIPPED skipped steps in a row.
+        query_tensors, response_tensors: lists of 1-d int64 tensors, or of lists of ids, of any lengths (a response
+        includes its [SEP]). rewards: one finite score for each response, a list or a tensor (n,). Returns the step's
+        statistics as plain floats. An optimiser step whose gradient is not finite is skipped and counted in
+        `ppo/skipped`. ValueError, before anything moves, where the lists do not fit together, a score is not finite, or
+        a response could not have been sampled; FloatingPointError after MAX_SKIPPED skipped steps in a row.
         """
         config = self.config
         batch = self.collate(query_tensors, response_tensors, rewards)
         mask = batch.mask
         scores = torch.as_tensor(rewards, dtype=torch.float32).to(self.device)
         n = len(batch)
+        if scores.shape != (n,):
+            raise ValueError(f"rewards must have the shape ({n},), one number a response, not {tuple(scores.shape)}")
+        if not scores.isfinite().all():
+            i = int((~scores.isfinite()).nonzero()[0])
+            raise ValueError(f"reward {i} is {float(scores[i])}: rewards must be finite numbers")
         if n % processes.world_size():
             raise ValueError(f"{n} completions do not divide by {processes.world_size()} processes")
 
@@ -499,11 +505,14 @@ class PPOTrainer:
         if not len(query_tensors) == len(response_tensors) == len(rewards) > 0:
             counts = f"{len(query_tensors)} queries, {len(response_tensors)} responses and {len(rewards)} rewards"
             raise ValueError(f"step() needs one response and one reward for each query, not {counts}")
-        response_tensors = [response.cpu() for response in response_tensors]
-        for i, response in enumerate(response_tensors):
+        query_tensors = self.as_tensors("query", query_tensors)
+        response_tensors = self.as_tensors("response", response_tensors)
+        positions = self.model.config.n_positions
+        for i, (query, response) in enumerate(zip(query_tensors, response_tensors)):
+            if len(query) + len(response) > positions:
+                tokens = f"{len(query)} and {len(response)} tokens"
+                raise ValueError(f"query {i} and its response have {tokens}, and the model {positions} positions")
             tokens = response.tolist()
-            if not tokens:
-                raise ValueError(f"response {i} is empty; even a completion that ends at once has its [SEP]")
             tokens = tokens[: tokens.index(self.sep_token_id)] if self.sep_token_id in tokens else tokens
             for token in tokens:
                 if token in self.never_sampled:
@@ -514,6 +523,17 @@ class PPOTrainer:
         mask = completion_mask(responses, self.sep_token_id) & (torch.arange(responses.shape[1]) < lengths[:, None])
         prompts = Prompts.from_tensors(query_tensors, self.pad_token_id, self.device)
         return Completions(prompts, responses.to(self.device), mask.to(self.device))
+
+    def as_tensors(self, what: str, sequences) -> list[torch.Tensor]:
+        """Token ids, tensors or lists, as 1-d int64 tensors on the CPU. ValueError where one is empty or unknown."""
+        vocab_size = self.model.config.vocab_size
+        tensors = [torch.as_tensor(ids).cpu() for ids in sequences]
+        for i, ids in enumerate(tensors):
+            if not len(ids):
+                raise ValueError(f"{what} {i} is empty; it needs at least one token")
+            if ids.min() < 0 or ids.max() >= vocab_size:
+                raise ValueError(f"{what} {i} holds an id outside the vocabulary of {vocab_size} tokens")
+        return tensors
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
