@@ -1,6 +1,7 @@
 """Train a Chinese GPT-2 with PPO towards texts that a reward likes.
 
     python train_ppo.py                                  the article's job, on a GPU
+    python train_ppo.py --preset article                 the same with the article's own settings
     python train_ppo.py --preset demo                    tiny models made on the spot, two minutes on a laptop
     python train_ppo.py --model_name DIR --reward_model_name DIR --lr 2e-5 --prompts "衣服" "这本书"
     python train_ppo.py --reward my_reward:score         your own function of texts
