@@ -39,9 +39,7 @@ class SentimentReward:
         positive_label: str | None = None,
         batch_size: int = 128,
     ):
-        config = read_model_config(folder)
-        labels = list(config.id2label.values())
-        self.positive_label = find_positive_label(labels, positive_label)
+        config, self.positive_label = read_classifier_config(folder, positive_label)
         model, missing = load_weights(AutoModelForSequenceClassification, folder, config)
         if missing:
             raise UserError(f"the weights in {folder} lack {sorted(missing)[0]}: no classifier with a trained head")
@@ -68,6 +66,12 @@ class SentimentReward:
         for i, result in zip(order, results):
             scores[i] = next(entry["score"] for entry in result if entry["label"] == self.positive_label)
         return scores
+
+
+def read_classifier_config(folder: Path, positive_label: str | None):
+    """A classifier's config and its happy label, before any weights. UserError where that label is unclear."""
+    config = read_model_config(folder)
+    return config, find_positive_label(list(config.id2label.values()), positive_label)
 
 
 def find_positive_label(labels: list[str], wanted: str | None) -> str:

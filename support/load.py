@@ -9,10 +9,14 @@ from support.hub import model_folder
 
 def load(config: PPOConfig):
     """Trainer, tokenizer, reward, prompts, and the prompts as tokens. UserError, on all processes, where any fails."""
-    flags = ("model_name",) if config.reward else ("model_name", "reward_model_name")
+    from reward import read_classifier_config
+
+    looks = {"model_name": read_policy_folder}
+    if not config.reward:
+        looks["reward_model_name"] = lambda folder: read_classifier_config(folder, config.positive_label)
     folders = [
-        processes.local_rank_0_first(lambda flag=flag: model_folder(getattr(config, flag), f"--{flag}"))
-        for flag in flags
+        processes.local_rank_0_first(lambda flag=flag: model_folder(getattr(config, flag), f"--{flag}", looks[flag]))
+        for flag in looks
     ]
     processes.keep_freed_memory()
     return processes.on_all_ranks(lambda: load_models(config, *folders))
@@ -24,15 +28,11 @@ def load_models(config: PPOConfig, policy_folder: Path, reward_folder: Path | No
 
     from ppo import PPOTrainer
     from reward import SentimentReward
-    from support.models import encode_prompt, load_gpt2_config, load_policy, load_tokenizer
+    from support.models import encode_prompt, load_policy
 
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    gpt2_config = load_gpt2_config(policy_folder)
-    tokenizer = load_tokenizer(policy_folder)
-    if len(tokenizer) != gpt2_config.vocab_size:
-        sizes = f"{len(tokenizer)} tokens, the model {gpt2_config.vocab_size}"
-        raise UserError(f"the tokenizer in {policy_folder} has {sizes}: they do not belong together")
+    gpt2_config, tokenizer = read_policy_folder(policy_folder)
     prompts = config.read_prompts()
     queries = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     longest, positions = max(map(len, queries)), gpt2_config.n_positions
@@ -46,3 +46,14 @@ def load_models(config: PPOConfig, policy_folder: Path, reward_folder: Path | No
     policy = load_policy(policy_folder, gpt2_config, device)
     reference = copy.deepcopy(policy).to(dtype)
     return PPOTrainer(config, policy, reference, tokenizer), tokenizer, reward, prompts, queries
+
+
+def read_policy_folder(folder: Path):
+    """The GPT-2 config and the tokenizer of a model folder, which are small. UserError where they do not fit."""
+    from support.models import load_gpt2_config, load_tokenizer
+
+    gpt2_config, tokenizer = load_gpt2_config(folder), load_tokenizer(folder)
+    if len(tokenizer) > gpt2_config.vocab_size:
+        sizes = f"{len(tokenizer)} tokens, the model {gpt2_config.vocab_size}"
+        raise UserError(f"the tokenizer in {folder} has {sizes}: they do not belong together")
+    return gpt2_config, tokenizer
