@@ -8,6 +8,7 @@ Change a default here, or override it by its name on the command line.
 import argparse
 import dataclasses
 import difflib
+import functools
 import importlib
 import json
 import math
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Literal, Optional, get_args, get_origin, get_type_hints
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake that the user can mend: printed as one line on stderr, exit code 2, no traceback."""
 
 
@@ -31,9 +32,12 @@ def option(default, help: str):
     return field(default=default, metadata={"help": help})
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PPOConfig:
-    """All hyperparameters of a run. The defaults are the preset `default`."""
+    """All hyperparameters of a run. What is not given has the value of the preset, 'default' unless `preset` is given.
+
+    `check` refuses values that cannot work with UserError, a ValueError.
+    """
 
     preset: str = option(
         "default",
@@ -220,6 +224,14 @@ PRESETS = {
     ),
 }
 
+
+@functools.wraps(PPOConfig.__init__)
+def init_with_preset(self, __init__=PPOConfig.__init__, **values):
+    __init__(self, **{**PRESETS.get(values.get("preset"), {}), **values})
+
+
+PPOConfig.__init__ = init_with_preset
+
 INF = math.inf
 LIMITS = {  # name: (lowest, highest, whether the lowest itself is allowed)
     "gen_len": (1, INF, True), "temperature": (0, INF, False),
@@ -299,7 +311,7 @@ def parse_args(argv: list[str]) -> tuple[PPOConfig, set[str]]:
         parser.set_defaults(preset=preset, **PRESETS[preset])
         parser.print_help()
         raise SystemExit(0)
-    return PPOConfig(**{**PRESETS[preset], **given}), set(given)
+    return PPOConfig(**given), set(given)
 
 
 def load_config(path: Path) -> PPOConfig:

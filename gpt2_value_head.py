@@ -238,14 +238,15 @@ class Completions:
         return Completions(self.prompts.select(rows), self.ids[rows], self.mask[rows], hidden_states)
 
 
-def never_sampled_ids(tokenizer) -> list[int]:
-    """[PAD] [UNK] [CLS] [MASK]: every special token but the [SEP] that ends a text."""
-    return sorted(set(tokenizer.all_special_ids) - {tokenizer.sep_token_id})
+def never_sampled_ids(tokenizer, vocab_size: int) -> list[int]:
+    """[PAD] [UNK] [CLS] [MASK]: every special token but the [SEP] that ends a text; and rows of the embeddings beyond
+    the tokenizer's tokens, which only pad them to a round number."""
+    return sorted({*tokenizer.all_special_ids, *range(len(tokenizer), vocab_size)} - {tokenizer.sep_token_id})
 
 
 def restriction(tokenizer, vocab_size: int, device="cpu") -> torch.Tensor:
     """What is added to logits so that some tokens are never sampled: (vocab,) float32, 0 or -inf."""
-    ids = torch.tensor(never_sampled_ids(tokenizer))
+    ids = torch.tensor(never_sampled_ids(tokenizer, vocab_size), dtype=torch.int64)
     return torch.zeros(vocab_size).index_fill(0, ids, float("-inf")).to(device)
 
 

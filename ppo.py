@@ -251,7 +251,7 @@ class PPOTrainer:
         self.device = model.device
         self.dtype = pick_dtype(config.dtype, self.device)
         self.pad_token_id, self.sep_token_id = tokenizer.pad_token_id, tokenizer.sep_token_id
-        self.never_sampled = never_sampled_ids(tokenizer)
+        self.never_sampled = set(never_sampled_ids(tokenizer, model.config.vocab_size))
         self.restriction = restriction(tokenizer, model.config.vocab_size, self.device)
         self.token_names = tokenizer.convert_ids_to_tokens
         self.n_steps = 0
@@ -379,7 +379,7 @@ class PPOTrainer:
             "ppo/val/mean": masked_mean(old_values, mask),
             "ppo/val/explained_variance": explained_variance(old_values, returns, mask),
             "tokens/completion_length": mask.sum() / n,
-            "tokens/ended_share": (batch.ids == self.sep_token_id).any(-1).float().mean(),
+            "tokens/ended_share": ((batch.ids == self.sep_token_id) & mask).any(-1).float().mean(),
         }
         result = {name: float(value) for name, value in result.items()}
 
@@ -516,7 +516,7 @@ class PPOTrainer:
             tokens = tokens[: tokens.index(self.sep_token_id)] if self.sep_token_id in tokens else tokens
             for token in tokens:
                 if token in self.never_sampled:
-                    name = self.token_names(token)
+                    name = self.token_names(token) or f"id {token}"
                     raise ValueError(f"response {i} holds {name} before its end, a token that is never sampled")
         responses = torch.nn.utils.rnn.pad_sequence(response_tensors, batch_first=True, padding_value=self.pad_token_id)
         lengths = torch.tensor([len(response) for response in response_tensors])

@@ -11,17 +11,7 @@ from transformers import AutoModelForSequenceClassification, pipeline
 
 from config import UserError
 from support import processes
-from support.models import load_tokenizer, load_weights, quiet_transformers, read_model_config
-
-SPECIAL_TOKENS = re.compile(r"\[(PAD|UNK|CLS|SEP|MASK)\]")
-SPACE_BETWEEN_CHARACTERS = re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])")
-
-
-def clean_text(text: str) -> str:
-    """Decoded tokens as people write them: no special tokens, no spaces but those between Latin words, and no ## of a
-    first token that continues a word."""
-    text = SPACE_BETWEEN_CHARACTERS.sub("", re.sub(r"\s+", " ", SPECIAL_TOKENS.sub(" ", text)))
-    return text.removeprefix("##")
+from support.models import clean_text, is_bert, load_tokenizer, load_weights, quiet_transformers, read_model_config
 
 
 class SentimentReward:
@@ -58,7 +48,8 @@ class SentimentReward:
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
         """P(positive) of each text, (len(texts),) float32. Shortest first, so that a batch holds little padding."""
-        texts = [clean_text(text) for text in texts]
+        if is_bert(self.pipeline.tokenizer):
+            texts = [clean_text(text) for text in texts]
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         scores = torch.empty(len(texts))
         with quiet_transformers():  # on a GPU it advises against calling it more than ten times

@@ -28,8 +28,9 @@ def train(config: PPOConfig, run_dir: Path, resume: bool) -> int:
     # 1. Models, prompts and reward; the run folder
     trainer, tokenizer, reward, prompts, queries = load(config)
 
-    from reward import clean_text, score_texts
+    from reward import score_texts
     from support.evaluation import evaluate
+    from support.models import decode
     from support.run_folder import RunFolder
     from support.signals import StopSignal
 
@@ -52,7 +53,7 @@ def train(config: PPOConfig, run_dir: Path, resume: bool) -> int:
             batch_prompts, query_tensors = [prompts[i] for i in drawn], [queries[i] for i in drawn]
 
             response_tensors = trainer.generate(query_tensors)
-            completions = [clean_text(text) for text in tokenizer.batch_decode(response_tensors)]
+            completions = decode(tokenizer, response_tensors)
             sampled = time.perf_counter()
 
             scores = score_texts(reward, [prompt + text for prompt, text in zip(batch_prompts, completions)])

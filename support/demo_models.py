@@ -6,6 +6,7 @@ to tell happy from unhappy, in under a minute on two CPU cores. They are saved i
 made only once.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,7 +16,10 @@ import tempfile
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer, GPT2Config, GPT2LMHeadModel
+
+from config import UserError
 
 NEGATIVE, POSITIVE = "negative (stars 1, 2 and 3)", "positive (stars 4 and 5)"
 
@@ -66,11 +70,10 @@ REVIEWS, STEPS, BATCH = 8_000, {"gpt2": 400, "sentiment": 120}, 64
 def demo_models() -> tuple[Path, Path]:
     """The folders of the demo GPT-2 and the demo classifier, made at the first call and cached for the next."""
     source = Path(__file__).read_bytes() + f"torch {torch.__version__}".encode()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ppo-chinese-gpt2"
+    cache = cache_folder()
     folder = cache / f"demo-{hashlib.sha256(source).hexdigest()[:16]}"
     if not folder.exists():
         print(f"making the demo models in {folder} (once, under a minute)", flush=True)
-        cache.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
         try:
             make_demo_models(partial)
@@ -81,6 +84,20 @@ def demo_models() -> tuple[Path, Path]:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return folder / "gpt2", folder / "sentiment"
+
+
+def cache_folder() -> Path:
+    """The user's cache folder or, where that cannot be written, one beside temporary files."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    for parent in (home, tempfile.gettempdir()):
+        folder = Path(parent) / "ppo-chinese-gpt2"
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+            return folder
+    raise UserError(
+        f"neither {home} nor {tempfile.gettempdir()} can be written; set XDG_CACHE_HOME to a folder that can"
+    )
 
 
 def make_demo_models(out: Path) -> None:
@@ -133,7 +150,7 @@ def fit(model, tokenizer, reviews: list[tuple[str, int]], steps: int, draw: rand
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     model.train()
-    for _ in range(steps):
+    for _ in tqdm(range(steps), type(model).__name__, unit="step"):
         texts, labels = zip(*draw.sample(reviews, BATCH))
         batch = tokenizer(list(texts), padding=True, return_tensors="pt")
         if isinstance(model, GPT2LMHeadModel):

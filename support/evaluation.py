@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 
 from ppo import PPOTrainer, masked_mean
-from reward import clean_text, score_texts
+from reward import score_texts
 from support.checkpoint import write_whole
+from support.models import decode
 
 SEED = 20_170_707  # of the evaluation alone: every policy of every run is judged on the same draws
 BETAS = [0.05 * 1.25**i for i in range(22)]  # of the frontier, up to 5.4
@@ -63,7 +64,7 @@ def sample_and_score(trainer, model, tokenizer, reward, prompts, queries, n: int
     """n completions, the prompts in turn: which prompt each continues, tokens, texts, and rewards (n,) float32."""
     prompt_index = [i % len(prompts) for i in range(n)]
     responses = trainer.generate([queries[i] for i in prompt_index], model, seed, step)
-    completions = [clean_text(text) for text in tokenizer.batch_decode(responses)]
+    completions = decode(tokenizer, responses)
     rewards = score_texts(reward, [prompts[i] + text for i, text in zip(prompt_index, completions)])
     return prompt_index, responses, completions, rewards
 

@@ -226,9 +226,9 @@ def explain(error: Exception, name: str, flag: str, store: Path) -> str:
     retried = re.search(r"HTTP Error (\d+)", words)
     status = int(retried[1]) if retried else getattr(getattr(error, "response", None), "status_code", None)
     hub = constants.ENDPOINT
-    elsewhere = f"set HF_ENDPOINT to a mirror of the hub, give {flag} a local folder of the model, or --preset demo"
+    elsewhere = f"set HF_ENDPOINT to a mirror of the hub, {flag} PATH to a local folder, or take --preset demo"
     if "OfflineModeIsEnabled" in kinds:
-        return f"HF_HUB_OFFLINE is set, and the cache {store} lacks files of it; unset it, or give {flag} a folder"
+        return f"HF_HUB_OFFLINE is set, and the cache {store} lacks files; unset it, or {flag} PATH to a local folder"
     if "GatedRepoError" in kinds:
         return f"access is gated ({status}); accept the terms at {hub}/{name} and set HF_TOKEN to your token"
     if "RevisionNotFoundError" in kinds:

@@ -10,6 +10,7 @@ from support.hub import model_folder
 def load(config: PPOConfig):
     """Trainer, tokenizer, reward, prompts, and the prompts as tokens. UserError, on all processes, where any fails."""
     from reward import read_classifier_config
+    from support.text_trainer import read_policy_folder
 
     looks = {"model_name": read_policy_folder}
     if not config.reward:
@@ -24,11 +25,9 @@ def load(config: PPOConfig):
 
 def load_models(config: PPOConfig, policy_folder: Path, reward_folder: Path | None = None):
     """As `load`, from local folders: configs first, then the prompts' lengths, and the weights last."""
-    import copy
-
-    from ppo import PPOTrainer
     from reward import SentimentReward
-    from support.models import encode_prompt, load_policy
+    from support.models import encode_prompt
+    from support.text_trainer import TextPPOTrainer, read_policy_folder
 
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
@@ -43,17 +42,5 @@ def load_models(config: PPOConfig, policy_folder: Path, reward_folder: Path | No
         reward = import_function(config.reward)
     else:
         reward = SentimentReward(reward_folder, device, dtype, config.positive_label)
-    policy = load_policy(policy_folder, gpt2_config, device)
-    reference = copy.deepcopy(policy).to(dtype)
-    return PPOTrainer(config, policy, reference, tokenizer), tokenizer, reward, prompts, queries
-
-
-def read_policy_folder(folder: Path):
-    """The GPT-2 config and the tokenizer of a model folder, which are small. UserError where they do not fit."""
-    from support.models import load_gpt2_config, load_tokenizer
-
-    gpt2_config, tokenizer = load_gpt2_config(folder), load_tokenizer(folder)
-    if len(tokenizer) > gpt2_config.vocab_size:
-        sizes = f"{len(tokenizer)} tokens, the model {gpt2_config.vocab_size}"
-        raise UserError(f"the tokenizer in {folder} has {sizes}: they do not belong together")
-    return gpt2_config, tokenizer
+    trainer = TextPPOTrainer.from_folder(policy_folder, config, gpt2_config, tokenizer)
+    return trainer, tokenizer, reward, prompts, queries

@@ -1,15 +1,55 @@
 """Loading and saving models in the Hugging Face file layout, with what can be wrong with a folder said in one line."""
 
 import contextlib
+import json
+import re
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, GPT2Config
+from transformers import AutoConfig, AutoTokenizer, BertTokenizer, GenerationConfig, GPT2Config
 from transformers.utils import logging as transformers_logging
 
 from config import UserError
 from gpt2_value_head import GPT2HeadWithValueModel, never_sampled_ids
+from support.hub import has_vocabulary
+
+SPECIAL_TOKENS = re.compile(r"\[(PAD|UNK|CLS|SEP|MASK)\]")
+SPACE_BETWEEN_CHARACTERS = re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])")
+
+
+# ----------------------------------------------------------------------------------------------
+# Texts and tokens
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer of a model folder: BERT's, as Chinese GPT-2 has it, or a byte-level BPE, as other GPT-2 have.
+
+    cls_token starts a text, sep_token ends it, and pad_token stands for nothing; where a BPE tokenizer lacks them, its
+    own tokens for the same take their names. UserError where it is missing, broken or has none of these.
+    """
+    names = {path.name for path in folder.iterdir()}
+    if not has_vocabulary(names):
+        raise UserError(f"no tokenizer in {folder}: it needs vocab.txt, tokenizer.json, or vocab.json and merges.txt")
+    try:
+        plain = names.isdisjoint({"tokenizer.json", "vocab.json"}) and not names_tokenizer_class(folder)
+        tokenizer = (BertTokenizer if plain else AutoTokenizer).from_pretrained(folder)
+    except Exception as error:
+        raise UserError(f"the tokenizer in {folder} cannot be loaded ({first_line(error)})")
+    for name, other in (("cls_token", "bos_token"), ("sep_token", "eos_token"), ("pad_token", "eos_token")):
+        if getattr(tokenizer, name) is None:
+            setattr(tokenizer, name, getattr(tokenizer, other))
+        if getattr(tokenizer, name) is None:
+            raise UserError(
+                f"the tokenizer in {folder} has neither {name} nor {other}; a text needs a start and an end"
+            )
+    return tokenizer
+
+
+def names_tokenizer_class(folder: Path) -> bool:
+    """Whether a model folder says which class its tokenizer has. Beside a bare vocab.txt it is BERT's."""
+    configs = [folder / name for name in ("config.json", "tokenizer_config.json") if (folder / name).exists()]
+    return any(json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class") for path in configs)
 
 
 def encode_prompt(tokenizer, prompt: str) -> torch.Tensor:
@@ -17,18 +57,26 @@ def encode_prompt(tokenizer, prompt: str) -> torch.Tensor:
     return torch.tensor([tokenizer.cls_token_id] + tokenizer.encode(prompt, add_special_tokens=False))
 
 
-def load_tokenizer(folder: Path):
-    """The BertTokenizer of a model folder. UserError where it is missing, broken or lacks a special token."""
-    if not (folder / "vocab.txt").is_file() and not (folder / "tokenizer.json").is_file():
-        raise UserError(f"no tokenizer in {folder}: it needs vocab.txt or tokenizer.json")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:
-        raise UserError(f"the tokenizer in {folder} cannot be loaded ({first_line(error)})")
-    missing = [name for name in ("cls_token", "sep_token", "pad_token") if getattr(tokenizer, name) is None]
-    if missing:
-        raise UserError(f"the tokenizer in {folder} has no {', '.join(missing)}; a BertTokenizer is needed")
-    return tokenizer
+def decode(tokenizer, sequences: list[torch.Tensor]) -> list[str]:
+    """Token ids as people write them. Half a character at the end of a byte-level text is left out."""
+    texts = tokenizer.batch_decode(sequences, skip_special_tokens=True)
+    return [clean_text(text) if is_bert(tokenizer) else text.rstrip("\ufffd") for text in texts]
+
+
+def is_bert(tokenizer) -> bool:
+    """Whether decoded tokens stand between spaces, which `clean_text` takes out."""
+    return isinstance(tokenizer, BertTokenizer)
+
+
+def clean_text(text: str) -> str:
+    """BERT's decoded tokens as people write them: no special tokens, no spaces but those between Latin words, and no ##
+    of a first token that continues a word."""
+    text = SPACE_BETWEEN_CHARACTERS.sub("", re.sub(r"\s+", " ", SPECIAL_TOKENS.sub(" ", text)))
+    return text.removeprefix("##")
+
+
+# ----------------------------------------------------------------------------------------------
+# Models
 
 
 def load_gpt2_config(folder: Path) -> GPT2Config:
@@ -85,7 +133,7 @@ def save_policy(model: GPT2HeadWithValueModel, tokenizer, folder: Path, temperat
         bos_token_id=tokenizer.cls_token_id,
         eos_token_id=tokenizer.sep_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=never_sampled_ids(tokenizer),
+        suppress_tokens=never_sampled_ids(tokenizer, model.config.vocab_size),
     ).save_pretrained(folder)
 
 

@@ -20,7 +20,8 @@ from collections import defaultdict
 import torch
 
 from config import UserError, parse_args
-from reward import clean_text, score_texts
+from reward import score_texts
+from support.models import decode
 from train_ppo import draw_prompts, load
 
 STEPS = 3
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> None:
         drawn = draw_prompts(len(prompts), config.seed, step, config.batch_size)
         batch = [queries[i] for i in drawn]
         responses = generate(batch)
-        texts = [prompts[i] + clean_text(text) for i, text in zip(drawn, tokenizer.batch_decode(responses))]
+        texts = [prompts[i] + text for i, text in zip(drawn, decode(tokenizer, responses))]
         trainer.step(batch, responses, score_all(reward, texts))
         synchronize()
         phases.append({**seconds, "step": time.perf_counter() - started})

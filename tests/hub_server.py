@@ -1,7 +1,8 @@
 """A small model hub on loopback for the real client, which can be told to misbehave.
 
 with Hub({"owner/model": folder}) as hub: ... hub.url is an HF_ENDPOINT, hub.requests lists what was asked for
-hub.fault = ("HEAD", "model.safetensors", 503)     the status, or one of 'hang', 'stall', 'cut', 'cut once', 'page', 'slow', 'xet'
+hub.fault = ("HEAD", "model.safetensors", 503)
+For the status also 'hang', 'stall', 'cut', 'cut once', 'page', 'slow' and 'xet'.
 """
 
 import hashlib

@@ -4,14 +4,12 @@ import json
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
 import config
 from config import PPOConfig, UserError, load_config, parse_args
-from support.hub import model_folder
 from tests.conftest import ROOT
 
 
@@ -137,63 +135,6 @@ def test_auto_dtype_is_bfloat16_only_where_native(monkeypatch):
         assert config.pick_dtype("auto", cpu) == expected
     assert config.pick_dtype("auto", torch.device("mps")) == torch.float32
     assert config.pick_dtype("float32", cpu) == torch.float32
-
-
-# --- the hub
-
-HUB_RUN = """
-import sys, time; sys.path.insert(0, sys.argv[1])
-import train_ppo
-started = time.time()
-code = train_ppo.main(["--device", "cpu"])
-print(code, time.time() - started)
-"""
-
-
-def hub_run(tmp_path, endpoint):
-    environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "PATH": "/usr/bin:/bin"}
-    return subprocess.run(
-        [sys.executable, "-c", HUB_RUN, str(ROOT)], cwd=tmp_path, capture_output=True, text=True, env=environment
-    )
-
-
-@pytest.mark.parametrize("kind", ["refused", "silent"])
-def test_an_unreachable_hub_is_one_message_within_15_seconds(tmp_path, kind):
-    """A port that refuses connections, and one that takes them and never answers."""
-    import socket
-
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        if kind == "silent":
-            server.listen(50)
-        result = hub_run(tmp_path, f"http://127.0.0.1:{server.getsockname()[1]}")
-    code, seconds = result.stdout.split()
-    assert code == "2" and float(seconds) < 15
-    assert result.stderr.count("\n") == 1
-    for part in ("uer/gpt2-chinese-cluecorpussmall", "HF_ENDPOINT", "--model_name PATH", "--preset demo"):
-        assert part in result.stderr
-    assert not (tmp_path / "runs").exists()
-
-
-def test_a_cached_model_needs_no_hub(tmp_path, gpt2_folder, monkeypatch):
-    """The hub's cache layout, as an earlier download leaves it; the endpoint refuses, and is not even asked."""
-    import shutil
-
-    from huggingface_hub import constants
-
-    repo = tmp_path / "models--someone--gpt2-chinese"
-    shutil.copytree(gpt2_folder, repo / "snapshots" / "abc123")
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text("abc123")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    started = time.time()
-    assert model_folder("someone/gpt2-chinese", "--model_name") == repo / "snapshots" / "abc123"
-    assert time.time() - started < 2
-
-
-def test_a_name_that_is_no_folder_and_no_hub_id():
-    with pytest.raises(UserError, match="no such folder"):
-        model_folder("./models/missing/gpt2", "--model_name")
 
 
 def test_config_json_holds_every_field(tmp_path):

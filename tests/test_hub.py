@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -83,6 +84,18 @@ def test_a_cache_that_another_program_began_is_completed(hub, tmp_path):
     found, _ = find(hub, tmp_path / "cache", prelude=begin)
     assert (found / "vocab.txt").is_file()
     assert sum(request.startswith("GET") and "pytorch_model.bin" in request for request in hub.requests) == 1
+
+
+def test_a_cache_of_an_earlier_client_is_used(folder, tmp_path, monkeypatch):
+    """Its layout, without the listing that clients keep today; only what loading needs is there."""
+    from huggingface_hub import constants
+
+    snapshot = tmp_path / "models--owner--gpt2" / "snapshots" / "abc123"
+    shutil.copytree(folder, snapshot, ignore=shutil.ignore_patterns("README.md", "tf_model.h5"))
+    (tmp_path / "models--owner--gpt2" / "refs").mkdir()
+    (tmp_path / "models--owner--gpt2" / "refs" / "main").write_text("abc123")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert model_folder("owner/gpt2", "--model_name") == snapshot
 
 
 def test_sharded_weights_are_complete_with_their_last_shard(hub, folder, tmp_path):

@@ -1,10 +1,17 @@
 """A loop of one's own, in Python: what the README shows works as pasted."""
 
 import copy
+import dataclasses
+import re
 
+import numpy as np
 import pytest
 import torch
+from transformers import pipeline
 
+from config import PPOConfig
+from support.text_trainer import TextPPOTrainer
+from tests.conftest import ROOT
 from tests.test_trainer import make
 
 
@@ -59,3 +66,60 @@ def test_lists_of_ids_are_taken(policy):
     responses = trainer.generate([QUERY] * 4)
     stats = trainer.step([QUERY] * 4, [response.tolist() for response in responses], [0.1, 0.9, 0.5, 0.3])
     assert twin.step([torch.tensor(QUERY)] * 4, responses, torch.tensor([0.1, 0.9, 0.5, 0.3])) == stats
+
+
+# --- texts
+
+
+def test_the_readme_s_loop_as_pasted(tmp_path, monkeypatch, capsys):
+    """Its rewards rise, and what it saves opens here and in plain transformers."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(from config import .*?)```", readme, re.DOTALL)
+    assert snippet in (ROOT / "README.zh.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(snippet.replace("range(20)", "range(5)"), "README.md", "exec"), names)
+    out = capsys.readouterr().out
+    assert re.search(r"\d\.\d of \d\.\d million parameters train", out) and "刚收到货,感觉" in out
+    assert np.mean(names["means"][-2:]) > names["means"][0] + 0.05
+    assert torch.equal(names["again"].model.lm_head.weight, names["trainer"].policy_for_saving.lm_head.weight)
+    text = pipeline("text-generation", model="my_model")("[CLS]刚收到货,感觉", add_special_tokens=False)
+    assert len(text[0]["generated_text"]) > 12
+
+
+def test_frozen_parameters_are_not_counted(gpt2_folder, capsys):
+    """Half of two blocks of width 32: 12 * 32^2 + 13 * 32 in a block, twice 32 in the last norm, 33 in the head."""
+    trainer = TextPPOTrainer.from_pretrained(str(gpt2_folder), PPOConfig(frozen_share=0.5, device="cpu"))
+    assert sum(weight.numel() for weight in trainer.trained) == 12 * 32**2 + 13 * 32 + 2 * 32 + 33
+    assert "0.0 of 0.0 million parameters train" in capsys.readouterr().out
+
+
+def test_texts_come_back_as_they_went_in(gpt2_folder):
+    trainer = TextPPOTrainer.from_pretrained(gpt2_folder, PPOConfig(device="cpu"))
+    queries = trainer.encode(["刚收到货,感觉", "衣服"])
+    responses = [torch.cat([query[1:], torch.tensor([3])]) for query in trainer.encode(["很不错!", "good"])]
+    assert trainer.decode(queries, responses) == ["刚收到货,感觉很不错!", "衣服good"]
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "said"),
+    [
+        ("./missing", {}, "no such folder"),
+        (None, {"lr": -1.0}, "--lr must be above 0"),
+        (None, {"batch_size": 1.5}, "batch_size must be of type int"),
+        (None, {"preset": "big"}, "--preset big is unknown; choose one of"),
+    ],
+)
+def test_what_the_command_line_refuses_is_a_value_error(gpt2_folder, name, config, said):
+    with pytest.raises(ValueError, match=said):
+        TextPPOTrainer.from_pretrained(name or gpt2_folder, PPOConfig(**config))
+
+
+def test_a_config_takes_its_preset_s_values():
+    demo, article = PPOConfig(preset="demo", lr=2e-5), PPOConfig(preset="article")
+    assert demo.lr == 2e-5 and demo.model_name == "demo" and demo.frozen_share == 0
+    assert article.minibatch_size == 1 and article.lr == article.value_lr == 1.41e-5
+    assert dataclasses.replace(article, lr=1e-4).minibatch_size == 1
+    assert dataclasses.replace(PPOConfig(), preset="article").minibatch_size == PPOConfig().minibatch_size
+    with pytest.raises(TypeError, match="learning_rate"):
+        PPOConfig(learning_rate=1e-5)

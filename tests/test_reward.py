@@ -9,8 +9,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from config import UserError
-from reward import RewardError, SentimentReward, clean_text, find_positive_label, score_texts
+from reward import RewardError, SentimentReward, find_positive_label, score_texts
 from support.demo_models import NEGATIVE, POSITIVE
+from support.models import clean_text
 from tests.conftest import ROOT, write_classifier, write_gpt2
 
 
