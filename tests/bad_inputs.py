@@ -55,6 +55,7 @@ FLAGS = [  # (flags, part of the line)
     ("--reward no_such_module:f", "cannot be imported (ModuleNotFoundError"),
     ("--reward math:no_such", "cannot be imported (AttributeError"),
     ("--reward math:pi", "is no function but a float"),
+    ("--model_name nobody/not-in-the-cache --preset demo", "HF_HUB_OFFLINE is set, and the cache"),
     ("--model_name ./no/such/folder", "there is no such folder, and it is no hub id"),
     ("--resume runs/nothing", "is no run folder"),
     ("--resume latest --runs_dir nowhere", "no run to resume"),
@@ -81,6 +82,18 @@ def without_key(path: str, part: str):
         torch.save({name: tensor for name, tensor in weights.items() if part not in name}, path)
 
     return change
+
+
+def with_nan(path: str, name: str):
+    def change():
+        weights = torch.load(path, weights_only=True)
+        torch.save(weights | {name: weights[name] * torch.nan}, path)
+
+    return change
+
+
+def edit(path: str, **values):
+    return lambda: Path(path).write_text(json.dumps(json.loads(Path(path).read_text()) | values))
 
 
 NEW = (
@@ -120,6 +133,13 @@ BROKEN = [  # (what was done, how, command, part of the line)
         NEW,
         "not a whole GPT-2 checkpoint",
     ),
+    (
+        "model weights with NaN",
+        with_nan("gpt2/pytorch_model.bin", "transformer.ln_f.weight"),
+        NEW,
+        "hold NaN or infinity",
+    ),
+    ("model with cross-attention", edit("gpt2/config.json", add_cross_attention=True), NEW, "has cross-attention"),
     ("model without vocabulary", lambda: os.remove("gpt2/vocab.txt"), NEW, "no tokenizer in gpt2"),
     (
         "vocabulary of another size",
@@ -135,6 +155,12 @@ BROKEN = [  # (what was done, how, command, part of the line)
         "no classifier with a trained head",
     ),
     ("classifier with unclear labels", lambda: relabel("LABEL_0", "LABEL_1"), NEW, "set --positive_label"),
+    (
+        "classifier with one label",
+        edit("sentiment/config.json", id2label={"0": "stars"}, label2id={"stars": 0}),
+        NEW,
+        "a regression, and no classifier",
+    ),
     ("a label that is not there", lambda: None, f"{NEW} --positive_label happy", "none of the classifier's labels"),
     (
         "reward function raises",

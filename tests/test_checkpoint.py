@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from support.checkpoint import load_checkpoint, save_checkpoint
+from support.models import load_gpt2_config, load_policy, load_tokenizer, save_policy
+from tests.conftest import write_gpt2
 from tests.test_trainer import batch_of, make
 
 
@@ -37,6 +39,22 @@ def test_a_loaded_trainer_goes_on_as_the_saved_one(policy, tmp_path):
     for mine, other in ((trainer.model, twin.model), (trainer.policy_for_saving, twin.policy_for_saving)):
         for weight, same in zip(mine.parameters(), other.parameters()):
             assert torch.equal(weight, same)
+
+
+def test_an_output_projection_of_its_own_is_kept(tmp_path):
+    """Untied and trained, it goes into the checkpoint and comes back, and so into the saved model."""
+    folder = write_gpt2(tmp_path / "untied", tie_word_embeddings=False)
+    policy = load_policy(folder, load_gpt2_config(folder)), load_tokenizer(folder)
+    trainer, batch = trained(policy, frozen_share=0.0)
+    save_checkpoint(trainer, tmp_path / "checkpoints", keep=1)
+    twin = make((copy.deepcopy(policy[0]), policy[1]), frozen_share=0.0)
+    load_checkpoint(twin, tmp_path / "checkpoints")
+    assert not torch.equal(twin.model.lm_head.weight, policy[0].lm_head.weight)
+    assert not torch.equal(twin.model.lm_head.weight, twin.model.transformer.wte.weight)
+    assert torch.equal(twin.model.lm_head.weight, trainer.model.lm_head.weight)
+    save_policy(twin.policy_for_saving, policy[1], tmp_path / "saved", 1.0)
+    saved = load_policy(tmp_path / "saved", load_gpt2_config(tmp_path / "saved"))
+    assert torch.equal(saved.lm_head.weight, trainer.policy_for_saving.lm_head.weight)
 
 
 def test_the_global_random_generators_go_on_too(policy, tmp_path):

@@ -6,10 +6,12 @@ import warnings
 
 import pytest
 import torch
+from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from config import UserError
+from config import PPOConfig, UserError
 from support import models
+from support.text_trainer import TextPPOTrainer
 from tests.conftest import write_gpt2
 
 
@@ -152,3 +154,77 @@ def test_cross_attention_is_refused(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="cross-attention"):
         load(folder)
+
+
+# --- other tokenizers
+
+
+def write_bpe_gpt2(folder):
+    """A random GPT-2 with a byte-level BPE tokenizer trained on the spot, in the files of English `gpt2`."""
+    folder = write_gpt2(folder, vocab_size=300)
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["刚收到货,感觉很不错", "this film was great, truly"] * 9, 299, 2, False, ["<|endoftext|>"])
+    bpe.save_model(str(folder))
+    (folder / "vocab.txt").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    del config["tokenizer_class"]
+    size = bpe.get_vocab_size()
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": size}))
+    weights = torch.load(folder / "pytorch_model.bin")
+    weights |= {name: weights[name][:size] for name in ("transformer.wte.weight", "lm_head.weight")}
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "tokenizer_config.json").write_text("{}")
+    return folder
+
+
+def test_a_byte_level_tokenizer_starts_and_ends_texts_with_its_own_token(tmp_path):
+    """Its <|endoftext|> stands before a prompt, ends a completion and pads; texts keep their spaces and characters."""
+    trainer = TextPPOTrainer.from_pretrained(write_bpe_gpt2(tmp_path / "gpt2"), PPOConfig(device="cpu", gen_len=24))
+    plain = AutoTokenizer.from_pretrained(tmp_path / "gpt2")
+    end = plain.eos_token_id
+    queries = trainer.encode(["this film was", "刚收到货,感觉很"])
+    assert [query.tolist() for query in queries] == [
+        [end, *plain.encode(t)] for t in ("this film was", "刚收到货,感觉很")
+    ]
+    good = [torch.tensor(plain.encode(text) + [end]) for text in (" great, truly", "不错")]
+    assert trainer.decode(queries, good) == ["this film was great, truly", "刚收到货,感觉很不错"]
+    assert trainer.decode(queries[1:], [good[1][:-2]])[0] in (
+        "刚收到货,感觉很不",
+        "刚收到货,感觉很",
+    )  # half a character
+
+    responses = trainer.generate(queries * 16)
+    ended = [response for response in responses if response[-1] == end]
+    assert ended and all((response[:-1] != end).all() for response in responses)
+    stats = trainer.step(queries * 16, responses, torch.arange(32) / 32)
+    assert stats["tokens/ended_share"] == pytest.approx(len(ended) / 32)
+    assert stats["ppo/policy/clipfrac"] >= 0 and trainer.n_steps == 1
+    trainer.save(tmp_path / "saved")
+    again = TextPPOTrainer.from_pretrained(tmp_path / "saved", PPOConfig(device="cpu"))
+    assert [query.tolist() for query in again.encode(["this film was"])] == [queries[0].tolist()]
+
+
+def test_embeddings_padded_beyond_the_tokenizer(tmp_path):
+    """The rows that pad are neither sampled here nor by plain transformers."""
+    folder = write_gpt2(tmp_path / "gpt2", vocab_size=64)
+    trainer = TextPPOTrainer.from_pretrained(folder, PPOConfig(device="cpu"))
+    with torch.no_grad():
+        trainer.model.transformer.wte.weight[50] = trainer.model.transformer.wte.weight[5] * 9  # a likely token, else
+    responses = torch.cat(trainer.generate([[2, 5, 6]] * 64))
+    assert responses.max() < 43 < trainer.restriction.numel() == 64
+    with pytest.raises(ValueError, match="response 0 holds id 50"):
+        trainer.step([[2, 5]], [[50]], [0.5])
+    trainer.save(tmp_path / "saved")
+    suppressed = json.loads((tmp_path / "saved" / "generation_config.json").read_text())["suppress_tokens"]
+    assert suppressed == [0, 1, 2, 4, *range(43, 64)]
+
+
+def test_a_bare_vocabulary_is_bert_s(tmp_path):
+    """config.json without a tokenizer's class beside vocab.txt, and nothing else."""
+    folder = write_gpt2(tmp_path / "gpt2")
+    (folder / "tokenizer_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    del config["tokenizer_class"]
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = models.load_tokenizer(folder)
+    assert models.encode_prompt(tokenizer, "刚收到货").tolist() == [2, 5, 6, 7, 8]

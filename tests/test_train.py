@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from config import UserError
 from support import demo_models
 from tests.conftest import ROOT, write_gpt2
 from train_ppo import draw_prompts, main
@@ -293,6 +295,18 @@ def test_demo_models_are_the_same_every_time_and_made_whole(tmp_path, monkeypatc
     with pytest.raises(ZeroDivisionError):
         demo_models.demo_models()
     assert list((tmp_path / "c" / "ppo-chinese-gpt2").iterdir()) == []
+
+
+def test_demo_models_do_without_a_home_folder_that_can_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_models, "STEPS", {"gpt2": 2, "sentiment": 2})
+    (tmp_path / "home").write_text("a file where a folder should be")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    assert demo_models.demo_models()[0].is_relative_to(tmp_path / "temporary")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "home"))
+    with pytest.raises(UserError, match="set XDG_CACHE_HOME to another folder"):
+        demo_models.demo_models()
 
 
 def test_a_console_that_lacks_a_character_does_not_end_the_run(tmp_path):
