@@ -216,10 +216,12 @@ PRESETS = {
     "demo": dict(
         model_name="demo",
         reward_model_name="demo",
-        episodes=5_120,
+        episodes=10_240,
+        lam=0.95,
         frozen_share=0.0,
+        init_kl_coef=0.15,
         lr=1e-4,
-        init_kl_coef=0.1,
+        value_lr=1e-2,
         dtype="float32",
     ),
 }

@@ -95,9 +95,7 @@ def cache_folder() -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
             return folder
-    raise UserError(
-        f"neither {home} nor {tempfile.gettempdir()} can be written; set XDG_CACHE_HOME to a folder that can"
-    )
+    raise UserError(f"neither {home} nor {tempfile.gettempdir()} can be written; set XDG_CACHE_HOME to another folder")
 
 
 def make_demo_models(out: Path) -> None:

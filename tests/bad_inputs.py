@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import torch
 
 import plot_rewards
@@ -157,7 +159,7 @@ BROKEN = [  # (what was done, how, command, part of the line)
     ("classifier with unclear labels", lambda: relabel("LABEL_0", "LABEL_1"), NEW, "set --positive_label"),
     (
         "classifier with one label",
-        edit("sentiment/config.json", id2label={"0": "stars"}, label2id={"stars": 0}),
+        edit("sentiment/config.json", id2label={"0": "stars"}, label2id={"stars": 0}, problem_type="regression"),
         NEW,
         "a regression, and no classifier",
     ),
