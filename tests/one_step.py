@@ -259,9 +259,9 @@ it one number, the probability that it is happy (`SentimentReward` in `reward.py
 | --- | --- | ---: |
 {completion_rows}
 
-(The shortest with a score above 0.9 and the shortest below 0.1, among those that section 4 has something to show of.)
-One score judges a whole text, but training needs a number for each token: which choices were good ones? Sections 2
-and 3 lead from the one to the other.
+(The shortest with a score above 0.9 and the shortest below 0.1 of which the clip of section 4 catches a token.) One
+score judges a whole text, but training needs a number for each token: which choices were good ones? Sections 2 and 3
+lead from the one to the other.
 
 ## 2. The KL penalty and the reward
 
@@ -319,13 +319,12 @@ a mean of 0: which of the two was better would be lost.)
 Only now is anything trained: {epochs} passes over the batch, the epochs, with an optimiser step each. The loss of a
 token is
 
-    max(-Â ratio, -Â clip(ratio, 1 - ε, 1 + ε))        ratio = π / π_old
+    max(-Â ratio, -Â clip(ratio, 1 - ε, 1 + ε))        ratio = π / π_old = exp(log π - log π_old)
 
-Its gradient raises the probability of a token with a positive Â and lowers that of one with a negative Â. But once
-the ratio is above {high:g} with a positive Â, or below {low:g} with a negative one, the second term is the larger,
-and it is a constant: the token is clipped (**bold**) and pushes no further. The advantages were worked out for
-π<sub>old</sub> and say little about a policy far from it; with the clip, {epochs} epochs can use the same
-completions.
+Where Â is positive, a higher probability lowers the loss; where it is negative, a lower one does. But once the ratio
+is above {high:g} with a positive Â, or below {low:g} with a negative one, the second term is the larger, and it is a
+constant: the token is clipped (**bold**) and pushes no further. The advantages were worked out for π<sub>old</sub>
+and say little about a policy far from it; with the clip, {epochs} epochs can use the same completions.
 
 | token | Â<br><br>`whiten` | π<sub>old</sub><br><br>`PPOTrainer.score` | π after<br><br>`PPOTrainer.score` \
 | epoch 1<br>π / π<sub>old</sub><br>`policy_loss` | epoch 2<br>π / π<sub>old</sub><br>`policy_loss` \
@@ -335,10 +334,10 @@ completions.
 {epoch_rows}
 
 What to see: in epoch 1 every ratio is 1, since the policy has not moved yet. In the last epoch the clip has caught
-「{happy_clipped}」 in the happy completion, grown too much, and 「{unhappy_clipped}」 in the unhappy one, shrunk too
-much. Yet a ratio may go on after that: the clip is no wall, it takes away the push of this one token, and the other
-completions move the same weights. For the same reason some tokens drift against their own Â. And a token that was
-almost certain already, such as the second half of a word, has no room to rise.
+what grew too much, 「{happy_clipped}」 in the happy completion, and what shrank too much, 「{unhappy_clipped}」 in
+the unhappy one. Yet a ratio may go on after that: the clip is no wall, it takes away the push of this one token,
+while the other completions move the same weights. For the same reason some tokens drift against their own Â. And a
+token that was almost certain already, such as the second half of a word, has no room to rise.
 
 ## 5. The two losses
 
@@ -381,8 +380,8 @@ English: [one_step.md](one_step.md)。两页都由 `python -m tests.one_step` �
 末位数字可能不同。
 
 演示用的 GPT-2(`--preset demo`)已经走了 {warm_up} 步。这里是第 {step} 步:跟着一条好评和一条差评,
-从它们的分数一直看到新的策略。(选得这么早,是因为再往后几乎全是好评。)每列的表头写着公式,以及 [ppo.py](../ppo.py)
- 里算出这一列的函数;`PPOTrainer.step` 就按本页的顺序调用它们。
+从它们的分数一直看到新的策略。(选得这么早,是因为再往后几乎全是好评。
+)每列的表头写着公式和算出这一列的函数(都在 [ppo.py](../ppo.py) 里);`PPOTrainer.step` 就按本页的顺序调用它们。
 
 | 符号 | 含义 | 这里的值 | 在 `config.py` 里 |
 | --- | --- | --- | --- |
@@ -402,7 +401,7 @@ English: [one_step.md](one_step.md)。两页都由 `python -m tests.one_step` �
 | --- | --- | ---: |
 {completion_rows}
 
-(在第 4 节里有东西可看的续写中,取分数高于 0.9 的最短一条,和低于 0.1 的最短一条。)一个分数评的是整条文本,
+(在有词元被第 4 节的截断碰到的续写里,取高于 0.9 分的最短一条和低于 0.1 分的最短一条。)一个分数评的是整条文本,
 训练却要给每个词元一个数:哪些字选得好?第 2、3 节就从前者走到后者。
 
 ## 2. KL 惩罚和奖励
@@ -444,7 +443,7 @@ English: [one_step.md](one_step.md)。两页都由 `python -m tests.one_step` �
 在第一个词元处,预料的是 {first_value}。好评实得 {happy_return},优势是 {happy_advantage};差评实得 {unhappy_return},
 优势是 {unhappy_advantage}。不过价值头 {warm_up} 步之前才从零开始学,还是猜得太低:整批的 V 平均 {mean_value},
 G 平均 {mean_return},于是大多数词元都显得好于预料。因此要把优势白化:
-减去整批 {n_tokens:,} 个词元的均值 {mean_advantage},再除以标准差。现在每个词元是在和整批相比:
+减去整批 {n_tokens:,} 个词元的均值 {mean_advantage},再除以标准差。这样,每个词元就是在和整批相比:
 好评的 {happy_tokens} 个词元里,Â 为正的有 {happy_positive} 个;差评的 {unhappy_tokens} 个里有 {unhappy_positive} 个。
 好评里如果有负的,那是因为该处的猜测本来就高,剩下能赢的不多。(文章在每条续写内部做白化,两条的均值就都成了 0:谁比谁好,
 再也看不出来。)
@@ -453,11 +452,11 @@ G 平均 {mean_return},于是大多数词元都显得好于预料。因此要把
 
 到这里才真正开始训练:同一批数据用 {epochs} 遍,即 {epochs} 个 epoch,每遍优化一次。一个词元的损失是
 
-    max(-Â ratio, -Â clip(ratio, 1 - ε, 1 + ε))        ratio = π / π_old
+    max(-Â ratio, -Â clip(ratio, 1 - ε, 1 + ε))        ratio = π / π_old = exp(log π - log π_old)
 
-它的梯度把 Â 为正的词元的概率抬高,把 Â 为负的压低。但是,一旦 Â 为正而比值高于 {high:g},或者 Â 为负而比值低于 {low:g},
-第二项就成了较大的一项,而且是个常数:这个词元被截断(**粗体**),不再使劲。优势是按 π<sub>old</sub> 算的,策略走远了,
-它就说明不了什么;有了截断,同一批续写才能用 {epochs} 遍。
+Â 为正时,概率升高,损失就降低;Â 为负时,概率降低,损失才降低。但是,一旦 Â 为正而比值高于 {high:g},
+或者 Â 为负而比值低于 {low:g},第二项就成了较大的一项,而且是个常数:这个词元被截断(**粗体**),不再使劲。
+优势是按 π<sub>old</sub> 算的,策略走远了,它就说明不了什么;有了截断,同一批续写才能用 {epochs} 遍。
 
 | 词元 | Â<br><br>`whiten` | π<sub>old</sub><br><br>`PPOTrainer.score` | 之后的 π<br><br>`PPOTrainer.score` \
 | epoch 1<br>π / π<sub>old</sub><br>`policy_loss` | epoch 2<br>π / π<sub>old</sub><br>`policy_loss` \
@@ -485,7 +484,7 @@ clip(V) 与第 3 节的 V 相差不超过 {cliprange_value:g}(`cliprange_value`)
 最后一行是 `PPOTrainer.step` 返回、`metrics.csv` 记下的数。
 
 看什么:epoch 1 的策略损失是 0,并不等于没有东西可学。比值全是 1 时,它就是 -Â 的均值,而白化已经让这个均值等于 0;
-要紧的是坡度。它果然一路往下走,被截断的词元也越来越多。价值损失同样在下降:
+要紧的是坡度。损失果然一路下降,被截断的词元也越来越多。价值损失同样在下降:
 第一个词元处的 V 从 {first_value} 变成了 {new_first_value},正向回报靠拢。
 
 ## 6. KL 系数
