@@ -120,9 +120,11 @@ def take_step(trainer, tokenizer, reward, prompts, queries) -> Step:
     adaptive = AdaptiveKLController(kl_coef, config.target, config.horizon)
     adaptive.update(stats["objective/kl"], len(scores))
     return Step(
-        config, prompts[0], completions, [tokenizer.convert_ids_to_tokens(ids.tolist()) for ids in response_tensors],
-        mask, scores, logprobs, ref_logprobs, values, penalties, rewards, deltas, advantages, returns, whitened,
-        epochs, stats, {"fixed": trainer.kl_controller.value, "adaptive": adaptive.value},
+        config=config, prompt=prompts[0], completions=completions,
+        responses=[tokenizer.convert_ids_to_tokens(ids.tolist()) for ids in response_tensors],
+        mask=mask, scores=scores, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values,
+        penalties=penalties, rewards=rewards, deltas=deltas, advantages=advantages, returns=returns, whitened=whitened,
+        epochs=epochs, stats=stats, kl_coefs={"fixed": trainer.kl_controller.value, "adaptive": adaptive.value},
     )  # fmt: skip
 
 
@@ -195,7 +197,7 @@ def page(step: Step, language: str) -> str:
         return int((step.whitened[i] > 0).sum())
 
     def dearest(i, sign):
-        return step.responses[i][int((sign * step.penalties[i]).argmax())]
+        return step.responses[i][int((sign * step.penalties[i][step.mask[i]]).argmax())]
 
     def marked(i, marks):
         return " ".join(token for token, mark in zip(step.responses[i], marks[i]) if mark)
@@ -245,8 +247,8 @@ calls these functions in the order of this page.
 | --- | --- | --- | --- |
 | π | the policy, the model in training; π<sub>old</sub> is how this step finds it | | |
 | π<sub>ref</sub> | the reference, the same model before all training | | |
-| β | price of the distance from the reference, in reward per nat | {beta:g} | `init_kl_coef` |
-| γ, λ | how much later rewards count; how much later surprises count | {gamma:g}, {lam:g} | `gamma`, `lam` |
+| β | price of distance from the reference, in reward per nat (unit of natural logarithms) | {beta:g} | `init_kl_coef` |
+| γ, λ | how much later rewards count; how much later news counts (section 3) | {gamma:g}, {lam:g} | `gamma`, `lam` |
 | ε | how far a probability is pushed in one step, as a share of itself | {cliprange:g} | `cliprange` |
 
 ## 1. Two completions and their scores
@@ -284,9 +286,9 @@ a completion on average over the batch: the KL.
 
 ## 3. From one score to every token: the advantage
 
-The value head guesses, before each token, the reward still to come: V. The first V of both completions is the same,
-{first_value}: the same prompt, and nothing else read yet. Then the guess changes with every character. In the
-formulas ′ is the next token; after the last token V′ and A′ are 0.
+The value head, a second output of the policy's network, guesses before each token how much reward is still to come:
+V. The first V of both completions is the same, {first_value}: the same prompt, and nothing else read yet. Then the
+guess changes with every character. In the formulas ′ is the next token; after the last token V′ and A′ are 0.
 
 | token | value V<br><br>`PPOTrainer.score` | reward r<br><br>`compute_rewards` \
 | delta δ<br>r + γ V′ - V<br>`compute_advantages` | advantage A<br>δ + γ λ A′<br>`compute_advantages` \
@@ -351,10 +353,10 @@ G; its loss, too, is the larger of a plain and a clipped one.
 {loss_rows}
 
 clip(V) stays within {cliprange_value:g} (`cliprange_value`) of the V of section 3, and {vf_coef:g} is `vf_coef`. The
-last line is what `PPOTrainer.step` returns and `metrics.csv` holds.
+last line, the mean over the epochs, is what `PPOTrainer.step` returns and `metrics.csv` holds.
 
 What to see: a policy loss of 0 in epoch 1 does not mean that there is nothing to learn. With all ratios 1 it is the
-mean of -Â, which whitening made 0; what counts is its slope, and downhill it goes, while more and more tokens are
+mean of -Â, which whitening made 0; what counts is its slope. From there it goes down, while more and more tokens are
 clipped. The value loss falls as well: V at the first token has gone from {first_value} to {new_first_value}, towards
 the returns.
 
@@ -380,16 +382,16 @@ English: [one_step.md](one_step.md)。两页都由 `python -m tests.one_step` �
 末位数字可能不同。
 
 演示用的 GPT-2(`--preset demo`)已经走了 {warm_up} 步。这里是第 {step} 步:跟着一条好评和一条差评,
-从它们的分数一直看到新的策略。(选得这么早,是因为再往后几乎全是好评。
-)每列的表头写着公式和算出这一列的函数(都在 [ppo.py](../ppo.py) 里);`PPOTrainer.step` 就按本页的顺序调用它们。
+从它们的分数一直看到新的策略;选这么早的一步,是因为再往后几乎全是好评。
+每列的表头写着公式和算出这一列的函数(都在 [ppo.py](../ppo.py) 里);`PPOTrainer.step` 就按本页的顺序调用它们。
 
 | 符号 | 含义 | 这里的值 | 在 `config.py` 里 |
 | --- | --- | --- | --- |
 | π | 策略,即正在训练的模型;π<sub>old</sub> 是这一步开始时的它 | | |
 | π<sub>ref</sub> | 参考模型,即训练开始之前的同一个模型 | | |
-| β | 离开参考模型的代价,单位是每 nat 多少奖励 | {beta:g} | `init_kl_coef` |
-| γ、λ | 后面的奖励算几成;后面的意外算几成 | {gamma:g}、{lam:g} | `gamma`、`lam` |
-| ε | 一步之内最多把概率推开多远(相对于它自己) | {cliprange:g} | `cliprange` |
+| β | 离开参考模型的代价,每 nat(自然对数的单位)扣多少奖励 | {beta:g} | `init_kl_coef` |
+| γ、λ | 后面的奖励算几成;后面的意外算几成(第 3 节) | {gamma:g}、{lam:g} | `gamma`、`lam` |
+| ε | 一步之内,概率最多被推高或压低几成 | {cliprange:g} | `cliprange` |
 
 ## 1. 两条续写和它们的分数
 
@@ -420,10 +422,11 @@ English: [one_step.md](one_step.md)。两页都由 `python -m tests.one_step` �
 因为它变得更少见了。整条续写的惩罚之和,好评是 {happy_penalty},差评是 {unhappy_penalty},与 0 到 1 的分数相比很小:
 离参考模型近,代价就低;走得越远,代价越高。去掉 -β 再求和,就是距离本身,即 KL:整批平均每条 {kl} nats。
 
-## 3. 从一个分数到每个词元:优势
+## 3. 从一个分数到每个词元:优势(advantage)
 
-价值头在每个词元出现之前,先猜后面还能得到多少奖励,这就是 V。两条续写的第一个 V 相同,都是 {first_value}:提示一样,
-别的还什么都没读。此后每读一个字,猜测就变一次。公式里 ′ 指下一个词元;最后一个词元之后,V′ 和 A′ 都是 0。
+价值头是策略网络的第二个输出:在每个词元出现之前,它先猜后面还能得到多少奖励,这就是 V。两条续写的第一个 V 相同,
+都是 {first_value}:提示一样,别的还什么都没读。此后每读一个字,猜测就变一次。公式里 ′ 指下一个词元;
+最后一个词元之后,V′ 和 A′ 都是 0。
 
 | 词元 | 价值 V<br><br>`PPOTrainer.score` | 奖励 r<br><br>`compute_rewards` \
 | 意外 δ<br>r + γ V′ - V<br>`compute_advantages` | 优势 A<br>δ + γ λ A′<br>`compute_advantages` \
@@ -481,7 +484,7 @@ G 平均 {mean_return},于是大多数词元都显得好于预料。因此要把
 {loss_rows}
 
 clip(V) 与第 3 节的 V 相差不超过 {cliprange_value:g}(`cliprange_value`);{vf_coef:g} 就是 `vf_coef`。
-最后一行是 `PPOTrainer.step` 返回、`metrics.csv` 记下的数。
+最后一行是各 epoch 的平均,也就是 `PPOTrainer.step` 返回、`metrics.csv` 记下的数。
 
 看什么:epoch 1 的策略损失是 0,并不等于没有东西可学。比值全是 1 时,它就是 -Â 的均值,而白化已经让这个均值等于 0;
 要紧的是坡度。损失果然一路下降,被截断的词元也越来越多。价值损失同样在下降:
@@ -507,7 +510,7 @@ TEXTS = {"en": (ENGLISH, "happy", "unhappy", "mean"), "zh": (CHINESE, "好评", 
 def main() -> None:
     step = take_step(*load(demo_config()))
     for language, path in PAGES.items():
-        path.write_text(page(step, language), encoding="utf-8")
+        path.write_text(page(step, language), encoding="utf-8", newline="\n")
         print(path)
 
 
