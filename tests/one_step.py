@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from config import PRESETS, PPOConfig
+from config import PPOConfig
 from ppo import AdaptiveKLController, compute_advantages, compute_rewards, masked_mean, policy_loss, whiten
 from reward import clean_text, score_texts
 from support.load import load
@@ -70,7 +70,8 @@ class Step:
 
 
 def demo_config() -> PPOConfig:
-    return PPOConfig(**PRESETS["demo"], device="cpu")
+    """The demo's settings with the lambda of the preset `default`."""
+    return PPOConfig(preset="demo", lam=1.0, seed=5, device="cpu")
 
 
 def take_step(trainer, tokenizer, reward, prompts, queries) -> Step:
