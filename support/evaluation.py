@@ -219,7 +219,7 @@ def before_after_table(evaluation: dict) -> str:
     for (prompt, old, old_score), (_, new, new_score) in list(
         zip(evaluation["before"]["samples"], evaluation["after"]["samples"])
     )[:SHOWN]:
-        prompt, old, new = (re.sub(r"([\\|])", r"\\\1", text) for text in (prompt, old, new))
+        prompt, old, new = (re.sub(r"([\\|])", r"\\\1", " ".join(text.split())) for text in (prompt, old, new))
         lines.append(f"| {prompt} | {old} | {old_score:.2f} | {new} | {new_score:.2f} |")
     return "\n".join(lines)
 

@@ -109,6 +109,11 @@ def load_policy(folder: Path, config: GPT2Config, device="cpu") -> GPT2HeadWithV
         raise UserError(f"the weights in {folder} lack {sorted(missing - value_head)[0]}: not a whole GPT-2 checkpoint")
     if missing:
         print(f"{folder.name}: no value head in this checkpoint, starting one at zero")
+    for (
+        weight
+    ) in model.parameters():  # a slice of a larger tensor was saved with all of it, and could not be saved again
+        if weight.untyped_storage().nbytes() > weight.nbytes:
+            weight.data = weight.data.clone()
     if config.tie_word_embeddings:
         model.lm_head.weight = model.transformer.wte.weight  # early 5.x leaves them apart where a checkpoint holds both
     if torch.device(device).type == "cpu":  # faster there than SDPA's kernels at these lengths, see docs/speed.md

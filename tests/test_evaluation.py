@@ -184,10 +184,10 @@ def test_completions_are_shown_as_common_only_where_they_are():
     assert after.split() == ["11", "a好", "3", "ab"]
 
 
-def test_a_bar_in_a_completion_does_not_break_the_table():
-    samples = {"samples": [["a", "好|坏\\差", 0.5]]}
+def test_bars_and_new_lines_in_a_completion_do_not_break_the_table():
+    samples = {"samples": [["a", "\n好|坏\\\n差", 0.5]]}
     row = evaluation.before_after_table({"before": samples, "after": samples}).splitlines()[2]
-    assert row == r"| a | 好\|坏\\差 | 0.50 | 好\|坏\\差 | 0.50 |"
+    assert row == r"| a | 好\|坏\\ 差 | 0.50 | 好\|坏\\ 差 | 0.50 |"
 
 
 def test_best_of_n_needs_n_samples_of_each_prompt():

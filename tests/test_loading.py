@@ -5,6 +5,7 @@ import shutil
 import warnings
 
 import pytest
+import safetensors.torch
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -154,6 +155,17 @@ def test_cross_attention_is_refused(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="cross-attention"):
         load(folder)
+
+
+def test_weights_that_are_slices_of_larger_ones_can_be_saved_again(tmp_path):
+    """As a vocabulary cut short leaves them: torch saves the whole tensor with its slice."""
+    folder = write_gpt2(tmp_path / "gpt2")
+    weights = torch.load(folder / "pytorch_model.bin")
+    longer = torch.cat([weights["transformer.wte.weight"], torch.zeros(9, 32)])
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        weights[name] = longer[:-9]
+    torch.save(weights, folder / "pytorch_model.bin")
+    safetensors.torch.save_model(load(folder), tmp_path / "again.safetensors")
 
 
 # --- other tokenizers
