@@ -122,8 +122,9 @@ class PPOConfig:
     )
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm at most.")
     micro_batch_size: int = option(
-        64,
-        "Completions that go through a model at once, which bounds memory and changes nothing else.",
+        0,
+        "Completions that go through a model at once, which bounds memory and changes nothing else; 0 for 64 or, on a "
+        "CUDA GPU, as many as an eighth of its memory holds the logits of.",
     )
 
     # --- run and logging
@@ -242,7 +243,7 @@ LIMITS = {  # name: (lowest, highest, whether the lowest itself is allowed)
     "cliprange_value": (0, INF, False), "vf_coef": (0, INF, True), "frozen_share": (0, 1, True),
     "init_kl_coef": (0, INF, True), "target": (0, INF, False), "horizon": (1, INF, True),
     "lr": (0, INF, False), "value_lr": (0, INF, False), "adam_epsilon": (0, INF, False),
-    "average_power": (0, INF, True), "max_grad_norm": (0, INF, False), "micro_batch_size": (1, INF, True),
+    "average_power": (0, INF, True), "max_grad_norm": (0, INF, False), "micro_batch_size": (0, INF, True),
     "seed": (0, 2**63 - 1, True), "log_samples_every": (0, INF, True), "save_every": (0, INF, True),
     "keep_checkpoints": (1, INF, True), "eval_samples": (2, INF, True),
 }  # fmt: skip
@@ -400,6 +401,22 @@ def pick_dtype(dtype: str, device):
     else:
         native = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return torch.bfloat16 if native else torch.float32
+
+
+def pick_micro_batch_size(config: PPOConfig, vocab_size: int, device) -> int:
+    """How many completions go through a model at once, as --micro_batch_size says.
+
+    Logits take most of the memory: some six passes over them in float32 live at the same time, 24 bytes a token and
+    vocabulary entry. A GPU is idle between small micro-batches, so there they are as large as an eighth of it holds.
+    """
+    if config.micro_batch_size:
+        return config.micro_batch_size
+    if device.type != "cuda":
+        return 64
+    import torch
+
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(1, memory // 8 // (24 * config.gen_len * vocab_size))
 
 
 def import_function(spec: str) -> Callable:

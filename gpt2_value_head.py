@@ -119,7 +119,7 @@ class GPT2HeadWithValueModel(GPT2PreTrainedModel):
         prompt_positions = position_ids(torch.ones_like(prompts.ids) if prompts.mask is None else prompts.mask)
         after = torch.arange(1, ids.shape[1] + 1, device=ids.device)
         prompt_states = wte(prompts.ids) + wpe(prompt_positions)
-        states = wte(ids) + wpe(prompt_positions[prompts.index, -1:] + after)
+        states = wte(ids) + wpe(prompt_positions[prompts.rows, -1:] + after)
         prompt_states, states = self.run_blocks(self.transformer.h[: self.n_frozen], prompts, prompt_states, states)
         return replace(completions, prompts=replace(prompts, hidden_states=prompt_states), hidden_states=states)
 
@@ -128,7 +128,7 @@ class GPT2HeadWithValueModel(GPT2PreTrainedModel):
         prompts, states = completions.prompts, completions.hidden_states
         blocks = self.transformer.h[self.n_frozen :]
         prompt_states, states = self.run_blocks(blocks, prompts, prompts.hidden_states, states)
-        last_of_prompts = prompt_states[:, -1:].index_select(0, prompts.index)
+        last_of_prompts = prompt_states[:, -1:].index_select(0, prompts.rows)
         hidden_states = self.transformer.ln_f(torch.cat([last_of_prompts, states], dim=1))
         value = self.v_head(hidden_states.detach() if detach_value else hidden_states)
         return self.lm_head(hidden_states), value
@@ -145,7 +145,7 @@ class GPT2HeadWithValueModel(GPT2PreTrainedModel):
         for block in blocks:
             prompt_states = block(prompt_states, cache, bias)
         if states.shape[1]:
-            cache.reorder_cache(prompts.index)
+            cache.reorder_cache(prompts.rows)
             bias = attention_bias(prompts.mask_with(states.shape[1]), states, prompt_states.shape[1] + states.shape[1])
             for block in blocks:
                 states = block(states, cache, bias)
@@ -161,14 +161,16 @@ def attention_bias(mask: torch.Tensor | None, states: torch.Tensor, n_keys: int)
     """What is added to attention scores: 0 where a token may look, the dtype's lowest number elsewhere.
 
     states (batch, seq, hidden) are of the last tokens of n_keys. mask (batch, n_keys) is 0 at the padding, or None.
-    Returns (batch, 1, seq, n_keys), or (seq, n_keys) without padding, in the states' dtype.
+    Returns (batch, 1, seq, n_keys), or (1, 1, seq, n_keys) without padding, in the states' dtype. In memory a row is a
+    multiple of 8 numbers long: CUDA's kernels would copy the bias, in every block, to make it so.
     """
-    seq = states.shape[1]
-    visible = torch.ones(seq, n_keys, dtype=torch.bool, device=states.device).tril(n_keys - seq)
+    seq, lowest = states.shape[1], torch.finfo(states.dtype).min
+    wide = torch.full((seq, -(-n_keys // 8) * 8), lowest, dtype=states.dtype, device=states.device)
+    bias = wide.triu(n_keys - seq + 1)[None, None]
     if mask is not None:
-        visible = visible & mask.bool()[:, None, None]
-    bias = torch.zeros(visible.shape, dtype=states.dtype, device=states.device)
-    return bias.masked_fill(~visible, torch.finfo(states.dtype).min)
+        padding = torch.nn.functional.pad(mask == 0, (0, bias.shape[-1] - n_keys))
+        bias = bias.masked_fill(padding[:, None, None], lowest)
+    return bias[..., :n_keys]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -180,7 +182,7 @@ class Prompts:
     """The distinct prompts of a batch, left-padded, and which of them each completion continues.
 
     ids (prompts, P) int64. mask (prompts, P) int64, 0 at the padding, or None where all have one length.
-    index (n,) int64: completion i continues prompt index[i].
+    index (n,) int64, on the CPU: completion i continues prompt index[i]. rows: the same, on the prompts' device.
     hidden_states (prompts, P, hidden): what `GPT2HeadWithValueModel.trunk` made of them, or None.
     """
 
@@ -188,6 +190,9 @@ class Prompts:
     mask: torch.Tensor | None
     index: torch.Tensor
     hidden_states: torch.Tensor | None = None
+
+    def __post_init__(self):
+        self.rows = self.index.to(self.ids.device, non_blocking=True)
 
     @classmethod
     def from_tensors(cls, query_tensors: list[torch.Tensor], pad_token_id: int, device) -> "Prompts":
@@ -200,19 +205,24 @@ class Prompts:
         mask = (torch.arange(longest) >= torch.tensor(padding)[:, None]).long() if any(padding) else None
         rows = {query: row for row, query in enumerate(distinct)}
         index = torch.tensor([rows[query] for query in queries])
-        return cls(ids.to(device), None if mask is None else mask.to(device), index.to(device))
+        ids, mask = (None if tensor is None else tensor.to(device, non_blocking=True) for tensor in (ids, mask))
+        return cls(ids, mask, index)
 
     def select(self, rows: torch.Tensor | slice) -> "Prompts":
-        """The prompts of these completions only."""
+        """The prompts of these completions only; rows on the CPU, where it is worked out which these are."""
         used, index = self.index[rows].unique(return_inverse=True)
-        mask, hidden_states = (None if tensor is None else tensor[used] for tensor in (self.mask, self.hidden_states))
-        return Prompts(self.ids[used], mask, index, hidden_states)
+        if len(used) == len(self.ids):
+            return replace(self, index=index)
+        used = used.to(self.ids.device, non_blocking=True)
+        tensors = (self.ids, self.mask, self.hidden_states)
+        ids, mask, hidden_states = (None if tensor is None else tensor[used] for tensor in tensors)
+        return Prompts(ids, mask, index, hidden_states)
 
     def mask_with(self, n_tokens: int) -> torch.Tensor | None:
         """Attention mask (n, P + n_tokens) of each completion's prompt followed by n_tokens of its own."""
         if self.mask is None:
             return None
-        mask = self.mask[self.index]
+        mask = self.mask[self.rows]
         return torch.cat([mask, mask.new_ones(len(mask), n_tokens)], dim=1)
 
 
@@ -232,10 +242,13 @@ class Completions:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def select(self, rows: torch.Tensor) -> "Completions":
-        """These completions only."""
+    def select(self, rows: torch.Tensor | slice) -> "Completions":
+        """These completions only; rows, a tensor of them, on the CPU."""
+        prompts = self.prompts.select(rows)
+        if isinstance(rows, torch.Tensor):
+            rows = rows.to(self.ids.device, non_blocking=True)
         hidden_states = None if self.hidden_states is None else self.hidden_states[rows]
-        return Completions(self.prompts.select(rows), self.ids[rows], self.mask[rows], hidden_states)
+        return Completions(prompts, self.ids[rows], self.mask[rows], hidden_states)
 
 
 def never_sampled_ids(tokenizer, vocab_size: int) -> list[int]:
@@ -276,6 +289,9 @@ def completion_uniforms(seed: int, step: int, indices: Iterable[int], gen_len: i
     return torch.from_numpy(np.stack(rows))
 
 
+ASK_EVERY = 8  # tokens between two looks whether all completions have ended: a GPU stops for each
+
+
 @torch.no_grad()
 def sample(
     model: GPT2HeadWithValueModel,
@@ -294,14 +310,14 @@ def sample(
     """
     device = prompts.ids.device
     precise = torch.float32 if device.type == "mps" else torch.float64
-    uniforms = uniforms.to(device)
+    uniforms = uniforms.to(device, non_blocking=True)
     n, gen_len = uniforms.shape
     responses = torch.full((n, gen_len), pad_token_id, device=device)
     running = torch.ones(n, dtype=torch.bool, device=device)
 
     hidden_states, cache = model.hidden_states(prompts.ids, prompts.mask, use_cache=True)
-    hidden_states = hidden_states[prompts.index, -1]
-    cache.batch_select_indices(prompts.index)
+    hidden_states = hidden_states[prompts.rows, -1]
+    cache.batch_select_indices(prompts.rows)
     for t in range(gen_len):
         probs = restrict_logits(model.lm_head(hidden_states), restriction, temperature).softmax(-1)
         cumulative = probs.to(precise).cumsum(-1)
@@ -311,7 +327,7 @@ def sample(
         responses[:, t] = tokens
         tokens = tokens.clamp(max=len(restriction) - 1)  # NaN has no token: one past the last, told below
         running = running & (tokens != sep_token_id)
-        if t + 1 == gen_len or not running.any():
+        if t + 1 == gen_len or (t % ASK_EVERY == ASK_EVERY - 1 and not running.any()):
             break
         hidden_states, cache = model.hidden_states(tokens[:, None], prompts.mask_with(t + 1), cache, use_cache=True)
         hidden_states = hidden_states[:, -1]

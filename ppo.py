@@ -18,9 +18,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
-from config import pick_dtype
+from config import pick_dtype, pick_micro_batch_size
 from gpt2_value_head import (
     Completions,
     Prompts,
@@ -197,24 +196,31 @@ class FixedKLController:
 
 
 MAX_SKIPPED = 10  # optimiser steps in a row without a finite gradient: then training has failed
+STATISTICS = (  # of one optimiser step, in the order in which `PPOTrainer.update` returns them
+    "ppo/loss/policy",
+    "ppo/loss/value",
+    "ppo/loss/total",
+    "ppo/policy/approxkl",
+    "ppo/policy/ratio",
+    "ppo/policy/clipfrac",
+    "ppo/val/clipfrac",
+    "ppo/grad_norm",
+    "ppo/skipped",
+)
 
 
-def polynomial_average(power: float):
-    """Polynomial-decay averaging of weights (Shamir & Zhang 2013, arXiv:1212.1824, section 4).
+@torch.no_grad()
+def polynomial_average(averages: list[torch.Tensor], weights: list[torch.Tensor], step: int, power: float) -> None:
+    """Polynomial-decay averaging of weights, in place (Shamir & Zhang 2013, arXiv:1212.1824, section 4).
 
-    Step t weighs about t^power:
+    Step t, from 1, weighs about t^power:
 
         average[t] = (1 - share) * average[t - 1] + share * weights[t],   share = (power + 1) / (power + t)
 
-    Power 0 is the plain mean. As the multi_avg_fn of AveragedModel, which counts the weights averaged before: t - 1.
+    Power 0 is the plain mean.
     """
-
-    def update(averages: list[torch.Tensor], weights: list[torch.Tensor], n_averaged: torch.Tensor) -> None:
-        share = (power + 1) / (power + n_averaged.item() + 1)
-        for average, weight in zip(averages, weights):
-            average.lerp_(weight, share)
-
-    return update
+    share = (power + 1) / (power + step)
+    torch._foreach_lerp_(averages, weights, share)
 
 
 class CompletionScorer(torch.nn.Module):
@@ -250,6 +256,7 @@ class PPOTrainer:
         self.config = config
         self.device = model.device
         self.dtype = pick_dtype(config.dtype, self.device)
+        self.micro_batch_size = pick_micro_batch_size(config, model.config.vocab_size, self.device)
         self.pad_token_id, self.sep_token_id = tokenizer.pad_token_id, tokenizer.sep_token_id
         self.never_sampled = set(never_sampled_ids(tokenizer, model.config.vocab_size))
         self.restriction = restriction(tokenizer, model.config.vocab_size, self.device)
@@ -275,20 +282,25 @@ class PPOTrainer:
                 ref_weight.data = weight.data
         self.trained = [weight for weight in model.parameters() if weight.requires_grad]
         self.computing = [weight for weight in self.compute_model.parameters() if weight.requires_grad]
+        if self.compute_model is not model:
+            for weight in self.trained:
+                weight.grad = torch.empty_like(weight)
+            self.gradients = [weight.grad for weight in self.trained]
 
         value_head = list(model.v_head.parameters())
         policy = [weight for weight in self.trained if not any(weight is v for v in value_head)]
         groups = [{"params": policy, "lr": config.lr}, {"params": value_head, "lr": config.value_lr}]
         fused = self.device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam(groups, eps=config.adam_epsilon, fused=fused)
-        self.average = AveragedModel(model, multi_avg_fn=polynomial_average(config.average_power))
+        self.average = copy.deepcopy(model)
+        self.averaged = [weight for weight in self.average.parameters() if weight.requires_grad]
         self.scorer = CompletionScorer(self.compute_model)
         if processes.world_size() > 1:
             self.scorer = DistributedDataParallel(self.scorer, gradient_as_bucket_view=True)
 
     @property
     def policy_for_saving(self):
-        return self.average.module if self.n_steps else self.model
+        return self.average if self.n_steps else self.model
 
     def generate(self, query_tensors: list[torch.Tensor], model=None, seed=None, step=None) -> list[torch.Tensor]:
         """Continue each query (1-d int64, or a list of ids): the responses, 1-d int64 on the CPU, [SEP] included.
@@ -304,15 +316,15 @@ class PPOTrainer:
         seed = self.config.seed if seed is None else seed
         step = self.n_steps + 1 if step is None else step
         model = self.in_compute_dtype(model)
-        n = len(query_tensors)
-        tokens = torch.zeros(n, self.config.gen_len, dtype=torch.int64, device=self.device)
-        at_once = 4 * self.config.micro_batch_size  # no gradients are kept: there is room for more
-        for rows in torch.arange(n)[processes.rows_of_rank(n)].split(at_once):
-            prompts = Prompts.from_tensors([query_tensors[i] for i in rows], self.pad_token_id, self.device)
-            uniforms = completion_uniforms(seed, step, (first + rows).tolist(), self.config.gen_len)
-            special = (self.restriction, self.sep_token_id, self.pad_token_id)
-            tokens[rows] = sample(model, prompts, uniforms, *special, self.config.temperature)
-        tokens = processes.all_reduce_sum(tokens).cpu()
+        special = (self.restriction, self.sep_token_id, self.pad_token_id)
+        rows = range(len(query_tensors))[processes.rows_of_rank(len(query_tensors))]
+        at_once = 4 * self.micro_batch_size  # no gradients are kept: there is room for more
+        tokens = torch.zeros(len(query_tensors), self.config.gen_len, dtype=torch.int64)
+        for part in (rows[i : i + at_once] for i in range(0, len(rows), at_once)):
+            prompts = Prompts.from_tensors([query_tensors[i] for i in part], self.pad_token_id, self.device)
+            uniforms = completion_uniforms(seed, step, [first + i for i in part], self.config.gen_len)
+            tokens[part.start : part.stop] = sample(model, prompts, uniforms, *special, self.config.temperature).cpu()
+        tokens = processes.all_reduce_sum(tokens)
         lengths = completion_mask(tokens, self.sep_token_id).sum(-1)
         return [row[:length] for row, length in zip(tokens, lengths)]
 
@@ -330,7 +342,7 @@ class PPOTrainer:
         config = self.config
         batch = self.collate(query_tensors, response_tensors, rewards)
         mask = batch.mask
-        scores = torch.as_tensor(rewards, dtype=torch.float32).to(self.device)
+        scores = torch.as_tensor(rewards, dtype=torch.float32).cpu()
         n = len(batch)
         if scores.shape != (n,):
             raise ValueError(f"rewards must have the shape ({n},), one number a response, not {tuple(scores.shape)}")
@@ -339,6 +351,8 @@ class PPOTrainer:
             raise ValueError(f"reward {i} is {float(scores[i])}: rewards must be finite numbers")
         if n % processes.world_size():
             raise ValueError(f"{n} completions do not divide by {processes.world_size()} processes")
+
+        scores = scores.to(self.device, non_blocking=True)
 
         # 1. What policy and reference think of the completions before this step's update
         batch = self.through_trunk(batch)
@@ -353,48 +367,49 @@ class PPOTrainer:
         whitened = whiten(advantages, mask)
 
         # 4. Several epochs of minibatches, in an order that depends on (seed, step, epoch) alone
+        fixed = torch.stack([old_logprobs, old_values, whitened, returns])
         stats = []
         for epoch in range(config.ppo_epochs):
             order = np.random.default_rng([config.seed, self.n_steps, epoch]).permutation(n)
-            for rows in torch.from_numpy(order).to(self.device).split(config.minibatch_size):
-                fixed = (old_logprobs[rows], old_values[rows], whitened[rows], returns[rows])
-                stats.append(self.update(batch.select(rows), *fixed))
-        rows = torch.stack([torch.stack(list(values.values())) for values in stats])
-        means = processes.all_reduce_mean(rows).unbind(1)
-        stats = dict(zip(stats[0], means))
+            for rows in torch.from_numpy(order).split(config.minibatch_size):
+                there = rows.to(self.device, non_blocking=True)
+                stats.append(self.update(batch.select(rows), *fixed[:, there]))
         self.n_steps, self.n_drawn = self.n_steps + 1, 0
-        self.average.update_parameters(self.model)
+        polynomial_average(self.averaged, self.trained, self.n_steps, config.average_power)
 
         # 5. Statistics, named as in TRL
         kl = (old_logprobs - ref_logprobs).where(mask, 0).sum(-1)
-        result = {
+        of_updates = processes.all_reduce_mean(torch.stack(stats))
+        of_step = {
             "objective/kl": kl.mean(),
-            "objective/kl_coef": self.kl_controller.value,
             "objective/entropy": masked_mean(entropy, mask),
             "objective/non_score_reward": non_score_rewards.sum(-1).mean(),
             "objective/rlhf_reward": rewards.sum(-1).mean(),
-            **{name: values.mean() for name, values in stats.items()},
-            "ppo/skipped": stats["ppo/skipped"].sum(),
+            **dict(zip(STATISTICS, of_updates.mean(0))),
+            "ppo/skipped": of_updates[:, STATISTICS.index("ppo/skipped")].sum(),
             "ppo/returns/mean": masked_mean(returns, mask),
             "ppo/val/mean": masked_mean(old_values, mask),
             "ppo/val/explained_variance": explained_variance(old_values, returns, mask),
             "tokens/completion_length": mask.sum() / n,
             "tokens/ended_share": ((batch.ids == self.sep_token_id) & mask).any(-1).float().mean(),
         }
-        result = {name: float(value) for name, value in result.items()}
+        fetched = torch.cat([torch.stack(list(of_step.values())), of_updates[:, -1]]).tolist()
+        result = {"objective/kl_coef": self.kl_controller.value, **dict(zip(of_step, fetched))}
+        self.count_skipped(fetched[len(of_step) :])
 
         # 6. The KL coefficient of the next step
         self.kl_controller.update(result["objective/kl"], n)
         return result
 
-    def update(self, minibatch: Completions, old_logprobs, old_values, advantages, returns) -> dict[str, torch.Tensor]:
+    def update(self, minibatch: Completions, old_logprobs, old_values, advantages, returns) -> torch.Tensor:
         """One optimiser step on a minibatch, its gradient gathered over micro-batches and averaged over processes.
 
-        The statistics' means over the processes are those of the minibatch.
+        Returns STATISTICS, (9,) float32, whose means over the processes are those of the minibatch.
         """
         config = self.config
         self.in_compute_dtype(self.model).zero_grad()
-        totals: dict[str, torch.Tensor] = {}
+        n_tokens = minibatch.mask.sum()
+        stats = 0
         for part in (parts := self.micro_batches(len(minibatch))):
             micro_batch = minibatch.select(part)
             mask = micro_batch.mask
@@ -407,29 +422,28 @@ class PPOTrainer:
                 )
                 vf_loss, vf_clipfrac = value_loss(values, old_values[part], returns[part], mask, config.cliprange_value)
                 loss = pg_loss + config.vf_coef * vf_loss
-                weight = processes.world_size() * mask.sum() / minibatch.mask.sum()
+                weight = processes.world_size() * mask.sum() / n_tokens
                 (weight * loss).backward()
             log_ratio = (logprobs.detach() - old_logprobs[part]).where(mask, 0)
-            for name, value in {
-                "ppo/loss/policy": pg_loss,
-                "ppo/loss/value": vf_loss,
-                "ppo/loss/total": loss,
-                "ppo/policy/approxkl": 0.5 * masked_mean(log_ratio**2, mask),
-                "ppo/policy/ratio": masked_mean(log_ratio.exp(), mask),
-                "ppo/policy/clipfrac": pg_clipfrac,
-                "ppo/val/clipfrac": vf_clipfrac,
-            }.items():
-                totals[name] = totals.get(name, 0) + weight * value.detach()
-        for weight, computing in zip(self.trained, self.computing):
-            weight.grad = computing.grad.to(weight.dtype)
+            approxkl, ratio = 0.5 * masked_mean(log_ratio**2, mask), masked_mean(log_ratio.exp(), mask)
+            of_part = (pg_loss, vf_loss, loss, approxkl, ratio, pg_clipfrac, vf_clipfrac)
+            stats = stats + weight * torch.stack(of_part).detach()
+        if self.compute_model is not self.model:
+            torch._foreach_copy_(self.gradients, [weight.grad for weight in self.computing])
         grad_norm = torch.nn.utils.clip_grad_norm_(self.trained, config.max_grad_norm)
-        finite = bool(grad_norm.isfinite())
-        if finite:
+        skipped = (~grad_norm.isfinite()).float()
+        if self.optimizer.defaults["fused"]:
+            self.optimizer.found_inf = skipped  # fused Adam does nothing where this is 1, and nobody waits for a GPU
+        if self.optimizer.defaults["fused"] or not skipped:
             self.optimizer.step()
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        if self.skipped_in_a_row == MAX_SKIPPED:
-            raise FloatingPointError(f"the gradient of {MAX_SKIPPED} optimiser steps in a row was not finite")
-        return totals | {"ppo/grad_norm": grad_norm, "ppo/skipped": grad_norm.new_tensor(float(not finite))}
+        return torch.cat([stats, torch.stack([grad_norm, skipped])])
+
+    def count_skipped(self, skipped: list[float]) -> None:
+        """Count the optimiser steps without a finite gradient, 1 or 0 each, that followed each other up to now."""
+        for one in skipped:
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if one else 0
+            if self.skipped_in_a_row == MAX_SKIPPED:
+                raise FloatingPointError(f"the gradient of {MAX_SKIPPED} optimiser steps in a row was not finite")
 
     # How a batch goes through a model
 
@@ -442,14 +456,18 @@ class PPOTrainer:
             torch._foreach_copy_(self.computing, self.trained)
         return self.compute_model
 
-    def micro_batches(self, n: int) -> tuple[torch.Tensor, ...]:
+    def micro_batches(self, n: int) -> list[slice]:
         """The rows, of n, that this process sends through a model, a micro-batch at a time."""
-        return torch.arange(n, device=self.device)[processes.rows_of_rank(n)].split(self.config.micro_batch_size)
+        mine = range(n)[processes.rows_of_rank(n)]
+        size = self.micro_batch_size
+        return [slice(first, min(first + size, mine.stop)) for first in range(mine.start, mine.stop, size)]
 
     @torch.no_grad()
     def over_micro_batches(self, function, batch: Completions) -> torch.Tensor:
         """function(micro-batch) -> (rows, ...), without gradients, for all rows of a batch, of every process."""
         computed = torch.cat([function(batch.select(part)) for part in self.micro_batches(len(batch))])
+        if processes.world_size() == 1:
+            return computed
         rows = computed.new_zeros(len(batch), *computed.shape[1:])
         rows[processes.rows_of_rank(len(batch))] = computed
         return processes.all_reduce_sum(rows)
@@ -522,7 +540,8 @@ class PPOTrainer:
         lengths = torch.tensor([len(response) for response in response_tensors])
         mask = completion_mask(responses, self.sep_token_id) & (torch.arange(responses.shape[1]) < lengths[:, None])
         prompts = Prompts.from_tensors(query_tensors, self.pad_token_id, self.device)
-        return Completions(prompts, responses.to(self.device), mask.to(self.device))
+        ids, mask = (tensor.to(self.device, non_blocking=True) for tensor in (responses, mask))
+        return Completions(prompts, ids, mask)
 
     def as_tensors(self, what: str, sequences) -> list[torch.Tensor]:
         """Token ids, tensors or lists, as 1-d int64 tensors on the CPU. ValueError where one is empty or unknown."""

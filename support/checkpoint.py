@@ -61,11 +61,10 @@ def write_checkpoint(trainer, partial: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_model(trainer.model, str(partial / FILES[0]))
-    save_model(trainer.average.module, str(partial / FILES[1]))
+    save_model(trainer.average, str(partial / FILES[1]))
     torch.save(
         {
             "optimizer": trainer.optimizer.state_dict(),
-            "n_averaged": trainer.average.n_averaged,
             "random": random_state(),
         },
         partial / FILES[2],
@@ -92,10 +91,9 @@ def load_checkpoint(trainer, folder: Path) -> None:
         print(f"no checkpoint in {folder} yet: the run starts from the beginning")
         return
     state, policy, average, saved = found
-    for model, weights in ((trainer.model, policy), (trainer.average.module, average)):
+    for model, weights in ((trainer.model, policy), (trainer.average, average)):
         model.load_state_dict(weights, strict=False)  # of the tied weights the file holds one
     trainer.optimizer.load_state_dict(saved["optimizer"])
-    trainer.average.n_averaged.copy_(saved["n_averaged"])
     set_random_state(saved["random"])
     trainer.n_steps, trainer.kl_controller.value = state["step"], state["kl_coef"]
     trainer.skipped_in_a_row = state["skipped_in_a_row"]
