@@ -138,8 +138,13 @@ class PPOConfig:
     run_name: Optional[str] = option(None, "Folder of this run below --runs_dir; a time stamp unless given.")
     runs_dir: str = option("runs", "Folder that holds the runs.")
     log_samples_every: int = option(10, "Print a few completions every this many steps; 0 for never.")
-    save_every: int = option(50, "Write a checkpoint every this many steps; 0 for only at the end.")
+    save_every: int = option(50, "Write a checkpoint every this many steps; 0 for none by steps.")
+    save_every_minutes: float = option(10.0, "Write one too when the last is this old, in minutes; 0 for never.")
     keep_checkpoints: int = option(2, "Checkpoints kept in the run folder; older ones are removed.")
+    process_timeout: float = option(
+        600.0,
+        "Seconds that processes wait for one another before a run ends; a reward or a download may be slow on one.",
+    )
     eval_samples: int = option(1024, "Completions that judge the policy before and after training, at least 2.")
     resume: Optional[str] = option(None, "Continue this run folder, or 'latest', with its own settings.")
     eval_only: Optional[str] = option(None, "Judge the saved model of this run folder again, and train nothing.")
@@ -245,6 +250,7 @@ LIMITS = {  # name: (lowest, highest, whether the lowest itself is allowed)
     "lr": (0, INF, False), "value_lr": (0, INF, False), "adam_epsilon": (0, INF, False),
     "average_power": (0, INF, True), "max_grad_norm": (0, INF, False), "micro_batch_size": (0, INF, True),
     "seed": (0, 2**63 - 1, True), "log_samples_every": (0, INF, True), "save_every": (0, INF, True),
+    "save_every_minutes": (0, INF, True), "process_timeout": (0, 10**6, False),
     "keep_checkpoints": (1, INF, True), "eval_samples": (2, INF, True),
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from config import PPOConfig, UserError
 from support import processes
-from support.command_line import read_command_line
+from support.command_line import how_to_go_on, read_command_line
 from support.load import load
 
 
@@ -114,23 +114,25 @@ def judge_again(config: PPOConfig, run_dir: Path) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program; the exit code."""
+    run_dir = None
     try:
         processes.init_process_group()
         config, run_dir, mode = processes.broadcast_from_rank_0(
             lambda: read_command_line(sys.argv[1:] if argv is None else argv)
         )
+        processes.set_timeout(config.process_timeout)
         if mode == "nothing":
             return 0
         return judge_again(config, run_dir) if mode == "eval_only" else train(config, run_dir, mode == "resume")
     except UserError as error:
-        if processes.rank() == 0:
-            print(f"train_ppo.py: error: {error}", file=sys.stderr)
+        processes.say_why(str(error))
         return 2
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
     except Exception as error:
-        if processes.lost_another_process(error):
+        if lost := processes.lost_process(error):
+            processes.say_why(f"{lost}; {how_to_go_on(run_dir)}")
             return 1
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported yet
             message = "the device is out of memory; lower --micro_batch_size (or --gen_len)"

@@ -11,8 +11,9 @@ from support import processes
 
 # Settings that may differ when a run goes on, since none of them changes what it computes (but for how long); and
 # when a saved run is judged again.
-HARMLESS = {"runs_dir", "device", "log_samples_every", "save_every", "keep_checkpoints", "micro_batch_size", "episodes"}
-FOR_JUDGING = {"runs_dir", "device", "dtype", "micro_batch_size", "eval_samples"}
+HARMLESS = {"runs_dir", "device", "log_samples_every", "save_every", "save_every_minutes", "keep_checkpoints"}
+HARMLESS |= {"process_timeout", "micro_batch_size", "episodes"}
+FOR_JUDGING = {"runs_dir", "device", "dtype", "process_timeout", "micro_batch_size", "eval_samples"}
 FINAL = ("model", "rewards.png", "before_after.md")  # what the end of a run writes, the last of them last
 
 
@@ -88,3 +89,15 @@ def saved_config(run_dir: Path, config: PPOConfig, given: set[str], allowed: set
     config = dataclasses.replace(saved, **{name: getattr(config, name) for name in given & allowed})
     config.check()
     return config
+
+
+def how_to_go_on(run_dir: Path | None) -> str:
+    """What to do after another process or machine is gone, and the newest checkpoint where this machine has any."""
+    if run_dir is None:
+        return "start the run again"
+    checkpoints = sorted((run_dir / "checkpoints").glob("step-*"))
+    if not run_dir.exists():
+        newest = f"the first machine has the checkpoints of {run_dir}"
+    else:
+        newest = f"the newest checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
+    return f"{newest}; when all machines are there again, go on with --resume {run_dir} in place of the other flags"

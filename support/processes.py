@@ -7,11 +7,19 @@ process that is alone every function here does nothing.
 """
 
 import ctypes
+import ipaddress
+import json
 import os
+import re
+import socket
 import sys
+import time
+import traceback
 from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 
-from config import UserError
+from config import PPOConfig, UserError
 
 
 def process_group():
@@ -43,12 +51,86 @@ def init_process_group() -> None:
     import torch
     import torch.distributed as dist
 
-    store, rank, world_size = next(dist.rendezvous("env://"))
+    timeout = timedelta(seconds=PPOConfig.process_timeout)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     store = dist.PrefixStore(f"start-{restart_count()}", store)
+    if world_size > int(os.environ["LOCAL_WORLD_SIZE"]):
+        choose_interface(store, rank, world_size)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     if rank:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+
+def choose_interface(store, rank: int, world_size: int) -> None:
+    """Have Gloo and NCCL use the network interface that leads to the other machines, unless the user has chosen one.
+
+    Gloo would take the address that this machine's own name resolves to, which on Debian is a loopback address and on
+    others none. The interface is that of the way to MASTER_ADDR or, where that name is a loopback address here, of the
+    way to another process. UserError where it cannot be found.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        store.set(f"address-{rank}", "")
+        return
+    address = local_address(os.environ["MASTER_ADDR"])
+    store.set(f"address-{rank}", address)
+    others = (store.get(f"address-{other}").decode() for other in range(world_size))
+    if is_loopback(address) and (other := next((other for other in others if other and not is_loopback(other)), None)):
+        address = local_address(other)
+    if not (name := interface_of(address)):
+        hint = "set GLOO_SOCKET_IFNAME to that between the machines"
+        raise UserError(f"host {socket.gethostname()}: no network interface has the address {address}; {hint}")
+    os.environ["GLOO_SOCKET_IFNAME"] = name
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # '=': no other whose name begins so
+
+
+def local_address(host: str) -> str:
+    """The address of this machine on the way to a host. Nothing is sent. UserError where no way leads there."""
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)
+            return probe.getsockname()[0]
+    except OSError as error:
+        hint = "set GLOO_SOCKET_IFNAME to the network interface between the machines"
+        raise UserError(f"host {socket.gethostname()}: no way to {host} ({error.strerror}); {hint}")
+
+
+def is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def interface_of(address: str) -> str | None:
+    """The name of the network interface with an address: the system's getifaddrs(), which Python does not offer."""
+
+    class Entry(ctypes.Structure):
+        pass
+
+    Entry._fields_ = [
+        ("next", ctypes.POINTER(Entry)),
+        ("name", ctypes.c_char_p),
+        ("flags", ctypes.c_uint),
+        ("address", ctypes.c_void_p),
+    ]
+    address = ipaddress.ip_address(address.partition("%")[0])
+    family, start = (socket.AF_INET, 4) if address.version == 4 else (socket.AF_INET6, 8)  # as in a sockaddr
+    libc, first = ctypes.CDLL(None), ctypes.POINTER(Entry)()
+    libc.getifaddrs(ctypes.byref(first))
+    entry, name = first, None
+    while entry and name is None:
+        found = entry.contents
+        if found.address and family in ctypes.string_at(found.address, 2):
+            if ctypes.string_at(found.address + start, len(address.packed)) == address.packed:
+                name = found.name.decode()
+        entry = found.next
+    libc.freeifaddrs(first)
+    return name
+
+
+def set_timeout(seconds: float) -> None:
+    """How long a process waits for the others from now on."""
+    if process_group():
+        process_group().distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 
 def exit_process(code: int) -> None:
@@ -61,13 +143,26 @@ def exit_process(code: int) -> None:
     sys.exit(code)
 
 
-def lost_another_process(error: Exception) -> bool:
-    """Whether an exception only says that another process of the group is gone."""
-    return (
-        process_group() is not None
-        and isinstance(error, RuntimeError)
-        and ("gloo" in str(error) or "NCCL" in str(error))
-    )
+def say_why(line: str) -> None:
+    """Say in one line why this process ends: on the screen, once a machine, and in torchrun's report."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(f"train_ppo.py: error: {line}", file=sys.stderr)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        message = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()))}}
+        Path(file).write_text(json.dumps({"message": message}), encoding="utf-8")
+
+
+def lost_process(error: Exception) -> str | None:
+    """In words: which wait an exception ended, where it says that another process is gone; else None."""
+    if process_group() is None or not isinstance(error, RuntimeError) or not re.search("gloo|NCCL", str(error)):
+        return None
+    here = Path(__file__)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != str(here)]
+    own = [frame for frame in frames if Path(frame.filename).is_relative_to(here.parent.parent)][-1]
+    address = re.search(r"\[[\d.:a-f]+\]:\d+", str(error))
+    how = "did not answer in time" if "imed out" in str(error) else "has closed its connection"
+    who = f"another machine or process{f' ({address[0]})' if address else ''}"
+    return f"{who} is gone: it {how}, for which this one waited in {own.name}() of {Path(own.filename).name}"
 
 
 def keep_freed_memory() -> None:
