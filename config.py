@@ -323,8 +323,11 @@ def parse_args(argv: list[str]) -> tuple[PPOConfig, set[str]]:
     return PPOConfig(**given), set(given)
 
 
-def load_config(path: Path) -> PPOConfig:
-    """The config that a run was started with. UserError where the file is missing, broken or has other fields."""
+def load_config(path: Path, may_lack: set[str] = frozenset()) -> PPOConfig:
+    """The config that a run was started with; of the fields in `may_lack` the default where it has none.
+
+    UserError where the file is missing, broken or has other fields.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -337,7 +340,7 @@ def load_config(path: Path) -> PPOConfig:
         raise UserError(f"{path} is no config of this program: it holds {wrong[0]!r}")
     config = PPOConfig(**values)
     dataclasses.replace(config, device="auto").check()  # a run may go on where its device is not
-    if absent := sorted(names - set(values)):
+    if absent := sorted(names - set(values) - may_lack):
         wrote = f"{path} was written by another version of this program and lacks {absent[0]!r}"
         raise UserError(f"{wrote}; add it with the value that the run was made with")
     return config

@@ -96,13 +96,19 @@ def draw_prompts(n_prompts: int, seed: int, step: int, batch_size: int) -> list[
 
 def judge_again(config: PPOConfig, run_dir: Path) -> int:
     """Judge the saved model of a run, and train nothing; the exit code."""
+    import copy
+
     trainer, tokenizer, reward, prompts, queries = load(config)
 
     from support.evaluation import evaluate
     from support.models import load_gpt2_config, load_policy
     from support.run_folder import RunFolder
 
-    saved = load_policy(run_dir / "model", load_gpt2_config(run_dir / "model"), trainer.device)
+    weights = processes.broadcast_from_rank_0(
+        lambda: load_policy(run_dir / "model", load_gpt2_config(run_dir / "model")).state_dict()
+    )
+    saved = copy.deepcopy(trainer.model)
+    saved.load_state_dict(weights)
     folder = RunFolder(run_dir, config)
     results = {}
     with folder.errors_explained(trainer):

@@ -78,7 +78,7 @@ def find_run_folder(config: PPOConfig, name: str) -> Path:
 
 def saved_config(run_dir: Path, config: PPOConfig, given: set[str], allowed: set[str]) -> PPOConfig:
     """A run's own config with the allowed flags given here. UserError for flags that would change the result."""
-    saved = load_config(run_dir / "config.json")
+    saved = load_config(run_dir / "config.json", may_lack=HARMLESS)
     for name in sorted(given):
         old, new = getattr(saved, name), getattr(config, name)
         if name not in allowed and old != new:

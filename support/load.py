@@ -1,5 +1,6 @@
 """Everything that a run needs, loaded in the order of what it costs to look."""
 
+import hashlib
 from pathlib import Path
 
 from config import PPOConfig, UserError, import_function, pick_device, pick_dtype
@@ -20,14 +21,25 @@ def load(config: PPOConfig):
         for flag in looks
     ]
     processes.keep_freed_memory()
-    return processes.on_all_ranks(lambda: load_models(config, *folders))
+    return load_models(config, *folders)
 
 
 def load_models(config: PPOConfig, policy_folder: Path, reward_folder: Path | None = None):
-    """As `load`, from local folders: configs first, then the prompts' lengths, and the weights last."""
+    """As `load`, from local folders."""
+    from support.text_trainer import TextPPOTrainer
+
+    loaded = processes.on_all_ranks(lambda: load_parts(config, policy_folder, reward_folder))
+    if processes.world_size() > 1:
+        check_same(config, *loaded)
+    policy, tokenizer, *others = loaded
+    return TextPPOTrainer.from_policy(policy, tokenizer, config), tokenizer, *others
+
+
+def load_parts(config: PPOConfig, policy_folder: Path, reward_folder: Path | None):
+    """Policy, tokenizer, reward, prompts and tokens: configs first, then the prompts' lengths, and the weights last."""
     from reward import SentimentReward
-    from support.models import encode_prompt
-    from support.text_trainer import TextPPOTrainer, read_policy_folder
+    from support.models import encode_prompt, load_policy
+    from support.text_trainer import read_policy_folder
 
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
@@ -42,5 +54,46 @@ def load_models(config: PPOConfig, policy_folder: Path, reward_folder: Path | No
         reward = import_function(config.reward)
     else:
         reward = SentimentReward(reward_folder, device, dtype, config.positive_label)
-    trainer = TextPPOTrainer.from_folder(policy_folder, config, gpt2_config, tokenizer)
-    return trainer, tokenizer, reward, prompts, queries
+    policy = load_policy(policy_folder, gpt2_config, device)
+    return policy, tokenizer, reward, prompts, queries
+
+
+def check_same(config: PPOConfig, policy, tokenizer, reward, prompts, queries) -> None:
+    """See that all processes loaded the same: UserError, on all of them, that names what differs and the hosts.
+
+    The demo's models, which every machine makes for itself, differ in the last digits between processors: of them all
+    take rank 0's weights.
+    """
+    import numpy
+    import torch
+    import transformers
+
+    versions = {library.__name__: library.__version__ for library in (torch, transformers, numpy)}
+    dtype = str(pick_dtype(config.dtype, policy.device)).removeprefix("torch.")
+    picked = {f"--device {config.device}": policy.device.type, f"--dtype {config.dtype}": dtype}
+    processes.check_same(versions | picked)
+    models = {"model_name": (policy, tokenizer)}
+    if not config.reward:
+        models["reward_model_name"] = (reward.pipeline.model, reward.pipeline.tokenizer)
+    hashes = {}
+    for flag, (model, its_tokenizer) in models.items():
+        name = f"--{flag} {getattr(config, flag)}"
+        if getattr(config, flag) == "demo":
+            processes.broadcast_weights(model)
+        hashes[f"the hash of the weights of {name}"] = hash_of(model.state_dict())
+        hashes[f"the hash of the tokenizer of {name}"] = hash_of(sorted(its_tokenizer.get_vocab().items()))
+    hashes["the hash of the prompts"] = hash_of([prompts, [ids.tolist() for ids in queries]])
+    processes.check_same(hashes)
+
+
+def hash_of(content) -> str:
+    """The first digits of a SHA-256 of a state dict's names and tensors, or of what repr() shows whole."""
+    import torch
+
+    if not isinstance(content, dict):
+        return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
+    digest = hashlib.sha256()
+    for name, tensor in content.items():
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]

@@ -217,18 +217,33 @@ def broadcast_from_rank_0(function: Callable):
 
 
 def on_all_ranks(function: Callable):
-    """function(), run by every process for itself. Where it raises UserError on any, all raise the first of them."""
+    """function(), run by every process for itself. Where it raises UserError on any, all raise the first of them.
+
+    A message from another machine than rank 0's says from which.
+    """
     result = error = None
     try:
         result = function()
     except UserError as raised:
         error = raised
-    errors = [error] * world_size()
-    if process_group():
-        process_group().all_gather_object(errors, error)
-    for error in filter(None, errors):
-        raise error
+    outcomes = all_gather((error, socket.gethostname()))
+    for error, host in outcomes:
+        if error is not None and host != outcomes[0][1]:
+            error.args = (f"on host {host}: {error}", *error.args[1:])
+        if error is not None:
+            raise error
     return result
+
+
+def check_same(values: dict[str, str]) -> None:
+    """UserError, on all processes, where a value is not that of rank 0."""
+    everyone = all_gather((values, socket.gethostname()))
+    expected, first_host = everyone[0]
+    for found, host in everyone:
+        for name, value in expected.items():
+            if found[name] != value:
+                difference = f"{name} is {value} on host {first_host} and {found[name]} on host {host}"
+                raise UserError(f"{difference}: all processes need the same")
 
 
 def local_rank_0_first(function: Callable):
@@ -242,6 +257,22 @@ def all_reduce_max(number: int) -> int:
     """The largest of the processes' numbers."""
     if process_group() is None:
         return number
-    numbers = [0] * world_size()
-    process_group().all_gather_object(numbers, number)
-    return max(numbers)
+    import torch
+
+    largest = torch.tensor(number)
+    process_group().all_reduce(largest, process_group().ReduceOp.MAX)
+    return int(largest)
+
+
+def all_gather(value) -> list:
+    """Every process's value, by rank."""
+    values = [value] * world_size()
+    if process_group():
+        process_group().all_gather_object(values, value)
+    return values
+
+
+def broadcast_weights(model) -> None:
+    """Give a model rank 0's weights, in place."""
+    for tensor in model.state_dict().values():
+        process_group().broadcast(tensor, 0)

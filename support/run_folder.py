@@ -14,6 +14,7 @@ import contextlib
 import csv
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +53,7 @@ class RunFolder:
             with disk_errors(self.path / "config.json"):
                 self.config.save(self.path / "config.json")
             self.run_log = RunLog(self.path, trainer.n_steps)
+        self.saved_at = time.monotonic()
         print(f"run folder {self.path}, {self.config.n_steps()} steps of {self.config.batch_size} completions")
         several = f"{processes.world_size()} processes, each " if processes.world_size() > 1 else ""
         print(f"{several}on {trainer.device} in {str(trainer.dtype)[6:]}")
@@ -94,12 +96,15 @@ class RunFolder:
             tqdm.write("\n".join([f"step {step}, mean reward {row['env/reward_mean']:.3f}", *shown]))
 
     def checkpoint_due(self, step: int) -> bool:
-        every = self.config.save_every
-        return step == self.config.n_steps() or (every > 0 and step % every == 0)
+        """After the last step, after every `save_every` steps, and when the last is `save_every_minutes` old."""
+        every, minutes = self.config.save_every, self.config.save_every_minutes
+        old = minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
+        return step == self.config.n_steps() or (every > 0 and step % every == 0) or old
 
     def save_checkpoint(self, trainer) -> None:
         if self.writes:
             save_checkpoint(trainer, self.path / "checkpoints", self.config.keep_checkpoints)
+        self.saved_at = time.monotonic()
 
     def save_model(self, trainer, tokenizer) -> None:
         """Replace model/ by the policy that training ended with; it is there whole or not at all."""

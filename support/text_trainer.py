@@ -32,14 +32,13 @@ class TextPPOTrainer(PPOTrainer):
         config = PPOConfig() if config is None else config
         config.check()
         folder = model_folder(str(name), "--model_name", read_policy_folder)
-        return cls.from_folder(folder, config, *read_policy_folder(folder))
+        gpt2_config, tokenizer = read_policy_folder(folder)
+        return cls.from_policy(load_policy(folder, gpt2_config, pick_device(config.device)), tokenizer, config)
 
     @classmethod
-    def from_folder(cls, folder: Path, config: PPOConfig, gpt2_config, tokenizer) -> "TextPPOTrainer":
-        """As `from_pretrained`, from what `read_policy_folder` has read of a local folder."""
-        device = pick_device(config.device)
-        policy = load_policy(folder, gpt2_config, device)
-        reference = copy.deepcopy(policy).to(pick_dtype(config.dtype, device))
+    def from_policy(cls, policy, tokenizer, config: PPOConfig) -> "TextPPOTrainer":
+        """As `from_pretrained`, from a policy as it was loaded; the reference is a copy of it."""
+        reference = copy.deepcopy(policy).to(pick_dtype(config.dtype, policy.device))
         trainer = cls(config, policy, reference, tokenizer)
         trainer.tokenizer = tokenizer
         trained, total = (

@@ -1,33 +1,57 @@
 """Several processes: the update, the statistics and the run are those of one."""
 
+import contextlib
 import copy
 import csv
+import functools
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import distributed as dist
 from torch import multiprocessing
 
-from config import PPOConfig
+from config import PPOConfig, UserError, pick_dtype
 from ppo import PPOTrainer
-from support import processes
-from support.command_line import new_run_folder
+from reward import score_texts
+from support import load, processes, run_folder
+from support.command_line import how_to_go_on, new_run_folder, read_command_line
 from support.models import encode_prompt, load_gpt2_config, load_policy, load_tokenizer
+from tests.conftest import write_gpt2
 from train_ppo import main
 
 ROOT = Path(__file__).resolve().parent.parent
 
 PROMPTS = ["刚收到货,感觉", "衣服", "这本书很好"]
 RUN = "--preset demo --device cpu --batch_size 16 --minibatch_size 8 --eval_samples 16 --log_samples_every 0".split()
+
+
+@contextlib.contextmanager
+def counted_collectives():
+    """A list that gets, for every call of torch.distributed, its exchanges; what DDP sends of gradients is not seen."""
+    count = []
+    exchanges = {"all_reduce": 1, "broadcast": 1, "all_gather_object": 2, "broadcast_object_list": 2}
+    calls = {name: getattr(dist, name) for name in exchanges}
+
+    def counting(name, *args, **options):
+        count.append(exchanges[name])
+        return calls[name](*args, **options)
+
+    for name in calls:
+        setattr(dist, name, functools.partial(counting, name))
+    yield count
+    for name, call in calls.items():
+        setattr(dist, name, call)
 
 
 def three_steps(rank, n_processes, folder, gpt2_folder):
@@ -44,15 +68,19 @@ def three_steps(rank, n_processes, folder, gpt2_folder):
     config = PPOConfig(**sizes, ppo_epochs=2, lr=1e-4, dtype="float32", device="cpu")
     trainer = PPOTrainer(config, model, copy.deepcopy(model), tokenizer)
     queries = [encode_prompt(tokenizer, PROMPTS[i % 3]) for i in range(16)]
-    stats = []
+    stats, collectives = [], []
     for step in range(3):
         if step == 2 and rank == n_processes - 1:
             handle = model.transformer.ln_f.weight.register_hook(
                 lambda gradient: handle.remove() or gradient * torch.nan
             )
-        responses = trainer.generate(queries)
-        of_many_lengths = [response[: 1 + i % 8] for i, response in enumerate(responses)]
-        stats.append(trainer.step(queries, of_many_lengths, [0.1 * (i % 5) for i in range(16)]))
+        with counted_collectives() as count:
+            responses = trainer.generate(queries)
+            of_many_lengths = [response[: 1 + i % 8] for i, response in enumerate(responses)]
+            scores = score_texts(lambda texts: [0.1 * int(text) for text in texts], [str(i % 5) for i in range(16)])
+            stats.append(trainer.step(queries, of_many_lengths, scores))
+            processes.all_reduce_max(0)
+        collectives.append(sum(count))
     os.environ["LOCAL_RANK"] = str(rank)
 
     def build() -> bool:
@@ -62,7 +90,7 @@ def three_steps(rank, n_processes, folder, gpt2_folder):
 
     found = processes.local_rank_0_first(build)
     results = {"weights": model.state_dict(), "average": trainer.policy_for_saving.state_dict(), "stats": stats}
-    results |= {"responses": responses, "found": found}
+    results |= {"responses": responses, "found": found, "collectives": collectives}
     torch.save(results, f"{folder}/{n_processes}-{rank}.pt")
     if n_processes > 1:
         processes.exit_process(0)
@@ -97,6 +125,9 @@ def test_the_update_does_not_depend_on_the_number_of_processes(n_processes, alon
         for one, other in zip(alone["stats"][:2], result["stats"]):
             assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
         assert [stats["ppo/skipped"] for stats in result["stats"]] == [0, 0, 1]  # by all processes, or by none
+        assert all(
+            0 < count <= 12 for count in result["collectives"]
+        )  # each is a wait for the slowest and for the network
 
 
 def test_shares_cover_all_rows_once(monkeypatch):
@@ -121,6 +152,177 @@ def test_a_restarted_process_finds_the_folder_of_its_run(tmp_path, monkeypatch):
     (tmp_path / "a-job-2").mkdir()
     assert name("a/job", 0) == "a-job-3" and name("a/job", 2) == "a-job-2"
     assert name("none", 0) == name("none", 1) == f"torchrun-{os.getppid()}"
+
+
+@pytest.mark.parametrize(("master", "peer"), [("10.0.0.1", ""), ("127.0.1.1", "10.0.0.2"), ("127.0.0.1", "127.0.0.1")])
+def test_gloo_and_nccl_take_the_interface_that_leads_to_the_other_machine(master, peer, monkeypatch):
+    """As on the machine of MASTER_ADDR, whose own name may mean a loopback address there."""
+    store = dist.HashStore()
+    store.set("address-1", peer)
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MASTER_ADDR", master)
+    monkeypatch.setattr(processes, "local_address", {"10.0.0.2": "10.0.0.1"}.get if peer[:2] == "10" else lambda a: a)
+    if master == "127.0.1.1":
+        monkeypatch.setattr(processes, "local_address", lambda host: "10.0.0.1" if host == peer else "127.0.1.1")
+    monkeypatch.setattr(processes, "interface_of", {"10.0.0.1": "eth0", "127.0.0.1": "lo", "127.0.1.1": "lo"}.get)
+    processes.choose_interface(store, 0, 2)
+    name = "lo" if peer == "127.0.0.1" else "eth0"
+    assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == (name, f"={name}")
+
+
+def test_an_interface_that_the_user_chose_stays(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    monkeypatch.setattr(processes, "local_address", lambda host: pytest.fail("looked for another"))
+    processes.choose_interface(dist.HashStore(), 0, 2)
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
+
+
+def test_an_interface_is_found_by_its_address_or_the_user_is_told(monkeypatch):
+    assert processes.interface_of(processes.local_address("127.0.0.1")) in ("lo", "lo0")
+    assert processes.interface_of("192.0.2.1") is None  # of documentation, RFC 5737
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr(processes, "local_address", lambda host: "192.0.2.1")
+    with pytest.raises(UserError, match="no network interface has the address 192.0.2.1; set GLOO_SOCKET_IFNAME"):
+        processes.choose_interface(dist.HashStore(), 0, 1)
+
+
+def test_a_checkpoint_is_due_by_time_too(tmp_path, monkeypatch):
+    clock, saved = [0.0], []
+    monkeypatch.setattr(run_folder, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(run_folder, "save_checkpoint", lambda *_: saved.append(clock[0]))
+    trainer = SimpleNamespace(n_steps=0, device="cpu", dtype=torch.float32)
+    for minutes, expected in ((10.0, [12 * 60, 24 * 60]), (0.0, [])):
+        clock[0] = 0.0
+        saved.clear()
+        config = PPOConfig(save_every=0, save_every_minutes=minutes, batch_size=1, minibatch_size=1)
+        folder = run_folder.RunFolder(tmp_path / str(minutes), config)
+        folder.open(trainer, resume=False)
+        for step in range(1, 9):  # of four minutes each
+            clock[0] += 4 * 60
+            if folder.checkpoint_due(step):
+                folder.save_checkpoint(trainer)
+        assert saved == expected
+
+
+def test_the_way_on_names_the_newest_checkpoint_where_there_is_one(tmp_path):
+    run_dir = tmp_path / "run"
+    assert "the first machine has the checkpoints" in how_to_go_on(run_dir)
+    run_dir.mkdir()
+    assert "there is no checkpoint yet" in how_to_go_on(run_dir)
+    for step in ("step-000002", "step-000010"):
+        (run_dir / "checkpoints" / step).mkdir(parents=True)
+    said = how_to_go_on(run_dir)
+    assert f"{run_dir}/checkpoints/step-000010; " in said and f"--resume {run_dir}" in said
+
+
+def test_a_run_goes_on_with_other_waits_and_where_an_older_program_knew_none(runs, tmp_path):
+    copied = shutil.copytree(runs[0] / "runs" / "two", tmp_path / "copied")
+    config = json.loads((copied / "config.json").read_text(encoding="utf-8"))
+    for name in ("process_timeout", "save_every_minutes"):
+        del config[name]
+    (copied / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    config, *_ = read_command_line(["--resume", str(copied), "--process_timeout", "9", "--episodes", "64"])
+    assert (config.process_timeout, config.save_every_minutes) == (9, 10)
+
+
+# ----------------------------------------------------------------------------------------------
+# Two machines: two processes that take themselves to be on different hosts
+
+
+def on_two_hosts(rank, folder):
+    """What is said, on each, where the machines differ; to a file. Each has a working directory of its own."""
+    os.chdir(f"{folder}/m{rank}")
+    socket.gethostname = lambda: f"gpu-{rank + 1}"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    sizes = dict(batch_size=16, minibatch_size=8, device="cpu", reward="builtins:len", gen_len=8)
+
+    def said(gpt2, **options) -> str:
+        try:
+            trainer, *_ = load.load_models(PPOConfig(**sizes, **options), Path(gpt2))
+        except UserError as error:
+            return str(error)
+        return f"{load.hash_of(trainer.model.state_dict())} {load.hash_of(trainer.ref_model.state_dict())}"
+
+    results = {
+        "prompts": said("gpt2", dtype="float32", model_name="gpt2", prompts_file="prompts.txt"),
+        "same": said("gpt2", dtype="float32", model_name="gpt2"),
+        "weights": said("other", dtype="float32", model_name="other"),
+        "demo": said("other", dtype="float32", model_name="demo"),
+        "lines": said("gpt2", dtype="float32", model_name="gpt2", prompts_file="lines.txt"),
+    }
+    load.pick_dtype = lambda *_: (torch.float32, torch.bfloat16)[rank]
+    results["dtype"] = said("gpt2", model_name="gpt2")
+    torch.__version__ += ("", "-other")[rank]
+    results["version"] = said("gpt2", model_name="gpt2")
+    load.pick_dtype, torch.__version__ = pick_dtype, torch.__version__.removesuffix("-other")
+
+    results["code"] = main(["--eval_only", "runs/two"])  # a folder that the first machine alone has
+
+    processes.set_timeout(1)
+    try:
+        if rank == 0:
+            processes.all_reduce_max(0)  # the other never comes
+        time.sleep(3)
+    except RuntimeError as error:
+        results["timeout"] = processes.lost_process(error)
+    torch.save(results, f"{folder}/{rank}.pt")
+    processes.exit_process(0)
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory, runs):
+    """What each of two machines was told."""
+    folder = tmp_path_factory.mktemp("machines")
+    for rank in range(2):
+        write_gpt2(folder / f"m{rank}" / "gpt2")
+        weights = torch.load(write_gpt2(folder / f"m{rank}" / "other") / "pytorch_model.bin")
+        weights["transformer.ln_f.bias"][3] += 0.1 + 1e-6 * rank
+        torch.save(weights, folder / f"m{rank}" / "other" / "pytorch_model.bin")
+        (folder / f"m{rank}" / "lines.txt").write_text("衣服\n" * (1 + rank), encoding="utf-8")
+    (folder / "m0" / "prompts.txt").write_text("衣服\n", encoding="utf-8")
+    shutil.copytree(runs[0] / "runs" / "two", folder / "m0" / "runs" / "two")
+    multiprocessing.spawn(on_two_hosts, (str(folder),), 2)
+    return folder, *(torch.load(folder / f"{rank}.pt") for rank in range(2))
+
+
+def test_an_error_names_the_other_machine(machines):
+    _, *said = machines
+    expected = "on host gpu-2: --prompts_file prompts.txt cannot be read: No such file or directory"
+    assert [each["prompts"] for each in said] == [expected] * 2
+
+
+def test_what_differs_between_machines_is_one_line(machines):
+    _, first, second = machines
+    for what, pattern in (
+        ("weights", r"the hash of the weights of --model_name other is \w{12} on host gpu-1 and \w{12} on host gpu-2"),
+        ("dtype", "--dtype auto is float32 on host gpu-1 and bfloat16 on host gpu-2: all processes need the same"),
+        ("version", r"torch is [\d.+a-z]+ on host gpu-1 and [\d.+a-z]+-other on host gpu-2"),
+        ("lines", r"the hash of the prompts is \w{12} on host gpu-1 and \w{12} on host gpu-2"),
+    ):
+        assert re.match(pattern, first[what]) and first[what] == second[what]
+
+
+def test_the_demos_models_are_those_of_the_first_machine(machines):
+    _, first, second = machines
+    assert re.fullmatch(r"(\w{12}) \1", first["demo"]) and first["demo"] == second["demo"]
+    assert first["same"] == second["same"] != first["demo"]
+
+
+def test_a_model_on_the_first_machine_is_judged_by_both(machines, runs):
+    folder, first, second = machines
+    assert first["code"] == second["code"] == 0 and not (folder / "m1" / "runs").exists()
+    paths = [run / "two" / "evaluation.json" for run in (runs[0] / "runs", folder / "m0" / "runs")]
+    once, again = (json.loads(path.read_text(encoding="utf-8"))["after"] for path in paths)
+    assert (again["reward"], again["kl"]) == pytest.approx((once["reward"], once["kl"]), abs=1e-4)
+
+
+def test_a_machine_that_does_not_answer_is_given_up(machines):
+    _, first, _ = machines
+    assert re.search(r"is gone: it did not answer in time, .* in on_two_hosts\(\) of test_dist", first["timeout"])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -248,6 +450,8 @@ def test_a_killed_process_is_replaced_and_the_run_goes_on(tmp_path, demo):
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["job"]
     assert [row["step"] for row in rows(tmp_path / "runs" / "job")] == list("123456")
     assert 'train_ppo.py", line' not in errors  # the others ended without a traceback
+    lost = re.findall("train_ppo.py: error: another machine or process.* is gone: it has closed .*", errors)
+    assert len(lost) == 1 and f"the newest checkpoint is {tmp_path}/runs/job/checkpoints/step-000004;" in lost[0]
     assert "4/6" in errors  # the restarted processes began behind the checkpoint of step 4
 
 
