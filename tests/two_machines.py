@@ -1,0 +1,136 @@
+"""The README's two-machine command between two machines: network namespaces of this one, with a cable between them.
+
+    python -m tests.two_machines [SCENARIO ...] [--hosts good|debian|none]
+
+Each machine has its own address, host name, /etc/hosts and working directory. --hosts: what a machine's own name
+resolves to: the cable's address, 127.0.1.1 (Debian's default), or nothing; all three unless given. Prints a line for
+each, and for what is not as it should be the machines' last lines too; the exit code is then 1. It needs root and `ip`
+(apt-get install iproute2), and says so where they lack.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = "--preset demo --device cpu --eval_samples 16 --batch_size 16 --minibatch_size 16 --save_every 1 --run_name job"
+SCENARIOS = {  # the event, each machine's exit code (None: not awaited), what the first one says
+    "plain": (None, [0, 0], "model, metrics and pictures are in runs/job"),
+    "eval_only": ("judge", [0, 0], "mean reward"),
+    "kill": (
+        "kill",
+        [1, None],
+        r"is gone: it has closed its connection.*the newest checkpoint is runs/job/checkpoints",
+    ),
+    "vanish": ("cut", [1, None], r"is gone: it did not answer in time.*the newest checkpoint is runs/job/checkpoints"),
+}
+
+
+class Machine:
+    """A namespace `name` with the address 10.77.0.`number`, whose processes see a /etc/hosts of their own."""
+
+    def __init__(self, number: int, name: str, folder: Path, hosts: str):
+        self.number, self.name, self.folder = number, name, folder
+        self.folder.mkdir()
+        known = {"good": f"10.77.0.{number} m{number}\n", "debian": f"127.0.1.1 m{number}\n", "none": ""}[hosts]
+        (folder / "hosts").write_text("127.0.0.1 localhost\n" + known)
+
+    def start(self, flags: str) -> None:
+        command = (
+            f"{sys.executable} -m torch.distributed.run --nnodes 2 --node-rank {self.number - 1} --nproc-per-node 1 "
+            f"--master-addr 10.77.0.1 --master-port 29500 {ROOT / 'train_ppo.py'} {flags}"
+        )
+        inside = f"hostname m{self.number}; mount --bind hosts /etc/hosts; exec {command}"
+        unshare = "unshare --uts --mount --pid --fork --kill-child --mount-proc bash -c".split()
+        with (self.folder / "log").open("wb") as log:
+            self.process = subprocess.Popen(
+                ["ip", "netns", "exec", self.name, *unshare, inside],
+                cwd=self.folder, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+
+    def log(self) -> str:
+        return (self.folder / "log").read_text(errors="replace")
+
+    def steps(self) -> int:
+        metrics = self.folder / "runs" / "job" / "metrics.csv"
+        return metrics.read_text().count("\n") - 1 if metrics.exists() else 0
+
+    def kill(self) -> None:
+        """SIGKILL to the first process of the namespace of processes, and so to all of them at once."""
+        pid = self.process.pid
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            os.kill(int(child), signal.SIGKILL)
+        self.process.wait()
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True)
+
+
+def run(scenario: str, hosts: str, folder: Path) -> list[str]:
+    """Run a scenario to its end; what is not as it should be."""
+    event, codes, said = SCENARIOS[scenario]
+    names = [f"two-{os.getpid()}-{number}" for number in (1, 2)]
+    machines = []
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
+        for number, name in enumerate(names, 1):
+            ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "cable")
+            for link in ("lo", "cable"):
+                ip("-n", name, "link", "set", link, "up")
+            machines.append(Machine(number, name, folder / f"m{number}", hosts))
+        stopped_by_event = event in ("kill", "cut")
+        for machine in machines:
+            machine.start(f"{FLAGS} --process_timeout 10 --episodes {16_000 if stopped_by_event else 64}")
+        if stopped_by_event:
+            deadline = time.monotonic() + 120
+            while machines[0].steps() < 2 and machines[0].process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.1)
+            machines[1].kill() if event == "kill" else ip("-n", names[1], "link", "set", "cable", "down")
+        elif event == "judge":
+            for machine in machines:
+                machine.process.wait(120)
+            for machine in machines:
+                machine.start("--eval_only runs/job")
+        found = []
+        for machine, code in zip(machines, codes):
+            if code is not None and (got := machine.process.wait(60)) != code:
+                found.append(f"machine {machine.number} ended with {got}\n{machine.log()[-3000:]}")
+        if not re.search(said, machines[0].log()):
+            found.append(f"machine 1 does not say {said!r}\n{machines[0].log()[-3000:]}")
+        return found
+    except subprocess.TimeoutExpired:
+        return [f"machine {machine.number} after its time:\n{machine.log()[-3000:]}" for machine in machines]
+    finally:
+        for machine in machines:
+            if machine.process.poll() is None:
+                machine.kill()
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=f"of {', '.join(SCENARIOS)}; all by default")
+    parser.add_argument("--hosts", nargs="*", default=["good", "debian", "none"])
+    args = parser.parse_args()
+    if os.geteuid() or not shutil.which("ip"):
+        sys.exit(print("skipped: network namespaces need root and `ip` (apt-get install iproute2)"))
+    failed = False
+    for scenario in args.scenarios or SCENARIOS:
+        for hosts in args.hosts:
+            started = time.monotonic()
+            with tempfile.TemporaryDirectory() as folder:
+                found = run(scenario, hosts, Path(folder))
+            failed |= bool(found)
+            print(f"{scenario}, hosts {hosts}: {time.monotonic() - started:.0f} s,", *(found or ["as it should be"]))
+    sys.exit(failed)
