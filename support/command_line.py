@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import socket
 from datetime import datetime
 from pathlib import Path
 
@@ -15,6 +16,8 @@ HARMLESS = {"runs_dir", "device", "log_samples_every", "save_every", "save_every
 HARMLESS |= {"process_timeout", "micro_batch_size", "episodes"}
 FOR_JUDGING = {"runs_dir", "device", "dtype", "process_timeout", "micro_batch_size", "eval_samples"}
 FINAL = ("model", "rewards.png", "before_after.md")  # what the end of a run writes, the last of them last
+
+JOB_FILE = ".torchrun-id"  # below torchrun the job that a run folder belongs to
 
 
 def read_command_line(argv: list[str]) -> tuple[PPOConfig, Path, str]:
@@ -29,9 +32,12 @@ def read_command_line(argv: list[str]) -> tuple[PPOConfig, Path, str]:
         config.check()
         run_dir = new_run_folder(config)
         mode = "resume" if (run_dir / "config.json").exists() else "train"  # a restart goes on, see new_run_folder
+        if mode == "train" and processes.restart_count():
+            here = f"{run_dir} is not on this machine, {socket.gethostname()}"
+            print(f"THIS JOB HAS BEEN STARTED BEFORE, BUT ITS RUN FOLDER IS NOT HERE: IT BEGINS AT STEP 1 ({here})")
     if mode == "resume":
         config = saved_config(run_dir, config, given - {"resume"}, HARMLESS)
-        if all((run_dir / name).exists() for name in FINAL) and (given <= {"resume"} or processes.restart_count()):
+        if is_finished(run_dir) and (given <= {"resume"} or processes.restart_count()):
             print(f"{run_dir} is finished already, nothing is missing")
             mode = "nothing"
     for name in ("batch_size", "minibatch_size"):
@@ -46,7 +52,7 @@ def new_run_folder(config: PPOConfig) -> Path:
 
     Without --run_name a run is called after the time. Below torchrun its processes may be restarted and must find the
     folder again, so there it is called after torchrun's --rdzv-id, or, where torchrun knows none, after torchrun's
-    process number. A later run of the same name is NAME-2; a restarted one takes the last that is there.
+    process number. A later run of the same name is NAME-2; one that goes on takes the last that is there.
     """
     runs = Path(config.runs_dir)
     if config.run_name is None:
@@ -55,13 +61,26 @@ def new_run_folder(config: PPOConfig) -> Path:
         names = [name]
         while (runs / names[-1]).exists():
             names.append(f"{name}-{len(names) + 1}")
-        config.run_name = names[-2] if processes.restart_count() and len(names) > 1 else names[-1]
+        config.run_name = names[-2] if len(names) > 1 and goes_on(runs / names[-2]) else names[-1]
     run_dir = runs / config.run_name
-    if run_dir.exists() and not processes.restart_count():
+    if run_dir.exists() and not goes_on(run_dir):
         raise UserError(
             f"--run_name {config.run_name}: {run_dir} exists already; choose another name, or --resume {run_dir}"
         )
     return run_dir
+
+
+def goes_on(run_dir: Path) -> bool:
+    """Whether this start goes on with a run folder that is there: torchrun has restarted the processes, or the run is
+    not finished and has torchrun's job written in it, as where a machine joins or comes back."""
+    if processes.restart_count():
+        return True
+    owner = run_dir / JOB_FILE
+    return owner.exists() and owner.read_text(encoding="utf-8") == processes.job() and not is_finished(run_dir)
+
+
+def is_finished(run_dir: Path) -> bool:
+    return all((run_dir / name).exists() for name in FINAL)
 
 
 def find_run_folder(config: PPOConfig, name: str) -> Path:

@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 import traceback
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -37,14 +38,20 @@ def world_size() -> int:
 
 
 def restart_count() -> int:
-    """How often torchrun has started this process anew because one of the run's processes had died."""
+    """How often torchrun has started the run's processes anew because one of them had died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def job() -> str | None:
+    """torchrun's --rdzv-id, which stays when machines join, leave and come back; None where there is none."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if name == "none" else name
 
 
 def init_process_group() -> None:
     """Enter the group that torchrun's environment variables describe, if they do. From here on rank 0 alone prints.
 
-    A restarted group must not meet its dead processes' addresses in torchrun's store, so its keys have a prefix.
+    UserError where the processes do not find one another.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
@@ -52,14 +59,43 @@ def init_process_group() -> None:
     import torch.distributed as dist
 
     timeout = timedelta(seconds=PPOConfig.process_timeout)
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    store = dist.PrefixStore(f"start-{restart_count()}", store)
-    if world_size > int(os.environ["LOCAL_WORLD_SIZE"]):
-        choose_interface(store, rank, world_size)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(agree_on_prefix(store, rank, world_size), store)
+        if world_size > int(os.environ.get("LOCAL_WORLD_SIZE", 0)):
+            choose_interface(store, rank, world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(f"host {socket.gethostname()}: the processes did not find one another ({reason})")
+    restarts = all_reduce_max(restart_count())  # of which a machine that joins later has seen none
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(restarts)
     if rank:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+
+def agree_on_prefix(store, rank: int, world_size: int) -> str:
+    """A prefix for the keys of this start, the same on all processes and on no earlier start.
+
+    torchrun's store may still hold the addresses of dead processes, and how often a process was started is not the same
+    on all machines. Rank 0 offers a name, each other process answers it with a name of its own, and rank 0 confirms the
+    answers. The offer of an earlier start confirms other names, and is passed over.
+    """
+    name = uuid.uuid4().hex
+    if rank == 0:
+        store.set("offer", name)
+        answers = [store.get(f"{name}-{other}").decode() for other in range(1, world_size)]
+        store.set(f"{name}-confirmed", " ".join(answers))
+        return name
+    deadline = time.monotonic() + PPOConfig.process_timeout
+    while time.monotonic() < deadline:
+        offer = store.get("offer").decode()
+        store.set(f"{offer}-{rank}", name)
+        if store.check([f"{offer}-confirmed"]) and name in store.get(f"{offer}-confirmed").decode().split():
+            return offer
+        time.sleep(0.05)
+    raise UserError(f"host {socket.gethostname()}: the first process did not come in {PPOConfig.process_timeout:g} s")
 
 
 def choose_interface(store, rank: int, world_size: int) -> None:

@@ -26,6 +26,7 @@ from plot_rewards import draw
 from reward import RewardError
 from support import evaluation, processes
 from support.checkpoint import disk_errors, load_checkpoint, save_checkpoint, write_whole
+from support.command_line import JOB_FILE
 from support.models import save_policy
 
 
@@ -47,6 +48,8 @@ class RunFolder:
             with disk_errors(self.path):
                 self.path.mkdir(parents=True, exist_ok=resume or processes.restart_count() > 0)
                 self.lock = lock_folder(self.path)
+                if processes.job():
+                    write_whole(self.path / JOB_FILE, processes.job())
         if resume:
             load_checkpoint(trainer, self.path / "checkpoints")
         if self.writes:

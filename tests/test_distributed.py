@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ from config import PPOConfig, UserError, pick_dtype
 from ppo import PPOTrainer
 from reward import score_texts
 from support import load, processes, run_folder
-from support.command_line import how_to_go_on, new_run_folder, read_command_line
+from support.command_line import FINAL, how_to_go_on, new_run_folder, read_command_line
 from support.models import encode_prompt, load_gpt2_config, load_policy, load_tokenizer
 from tests.conftest import write_gpt2
 from train_ppo import main
@@ -152,6 +153,53 @@ def test_a_restarted_process_finds_the_folder_of_its_run(tmp_path, monkeypatch):
     (tmp_path / "a-job-2").mkdir()
     assert name("a/job", 0) == "a-job-3" and name("a/job", 2) == "a-job-2"
     assert name("none", 0) == name("none", 1) == f"torchrun-{os.getppid()}"
+
+
+def test_a_machine_that_joins_finds_the_folder_of_its_job(tmp_path, monkeypatch):
+    """It was never restarted: the job is written in the folder of a run that is not finished."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a/job")
+
+    def opened(**options) -> Path:
+        config = PPOConfig(runs_dir=str(tmp_path), **options)
+        folder = run_folder.RunFolder(new_run_folder(config), config)
+        folder.open(SimpleNamespace(n_steps=0, device="cpu", dtype=torch.float32), resume=False)
+        folder.lock.release()
+        return folder.path
+
+    assert opened() == tmp_path / "a-job" == new_run_folder(PPOConfig(runs_dir=str(tmp_path)))
+    assert opened(run_name="mine") == new_run_folder(PPOConfig(runs_dir=str(tmp_path), run_name="mine"))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "other")
+    with pytest.raises(UserError, match="exists already"):
+        new_run_folder(PPOConfig(runs_dir=str(tmp_path), run_name="mine"))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a/job")
+    for name in FINAL:
+        (tmp_path / "a-job" / name).touch()
+    assert new_run_folder(PPOConfig(runs_dir=str(tmp_path))).name == "a-job-2"
+
+
+def test_a_restart_without_the_run_folder_says_so_in_capitals(tmp_path, monkeypatch, capsys):
+    flags = ["--preset", "demo", "--runs_dir", str(tmp_path), "--run_name", "job"]
+    assert read_command_line(flags)[2] == "train" and "BEGINS AT STEP 1" not in capsys.readouterr().out
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert read_command_line(flags)[2] == "train"
+    assert "ITS RUN FOLDER IS NOT HERE: IT BEGINS AT STEP 1" in capsys.readouterr().out
+
+
+def test_all_processes_of_a_start_agree_on_a_prefix_and_later_ones_on_another(tmp_path):
+    """In torchrun's store, which still holds the keys of an earlier start; the others come before the first."""
+    store = dist.FileStore(str(tmp_path / "store"), 3)
+    prefixes = []
+    for _ in range(2):
+        with ThreadPoolExecutor() as threads:
+            others = [
+                threads.submit(processes.agree_on_prefix, dist.FileStore(str(tmp_path / "store"), 3), rank, 3)
+                for rank in (1, 2)
+            ]
+            time.sleep(0.2)
+            prefixes.append(processes.agree_on_prefix(store, 0, 3))
+            assert [other.result(5) for other in others] == [prefixes[-1]] * 2
+    assert prefixes[0] != prefixes[1]
 
 
 @pytest.mark.parametrize(("master", "peer"), [("10.0.0.1", ""), ("127.0.1.1", "10.0.0.2"), ("127.0.0.1", "127.0.0.1")])
@@ -388,9 +436,8 @@ def test_one_process_alone_writes_and_prints(runs):
     assert output.count("run folder") == output.count("model, metrics and pictures are in") == 1
     assert "2 processes" in output
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["one", "two"]
-    assert {path.name for path in (tmp_path / "runs" / "two").iterdir()} == {
-        path.name for path in (tmp_path / "runs" / "one").iterdir()
-    }
+    one, two = ({path.name for path in (tmp_path / "runs" / name).iterdir()} for name in ("one", "two"))
+    assert two == one | {".torchrun-id"}
 
 
 @pytest.mark.parametrize("n_processes", [1, 4])
