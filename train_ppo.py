@@ -120,7 +120,7 @@ def judge_again(config: PPOConfig, run_dir: Path) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program; the exit code."""
-    run_dir = None
+    run_dir = mode = None
     try:
         processes.init_process_group()
         config, run_dir, mode = processes.broadcast_from_rank_0(
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except Exception as error:
         if lost := processes.lost_process(error):
-            processes.say_why(f"{lost}; {how_to_go_on(run_dir)}")
+            processes.say_why(f"{lost}; {how_to_go_on(run_dir if mode != 'eval_only' else None)}")
             return 1
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported yet
             message = "the device is out of memory; lower --micro_batch_size (or --gen_len)"

@@ -196,7 +196,9 @@ def lost_process(error: Exception) -> str | None:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != str(here)]
     own = [frame for frame in frames if Path(frame.filename).is_relative_to(here.parent.parent)][-1]
     address = re.search(r"\[[\d.:a-f]+\]:\d+", str(error))
-    how = "did not answer in time" if "imed out" in str(error) else "has closed its connection"
+    how = "has closed its connection"
+    if timed_out := re.search(r"[Tt]imed out.*?(\d+) ?ms", str(error)):
+        how = f"did not answer for {int(timed_out[1]) / 1000:g} s (--process_timeout)"
     who = f"another machine or process{f' ({address[0]})' if address else ''}"
     return f"{who} is gone: it {how}, for which this one waited in {own.name}() of {Path(own.filename).name}"
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -188,16 +189,15 @@ def test_a_restart_without_the_run_folder_says_so_in_capitals(tmp_path, monkeypa
 
 def test_all_processes_of_a_start_agree_on_a_prefix_and_later_ones_on_another(tmp_path):
     """In torchrun's store, which still holds the keys of an earlier start; the others come before the first."""
-    store = dist.FileStore(str(tmp_path / "store"), 3)
+    stores = [dist.FileStore(str(tmp_path / "store"), 3) for _ in range(3)]
+    for store in stores:
+        store.set_timeout(timedelta(seconds=5))
     prefixes = []
     for _ in range(2):
         with ThreadPoolExecutor() as threads:
-            others = [
-                threads.submit(processes.agree_on_prefix, dist.FileStore(str(tmp_path / "store"), 3), rank, 3)
-                for rank in (1, 2)
-            ]
+            others = [threads.submit(processes.agree_on_prefix, stores[rank], rank, 3) for rank in (1, 2)]
             time.sleep(0.2)
-            prefixes.append(processes.agree_on_prefix(store, 0, 3))
+            prefixes.append(processes.agree_on_prefix(stores[0], 0, 3))
             assert [other.result(5) for other in others] == [prefixes[-1]] * 2
     assert prefixes[0] != prefixes[1]
 
@@ -370,7 +370,10 @@ def test_a_model_on_the_first_machine_is_judged_by_both(machines, runs):
 
 def test_a_machine_that_does_not_answer_is_given_up(machines):
     _, first, _ = machines
-    assert re.search(r"is gone: it did not answer in time, .* in on_two_hosts\(\) of test_dist", first["timeout"])
+    assert re.search(
+        r"is gone: it did not answer for 1 s \(--process_timeout\), .* in on_two_hosts\(\) of test_dist",
+        first["timeout"],
+    )
 
 
 # ----------------------------------------------------------------------------------------------

@@ -21,7 +21,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = "--preset demo --device cpu --eval_samples 16 --batch_size 16 --minibatch_size 16 --save_every 1 --run_name job"
+OPTIONS = "--nnodes 2 --node-rank {rank} --master-addr 10.77.0.1 --master-port 29500"
+ELASTIC = "--nnodes 1:2 --max-restarts 3 --rdzv-backend c10d --rdzv-id job --rdzv-endpoint 10.77.0.1:29500"
+ELASTIC += " --rdzv-conf is_host={is_host} --local-addr 10.77.0.{number}"
 SCENARIOS = {  # the event, each machine's exit code (None: not awaited), what the first one says
+    # join: the second machine is started when the first is at work alone; both go on with the same run
     "plain": (None, [0, 0], "model, metrics and pictures are in runs/job"),
     "eval_only": ("judge", [0, 0], "mean reward"),
     "kill": (
@@ -29,7 +33,8 @@ SCENARIOS = {  # the event, each machine's exit code (None: not awaited), what t
         [1, None],
         r"is gone: it has closed its connection.*the newest checkpoint is runs/job/checkpoints",
     ),
-    "vanish": ("cut", [1, None], r"is gone: it did not answer in time.*the newest checkpoint is runs/job/checkpoints"),
+    "join": ("join", [0, 0], r"(?s)\non cpu in float32.*2 processes, each on cpu.*pictures are in runs/job"),
+    "vanish": ("cut", [1, None], r"is gone: it did not answer for 10 s.*the newest checkpoint is runs/job/checkpoints"),
 }
 
 
@@ -39,20 +44,22 @@ class Machine:
     def __init__(self, number: int, name: str, folder: Path, hosts: str):
         self.number, self.name, self.folder = number, name, folder
         self.folder.mkdir()
+        self.process = None
         known = {"good": f"10.77.0.{number} m{number}\n", "debian": f"127.0.1.1 m{number}\n", "none": ""}[hosts]
         (folder / "hosts").write_text("127.0.0.1 localhost\n" + known)
 
-    def start(self, flags: str) -> None:
+    def start(self, flags: str, options: str = OPTIONS) -> None:
+        options = options.format(number=self.number, rank=self.number - 1, is_host=int(self.number == 1))
         command = (
-            f"{sys.executable} -m torch.distributed.run --nnodes 2 --node-rank {self.number - 1} --nproc-per-node 1 "
-            f"--master-addr 10.77.0.1 --master-port 29500 {ROOT / 'train_ppo.py'} {flags}"
+            f"{sys.executable} -m torch.distributed.run --nproc-per-node 1 {options} {ROOT / 'train_ppo.py'} {flags}"
         )
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         inside = f"hostname m{self.number}; mount --bind hosts /etc/hosts; exec {command}"
         unshare = "unshare --uts --mount --pid --fork --kill-child --mount-proc bash -c".split()
         with (self.folder / "log").open("wb") as log:
             self.process = subprocess.Popen(
                 ["ip", "netns", "exec", self.name, *unshare, inside],
-                cwd=self.folder, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                cwd=self.folder, stdout=log, stderr=log, env=environment,
             )  # fmt: skip
 
     def log(self) -> str:
@@ -88,14 +95,21 @@ def run(scenario: str, hosts: str, folder: Path) -> list[str]:
             for link in ("lo", "cable"):
                 ip("-n", name, "link", "set", link, "up")
             machines.append(Machine(number, name, folder / f"m{number}", hosts))
-        stopped_by_event = event in ("kill", "cut")
-        for machine in machines:
-            machine.start(f"{FLAGS} --process_timeout 10 --episodes {16_000 if stopped_by_event else 64}")
-        if stopped_by_event:
+        episodes = {"kill": 16_000, "cut": 16_000, "join": 4_800}.get(event, 64)
+        for machine in machines[:1] if event == "join" else machines:
+            machine.start(
+                f"{FLAGS} --process_timeout 10 --episodes {episodes}", ELASTIC if event == "join" else OPTIONS
+            )
+        if event in ("kill", "cut", "join"):
             deadline = time.monotonic() + 120
             while machines[0].steps() < 2 and machines[0].process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.1)
-            machines[1].kill() if event == "kill" else ip("-n", names[1], "link", "set", "cable", "down")
+        if event == "kill":
+            machines[1].kill()
+        elif event == "cut":
+            ip("-n", names[1], "link", "set", "cable", "down")
+        elif event == "join":
+            machines[1].start(f"{FLAGS} --process_timeout 10 --episodes {episodes}", ELASTIC)
         elif event == "judge":
             for machine in machines:
                 machine.process.wait(120)
@@ -103,7 +117,7 @@ def run(scenario: str, hosts: str, folder: Path) -> list[str]:
                 machine.start("--eval_only runs/job")
         found = []
         for machine, code in zip(machines, codes):
-            if code is not None and (got := machine.process.wait(60)) != code:
+            if code is not None and (got := machine.process.wait(180)) != code:
                 found.append(f"machine {machine.number} ended with {got}\n{machine.log()[-3000:]}")
         if not re.search(said, machines[0].log()):
             found.append(f"machine 1 does not say {said!r}\n{machines[0].log()[-3000:]}")
@@ -112,7 +126,7 @@ def run(scenario: str, hosts: str, folder: Path) -> list[str]:
         return [f"machine {machine.number} after its time:\n{machine.log()[-3000:]}" for machine in machines]
     finally:
         for machine in machines:
-            if machine.process.poll() is None:
+            if machine.process and machine.process.poll() is None:
                 machine.kill()
         for name in names:
             subprocess.run(["ip", "netns", "delete", name])
@@ -132,5 +146,9 @@ if __name__ == "__main__":
             with tempfile.TemporaryDirectory() as folder:
                 found = run(scenario, hosts, Path(folder))
             failed |= bool(found)
-            print(f"{scenario}, hosts {hosts}: {time.monotonic() - started:.0f} s,", *(found or ["as it should be"]))
+            print(
+                f"{scenario}, hosts {hosts}: {time.monotonic() - started:.0f} s,",
+                *(found or ["as it should be"]),
+                flush=True,
+            )
     sys.exit(failed)
