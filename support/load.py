@@ -1,11 +1,16 @@
 """Everything that a run needs, loaded in the order of what it costs to look."""
 
 import hashlib
+import sys
 from pathlib import Path
 
 from config import PPOConfig, UserError, import_function, pick_device, pick_dtype
 from support import processes
 from support.hub import model_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = [ROOT / f"{name}.py" for name in ("config", "gpt2_value_head", "ppo", "reward", "train_ppo")]
+PROGRAM += sorted((ROOT / "support").glob("*.py"))
 
 
 def load(config: PPOConfig):
@@ -71,7 +76,10 @@ def check_same(config: PPOConfig, policy, tokenizer, reward, prompts, queries) -
     versions = {library.__name__: library.__version__ for library in (torch, transformers, numpy)}
     dtype = str(pick_dtype(config.dtype, policy.device)).removeprefix("torch.")
     picked = {f"--device {config.device}": policy.device.type, f"--dtype {config.dtype}": dtype}
-    processes.check_same(versions | picked)
+    program = {"the hash of this program's files": hash_of([path.read_bytes() for path in PROGRAM])}
+    if config.reward and (path := getattr(sys.modules[config.reward.partition(":")[0]], "__file__", None)):
+        program[f"the hash of the file of --reward {config.reward}"] = hash_of(Path(path).read_bytes())
+    processes.check_same(versions | program | picked)
     models = {"model_name": (policy, tokenizer)}
     if not config.reward:
         models["reward_model_name"] = (reward.pipeline.model, reward.pipeline.tokenizer)

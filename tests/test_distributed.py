@@ -286,11 +286,11 @@ def on_two_hosts(rank, folder):
     socket.gethostname = lambda: f"gpu-{rank + 1}"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
-    sizes = dict(batch_size=16, minibatch_size=8, device="cpu", reward="builtins:len", gen_len=8)
+    defaults = dict(batch_size=16, minibatch_size=8, device="cpu", reward="builtins:len", gen_len=8)
 
     def said(gpt2, **options) -> str:
         try:
-            trainer, *_ = load.load_models(PPOConfig(**sizes, **options), Path(gpt2))
+            trainer, *_ = load.load_models(PPOConfig(**defaults | options), Path(gpt2))
         except UserError as error:
             return str(error)
         return f"{load.hash_of(trainer.model.state_dict())} {load.hash_of(trainer.ref_model.state_dict())}"
@@ -302,6 +302,11 @@ def on_two_hosts(rank, folder):
         "demo": said("other", dtype="float32", model_name="demo"),
         "lines": said("gpt2", dtype="float32", model_name="gpt2", prompts_file="lines.txt"),
     }
+    results["reward"] = said("gpt2", dtype="float32", model_name="gpt2", reward="its_own:score")
+    program = load.PROGRAM
+    load.PROGRAM = program[: len(program) - rank]
+    results["program"] = said("gpt2", dtype="float32", model_name="gpt2")
+    load.PROGRAM = program
     load.pick_dtype = lambda *_: (torch.float32, torch.bfloat16)[rank]
     results["dtype"] = said("gpt2", model_name="gpt2")
     torch.__version__ += ("", "-other")[rank]
@@ -330,6 +335,7 @@ def machines(tmp_path_factory, runs):
         weights = torch.load(write_gpt2(folder / f"m{rank}" / "other") / "pytorch_model.bin")
         weights["transformer.ln_f.bias"][3] += 0.1 + 1e-6 * rank
         torch.save(weights, folder / f"m{rank}" / "other" / "pytorch_model.bin")
+        (folder / f"m{rank}" / "its_own.py").write_text(f"def score(texts): return [{rank}] * len(texts)\n")
         (folder / f"m{rank}" / "lines.txt").write_text("衣服\n" * (1 + rank), encoding="utf-8")
     (folder / "m0" / "prompts.txt").write_text("衣服\n", encoding="utf-8")
     shutil.copytree(runs[0] / "runs" / "two", folder / "m0" / "runs" / "two")
@@ -349,6 +355,8 @@ def test_what_differs_between_machines_is_one_line(machines):
         ("weights", r"the hash of the weights of --model_name other is \w{12} on host gpu-1 and \w{12} on host gpu-2"),
         ("dtype", "--dtype auto is float32 on host gpu-1 and bfloat16 on host gpu-2: all processes need the same"),
         ("version", r"torch is [\d.+a-z]+ on host gpu-1 and [\d.+a-z]+-other on host gpu-2"),
+        ("program", r"the hash of this program's files is \w{12} on host gpu-1 and \w{12} on host gpu-2"),
+        ("reward", r"the hash of the file of --reward its_own:score is \w{12} on host gpu-1 and \w{12} on host gpu-2"),
         ("lines", r"the hash of the prompts is \w{12} on host gpu-1 and \w{12} on host gpu-2"),
     ):
         assert re.match(pattern, first[what]) and first[what] == second[what]
