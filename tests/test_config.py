@@ -67,7 +67,7 @@ def test_help_in_a_fresh_process_loads_no_model_library():
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     text = " ".join(result.stdout.split())
-    assert "--reward_model_name" in text and "(default: demo)" in text and "(default: 5120)" in text
+    assert "--reward_model_name" in text and "(default: demo)" in text and "(default: 10240)" in text
     assert all(result.stdout.count(f"\n  --{name} ") == 1 for name in PPOConfig.__dataclass_fields__)
     titles = [line[:-1] for line in result.stdout.splitlines() if re.fullmatch(r"\w.*:", line)]
     assert titles == ["options", *config.GROUPS.values()]
