@@ -64,7 +64,15 @@ def write_review(draw: random.Random) -> tuple[str, int]:
 # ----------------------------------------------------------------------------------------------
 # Training
 
-REVIEWS, STEPS, BATCH = 8_000, {"gpt2": 400, "sentiment": 120}, 64
+REVIEWS, STEPS, BATCH, LR = 8_000, {"gpt2": 400, "sentiment": 120}, 64, 2e-3
+GPT2_SIZES = {"n_positions": 64, "n_embd": 96, "n_layer": 2, "n_head": 4}
+CLASSIFIER_SIZES = {
+    "max_position_embeddings": 64,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+}
 
 
 def demo_models() -> tuple[Path, Path]:
@@ -98,63 +106,88 @@ def cache_folder() -> Path:
     raise UserError(f"neither {home} nor {tempfile.gettempdir()} can be written; set XDG_CACHE_HOME to another folder")
 
 
-def make_demo_models(out: Path) -> None:
-    """Train both models and write them below `out`, the same weights every time."""
+def make_demo_models(
+    out: Path, gpt2_sizes: dict = GPT2_SIZES, vocab_size: int = 0, lr: float = LR, device: str = "cpu"
+) -> None:
+    """Train both models and write them below `out`, on a CPU the same weights every time.
+
+    gpt2_sizes are fields of GPT2Config; the classifier's sizes are always the demo's. vocab_size: as in `write_vocab`.
+    lr is the highest learning rate of the GPT-2.
+    """
     draw = random.Random(1)
     reviews = [write_review(draw) for _ in range(REVIEWS)]
-    vocab = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        *sorted({character for text, _ in reviews for character in text}),
-    ]
-    (out / "vocab.txt").write_text("\n".join(vocab) + "\n", encoding="utf-8")
+    vocab = write_vocab(out / "vocab.txt", reviews, vocab_size)
     tokenizer = BertTokenizer(str(out / "vocab.txt"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        gpt2_config = GPT2Config(
-            vocab_size=len(vocab), n_positions=64, n_embd=96, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=None,
-            activation_function="gelu_pytorch_tanh", attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
-        )  # fmt: skip
-        gpt2 = GPT2LMHeadModel(gpt2_config)
-        fit(gpt2, tokenizer, reviews, STEPS["gpt2"], draw)
-        classifier_config = BertConfig(
-            vocab_size=len(vocab), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256,
-            max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-            id2label={0: NEGATIVE, 1: POSITIVE}, label2id={NEGATIVE: 0, POSITIVE: 1},
-        )  # fmt: skip
-        classifier = BertForSequenceClassification(classifier_config)
-        fit(classifier, tokenizer, reviews, STEPS["sentiment"], draw)
-    special = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
+        gpt2 = new_gpt2(len(vocab), gpt2_sizes).to(device)
+        fit(gpt2, tokenizer, reviews, STEPS["gpt2"], draw, lr)
+        classifier = new_classifier(len(vocab), CLASSIFIER_SIZES).to(device)
+        fit(classifier, tokenizer, reviews, STEPS["sentiment"], draw, LR)
     for name, model in (("gpt2", gpt2), ("sentiment", classifier)):
-        folder = out / name
-        folder.mkdir()
-        config = model.config.to_dict() | {"architectures": [type(model).__name__], "tokenizer_class": "BertTokenizer"}
-        for key in ("bos_token_id", "eos_token_id", "dtype") if name == "gpt2" else ("dtype",):
-            config.pop(key, None)
-        (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        shutil.copy(out / "vocab.txt", folder / "vocab.txt")
-        (folder / "tokenizer_config.json").write_text(
-            json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 64, **special}),
-            encoding="utf-8",
-        )
-        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+        write_model(out / name, model.cpu(), out / "vocab.txt")
 
 
-def fit(model, tokenizer, reviews: list[tuple[str, int]], steps: int, draw: random.Random) -> None:
+def write_vocab(path: Path, reviews: list[tuple[str, int]], size: int = 0) -> list[str]:
+    """Write the tokens of a vocabulary, one a line: the special ones and the reviews' characters.
+
+    [unused1], [unused2], ... fill it up to `size` tokens, as in published vocabularies.
+    """
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({c for text, _ in reviews for c in text})]
+    vocab += [f"[unused{i}]" for i in range(1, size - len(vocab) + 1)]
+    path.write_text("\n".join(vocab) + "\n", encoding="utf-8")
+    return vocab
+
+
+def new_gpt2(vocab_size: int, sizes: dict) -> GPT2LMHeadModel:
+    """A random GPT-2 without dropout; sizes are fields of GPT2Config."""
+    config = GPT2Config(
+        vocab_size=vocab_size, bos_token_id=None, eos_token_id=None, activation_function="gelu_pytorch_tanh",
+        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, **sizes,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+def new_classifier(vocab_size: int, sizes: dict) -> BertForSequenceClassification:
+    """A random classifier without dropout; sizes are fields of BertConfig."""
+    config = BertConfig(
+        vocab_size=vocab_size, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        id2label={0: NEGATIVE, 1: POSITIVE}, label2id={NEGATIVE: 0, POSITIVE: 1}, **sizes,
+    )  # fmt: skip
+    return BertForSequenceClassification(config)
+
+
+def write_model(folder: Path, model, vocab: Path) -> None:
+    """A model on the CPU and its tokenizer in the article models' file layout."""
+    folder.mkdir()
+    config = model.config.to_dict() | {"architectures": [type(model).__name__], "tokenizer_class": "BertTokenizer"}
+    for key in ("bos_token_id", "eos_token_id", "dtype") if model.config.model_type == "gpt2" else ("dtype",):
+        config.pop(key, None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    shutil.copy(vocab, folder / "vocab.txt")
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
+    positions = model.config.max_position_embeddings
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": positions, **special}
+        ),
+        encoding="utf-8",
+    )
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+
+
+def fit(model, tokenizer, reviews: list[tuple[str, int]], steps: int, draw: random.Random, lr: float) -> None:
     """Train a GPT-2 on the texts, or a classifier on texts and labels; reviews are encoded as [CLS] ... [SEP]."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     model.train()
     for _ in tqdm(range(steps), type(model).__name__, unit="step"):
         texts, labels = zip(*draw.sample(reviews, BATCH))
-        batch = tokenizer(list(texts), padding=True, return_tensors="pt")
+        batch = tokenizer(list(texts), padding=True, return_tensors="pt").to(model.device)
         if isinstance(model, GPT2LMHeadModel):
             targets = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         else:
-            targets = torch.tensor(labels)
+            targets = torch.tensor(labels, device=model.device)
         loss = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=targets).loss
         optimizer.zero_grad()
         loss.backward()
