@@ -107,13 +107,19 @@ def cache_folder() -> Path:
 
 
 def make_demo_models(
-    out: Path, gpt2_sizes: dict = GPT2_SIZES, vocab_size: int = 0, lr: float = LR, device: str = "cpu"
+    out: Path,
+    gpt2_sizes: dict = GPT2_SIZES,
+    vocab_size: int = 0,
+    lr: float = LR,
+    steps: dict[str, int] | None = None,
+    device="cpu",
 ) -> None:
     """Train both models and write them below `out`, on a CPU the same weights every time.
 
     gpt2_sizes are fields of GPT2Config; the classifier's sizes are always the demo's. vocab_size: as in `write_vocab`.
-    lr is the highest learning rate of the GPT-2.
+    lr is the highest learning rate of the GPT-2, steps how many each takes (STEPS unless given).
     """
+    steps = steps or STEPS
     draw = random.Random(1)
     reviews = [write_review(draw) for _ in range(REVIEWS)]
     vocab = write_vocab(out / "vocab.txt", reviews, vocab_size)
@@ -121,9 +127,9 @@ def make_demo_models(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         gpt2 = new_gpt2(len(vocab), gpt2_sizes).to(device)
-        fit(gpt2, tokenizer, reviews, STEPS["gpt2"], draw, lr)
+        fit(gpt2, tokenizer, reviews, steps["gpt2"], draw, lr)
         classifier = new_classifier(len(vocab), CLASSIFIER_SIZES).to(device)
-        fit(classifier, tokenizer, reviews, STEPS["sentiment"], draw, LR)
+        fit(classifier, tokenizer, reviews, steps["sentiment"], draw, LR)
     for name, model in (("gpt2", gpt2), ("sentiment", classifier)):
         write_model(out / name, model.cpu(), out / "vocab.txt")
 

@@ -10,6 +10,7 @@ The ceiling is the best matrix product of this machine in the same dtype, measur
 JSON.
 """
 
+import functools
 import json
 import resource
 import statistics
@@ -19,7 +20,7 @@ from collections import defaultdict
 
 import torch
 
-from config import UserError, parse_args
+from config import PPOConfig, UserError, parse_args
 from reward import score_texts
 from support.models import decode
 from train_ppo import draw_prompts, load
@@ -30,6 +31,26 @@ STEPS = 3
 def main(argv: list[str]) -> None:
     config, _ = parse_args(argv)
     config.check()
+    result = measure(config)
+    step = result["seconds_per_step"]
+    for phase in ("sampling", "scoring", "logprobs", "update"):
+        print(f"{phase:10} {result[phase]:8.3f} s  {result[phase] / step:5.1%}")
+    print(f"{'step':10} {step:8.3f} s")
+    print(f"{result['completions_per_second']:.1f} completions/s, {result['tokens_per_second']:.0f} tokens/s")
+    print(
+        f"{result['multiply_adds'] / 1e9:.0f} G multiply-adds needed a step: {result['rate_tflops']:.3f} TFLOP/s of "
+        f"{result['ceiling_tflops']:.3f}, {result['ceiling_share']:.0%} of the ceiling"
+    )
+    print(f"peak memory {result['peak_memory_gb']:.2f} GiB on {result['device']} in {result['dtype']}")
+    print(json.dumps({key: round(value, 5) if isinstance(value, float) else value for key, value in result.items()}))
+
+
+def measure(config: PPOConfig) -> dict:
+    """Medians of a few steps: seconds of a step and of its phases, completions and tokens a second, the arithmetic
+    needed, its share of the ceiling, and the peak memory in GiB (on a CPU that of the process so far).
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     trainer, tokenizer, reward, prompts, queries = load(config)
     device = trainer.device
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -82,22 +103,20 @@ def main(argv: list[str]) -> None:
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    for phase, value in median.items():
-        print(f"{phase:10} {value:8.3f} s  {value / median['step']:5.1%}")
-    print(f"{config.batch_size / median['step']:.1f} completions/s, {sum(lengths[-1]) / median['step']:.0f} tokens/s")
-    print(
-        f"{needed / 1e9:.0f} G multiply-adds needed a step: {rate:.3f} TFLOP/s of {ceiling:.3f}, "
-        f"{rate / ceiling:.0%} of the ceiling"
-    )
-    print(f"peak memory {memory:.2f} GiB on {name} in {str(trainer.dtype)[6:]}")
-    result = {
-        "seconds_per_step": median.pop("step"),
+    step = median.pop("step")
+    return {
+        "seconds_per_step": step,
+        "completions_per_second": config.batch_size / step,
+        "tokens_per_second": sum(lengths[-1]) / step,
+        "multiply_adds": needed,
         "rate_tflops": rate,
         "ceiling_tflops": ceiling,
         "ceiling_share": rate / ceiling,
+        "peak_memory_gb": memory,
+        "dtype": str(trainer.dtype)[6:],
+        "device": name,
+        **median,
     }
-    result |= {"peak_memory_gb": memory, "dtype": str(trainer.dtype)[6:], "device": name, **median}
-    print(json.dumps({key: round(value, 5) if isinstance(value, float) else value for key, value in result.items()}))
 
 
 def trunk(layers: int, width: int, inner: int, tokens: int, context: float) -> float:
@@ -130,6 +149,7 @@ def multiply_adds(
     return total
 
 
+@functools.cache
 def best_matrix_product(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of the fastest of several matrix products, two operations per multiply-add."""
     best = 0.0

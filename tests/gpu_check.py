@@ -1,0 +1,485 @@
+"""One command that tells the owner of a GPU whether all is well there, and how fast it is.
+
+    python -m tests.gpu_check                   on a CUDA GPU, under ten minutes; about 8 GB of temporary disk
+    python -m tests.gpu_check --device cpu      the same checks with tiny models, in seconds
+
+Needs no network: the models are made on the spot, of the article's size (12 blocks, 768 wide, 21,128 tokens), with
+random weights or taught the demo grammar's reviews. Prints one Markdown table, ready for docs/speed.md. The exit code
+is 0 where all is well, 1 where a check failed, 2 where there is no GPU. A check that raises is a failed row; the others
+still run.
+"""
+
+import argparse
+import contextlib
+import copy
+import functools
+import gc
+import io
+import json
+import math
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import train_ppo
+from config import PPOConfig, UserError, check_device, pick_device, pick_dtype
+from gpt2_value_head import completion_uniforms
+from ppo import PPOTrainer
+from support.checkpoint import checkpoints
+from support.demo_models import (
+    CLASSIFIER_SIZES,
+    GPT2_SIZES,
+    REVIEWS,
+    make_demo_models,
+    new_classifier,
+    new_gpt2,
+    write_model,
+    write_review,
+    write_vocab,
+)
+from support.models import encode_prompt, first_line, load_gpt2_config, load_policy, load_tokenizer
+from tests import benchmark
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPTS = ["刚收到货,感觉", "质量", "第二次买了,包装", "用了几天,屏幕很不错,但是"]
+WAIT = 300  # seconds at most until a run that is to be killed has a checkpoint
+
+LIMITS = {
+    "float32": 1e-4,  # log-probabilities, nats: of the order of 1e-5 is float32's own rounding
+    "statistics": 1e-3,  # of one step: absolute below 1, relative above
+    # Rounding must not decide what PPO clips, ratios off by more than cliprange 0.2: no log-probability may be off by
+    # as much, and their root mean square by a tenth of it.
+    "bfloat16 largest": 0.2,
+    "bfloat16 rms": 0.02,
+    "draws": 1e-5,  # probability: how far a draw may lie outside its token's interval, by one pass over the whole text
+    "resumed": 1e-2,  # share of what training moved; kernels that add in any order leave less, lost state much more
+    "memory": 1.5,  # times the smaller batch's
+    "reward": 0.1,  # that it rises at least
+}
+
+
+@dataclass
+class Row:
+    """A line of the table. ok is None where a check was left out."""
+
+    check: str
+    figure: str
+    limit: str
+    ok: bool | None
+
+    def __str__(self) -> str:
+        ok = {True: "yes", False: "**no**", None: "left out"}[self.ok]
+        return f"| {' | '.join(cell.replace('|', '/') for cell in (self.check, self.figure, self.limit))} | {ok} |"
+
+
+def at_most(check: str, value: float, limit: str, what: str = "") -> Row:
+    """A row whose figure must not exceed LIMITS[limit]; NaN does."""
+    return Row(check, f"{value:.1e}{what}", f"{LIMITS[limit]:g}", value <= LIMITS[limit])
+
+
+@dataclass
+class Sizes:
+    """How large models and batches are."""
+
+    gpt2: dict
+    classifier: dict
+    vocab_size: int
+    taught: dict  # arguments of make_demo_models
+    batch: int  # completions of a comparison
+    benchmarks: tuple[int, int]  # batches that are timed
+    long_batch: int  # completions of 256 tokens
+    short_run: list[str]  # flags of the runs that are killed and resumed
+    real_run: list[str]  # flags of the run whose reward must rise, beside the default preset's values
+
+
+ARTICLE = Sizes(
+    gpt2={"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024},
+    classifier={
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 512,
+    },
+    vocab_size=21_128,
+    taught={"lr": 3e-4},
+    batch=32,
+    benchmarks=(128, 1024),
+    long_batch=128,
+    short_run="--episodes 128 --batch_size 16 --minibatch_size 16 --eval_samples 16 --save_every 2".split(),
+    real_run=[],
+)
+TINY = Sizes(
+    gpt2={"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 272},
+    classifier=CLASSIFIER_SIZES,
+    vocab_size=300,
+    taught={"lr": 4e-3, "steps": {"gpt2": 60, "sentiment": 60}},
+    batch=16,
+    benchmarks=(16, 32),
+    long_batch=4,
+    short_run="--episodes 128 --batch_size 4 --minibatch_size 4 --eval_samples 2 --save_every 8".split(),
+    real_run="--episodes 640 --batch_size 64 --minibatch_size 64 --frozen_share 0 --lr 1e-3 --eval_samples 128".split(),
+)
+
+
+class Machine:
+    """The device under test, the folder for all that is made, and models and runs that several checks share."""
+
+    def __init__(self, device: torch.device, folder: Path):
+        self.device = device
+        self.folder = folder
+        self.sizes = TINY if device.type == "cpu" else ARTICLE
+        self.name = torch.cuda.get_device_name() if device.type == "cuda" else device.type.upper()
+
+    @functools.cached_property
+    def random(self) -> tuple[Path, Path]:
+        """Folders of a GPT-2 and a classifier with random weights. No text of theirs ends early."""
+        folder = self.folder / "random"
+        folder.mkdir()
+        draw = random.Random(1)
+        reviews = [write_review(draw) for _ in range(REVIEWS)]
+        vocab_size = len(write_vocab(folder / "vocab.txt", reviews, self.sizes.vocab_size))
+        torch.manual_seed(1)
+        for name, model in (
+            ("gpt2", new_gpt2(vocab_size, self.sizes.gpt2)),
+            ("sentiment", new_classifier(vocab_size, self.sizes.classifier)),
+        ):
+            write_model(folder / name, model, folder / "vocab.txt")
+        return folder / "gpt2", folder / "sentiment"
+
+    @functools.cached_property
+    def taught(self) -> tuple[Path, Path]:
+        """Folders of a GPT-2 that writes the demo grammar's reviews, and of a small classifier that judges them."""
+        folder = self.folder / "taught"
+        folder.mkdir(exist_ok=True)
+        gpt2_sizes = GPT2_SIZES | self.sizes.gpt2
+        make_demo_models(folder, gpt2_sizes, self.sizes.vocab_size, device=self.device, **self.sizes.taught)
+        return folder / "gpt2", folder / "sentiment"
+
+    @functools.cached_property
+    def uninterrupted(self) -> dict[str, torch.Tensor]:
+        """The weights after the short run, on the device."""
+        train(*self.short_run("uninterrupted", self.device))
+        return load_file(self.folder / "uninterrupted" / "model" / "model.safetensors")
+
+    @functools.cached_property
+    def killed(self) -> tuple[Path, int]:
+        """The folder of a short run that was killed with SIGKILL, and the step of its checkpoint."""
+        return self.folder / "killed", start_and_kill(self.short_run("killed", self.device), self.folder / "killed")
+
+    def short_run(self, name: str, device) -> list[str]:
+        """Flags of a run of a few steps on the taught models, in float32."""
+        models = ["--model_name", self.taught[0], "--reward_model_name", self.taught[1]]
+        run = ["--runs_dir", self.folder, "--run_name", name, "--device", device, "--dtype", "float32"]
+        quiet = ["--log_samples_every", "0", "--keep_checkpoints", "1"]
+        return [str(flag) for flag in (*models, *run, *quiet, *self.sizes.short_run)]
+
+    def trainer(self, dtype: str, device=None, **changes) -> tuple[PPOTrainer, list[torch.Tensor]]:
+        """A trainer of the random GPT-2, and the tokens of PROMPTS."""
+        folder = self.random[0]
+        tokenizer = load_tokenizer(folder)
+        model = load_policy(folder, load_gpt2_config(folder), device or self.device)
+        size = dict(batch_size=self.sizes.batch, minibatch_size=self.sizes.batch)
+        config = PPOConfig(dtype=dtype, **size | changes)
+        trainer = PPOTrainer(config, model, copy.deepcopy(model), tokenizer)
+        return trainer, [encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
+
+
+# ----------------------------------------------------------------------------------------------
+# What the checks share
+
+
+def train(*flags) -> None:
+    """A run of train_ppo.py in this process, without its output. RuntimeError with its last words where it fails."""
+    errors = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
+        code = train_ppo.main([str(flag) for flag in flags])
+    if code:
+        raise RuntimeError(errors.getvalue().strip().splitlines()[-1])
+
+
+def start_and_kill(flags: list[str], run_dir: Path) -> int:
+    """Start train_ppo.py, and SIGKILL it once it has a checkpoint: the step of that. RuntimeError where it ends itself."""
+    log = run_dir.with_suffix(".log")
+    with log.open("w") as file:
+        process = subprocess.Popen([sys.executable, ROOT / "train_ppo.py", *flags], stdout=file, stderr=file)
+    try:
+        deadline = time.monotonic() + WAIT
+        while not checkpoints(run_dir / "checkpoints") and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+    finally:
+        process.kill()
+        process.wait()
+    found = checkpoints(run_dir / "checkpoints")
+    if not found or (run_dir / "model").exists():
+        last_words = log.read_text(errors="replace").strip().splitlines()[-1:]
+        raise RuntimeError(f"the run could not be killed after a checkpoint: {' '.join(last_words)}")
+    return int(found[-1].name.removeprefix("step-"))
+
+
+def unlike(machine: Machine, name: str) -> float:
+    """How far a finished short run's weights are from the uninterrupted run's, over how far training moved these."""
+    folder = machine.taught[0]
+    start = load_policy(folder, load_gpt2_config(folder)).state_dict()
+    weights, expected = load_file(machine.folder / name / "model" / "model.safetensors"), machine.uninterrupted
+    differs = sum((weights[key] - expected[key]).double().square().sum() for key in expected)
+    moved = sum((expected[key] - start[key]).double().square().sum() for key in expected)
+    return math.sqrt(differs / moved)
+
+
+def drawn_outside(trainer: PPOTrainer, queries: list[torch.Tensor], responses: list[torch.Tensor]) -> float:
+    """How far the draws of the first step lie outside their tokens' intervals of probability, at worst.
+
+    `sample` chose each token from the key/value cache; the intervals are those of one pass over each whole text.
+    """
+    batch = trainer.collate(queries, responses, responses)
+    model = trainer.in_compute_dtype(trainer.model)
+    worst = 0.0
+    for i in range(len(batch)):
+        with torch.no_grad():
+            logits, _ = trainer.logits_and_values(model.score_completions, batch.select(torch.tensor([i])))
+        n = len(responses[i])
+        cumulative = logits[0, :n].float().softmax(-1).cpu().double().cumsum(-1)
+        draws = completion_uniforms(trainer.config.seed, 1, [i], n)[0].double() * cumulative[:, -1]
+        chosen = responses[i][:, None]
+        above = cumulative.gather(1, chosen).squeeze(1)
+        below = cumulative.gather(1, chosen - 1).squeeze(1)  # no token is 0, which is [PAD]
+        worst = max(worst, (draws - above).max().item(), (below - draws).max().item())
+    return worst
+
+
+def logprobs(trainer: PPOTrainer, queries: list[torch.Tensor], responses: list[torch.Tensor]) -> torch.Tensor:
+    """What the policy thinks of the responses' tokens, all in one row, float64 on the CPU."""
+    batch = trainer.collate(queries, responses, responses)
+    scored, *_ = trainer.score(trainer.model, trainer.through_trunk(batch))
+    return scored[batch.mask].cpu().double()
+
+
+def largest(differences: torch.Tensor) -> float:
+    return differences.abs().max().item()
+
+
+# ----------------------------------------------------------------------------------------------
+# The checks. Each takes the machine and yields rows; its docstring names it where it raises.
+
+
+def float32(machine: Machine) -> Iterator[Row]:
+    """float32 against another device"""
+    trainer, queries = machine.trainer("float32")
+    if machine.device.type == "cpu":
+        other, _ = machine.trainer("float64", micro_batch_size=5)
+        against = "float64 on the same CPU, in other micro-batches"
+    else:
+        other, _ = machine.trainer("float32", "cpu")
+        against = "the CPU"
+    queries = [queries[0]] * machine.sizes.batch
+    responses = trainer.generate(queries)
+    difference = largest(logprobs(trainer, queries, responses) - logprobs(other, queries, responses))
+    yield at_most(f"float32 against {against}: log-probabilities, largest difference", difference, "float32")
+
+    scores = torch.rand(len(queries), generator=torch.Generator().manual_seed(1))
+    start = [weight.detach().cpu().double() for weight in other.trained]
+    mine, theirs = (each.step(queries, responses, scores) for each in (trainer, other))
+    worst = max(theirs, key=lambda name: abs(mine[name] - theirs[name]) / max(1, abs(theirs[name])))
+    difference = abs(mine[worst] - theirs[worst]) / max(1, abs(theirs[worst]))
+    yield at_most("... one step's statistics, largest difference", difference, "statistics", f" ({worst})")
+
+    differs = moved = 0.0
+    for before, one, two in zip(start, trainer.trained, other.trained):
+        differs += (one.cpu().double() - two.cpu().double()).square().sum().item()
+        moved += (two.cpu().double() - before).square().sum().item()
+    yield at_most("... the weights after it, of how far they moved", math.sqrt(differs / moved), "resumed")
+
+
+def bfloat16(machine: Machine) -> Iterator[Row]:
+    """bfloat16 against float32"""
+    if pick_dtype("auto", machine.device) != torch.bfloat16:
+        yield Row("bfloat16 against float32", "this device does not compute in bfloat16", "", None)
+        return
+    trainer, queries = machine.trainer("float32")
+    other, _ = machine.trainer("bfloat16")
+    queries = [queries[0]] * machine.sizes.batch
+    responses = trainer.generate(queries)
+    differences = logprobs(other, queries, responses) - logprobs(trainer, queries, responses)
+    rms = differences.square().mean().sqrt().item()
+    yield at_most("bfloat16 against float32: log-probabilities, root mean square", rms, "bfloat16 rms")
+    yield at_most("... largest difference", largest(differences), "bfloat16 largest")
+
+
+def lengths(machine: Machine) -> Iterator[Row]:
+    """prompts of different lengths"""
+    trainer, queries = machine.trainer("float32")
+    batch = [queries[i % len(queries)] for i in range(machine.sizes.batch)]
+    responses = trainer.generate(batch)
+    worst = 0.0
+    together = logprobs(trainer, batch, responses).split([len(response) for response in responses])
+    for i in range(len(queries)):
+        alone = logprobs(trainer, batch[i :: len(queries)], responses[i :: len(queries)])
+        worst = max(worst, largest(torch.cat(together[i :: len(queries)]) - alone))
+    yield at_most("prompts of different lengths: log-probabilities, together against alone", worst, "float32")
+    yield at_most("... draws outside their tokens' intervals", drawn_outside(trainer, batch, responses), "draws")
+
+    trainer, _ = machine.trainer("auto")
+    stats = trainer.step(batch, responses, [i % 5 / 4 for i in range(len(batch))])
+    finite = all(math.isfinite(value) for value in stats.values())
+    figure = f"{stats['ppo/skipped']:.0f} skipped" if finite else "a statistic is not finite"
+    dtype = str(trainer.dtype)[6:]
+    yield Row(f"... optimiser steps of one step in {dtype}", figure, "0", finite and stats["ppo/skipped"] == 0)
+
+
+def kill(machine: Machine) -> Iterator[Row]:
+    """killed with SIGKILL and resumed"""
+    folder, step = machine.killed
+    shutil.copytree(folder, machine.folder / "resumed")
+    train("--resume", machine.folder / "resumed")
+    check = f"killed with SIGKILL, resumed from step {step}: the weights at the end, of how far they moved"
+    yield at_most(check, unlike(machine, "resumed"), "resumed")
+
+
+def devices(machine: Machine) -> Iterator[Row]:
+    """resumed on another device"""
+    folder, step = machine.killed
+    shutil.copytree(folder, machine.folder / "to-cpu")
+    train("--resume", machine.folder / "to-cpu", "--device", "cpu")
+    check = f"started on the {machine.name}, resumed with --device cpu from step {step}: the same"
+    yield at_most(check, unlike(machine, "to-cpu"), "resumed")
+    if machine.device.type == "cpu":
+        yield Row("the other way round", "there is no other device", "", None)
+        return
+    step = start_and_kill(machine.short_run("from-cpu", "cpu"), machine.folder / "from-cpu")
+    train("--resume", machine.folder / "from-cpu", "--device", machine.device)
+    check = f"started on the CPU, resumed with --device {machine.device} from step {step}: the same"
+    yield at_most(check, unlike(machine, "from-cpu"), "resumed")
+
+
+def two_processes(machine: Machine) -> Iterator[Row]:
+    """two processes below torchrun"""
+    n = torch.cuda.device_count() if machine.device.type == "cuda" else 0
+    if n < 2:
+        yield Row("two processes below torchrun", f"needs two GPUs, {n} here", "", None)
+        return
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, ROOT / "train_ppo.py", *machine.short_run("two", machine.device.type)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        words = [line for line in result.stderr.splitlines() if "rror" in line] or ["torchrun failed"]
+        raise RuntimeError(words[0])
+    check = "two processes on two GPUs against one: the weights at the end, of how far they moved"
+    yield at_most(check, unlike(machine, "two"), "resumed")
+
+
+def speed(machine: Machine) -> Iterator[Row]:
+    """the benchmark"""
+    policy, classifier = map(str, machine.random)
+    peaks = []
+    for batch in machine.sizes.benchmarks:
+        models = dict(model_name=policy, reward_model_name=classifier, device=str(machine.device))
+        result = benchmark.measure(PPOConfig(batch_size=batch, minibatch_size=batch, **models))
+        figures = [f"{result['seconds_per_step']:.3f} s", f"{result['completions_per_second']:.0f} completions/s"]
+        figures += [f"{result['ceiling_share']:.0%} of {result['ceiling_tflops']:.2f} TFLOP/s"]
+        figures += [f"{result['peak_memory_gb']:.2f} GiB"]
+        yield Row(f"a step at batch {batch:,} in {result['dtype']}", ", ".join(figures), "", True)
+        peaks.append(result["peak_memory_gb"])
+        release_memory()
+    if machine.device.type == "cuda":  # elsewhere it is the peak of the process, all checks before included
+        small, large = machine.sizes.benchmarks
+        yield at_most(f"... peak memory at batch {large:,}, of that at {small:,}", peaks[1] / peaks[0], "memory")
+
+
+def long_texts(machine: Machine) -> Iterator[Row]:
+    """sampling to 256 tokens"""
+    trainer, queries = machine.trainer("float32", gen_len=256)
+    responses = trainer.generate(queries)
+    yield at_most(
+        "256 tokens: draws outside their tokens' intervals", drawn_outside(trainer, queries, responses), "draws"
+    )
+    trainer, queries = machine.trainer("auto", gen_len=256)
+    n = machine.sizes.long_batch
+    started = time.perf_counter()
+    responses = trainer.generate([queries[0]] * n)  # the tokens come to the CPU: nothing is left to wait for
+    seconds = time.perf_counter() - started
+    tokens = sum(map(len, responses))
+    figure = f"{seconds:.2f} s, {tokens / seconds:.0f} tokens/s"
+    yield Row(f"... {n} completions in {str(trainer.dtype)[6:]}", figure, "", True)
+
+
+def real_run(machine: Machine) -> Iterator[Row]:
+    """a run whose reward rises"""
+    models = ["--model_name", machine.taught[0], "--reward_model_name", machine.taught[1]]
+    flags = ["--runs_dir", machine.folder, "--run_name", "real", "--device", machine.device, *machine.sizes.real_run]
+    started = time.perf_counter()
+    train(*models, *flags)
+    seconds = time.perf_counter() - started
+    results = json.loads((machine.folder / "real" / "evaluation.json").read_text(encoding="utf-8"))
+    before, after, gain = results["before"]["reward"], results["after"]["reward"], results["gain"]["gain"]
+    share = "unknown" if gain is None else f"{gain:.2f}"
+    figure = f"{before:.3f} -> {after:.3f}, gain {share}, {seconds:.0f} s"
+    check = f"reward of a whole run with the defaults {' '.join(machine.sizes.real_run)}".strip()
+    yield Row(check, figure, f"+{LIMITS['reward']:g}", after - before >= LIMITS["reward"])
+
+
+CHECKS = [float32, bfloat16, lengths, kill, devices, two_processes, speed, long_texts, real_run]
+
+# ----------------------------------------------------------------------------------------------
+# The program
+
+
+def release_memory() -> None:
+    """Give back what finished checks have left on the GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def run_checks(machine: Machine) -> list[Row]:
+    """All rows, one check after the other; a check that raises gives a failed row. Says on stderr where it is."""
+    rows = []
+    for number, check in enumerate(CHECKS, 1):
+        print(f"{number} of {len(CHECKS)}: {check.__doc__}", end="", file=sys.stderr, flush=True)
+        started = time.perf_counter()
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                for row in check(machine):
+                    rows.append(row)
+        except Exception as error:
+            rows.append(Row(check.__doc__, first_line(error), "", False))
+        print(f", {time.perf_counter() - started:.0f} s", file=sys.stderr)
+        release_memory()
+    return rows
+
+
+def main(argv: list[str]) -> int:
+    """Run the program; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu_check", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu (the same checks, small)")
+    args = parser.parse_args(argv)
+    try:
+        check_device(args.device)
+        device = pick_device(args.device)
+    except UserError as error:
+        print(f"gpu_check: error: {error}", file=sys.stderr)
+        return 2
+    if args.device == "auto" and device.type == "cpu":
+        print("gpu_check: error: torch sees no GPU here; --device cpu runs the same checks small", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
+        machine = Machine(device, Path(folder))
+        rows = run_checks(machine)
+    print(f"{machine.name}, torch {torch.__version__}, transformers {transformers.__version__}:\n")
+    print("| check | figure | limit | ok |\n| --- | --- | --- | --- |")
+    print("\n".join(map(str, rows)))
+    return int(any(row.ok is False for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
