@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +48,14 @@ from support.demo_models import (
     write_review,
     write_vocab,
 )
-from support.models import encode_prompt, first_line, load_gpt2_config, load_policy, load_tokenizer
+from support.models import (
+    encode_prompt,
+    first_line,
+    load_gpt2_config,
+    load_policy,
+    load_tokenizer,
+    quiet_transformers,
+)
 from tests import benchmark
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,15 +128,15 @@ ARTICLE = Sizes(
     real_run=[],
 )
 TINY = Sizes(
-    gpt2={"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 272},
+    gpt2={"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 272},
     classifier=CLASSIFIER_SIZES,
     vocab_size=300,
     taught={"lr": 4e-3, "steps": {"gpt2": 60, "sentiment": 60}},
     batch=16,
     benchmarks=(16, 32),
     long_batch=4,
-    short_run="--episodes 128 --batch_size 4 --minibatch_size 4 --eval_samples 2 --save_every 8".split(),
-    real_run="--episodes 640 --batch_size 64 --minibatch_size 64 --frozen_share 0 --lr 1e-3 --eval_samples 128".split(),
+    short_run="--episodes 96 --batch_size 4 --minibatch_size 4 --eval_samples 2 --save_every 4".split(),
+    real_run="--episodes 640 --batch_size 64 --minibatch_size 64 --frozen_share 0 --lr 2e-3 --eval_samples 128".split(),
 )
 
 
@@ -209,7 +217,7 @@ def train(*flags) -> None:
 
 
 def start_and_kill(flags: list[str], run_dir: Path) -> int:
-    """Start train_ppo.py, and SIGKILL it once it has a checkpoint: the step of that. RuntimeError where it ends itself."""
+    """Start train_ppo.py, SIGKILL it once it has a checkpoint: the step of that. RuntimeError where it ended before."""
     log = run_dir.with_suffix(".log")
     with log.open("w") as file:
         process = subprocess.Popen([sys.executable, ROOT / "train_ppo.py", *flags], stdout=file, stderr=file)
@@ -339,7 +347,11 @@ def lengths(machine: Machine) -> Iterator[Row]:
 
 def kill(machine: Machine) -> Iterator[Row]:
     """killed with SIGKILL and resumed"""
-    folder, step = machine.killed
+    machine.taught  # before two threads want it
+    with ThreadPoolExecutor() as pool:
+        killing = pool.submit(lambda: machine.killed)
+        machine.uninterrupted
+    folder, step = killing.result()
     shutil.copytree(folder, machine.folder / "resumed")
     train("--resume", machine.folder / "resumed")
     check = f"killed with SIGKILL, resumed from step {step}: the weights at the end, of how far they moved"
@@ -448,7 +460,7 @@ def run_checks(machine: Machine) -> list[Row]:
         print(f"{number} of {len(CHECKS)}: {check.__doc__}", end="", file=sys.stderr, flush=True)
         started = time.perf_counter()
         try:
-            with contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.redirect_stdout(io.StringIO()), quiet_transformers():
                 for row in check(machine):
                     rows.append(row)
         except Exception as error:
