@@ -195,9 +195,9 @@ def fit(model, tokenizer, reviews: list[tuple[str, int]], steps: int, draw: rand
         else:
             targets = torch.tensor(labels, device=model.device)
         loss = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=targets).loss
-        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        optimizer.zero_grad()
         schedule.step()
     model.eval()
