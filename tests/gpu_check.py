@@ -17,8 +17,10 @@ import gc
 import io
 import json
 import math
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -60,7 +62,7 @@ from tests import benchmark
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["刚收到货,感觉", "质量", "第二次买了,包装", "用了几天,屏幕很不错,但是"]
-WAIT = 300  # seconds at most until a run that is to be killed has a checkpoint
+WAIT = 300  # seconds at most until a run that is to be killed has a checkpoint, or two processes are done
 
 LIMITS = {
     "float32": 1e-4,  # log-probabilities, nats: of the order of 1e-5 is float32's own rounding
@@ -306,7 +308,7 @@ def float32(machine: Machine) -> Iterator[Row]:
     for before, one, two in zip(start, trainer.trained, other.trained):
         differs += (one.cpu().double() - two.cpu().double()).square().sum().item()
         moved += (two.cpu().double() - before).square().sum().item()
-    yield at_most("... the weights after it, of how far they moved", math.sqrt(differs / moved), "resumed")
+    yield at_most("... the weights after it, of how far they moved", math.sqrt(differs / moved), "statistics")
 
 
 def bfloat16(machine: Machine) -> Iterator[Row]:
@@ -382,9 +384,16 @@ def two_processes(machine: Machine) -> Iterator[Row]:
         return
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, ROOT / "train_ppo.py", *machine.short_run("two", machine.device.type)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        words = [line for line in result.stderr.splitlines() if "rror" in line] or ["torchrun failed"]
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, text=True, start_new_session=True, **streams)
+    try:
+        errors = process.communicate(timeout=WAIT)[1]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)  # torchrun kills those that do not end by that
+        process.communicate()
+        raise RuntimeError(f"no end after {WAIT} seconds")
+    if process.returncode:
+        words = [line for line in errors.splitlines() if "rror" in line] or ["torchrun failed"]
         raise RuntimeError(words[0])
     check = "two processes on two GPUs against one: the weights at the end, of how far they moved"
     yield at_most(check, unlike(machine, "two"), "resumed")
