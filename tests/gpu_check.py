@@ -29,6 +29,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers
@@ -42,7 +43,6 @@ from support.checkpoint import checkpoints
 from support.demo_models import (
     CLASSIFIER_SIZES,
     GPT2_SIZES,
-    REVIEWS,
     make_demo_models,
     new_classifier,
     new_gpt2,
@@ -158,7 +158,7 @@ class Machine:
         folder = self.folder / "random"
         folder.mkdir()
         draw = random.Random(1)
-        reviews = [write_review(draw) for _ in range(REVIEWS)]
+        reviews = [write_review(draw) for _ in range(1000)]  # that all characters occur
         vocab_size = len(write_vocab(folder / "vocab.txt", reviews, self.sizes.vocab_size))
         torch.manual_seed(1)
         for name, model in (
@@ -211,9 +211,16 @@ class Machine:
 
 
 def train(*flags) -> None:
-    """A run of train_ppo.py in this process, without its output. RuntimeError with its last words where it fails."""
+    """A run of train_ppo.py in this process, without its output and its pictures, which take longer than a small run.
+
+    RuntimeError with its last words where it fails.
+    """
     errors = io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(errors),
+        mock.patch("support.run_folder.draw"),
+    ):
         code = train_ppo.main([str(flag) for flag in flags])
     if code == 128 + signal.SIGINT:
         raise KeyboardInterrupt
