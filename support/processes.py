@@ -42,6 +42,11 @@ def restart_count() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
+def below_torchrun() -> bool:
+    """Whether torchrun has started this process, be it the only one."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def job() -> str | None:
     """torchrun's --rdzv-id, which stays when machines join, leave and come back; None where there is none."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")

@@ -15,7 +15,7 @@ class StopSignal:
             signal.signal(number, self.receive)
 
     def receive(self, number, frame) -> None:
-        if processes.world_size() > 1:  # torchrun passes on what the terminal has sent already
+        if processes.below_torchrun():  # which passes on what the terminal has sent already
             self.received = number
             return
         if self.received:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from config import PPOConfig
-from ppo import AdaptiveKLController, compute_advantages, compute_rewards, masked_mean, policy_loss, whiten
+from ppo import STATISTICS, AdaptiveKLController, compute_advantages, compute_rewards, masked_mean, policy_loss, whiten
 from reward import clean_text, score_texts
 from support.load import load
 
@@ -110,7 +110,7 @@ def take_step(trainer, tokenizer, reward, prompts, queries) -> Step:
     def watched_update(*arguments):
         epochs.append(epoch_starts())
         stats = update(*arguments)
-        epochs[-1].stats = {name: float(value) for name, value in stats.items()}
+        epochs[-1].stats = dict(zip(STATISTICS, stats.tolist()))
         return stats
 
     trainer.update = watched_update

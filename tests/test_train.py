@@ -170,7 +170,7 @@ def test_runs_without_a_name_get_a_time_stamp(tmp_path, demo):
     ],
 )
 def test_models_that_cannot_work_are_one_line(tmp_path, demo, flags, said, capsys):
-    other = write_gpt2(tmp_path / "other", vocab_size=60)
+    other = write_gpt2(tmp_path / "other", vocab_size=30)
     flags = [flag.format(tmp=tmp_path, gpt2=demo[0], other=other) for flag in flags]
     code, run_dir = small_run(tmp_path, *flags)
     err = capsys.readouterr().err
