@@ -14,8 +14,9 @@ import torch
 
 from config import PPOConfig
 from ppo import STATISTICS, AdaptiveKLController, compute_advantages, compute_rewards, masked_mean, policy_loss, whiten
-from reward import clean_text, score_texts
+from reward import score_texts
 from support.load import load
+from support.models import decode
 
 WARM_UP = 2  # ordinary steps before: policy, reference and values differ, and a quarter of the batch is still unhappy
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -80,7 +81,7 @@ def take_step(trainer, tokenizer, reward, prompts, queries) -> Step:
     query_tensors = queries * config.batch_size
     for step in range(WARM_UP + 1):
         response_tensors = trainer.generate(query_tensors)
-        completions = [clean_text(text) for text in tokenizer.batch_decode(response_tensors)]
+        completions = decode(tokenizer, response_tensors)
         scores = score_texts(reward, [prompts[0] + text for text in completions])
         if step < WARM_UP:
             trainer.step(query_tensors, response_tensors, scores)
