@@ -32,8 +32,7 @@ def load_tokenizer(folder: Path):
     if not has_vocabulary(names):
         raise UserError(f"no tokenizer in {folder}: it needs vocab.txt, tokenizer.json, or vocab.json and merges.txt")
     try:
-        plain = names.isdisjoint({"tokenizer.json", "vocab.json"}) and not names_tokenizer_class(folder)
-        tokenizer = (BertTokenizer if plain else AutoTokenizer).from_pretrained(folder)
+        tokenizer = (BertTokenizer if is_bare_chinese_gpt2(folder) else AutoTokenizer).from_pretrained(folder)
     except Exception as error:
         raise UserError(f"the tokenizer in {folder} cannot be loaded ({first_line(error)})")
     for name, other in (("cls_token", "bos_token"), ("sep_token", "eos_token"), ("pad_token", "eos_token")):
@@ -46,10 +45,12 @@ def load_tokenizer(folder: Path):
     return tokenizer
 
 
-def names_tokenizer_class(folder: Path) -> bool:
-    """Whether a model folder says which class its tokenizer has. Beside a bare vocab.txt it is BERT's."""
+def is_bare_chinese_gpt2(folder: Path) -> bool:
+    """Whether this is a GPT-2 with vocab.txt alone, of which nothing says that its tokenizer is BERT's."""
     configs = [folder / name for name in ("config.json", "tokenizer_config.json") if (folder / name).exists()]
-    return any(json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class") for path in configs)
+    values = [json.loads(path.read_text(encoding="utf-8")) for path in configs]
+    alone = not (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists()
+    return alone and values[0].get("model_type") == "gpt2" and not any(value.get("tokenizer_class") for value in values)
 
 
 def encode_prompt(tokenizer, prompt: str) -> torch.Tensor:

@@ -6,13 +6,18 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+)
 
 from config import UserError
 from reward import RewardError, SentimentReward, find_positive_label, score_texts
 from support.demo_models import NEGATIVE, POSITIVE
 from support.models import clean_text
-from tests.conftest import ROOT, write_classifier, write_gpt2
+from tests.conftest import ROOT, VOCAB, write_classifier, write_gpt2, write_model
 
 
 @pytest.mark.parametrize(
@@ -143,3 +148,16 @@ def test_files_beside_a_reward_of_ones_own_do_not_hide_the_programs(tmp_path):
     )
     result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_classifier_of_another_family_has_its_own_tokenizer(tmp_path):
+    """DistilBERT takes no token types, and its published folders do not name a tokenizer's class."""
+    torch.manual_seed(0)
+    sizes = dict(dim=16, n_layers=1, n_heads=2, hidden_dim=32, max_position_embeddings=48, vocab_size=len(VOCAB))
+    config = DistilBertConfig(**sizes, id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1})
+    model = DistilBertForSequenceClassification(config).eval()
+    folder = write_model(tmp_path / "distilbert", config.to_dict(), model.state_dict())
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": true, "model_max_length": 48}')
+    ids = torch.tensor([[2, 5, 6, 3]])
+    expected = model(ids).logits.softmax(-1)[0, 1].item()
+    assert SentimentReward(folder, "cpu")(["刚收"])[0].item() == pytest.approx(expected, abs=1e-6)
