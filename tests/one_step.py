@@ -240,7 +240,8 @@ ENGLISH = """\
 中文:[one_step.zh.md](one_step.zh.md). `python -m tests.one_step` writes both pages from a real step; another machine
 may find other last digits.
 
-The demo's GPT-2 (`--preset demo`) has taken {warm_up} steps. This is step {step}, followed along two completions, a
+The demo's GPT-2 (`--preset demo`, but λ and `value_lr` of the preset `default`) has taken {warm_up} steps.
+This is step {step}, followed along two completions, a
 happy and an unhappy one, from their scores to the new policy. (An early step: later nearly all completions are
 happy.) Over each column stand its formula and the function of [ppo.py](../ppo.py) that makes it; `PPOTrainer.step`
 calls these functions in the order of this page.
@@ -383,7 +384,8 @@ CHINESE = """\
 English: [one_step.md](one_step.md)。两页都由 `python -m tests.one_step` 从真实的一步写出;换一台机器,
 末位数字可能不同。
 
-演示用的 GPT-2(`--preset demo`)已经走了 {warm_up} 步。这里是第 {step} 步:跟着一条好评和一条差评,
+演示用的 GPT-2(`--preset demo`,但 λ 和 `value_lr` 取预设 `default` 的值)已经走了 {warm_up} 步。
+这里是第 {step} 步:跟着一条好评和一条差评,
 从它们的分数一直看到新的策略;选这么早的一步,是因为再往后几乎全是好评。
 每列的表头写着公式和算出这一列的函数(都在 [ppo.py](../ppo.py) 里);`PPOTrainer.step` 就按本页的顺序调用它们。
 
