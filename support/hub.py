@@ -102,10 +102,10 @@ def fetch(name: str, flag: str, cached: Path | None, check: Callable[[Path], Non
             if not there:
                 raise UserError(f"{flag} {name}: the model on the hub has no {what}; its files are {', '.join(names)}")
         print(f"fetching {name} from {constants.ENDPOINT}", flush=True)
-        sizes = {}
+        n_bytes = 0
         for file in (NEEDED, *weights):
             url = hf_hub_url(name, file, revision=info.sha)
-            sizes[file] = watched(lambda url=url: get_hf_file_metadata(url, timeout=timeout)).size or 0
+            n_bytes += watched(lambda url=url: get_hf_file_metadata(url, timeout=timeout)).size or 0
 
         def bring(file: str, revision: str | None) -> Path:
             bar = watched.progress_bar()
@@ -115,7 +115,7 @@ def fetch(name: str, flag: str, cached: Path | None, check: Callable[[Path], Non
         for file in (file for file in SMALL[1:] if file in names):
             bring(file, folder.name)  # the same commit, even if the model changes meanwhile
         check(folder)
-        check_room(store, sum(sizes.values()))
+        check_room(store, n_bytes)
         for file in weights:
             bring(file, folder.name)
         return folder
@@ -126,7 +126,7 @@ def fetch(name: str, flag: str, cached: Path | None, check: Callable[[Path], Non
 
 
 class Silence(Exception):
-    """Nothing came from the hub for a while. Its arguments: for how long, and what the client said last."""
+    """Nothing came from the hub for a while. Its message is what the client said last."""
 
 
 class Watch:
@@ -164,7 +164,7 @@ class Watch:
                 if self.received() != received:
                     received, since, patience = self.received(), time.monotonic(), self.for_bytes
                 if time.monotonic() - since > patience:
-                    raise Silence(f"nothing came in for {patience:.0f} seconds", self.last_words)
+                    raise Silence(self.last_words)
         except BaseException:
             for path in set(self.unfinished_files()) - unfinished:
                 with contextlib.suppress(OSError):
@@ -222,7 +222,7 @@ def explain(error: Exception, name: str, flag: str, store: Path) -> str:
     while isinstance(error, LocalEntryNotFoundError) and error.__cause__:
         error = error.__cause__  # of which the client only says that the cache does not help
     kinds = {kind.__name__ for kind in type(error).__mro__}  # httpx's errors have other modules in other versions
-    words = error.args[1] if isinstance(error, Silence) else ""
+    words = str(error) if isinstance(error, Silence) else ""
     retried = re.search(r"HTTP Error (\d+)", words)
     status = int(retried[1]) if retried else getattr(getattr(error, "response", None), "status_code", None)
     hub = constants.ENDPOINT

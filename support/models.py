@@ -110,9 +110,8 @@ def load_policy(folder: Path, config: GPT2Config, device="cpu") -> GPT2HeadWithV
         raise UserError(f"the weights in {folder} lack {sorted(missing - value_head)[0]}: not a whole GPT-2 checkpoint")
     if missing:
         print(f"{folder.name}: no value head in this checkpoint, starting one at zero")
-    for (
-        weight
-    ) in model.parameters():  # a slice of a larger tensor was saved with all of it, and could not be saved again
+    for weight in model.parameters():
+        # A slice of a larger tensor was saved with all of it, and could not be saved again
         if weight.untyped_storage().nbytes() > weight.nbytes:
             weight.data = weight.data.clone()
     if config.tie_word_embeddings:
