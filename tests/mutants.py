@@ -1,187 +1,168 @@
 """Plant one bug after the other and see whether the tests notice.
 
-    python -m tests.mutants [--only WORD]
+    python -m tests.mutants [--only WORD] [--area NAME] [--nearest] [--jobs N]
 
-Works in a copy of the tree. Prints a line for each bug; exit code 1 if one was not noticed, or if the code it changes
-is no longer there.
+The bugs stand in tests/planted/, a file for each part of the program. Each is planted in a copy of the tree and meets
+the tests nearest to its file first, then all others. Prints a line for each; exit code 1 if one was not noticed, if the
+code that it changes is not there exactly once, or if a change that is said to leave the program the same was noticed.
+Needs fork(): Linux or macOS.
 """
 
 import argparse
+import importlib
+import os
+import pkgutil
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
 
-from tests.conftest import ROOT
-
-TESTS = [
-    "tests/test_ppo_math.py",
-    "tests/test_step_reference.py",
-    "tests/test_checkpoint.py",
-    "tests/test_trainer.py",
-    "tests/test_sampling.py",
-    "tests/test_python_api.py",
-    "tests/test_loading.py",
-    "tests/test_evaluation.py",
-]
-PPO, MODEL, SAVED, JUDGE = "ppo.py", "gpt2_value_head.py", "support/checkpoint.py", "support/evaluation.py"
-MUTANTS = [  # (file, what stands there, the bug)
-    (PPO, "whitened = whiten(advantages, mask)", "whitened = advantages"),
-    (PPO, "whitened = whiten(advantages, mask)", "whitened = whiten(advantages, mask, shift_mean=False)"),
-    (PPO, "np.random.default_rng([config.seed, self.n_steps, epoch]).permutation(n)", "np.arange(n)"),
-    (PPO, "default_rng([config.seed, self.n_steps, epoch])", "default_rng([config.seed, self.n_steps])"),
-    (PPO, "default_rng([config.seed, self.n_steps, epoch])", "default_rng([config.seed, epoch])"),
-    (PPO, "loss = pg_loss + config.vf_coef * vf_loss", "loss = pg_loss + 0.1 * vf_loss"),
-    (PPO, "score_completions(batch, self.config.detach_value)", "score_completions(batch, False)"),
-    (PPO, "score_completions(batch, self.config.detach_value)", "score_completions(batch, True)"),
-    (
-        PPO,
-        "restrict_logits(logits, self.restriction, self.config.temperature)",
-        "restrict_logits(logits, self.restriction, 1.0)",
-    ),
-    (PPO, "(~grad_norm.isfinite()).float()", "grad_norm.isnan().float()"),
-    (PPO, "(~grad_norm.isfinite()).float()", "(grad_norm * 0).nan_to_num(0.0)"),
-    (PPO, "self.optimizer.found_inf = skipped", "pass"),
-    (PPO, "self.skipped_in_a_row + 1 if one else 0", "self.skipped_in_a_row + int(one)"),
-    (PPO, "eps=config.adam_epsilon, ", ""),
-    (PPO, "-0.2), 0.2)", "-0.3), 0.3)"),
-    (PPO, "n_steps / self.horizon", "1 / self.horizon"),
-    (PPO, 'self.kl_controller.update(result["objective/kl"], n)', "pass"),
-    (PPO, "(-kl_coef * (logprobs - ref_logprobs))", "(-kl_coef * (ref_logprobs - logprobs))"),
-    (PPO, "last = mask.long().sum(-1) - 1", "last = mask.long().sum(-1) - 2"),
-    (PPO, "rewards[rows, last] += scores", "rewards[rows, -1] += scores"),
-    (PPO, "rewards[:, t] + gamma * next_value - values[:, t]", "rewards[:, t] + next_value - values[:, t]"),
-    (PPO, "delta + gamma * lam * next_advantage", "delta + lam * next_advantage"),
-    (PPO, "delta + gamma * lam * next_advantage", "delta + gamma * next_advantage"),
-    (PPO, "return advantages, advantages + values", "return advantages, advantages + rewards"),
-    (PPO, "values = values.where(mask.bool(), 0)", "pass"),
-    (PPO, "ratio.clamp(1 - cliprange, 1 + cliprange)", "ratio.clamp(1 - cliprange, 1)"),
-    (
-        PPO,
-        "masked_mean(torch.maximum(unclipped, clipped), mask), clipfrac\n\n\ndef value_loss",
-        "masked_mean(torch.minimum(unclipped, clipped), mask), clipfrac\n\n\ndef value_loss",
-    ),
-    (
-        PPO,
-        "return 0.5 * masked_mean(torch.maximum(unclipped, clipped), mask)",
-        "return 0.5 * masked_mean(unclipped, mask)",
-    ),
-    (PPO, "return 0.5 * masked_mean(", "return masked_mean("),
-    (PPO, "values.clamp(old_values - cliprange_value", "values.clamp(returns - cliprange_value"),
-    (PPO, "clip_grad_norm_(self.trained, config.max_grad_norm)", "clip_grad_norm_(self.trained, 1e9)"),
-    (PPO, '"lr": config.value_lr}', '"lr": config.lr}'),
-    (PPO, "share = (power + 1) / (power + step)", "share = 1 / step"),
-    (PPO, "share = (power + 1) / (power + step)", "share = (power + 1) / (power + step + 1)"),
-    (PPO, "torch._foreach_lerp_(averages, weights, share)", "pass"),
-    (PPO, "return self.average if self.n_steps else self.model", "return self.model"),
-    (PPO, "old_logprobs[part], advantages[part]", "logprobs.detach(), advantages[part]"),
-    (PPO, "mask.sum() / n_tokens", "len(micro_batch) / len(minibatch)"),
-    (PPO, "ref_logprobs, *_ = self.score(self.ref_model, batch)", "ref_logprobs, *_ = self.score(self.model, batch)"),
-    (PPO, "either.freeze(config.frozen_share)", "either.freeze(0)"),
-    (PPO, "torch._foreach_copy_(self.computing, self.trained)", "pass"),
-    (PPO, "for epoch in range(config.ppo_epochs):", "for epoch in range(1):"),
-    (PPO, ".split(config.minibatch_size):", ".split(n):"),
-    (PPO, "self.n_steps, self.n_drawn = self.n_steps + 1, 0", "self.n_steps += 1"),
-    (PPO, "step = self.n_steps + 1 if step is None else step", "step = 1 if step is None else step"),
-    (PPO, "first, self.n_drawn = self.n_drawn, self.n_drawn + len(query_tensors)", "pass"),
-    (PPO, "kl.where(mask, 0).sum(-1), ref_logprobs, mask", "kl.sum(-1), ref_logprobs, mask"),
-    (PPO, "return (logprobs.exp() * difference).sum(-1)", "return (ref_logprobs.exp() * difference).sum(-1)"),
-    (PPO, "0.5 * masked_mean(log_ratio**2, mask)", "masked_mean(log_ratio**2, mask)"),
-    (PPO, "ratio, pg_clipfrac, vf_clipfrac)", "ratio, vf_clipfrac, vf_clipfrac)"),
-    (PPO, "ratio, pg_clipfrac, vf_clipfrac)", "ratio, pg_clipfrac, pg_clipfrac)"),
-    (PPO, "(pg_loss, vf_loss, loss, ", "(pg_loss, vf_loss, pg_loss, "),
-    (PPO, "rewards.sum(-1).mean(),\n            **", "rewards.mean(),\n            **"),
-    (PPO, "non_score_rewards.sum(-1).mean()", "non_score_rewards.mean()"),
-    (PPO, "masked_mean(returns, mask),", "returns.mean(),"),
-    (PPO, "masked_mean(old_values, mask),", "old_values.mean(),"),
-    (PPO, "((batch.ids == self.sep_token_id) & mask).any(-1)", "(batch.ids == self.sep_token_id)"),
-    (MODEL, "nn.init.zeros_(module.weight)", "nn.init.normal_(module.weight)"),
-    (MODEL, "hidden_states.detach() if detach_value else hidden_states", "hidden_states"),
-    (MODEL, "round(share * len(self.transformer.h))", "round((1 - share) * len(self.transformer.h))"),
-    (MODEL, "embeddings = (self.transformer.wte, self.transformer.wpe, self.lm_head)", "embeddings = ()"),
-    (MODEL, "prompt_positions[prompts.rows, -1:] + after", "prompts.ids.shape[1] - 1 + after"),
-    (MODEL, "(mask.long().cumsum(-1) - 1).clamp(min=0)", "torch.arange(mask.shape[1]).expand(mask.shape)"),
-    (MODEL, "bias = bias.masked_fill(padding[:, None, None], lowest)", "pass"),
-    (MODEL, "*range(len(tokenizer), vocab_size)", ""),
-    (MODEL, "if len(used) == len(self.ids):", "if True:"),
-    (MODEL, "triu(n_keys - seq + 1)", "triu(n_keys + 1)"),
-    (MODEL, "cache.reorder_cache(prompts.rows)", "cache.reorder_cache(prompts.rows.flip(0))"),
-    (
-        MODEL,
-        "{*tokenizer.all_special_ids, *range(",
-        "{tokenizer.pad_token_id, tokenizer.unk_token_id, *range(",
-    ),
-    (MODEL, "alpha=1 / temperature", "alpha=temperature"),
-    (MODEL, "key=[seed, step], counter=[0, 0, 0, index]", "key=[seed, 0], counter=[0, 0, 0, index]"),
-    (MODEL, "key=[seed, step], counter=[0, 0, 0, index]", "key=[seed, step], counter=[0, 0, 0, 0]"),
-    (MODEL, "running = running & (tokens != sep_token_id)", "running = tokens != sep_token_id"),
-    (MODEL, "tokens.squeeze(1).where(running, pad_token_id)", "tokens.squeeze(1)"),
-    (MODEL, "if t + 1 == gen_len or (t %", "if t + 2 == gen_len or (t %"),
-    (
-        MODEL,
-        "cumulative = probs.to(precise).cumsum(-1)",
-        "cumulative = probs.sort(descending=True).values.to(precise).cumsum(-1)",
-    ),
-    (MODEL, "(ended == 0) | ((ended == 1) & (responses == sep_token_id))", "ended == 0"),
-    (MODEL, "(ended == 0) | ((ended == 1) & (responses == sep_token_id))", "ended <= 1"),
-    (
-        SAVED,
-        'trainer.n_steps, trainer.kl_controller.value = state["step"], state["kl_coef"]',
-        'trainer.n_steps = state["step"]',
-    ),
-    (SAVED, 'set_random_state(saved["random"])', "pass"),
-    (SAVED, "random.setstate((version, tuple(numbers), gauss))", "pass"),
-    (SAVED, 'torch.set_rng_state(state["torch"].cpu())', "pass"),
-    (SAVED, "np.random.set_state((name", "str((name"),
-    (SAVED, 'trainer.optimizer.load_state_dict(saved["optimizer"])', "pass"),
-    (SAVED, "(trainer.average, average)", "(trainer.average, policy)"),
-    (SAVED, 'trainer.skipped_in_a_row = state["skipped_in_a_row"]', "pass"),
-    (SAVED, "for old in checkpoints(folder)[:-keep]:", "for old in checkpoints(folder)[:-99]:"),
-    (SAVED, 'if sha256(path / name) != state["sha256"][name]:', "if False:"),
-    (
-        JUDGE,
-        "weights = [(group / beta).softmax(0) for group in groups]",
-        "weights = [group.softmax(0) for group in groups]",
-    ),
-    (JUDGE, "best.append((ways * ordered).sum())", "best.append(ordered[-1])"),
-    (JUDGE, "math.log(n) - (n - 1) / n", "math.log(n)"),
-]
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 600  # a tree whose tests take longer hangs, which is noticed too
+LIBRARIES = "pytest numpy torch torch.distributed matplotlib.pyplot huggingface_hub transformers.pipelines".split()
+MODELS = "gpt2 bert distilbert auto".split()
 
 
-def passes(tree: Path) -> bool:
-    """Whether the tests pass on a tree; one that hangs does not."""
-    command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS]
-    try:
-        return subprocess.run(command, cwd=tree, capture_output=True, timeout=300).returncode == 0
-    except subprocess.TimeoutExpired:
-        return False
+class Run:
+    """pytest on a tree, in a process forked from this one, which has loaded the libraries already."""
+
+    def __init__(self, tree: Path, tests: list[str]):
+        self.started = time.monotonic()
+        self.process = os.fork()
+        if self.process == 0:
+            os.setsid()
+            output = os.open(tree / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            os.chdir(tree)
+            sys.path[:] = [str(tree), *(path for path in sys.path if path not in ("", str(ROOT)))]
+            for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
+                del sys.modules[name]
+            import pytest
+
+            code = 3
+            try:
+                code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
+            finally:
+                sys.stdout.flush()
+                os._exit(int(code))
+
+    def passed(self) -> bool | None:
+        """Whether all tests passed; None while they run."""
+        process, status = os.waitpid(self.process, os.WNOHANG)
+        if not process and time.monotonic() - self.started < SECONDS:
+            return None
+        try:
+            os.killpg(self.process, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        if not process:
+            os.waitpid(self.process, 0)
+        return bool(process) and os.waitstatus_to_exitcode(status) == 0
+
+
+def areas() -> dict:
+    """The modules of tests/planted, by name."""
+    folder = Path(__file__).parent / "planted"
+    names = sorted(module.name for module in pkgutil.iter_modules([str(folder)]))
+    return {name: importlib.import_module(f"{__package__}.planted.{name}") for name in names}
+
+
+def test_files(names: str) -> list[str]:
+    return [f"tests/test_{name}.py" for name in names.split()]
+
+
+def all_others(nearest: list[str]) -> list[str]:
+    return sorted({f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py")} - set(nearest))
+
+
+def copy_tree(tree: Path) -> None:
+    ignored = shutil.ignore_patterns(".git", "runs", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache")
+    shutil.copytree(ROOT, tree, ignore=ignored)
+
+
+def wait_for(run: Run) -> bool:
+    while (passed := run.passed()) is None:
+        time.sleep(0.05)
+    return passed
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="only bugs whose text has this word")
-    only = parser.parse_args().only
-    survived = 0
+    parser.add_argument("--only", default="", help="only bugs whose file or text has this word")
+    parser.add_argument("--area", default="", help="only those of tests/planted/NAME.py")
+    parser.add_argument("--nearest", action="store_true", help="leave out all but the nearest tests")
+    parser.add_argument("--jobs", type=int, default=2, help="bugs tried at the same time")
+    args = parser.parse_args()
+    chosen, near = [], {}
+    for name, area in areas().items():
+        near |= {file: test_files(tests) for file, tests in area.NEAREST.items()}
+        bugs = [(*bug, None) for bug in area.BUGS] + area.SAME
+        chosen += [bug for bug in bugs if args.area in ("", name) and args.only in "".join(bug[:3])]
+    for name in [*LIBRARIES, *(f"transformers.models.{name}.modeling_{name}" for name in MODELS)]:
+        importlib.import_module(name)
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder) / "tree"
-        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", "runs", ".venv", "__pycache__"))
-        if not passes(tree):
-            sys.exit("the tests fail without any bug")
-        chosen = [mutant for mutant in MUTANTS if only in mutant[1] + mutant[2]]
-        for file, right, wrong in chosen:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "ppo-chinese-gpt2")
+        if cache.exists():
+            shutil.copytree(cache, Path(folder) / "cache" / cache.name)
+        os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"  # bugs in the demo's models make others
+        trees = [Path(folder) / f"tree{i}" for i in range(args.jobs)]
+        for tree in trees:
+            copy_tree(tree)
+        first = sorted({test for file, *_ in chosen for test in near[file]})
+        if not wait_for(Run(trees[0], first)):
+            sys.exit(
+                f"the tests fail without any bug:\n{(trees[0] / 'output.txt').read_text(encoding='utf-8')[-3000:]}"
+            )
+        wrong = try_all(chosen, near, trees, args.nearest)
+    same = sum(why is not None for *_, why in chosen)
+    print(f"{len(chosen) - same} bugs, and {same} changes to the same program: {wrong} not as they should be")
+    return 1 if wrong else 0
+
+
+def try_all(chosen: list[tuple], near: dict, trees: list[Path], nearest_only: bool) -> int:
+    """Try the bugs, as many at a time as there are trees; how many did not end as they should."""
+    waiting, free, running, wrong = list(reversed(chosen)), list(trees), [], 0
+    while waiting or running:
+        while waiting and free:
+            bug = waiting.pop()
+            file, right, planted, _ = bug
             source = (ROOT / file).read_text(encoding="utf-8")
             if source.count(right) != 1:
-                survived += 1
+                wrong += 1
                 print(f"GONE      {file}: {right!r} stands there {source.count(right)} times", flush=True)
                 continue
-            (tree / file).write_text(source.replace(right, wrong), encoding="utf-8")
-            noticed = not passes(tree)
-            (tree / file).write_text(source, encoding="utf-8")
-            survived += not noticed
-            print(f"{'noticed ' if noticed else 'SURVIVED'}  {file}: {right!r} -> {wrong!r}", flush=True)
-    print(f"{len(chosen)} bugs, {survived} not noticed")
-    return 1 if survived else 0
+            tree = free.pop()
+            (tree / file).write_text(source.replace(right, planted), encoding="utf-8")
+            running.append((bug, tree, Run(tree, near[file]), nearest_only))
+        time.sleep(0.05)
+        for entry in list(running):
+            (file, right, planted, why), tree, run, last = entry
+            if (passed := run.passed()) is None:
+                continue
+            running.remove(entry)
+            if passed and not last:
+                running.append((entry[0], tree, Run(tree, all_others(near[file])), True))
+                continue
+            (tree / file).write_text((ROOT / file).read_text(encoding="utf-8"), encoding="utf-8")
+            free.append(tree)
+            wrong += passed == (why is None)
+            verdict = {(True, True): "same    ", (True, False): "SURVIVED", (False, True): "NOT SAME"}
+            by = "" if passed else first_failure(tree)
+            said = verdict.get((passed, why is not None), "noticed ")
+            print(f"{said}  {file}: {right!r} -> {planted!r}{f' ({why})' if why else by}", flush=True)
+    return wrong
+
+
+def first_failure(tree: Path) -> str:
+    """The test that noticed, from pytest's output."""
+    lines = (tree / "output.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+    failed = [line.split(" - ")[0] for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return f" ({failed[0].split('::')[-1][:90]})" if failed else " (no test failed: it hung, or pytest itself did)"
 
 
 if __name__ == "__main__":
