@@ -102,6 +102,9 @@ def main() -> int:
         near |= {file: test_files(tests) for file, tests in area.NEAREST.items()}
         bugs = [(*bug, None) for bug in area.BUGS] + area.SAME
         chosen += [bug for bug in bugs if args.area in ("", name) and args.only in "".join(bug[:3])]
+    if not chosen:
+        sys.exit("no bug has that word")
+    os.environ |= {"HF_HUB_OFFLINE": "1", "DISABLE_SAFETENSORS_CONVERSION": "1"}  # as tests/conftest.py, before the hub
     for name in [*LIBRARIES, *(f"transformers.models.{name}.modeling_{name}" for name in MODELS)]:
         importlib.import_module(name)
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
