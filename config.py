@@ -378,8 +378,10 @@ def check_device(device: str) -> None:
 
     if device == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: this machine has no Apple GPU that torch can use; try --device cpu")
-    if device.startswith("cuda") and int(device[5:] or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA GPUs here; try --device cpu")
+    # torch counts a GPU whose driver is too old for it, too
+    usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.startswith("cuda") and int(device[5:] or 0) >= usable:
+        raise UserError(f"--device {device}: torch sees {usable} CUDA GPUs here; try --device cpu")
 
 
 def pick_device(device: str):

@@ -1,0 +1,207 @@
+"""Where a run computes, in which dtype, and how much at once; GPUs are pretended."""
+
+import types
+
+import pytest
+import torch
+
+import train_ppo
+from config import PPOConfig, UserError, check_device, pick_device, pick_dtype, pick_micro_batch_size
+from support.text_trainer import TextPPOTrainer
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Pretend a machine: machine(GPUs that torch counts, can it use them, is there an Apple GPU)."""
+
+    def pretend(gpus=0, usable=True, mps=False):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0 and usable)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    pretend()
+    return pretend
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """The GPUs that were made the current one."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
+    return chosen
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "said"),
+    [
+        ("auto", {}, None),
+        ("cpu", {}, None),
+        ("cuda", {"gpus": 1}, None),
+        ("cuda:0", {"gpus": 1}, None),
+        ("cuda:1", {"gpus": 2}, None),
+        ("cuda:10", {"gpus": 11}, None),
+        ("mps", {"mps": True}, None),
+        ("cuda", {}, "--device cuda: torch sees 0 CUDA GPUs here; try --device cpu"),
+        ("cuda", {"mps": True}, "--device cuda: torch sees 0 CUDA GPUs here"),
+        ("cuda:1", {"gpus": 1}, "--device cuda:1: torch sees 1 CUDA GPUs here"),
+        ("cuda:10", {"gpus": 2}, "--device cuda:10: torch sees 2 CUDA GPUs here"),
+        ("cuda", {"gpus": 1, "usable": False}, "--device cuda: torch sees 0 CUDA GPUs here"),
+        ("mps", {"gpus": 1}, "--device mps: this machine has no Apple GPU that torch can use; try --device cpu"),
+        ("tpu", {}, "--device tpu is unknown; choose auto, cpu, cuda, cuda:N or mps"),
+        ("cuda:", {"gpus": 1}, "--device cuda: is unknown"),
+        ("cuda:x", {"gpus": 1}, "--device cuda:x is unknown"),
+        ("cuda:-1", {"gpus": 1}, "--device cuda:-1 is unknown"),
+        ("cuda1", {"gpus": 2}, "--device cuda1 is unknown"),
+        ("mps:0", {"mps": True}, "--device mps:0 is unknown"),
+        ("cpu:0", {}, "--device cpu:0 is unknown"),
+        ("CPU", {}, "--device CPU is unknown"),
+    ],
+)
+def test_a_device_is_taken_where_it_is_there(machine, device, there, said):
+    machine(**there)
+    if said is None:
+        check_device(device)
+    else:
+        with pytest.raises(UserError) as error:
+            PPOConfig(device=device).check()
+        assert str(error.value).startswith(said)
+
+
+@pytest.mark.parametrize("flags", [["--device", "cuda"], ["--device=cuda:0"], ["--device", "mps"]])
+def test_a_device_that_is_not_there_is_one_line(machine, tmp_path, monkeypatch, capfd, flags):
+    """A GPU whose driver is too old for torch is counted by it, but cannot be used."""
+    monkeypatch.chdir(tmp_path)
+    machine(gpus=1, usable=False)
+    assert train_ppo.main([*flags, "--preset", "demo"]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("train_ppo.py: error: --device ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "picked", "made_current"),
+    [
+        ("auto", {}, "cpu", []),
+        ("auto", {"mps": True}, "mps", []),
+        ("auto", {"gpus": 2, "mps": True}, "cuda", []),
+        ("auto", {"gpus": 1, "usable": False}, "cpu", []),
+        ("cpu", {"gpus": 1}, "cpu", []),
+        ("cuda", {"gpus": 1}, "cuda", []),
+        ("cuda:1", {"gpus": 2}, "cuda:1", ["cuda:1"]),
+        ("mps", {"gpus": 1, "mps": True}, "mps", []),
+    ],
+)
+def test_one_process_takes_the_device_that_was_named(machine, chosen, device, there, picked, made_current):
+    machine(**there)
+    assert pick_device(device) == torch.device(picked)
+    assert chosen == made_current
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])
+def test_below_torchrun_each_process_takes_a_gpu_of_its_own(machine, chosen, monkeypatch, device):
+    machine(gpus=2)
+    monkeypatch.setenv("WORLD_SIZE", "4")  # two machines with two processes each
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device(device) == torch.device("cuda:1") and chosen == ["cuda:1"]
+    machine(gpus=1)
+    with pytest.raises(UserError, match="--device cuda:1: torch sees 1 CUDA GPUs here"):
+        pick_device(device)
+
+
+def test_below_torchrun_a_cpu_is_shared(machine, chosen, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device("auto") == pick_device("cpu") == torch.device("cpu") and chosen == []
+
+
+def test_one_process_below_torchrun_takes_the_gpu_that_was_named(machine, chosen, monkeypatch):
+    machine(gpus=2)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("device", "native", "expected"),
+    [
+        ("cpu", {"avx"}, torch.bfloat16),
+        ("cpu", {"amx"}, torch.bfloat16),
+        ("cpu", {"cuda", "emulated"}, torch.float32),
+        ("cuda", {"cuda"}, torch.bfloat16),
+        ("cuda:1", {"cuda"}, torch.bfloat16),
+        ("cuda", {"emulated", "avx", "amx"}, torch.float32),
+        ("mps", {"avx", "amx", "cuda"}, torch.float32),
+    ],
+)
+def test_auto_is_bfloat16_where_the_device_computes_it_natively(monkeypatch, device, native, expected):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: "avx" in native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: "amx" in native)
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: "cuda" in native or (including_emulation and "emulated" in native),
+    )
+    device = torch.device(device)
+    assert pick_dtype("auto", device) == expected
+    assert pick_dtype("float32", device) == torch.float32 and pick_dtype("bfloat16", device) == torch.bfloat16
+
+
+# --- how many completions at once
+
+
+def rows_at_once(trainer, work):
+    """The numbers of completions of which the policy makes logits at once while `work()` is done."""
+    rows = []
+    hook = trainer.model.lm_head.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    work()
+    hook.remove()
+    return rows
+
+
+def test_no_more_than_micro_batch_size_completions_go_through_at_once(gpt2_folder):
+    """Four times as many while sampling, which keeps no gradients."""
+    settings = dict(micro_batch_size=3, batch_size=14, minibatch_size=7, ppo_epochs=1, gen_len=2, dtype="float32")
+    trainer = TextPPOTrainer.from_pretrained(gpt2_folder, PPOConfig(**settings, frozen_share=0.0, device="cpu"))
+    queries = trainer.encode(["衣服"] * 14)
+    responses = []
+    assert set(rows_at_once(trainer, lambda: responses.extend(trainer.generate(queries)))) == {12, 2}
+    scored = rows_at_once(trainer, lambda: trainer.step(queries, responses, [0.5] * 14))
+    assert scored == [3, 3, 3, 3, 2] + [3, 3, 1] * 2
+
+
+def test_micro_batches_change_nothing_but_memory(gpt2_folder):
+    results = []
+    for size in (1, 5, 0):
+        config = PPOConfig(micro_batch_size=size, batch_size=8, minibatch_size=8, dtype="float32", device="cpu")
+        trainer = TextPPOTrainer.from_pretrained(gpt2_folder, config)
+        queries = trainer.encode(["衣服", "这本书很"] * 4)
+        responses = trainer.generate(queries)
+        stats = trainer.step(queries, responses, [0.1 * i for i in range(8)])
+        results.append(([response.tolist() for response in responses], stats))
+    for responses, stats in results[1:]:
+        assert responses == results[0][0]
+        assert stats == pytest.approx(results[0][1], abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "gen_len", "vocab_size", "expected"),
+    [
+        ("cpu", 0, 16, 21_128, 64),
+        ("mps", 0, 256, 50_257, 64),
+        ("cuda", 0, 16, 21_128, 1_058),  # 64 GiB / 8 / (24 bytes * 16 * 21,128) = 1058.8
+        ("cuda", 0, 32, 21_128, 529),
+        ("cuda", 0, 16, 50_257, 445),
+        ("cuda", 0, 10**6, 50_257, 1),
+        ("cuda", 7, 16, 21_128, 7),
+        ("cpu", 1, 16, 21_128, 1),
+        ("cpu", 500, 16, 21_128, 500),
+    ],
+)
+def test_unless_given_an_eighth_of_a_gpu_holds_the_logits(monkeypatch, device, size, gen_len, vocab_size, expected):
+    memory = types.SimpleNamespace(total_memory=64 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    config = PPOConfig(micro_batch_size=size, gen_len=gen_len)
+    assert pick_micro_batch_size(config, vocab_size, torch.device(device)) == expected
