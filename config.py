@@ -166,7 +166,8 @@ class PPOConfig:
         if self.minibatch_size > self.batch_size:
             raise UserError(f"--minibatch_size {self.minibatch_size} is larger than --batch_size {self.batch_size}")
         if self.run_name is not None and not re.fullmatch(r"[^\W_][\w.\-]*", self.run_name):
-            raise UserError(f"--run_name {self.run_name!r} is no plain name: letters, digits, '_', '-' and '.' only")
+            allowed = "letters, digits, '_', '-' and '.' only, a letter or digit first"
+            raise UserError(f"--run_name {self.run_name!r} is no plain name: {allowed}")
         for name in ("model_name", "reward_model_name", "runs_dir"):
             if not getattr(self, name).strip():
                 raise UserError(f"--{name} is empty")
@@ -235,7 +236,7 @@ PRESETS = {
 
 @functools.wraps(PPOConfig.__init__)
 def init_with_preset(self, __init__=PPOConfig.__init__, **values):
-    __init__(self, **{**PRESETS.get(values.get("preset"), {}), **values})
+    __init__(self, **{**PRESETS.get(str(values.get("preset")), {}), **values})
 
 
 PPOConfig.__init__ = init_with_preset

@@ -1,16 +1,98 @@
 """The command line: what it accepts, what it shows, and one line for everything it refuses."""
 
+import importlib.machinery
 import json
+import math
 import re
 import subprocess
 import sys
 
 import pytest
-import torch
+import transformers
+from packaging.version import Version
 
-import config
-from config import PPOConfig, UserError, load_config, parse_args
+from config import PPOConfig, UserError, import_function, load_config, parse_args
 from tests.conftest import ROOT
+from tests.test_presets import DEFAULT
+
+NUMBERS = {  # name: (values taken, values refused, what is allowed)
+    "gen_len": ([1, 4096], [0, -1], "at least 1"),
+    "temperature": ([5e-324, 1e308], [0.0, -1.0, math.inf, math.nan], "above 0 and finite"),
+    "episodes": ([1, 10**12], [0, -5], "at least 1"),
+    "batch_size": ([1, 10**9], [0, -1], "at least 1"),
+    "minibatch_size": ([1, 128], [0, -1], "at least 1"),
+    "ppo_epochs": ([1, 10**6], [0, -1], "at least 1"),
+    "gamma": ([0.0, 0.5, 1.0], [-1e-9, 1.0001, math.inf, math.nan], "at least 0 and at most 1"),
+    "lam": ([0.0, 0.95, 1.0], [-1e-9, 1.0001, math.inf, math.nan], "at least 0 and at most 1"),
+    "cliprange": ([5e-324, 1e308], [0.0, -0.2, math.inf, math.nan], "above 0 and finite"),
+    "cliprange_value": ([5e-324, 1e308], [0.0, -0.2, math.inf, math.nan], "above 0 and finite"),
+    "vf_coef": ([0.0, 1e308], [-1e-9, math.inf, math.nan], "at least 0 and finite"),
+    "frozen_share": ([0.0, 0.5, 1.0], [-1e-9, 1.0001, math.inf, math.nan], "at least 0 and at most 1"),
+    "init_kl_coef": ([0.0, 1e308], [-1e-9, math.inf, math.nan], "at least 0 and finite"),
+    "target": ([5e-324, 1e308], [0.0, -6.0, math.inf, math.nan], "above 0 and finite"),
+    "horizon": ([1, 10**12], [0, -1], "at least 1"),
+    "lr": ([5e-324, 1e308], [0.0, -1e-5, math.inf, math.nan], "above 0 and finite"),
+    "value_lr": ([5e-324, 1e308], [0.0, -1e-5, math.inf, math.nan], "above 0 and finite"),
+    "adam_epsilon": ([5e-324, 1e308], [0.0, -1e-8, math.inf, math.nan], "above 0 and finite"),
+    "average_power": ([0.0, 1e9, 1e308], [-1e-9, math.inf, math.nan], "at least 0 and finite"),
+    "max_grad_norm": ([5e-324, 1e308], [0.0, -1.0, math.inf, math.nan], "above 0 and finite"),
+    "micro_batch_size": ([0, 1, 10**9], [-1], "at least 0"),
+    "seed": ([0, 9223372036854775807], [-1, 9223372036854775808], "at least 0 and at most 9223372036854775807"),
+    "log_samples_every": ([0, 1, 10**9], [-1], "at least 0"),
+    "save_every": ([0, 1, 10**9], [-1], "at least 0"),
+    "save_every_minutes": ([0.0, 1e308], [-1e-9, math.inf, math.nan], "at least 0 and finite"),
+    "keep_checkpoints": ([1, 10**9], [0, -1], "at least 1"),
+    "process_timeout": ([5e-324, 1e6], [0.0, -1.0, 1000000.5, math.inf, math.nan], "above 0 and at most 1000000"),
+    "eval_samples": ([2, 10**9], [1, 0, -1], "at least 2"),
+}
+OTHER_TYPES = {int: [1.5, "16", True, None, [1]], float: ["1e-5", False, None, [1.0]], bool: [1, "true", None]}
+OTHER_TYPES |= {str: [1, None, ["a"]], list: ["好", ("好",), ["好", 1], None], type(None): [1, True, ["a"]]}
+CHOICES = {"kl_controller": ["adaptive", "fixed"], "dtype": ["auto", "float32", "bfloat16"]}
+FLAGS = {  # name: (words after the flag, the value)
+    "preset": (["demo"], "demo"),
+    "model_name": (["./gpt2"], "./gpt2"),
+    "reward_model_name": (["owner/sentiment"], "owner/sentiment"),
+    "positive_label": (["LABEL_1"], "LABEL_1"),
+    "reward": (["math:sqrt"], "math:sqrt"),
+    "prompts": (["刚收到货,感觉", "这部电影-很"], ["刚收到货,感觉", "这部电影-很"]),
+    "prompts_file": (["my-prompts.txt"], "my-prompts.txt"),
+    "gen_len": (["7"], 7),
+    "temperature": (["0.7"], 0.7),
+    "episodes": (["100"], 100),
+    "batch_size": (["256"], 256),
+    "minibatch_size": (["64"], 64),
+    "ppo_epochs": (["2"], 2),
+    "gamma": (["0.9"], 0.9),
+    "lam": (["0.8"], 0.8),
+    "cliprange": (["0.3"], 0.3),
+    "cliprange_value": (["0.4"], 0.4),
+    "vf_coef": (["0.5"], 0.5),
+    "detach_value": (["False"], False),
+    "frozen_share": (["0.25"], 0.25),
+    "init_kl_coef": (["0.05"], 0.05),
+    "kl_controller": (["adaptive"], "adaptive"),
+    "target": (["4"], 4.0),
+    "horizon": (["500"], 500),
+    "lr": (["3e-5"], 3e-5),
+    "value_lr": (["2e-3"], 2e-3),
+    "adam_epsilon": (["1e-7"], 1e-7),
+    "average_power": (["1e9"], 1e9),
+    "max_grad_norm": (["0.5"], 0.5),
+    "micro_batch_size": (["8"], 8),
+    "seed": (["0"], 0),
+    "device": (["cpu"], "cpu"),
+    "dtype": (["bfloat16"], "bfloat16"),
+    "run_name": (["my-run"], "my-run"),
+    "runs_dir": (["else/where"], "else/where"),
+    "log_samples_every": (["0"], 0),
+    "save_every": (["5"], 5),
+    "save_every_minutes": (["0.5"], 0.5),
+    "keep_checkpoints": (["9"], 9),
+    "process_timeout": (["30"], 30.0),
+    "eval_samples": (["64"], 64),
+    "resume": (["latest"], "latest"),
+    "eval_only": (["runs/a-b"], "runs/a-b"),
+}
 
 
 def parsed(*argv) -> PPOConfig:
@@ -19,39 +101,186 @@ def parsed(*argv) -> PPOConfig:
     return values
 
 
-def test_default_values():
-    c = parsed()
-    assert (c.model_name, c.reward_model_name) == (
-        "uer/gpt2-chinese-cluecorpussmall",
-        "uer/roberta-base-finetuned-jd-binary-chinese",
-    )
-    assert (c.prompts, c.episodes, c.batch_size, c.gen_len, c.ppo_epochs) == (["刚收到货,感觉"], 20_000, 128, 16, 4)
-    assert (c.lr, c.init_kl_coef, c.target, c.horizon) == (4e-5, 0.2, 6, 10_000)
-    assert (c.gamma, c.cliprange, c.cliprange_value, c.vf_coef) == (1, 0.2, 0.2, 0.1)
-    assert c.n_steps() == 157
+def refusal(**values) -> str:
+    with pytest.raises(UserError) as error:
+        PPOConfig(**values).check()
+    assert isinstance(error.value, ValueError) and "\n" not in str(error.value)
+    return str(error.value)
 
 
-def test_flags_override_the_preset_wherever_they_stand():
-    for argv in (["--preset", "demo", "--episodes", "64"], ["--episodes", "64", "--preset", "demo"]):
-        c = parsed(*argv)
-        assert c.episodes == 64 and c.model_name == "demo"
-    c = parsed(
-        "--lr",
-        "5e-5",
-        "--batch_size",
-        "64",
-        "--minibatch-size",
-        "32",
-        "--prompts",
-        "刚收到货,感觉",
-        "这部电影很",
-        "--no-detach-value",
-    )
-    assert (c.lr, c.batch_size, c.minibatch_size, c.prompts[1], c.detach_value) == (5e-5, 64, 32, "这部电影很", False)
+# --- values
 
 
-def test_the_names_of_given_flags_are_told():
-    assert parse_args(["--lr", "1e-5", "--resume", "x"])[1] == {"lr", "resume"}
+def test_every_number_has_its_limits():
+    assert [name for name, value in DEFAULT.items() if type(value) in (int, float)] == list(NUMBERS)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_both_ends_of_a_limit(name):
+    taken, refused, allowed = NUMBERS[name]
+    others = {"minibatch_size": 1} if name == "batch_size" else {}
+    for value in taken:
+        PPOConfig(**{name: value}, **others).check()
+    for value in refused:
+        assert refusal(**{name: value}, **others) == f"--{name} must be {allowed}, not {value}"
+
+
+@pytest.mark.parametrize("name", DEFAULT)
+def test_a_value_of_another_type_is_refused(name):
+    """As a script or an edited config.json may hold it."""
+    if name in CHOICES:
+        for value in (1, None, "Fixed"):
+            said = f"--{name} {value} is unknown; choose one of {', '.join(CHOICES[name])}"
+            assert refusal(**{name: value}) == said
+        return
+    for value in OTHER_TYPES[type(DEFAULT[name])]:
+        said = refusal(**{name: value})
+        assert said.startswith(f"{name} must be of type ") and said.endswith(f", not {value!r}")
+    if type(DEFAULT[name]) is float:
+        PPOConfig(**{name: 1}).check()  # a whole number is one, too
+
+
+def test_a_type_is_called_by_its_name():
+    assert refusal(lr="fast") == "lr must be of type float, not 'fast'"
+    assert refusal(batch_size=1.5) == "batch_size must be of type int, not 1.5"
+    assert refusal(runs_dir=None) == "runs_dir must be of type str, not None"
+    assert refusal(detach_value=0) == "detach_value must be of type bool, not 0"
+
+
+def test_a_minibatch_is_at_most_a_batch():
+    PPOConfig(batch_size=64, minibatch_size=64).check()
+    said = "--minibatch_size 65 is larger than --batch_size 64"
+    assert refusal(batch_size=64, minibatch_size=65) == said
+
+
+@pytest.mark.parametrize("name", ["run", "a_b-c.d", "7", "感觉", "2024-01-01.x", "a."])
+def test_a_plain_run_name_is_taken(name):
+    PPOConfig(run_name=name).check()
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "-x", "_x", "a/b", "a\\b", "a b", "a:b", "a\n", "/a", "~"])
+def test_a_run_name_that_is_no_plain_name_is_refused(name):
+    said = f"--run_name {name!r} is no plain name: letters, digits, '_', '-' and '.' only, a letter or digit first"
+    assert refusal(run_name=name) == said
+
+
+@pytest.mark.parametrize("name", ["model_name", "reward_model_name", "runs_dir"])
+def test_an_empty_name_is_refused(name):
+    for value in ("", "  "):
+        assert refusal(**{name: value}) == f"--{name} is empty"
+
+
+# --- prompts
+
+
+@pytest.mark.parametrize(
+    ("content", "prompts"),
+    [
+        ("好\n", ["好"]),
+        ("好", ["好"]),
+        ("\ufeff刚收到货,感觉\r\n这部电影很\r\n", ["刚收到货,感觉", "这部电影很"]),
+        ("a\nb\na\n\n  \n\n", ["a", "b", "a"]),
+        (" I went \n", [" I went "]),
+    ],
+)
+def test_a_prompts_file_holds_a_prompt_a_line(tmp_path, content, prompts):
+    """Whatever the system's encoding; a byte order mark and empty lines at the end do not count."""
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(content.encode())
+    assert parsed("--prompts_file", str(file)).read_prompts() == prompts
+    assert parsed("--prompts_file", str(file), "--prompts", "书").read_prompts() == prompts
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", " holds no prompt; give at least one"),
+        (b" \n\n", " holds no prompt; give at least one"),
+        ("好\n\n坏\n".encode(), ": prompt 2 is empty; each needs at least one character"),
+        (b"\n\na\n", ": prompt 1 is empty; each needs at least one character"),
+        ("感觉".encode("gbk"), " is not UTF-8 text; save it as UTF-8, one prompt a line"),
+    ],
+)
+def test_a_prompts_file_that_will_not_do_is_named(tmp_path, content, said):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(content)
+    assert refusal(prompts_file=str(file)) == f"--prompts_file {file}{said}"
+
+
+def test_a_prompts_file_that_cannot_be_read_is_named(tmp_path):
+    assert refusal(prompts_file=str(tmp_path)) == f"--prompts_file {tmp_path} cannot be read: Is a directory"
+    missing = tmp_path / "missing.txt"
+    assert refusal(prompts_file=str(missing)) == f"--prompts_file {missing} cannot be read: No such file or directory"
+
+
+def test_prompts_without_a_character_are_refused():
+    assert refusal(prompts=[]) == "--prompts holds no prompt; give at least one"
+    assert refusal(prompts=["好", " "]) == "--prompts: prompt 2 is empty; each needs at least one character"
+    assert PPOConfig(prompts=["好", "坏"]).read_prompts() == ["好", "坏"]
+
+
+# --- flags
+
+
+def test_every_flag_reaches_its_field():
+    assert list(FLAGS) == list(DEFAULT)
+    for name, (words, value) in FLAGS.items():
+        for flag in (f"--{name}", f"--{name.replace('_', '-')}"):
+            config, given = parse_args([flag, *words])
+            expected = vars(PPOConfig(preset=value)) if name == "preset" else DEFAULT | {name: value}
+            assert vars(config) == expected and given == {name}, flag
+            assert type(getattr(config, name)) is type(value), flag
+
+
+def test_all_flags_at_once():
+    argv = [word for name, (words, _) in FLAGS.items() for word in (f"--{name}", *words)]
+    config, given = parse_args(argv)
+    assert vars(config) == {name: value for name, (_, value) in FLAGS.items()} and given == set(FLAGS)
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"),
+    [
+        (["--detach_value"], True),
+        (["--detach-value", "true"], True),
+        (["--detach_value=no"], False),
+        (["--no_detach_value"], False),
+        (["--no-detach-value"], False),
+        (["--detach_value", "--no-detach-value"], False),
+    ],
+)
+def test_a_switch_goes_both_ways(argv, value):
+    config, given = parse_args(["--preset", "article" if value else "default", *argv])
+    assert config.detach_value is value and given == {"preset", "detach_value"}
+
+
+def test_a_value_may_stand_behind_an_equals_sign_and_the_last_counts():
+    config = parsed("--run-name=my-run", "--lr=1e-5", "--prompts=-5 度", "--lr", "2e-5", "--minibatch-size=32")
+    assert (config.run_name, config.lr, config.prompts, config.minibatch_size) == ("my-run", 2e-5, ["-5 度"], 32)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--batchsize", "5"], "unknown argument --batchsize; did you mean --batch_size?"),
+        (["--batch-siz=5"], "unknown argument --batch_siz=5; did you mean --batch_size?"),
+        (["--episode", "5"], "unknown argument --episode; did you mean --episodes?"),
+        (["--learning_rate", "5"], "unknown argument --learning_rate; python train_ppo.py --help lists the flags"),
+        (["--frozen", "5"], "unknown argument --frozen; did you mean --frozen_share?"),
+        (["--xyz"], "unknown argument --xyz; python train_ppo.py --help lists the flags"),
+        (["demo"], "unknown argument demo; "),
+        (["--lr"], "argument --lr: expected one argument; python train_ppo.py --help lists the flags"),
+        (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+        (["--gen_len", "1.5"], "argument --gen_len: invalid int value: '1.5'"),
+        (["--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
+        (["--detach_value", "maybe"], "argument --detach_value"),
+        (["--preset", "big"], "--preset big is unknown; choose one of default, article, demo"),
+    ],
+)
+def test_a_flag_that_will_not_do_is_named(argv, said):
+    with pytest.raises(UserError) as error:
+        parse_args(argv)
+    assert str(error.value).startswith(said)
 
 
 def test_help_in_a_fresh_process_loads_no_model_library():
@@ -60,83 +289,136 @@ def test_help_in_a_fresh_process_loads_no_model_library():
         "import train_ppo\n"
         "try: train_ppo.main()\n"
         "except SystemExit as e: assert e.code == 0\n"
-        "loaded = {'torch', 'transformers.models'} & set(sys.modules)\n"
-        "import transformers\n"
-        "assert not loaded or transformers.__version__ < '5.10', loaded"  # early 5.x loads torch with anything
+        "print(*{'torch', 'transformers.models'} & set(sys.modules), file=sys.stderr)\n"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    if Version(transformers.__version__) >= Version("5.10"):  # earlier ones load torch with anything
+        assert result.stderr.split() == []
     text = " ".join(result.stdout.split())
-    assert "--reward_model_name" in text and "(default: demo)" in text and "(default: 10240)" in text
-    assert all(result.stdout.count(f"\n  --{name} ") == 1 for name in PPOConfig.__dataclass_fields__)
+    assert all(result.stdout.count(f"\n  --{name} ") == 1 for name in DEFAULT)
     titles = [line[:-1] for line in result.stdout.splitlines() if re.fullmatch(r"\w.*:", line)]
-    assert titles == ["options", *config.GROUPS.values()]
-    kl = result.stdout.split(config.GROUPS["init_kl_coef"])[1].split("\n\n")[0]
-    assert "--kl_controller" in kl and "--lr" not in kl and "--cliprange" not in kl
+    assert titles == [
+        "options",
+        "models",
+        "prompts and sampling",
+        "PPO (Schulman et al. 2017)",
+        "KL to the reference (Ziegler et al. 2019, section 2.2)",
+        "optimisation (Adam, Kingma & Ba 2015)",
+        "run and logging",
+    ]
+    kl = result.stdout.split("KL to the reference (Ziegler et al. 2019, section 2.2):")[1].split("\n\n")[0]
+    assert re.findall(r"\n  --(\w+) ", kl) == ["init_kl_coef", "kl_controller", "target", "horizon"]
     assert result.stdout.startswith("usage: python train_ppo.py [--NAME VALUE ...]\n\n")
     assert result.stdout.count("\n  python train_ppo.py --") == 2
     assert "--no_detach_value Sets --detach_value to False." in text
 
 
-def test_empty_prompts_are_refused(tmp_path):
-    for argv in (["--prompts", ""], ["--prompts", "好", "  "], ["--model_name", ""], ["--prompts_file", str(tmp_path)]):
-        with pytest.raises(UserError):
-            parsed(*argv)
-    file = tmp_path / "prompts.txt"
-    for content, said in (
-        (b"", "holds no prompt"),
-        ("好\n\n坏\n".encode(), "prompt 2 is empty"),
-        ("好".encode("gbk"), "not UTF-8"),
-    ):
-        file.write_bytes(content)
-        with pytest.raises(UserError, match=said):
-            parsed("--prompts_file", str(file))
-    file.write_text("\ufeff刚收到货,感觉\n这部电影很\n\n", encoding="utf-8")
-    assert parsed("--prompts_file", str(file)).read_prompts() == ["刚收到货,感觉", "这部电影很"]
+# --- a reward of one's own
+
+
+@pytest.fixture
+def working_folder(tmp_path, monkeypatch):
+    """An empty working folder outside of the Python path; modules that are imported from it are forgotten."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(ROOT), *(path for path in sys.path if path not in ("", str(ROOT)))])
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def test_a_function_is_imported_from_the_working_folder(working_folder):
+    (working_folder / "my_own_reward.py").write_text("def score(texts):\n    return [0.5] * len(texts)\n")
+    for _ in range(2):
+        assert import_function("my_own_reward:score")(["a", "b"]) == [0.5, 0.5]
+    assert sys.path.count(str(working_folder)) == 1
+    assert import_function("collections.abc:Sized")  # a class, in a package
+
+
+def test_files_beside_a_reward_of_ones_own_do_not_hide_the_programs(working_folder):
+    (working_folder / "reward.py").write_text("raise SystemExit('the wrong file')\n")
+    (working_folder / "my_own_reward.py").write_text("def score(texts):\n    return [0.5] * len(texts)\n")
+    import_function("my_own_reward:score")
+    found = importlib.machinery.PathFinder.find_spec("reward", sys.path)
+    assert found.origin == str(ROOT / "reward.py")
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("nothing", "must be module:function, for example my_reward:score"),
+        (":f", "must be module:function"),
+        ("math:", "must be module:function"),
+        ("", "must be module:function"),
+        ("no_such_module:f", "cannot be imported (ModuleNotFoundError: No module named 'no_such_module')"),
+        ("math:no_such", "cannot be imported (AttributeError: "),
+        ("broken_reward:f", "cannot be imported (ZeroDivisionError: division by zero)"),
+        ("math:pi", "is no function but a float"),
+    ],
+)
+def test_a_function_that_is_not_there_is_refused(working_folder, spec, said):
+    (working_folder / "broken_reward.py").write_text("1 / 0\n")
+    assert refusal(reward=spec).startswith(f"--reward {spec} {said}")
+
+
+# --- config.json
 
 
 def test_a_config_survives_its_file(tmp_path):
-    c = parsed("--lr", "3e-5", "--prompts", "这部电影很")
-    c.save(tmp_path / "config.json")
-    assert load_config(tmp_path / "config.json") == c
-    assert "这部电影很" in (tmp_path / "config.json").read_text(encoding="utf-8")
+    path = tmp_path / "config.json"
+    path.write_text("an older one")
+    config = PPOConfig(**{name: value for name, (_, value) in FLAGS.items() if name not in ("reward", "prompts_file")})
+    config.save(path)
+    assert load_config(path) == config
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith('{\n  "preset": "demo",\n') and '"这部电影-很"' in text and text.endswith("}\n")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_config_opens_where_its_device_is_not(tmp_path):
+    PPOConfig(device="cuda:99").save(tmp_path / "config.json")
+    assert load_config(tmp_path / "config.json").device == "cuda:99"
+
+
+def test_a_config_may_lack_what_was_added_later_and_changes_nothing(tmp_path):
+    values = dict(DEFAULT)
+    del values["process_timeout"], values["horizon"], values["adam_epsilon"]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values))
+    assert load_config(path, may_lack={"process_timeout", "horizon", "adam_epsilon", "seed"}) == PPOConfig()
+    with pytest.raises(UserError) as error:
+        load_config(path, may_lack={"process_timeout"})
+    said = "was written by another version of this program and lacks 'adam_epsilon'; "
+    assert str(error.value) == f"{path} {said}add it with the value that the run was made with"
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("{", "is not JSON"),
-        ("[]", "no config of this program"),
-        ('{"learning": 1}', "'learning'"),
-        ('{"lr": "big"}', "lr must be of type float, not 'big'"),
-        ('{"batch_size": 1.5}', "batch_size must be of type int"),
-        ('{"prompts": "好"}', "prompts must be of type"),
-        ('{"dtype": "int8"}', "--dtype int8 is unknown"),
-        ('{"detach_value": 1}', "detach_value must be of type bool"),
-        ('{"resume": 3}', "resume must be of type"),
-        ('{"lr": 1e-4}', "written by another version of this program and lacks 'adam_epsilon'"),
+        (b"{", " is not JSON"),
+        (b"\xff\xfe", " is not JSON"),
+        (b"[]", " is no config of this program: it holds 'list'"),
+        (b'{"lr": 1e-5, "learning": 1, "zeal": 2}', " is no config of this program: it holds 'learning'"),
+        (b'{"lr": "big"}', "lr must be of type float, not 'big'"),
+        (b'{"lr": Infinity}', "--lr must be above 0 and finite, not inf"),
+        (b'{"batch_size": 1.5}', "batch_size must be of type int"),
+        ('{"prompts": "好"}'.encode(), "prompts must be of type"),
+        (b'{"dtype": "int8"}', "--dtype int8 is unknown"),
+        (b'{"detach_value": 1}', "detach_value must be of type bool"),
+        (b'{"resume": 3}', "resume must be of type"),
+        (b'{"preset": []}', "preset must be of type str, not []"),
     ],
 )
 def test_broken_config_files_are_named(tmp_path, content, said):
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(UserError, match=said):
-        load_config(tmp_path / "config.json")
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        load_config(path)
+    assert str(error.value).startswith(f"{path}{said}" if said[0] == " " else said)
 
 
-def test_auto_dtype_is_bfloat16_only_where_native(monkeypatch):
-    cpu = torch.device("cpu")
-    for avx, amx, expected in (
-        (True, False, torch.bfloat16),
-        (False, True, torch.bfloat16),
-        (False, False, torch.float32),
-    ):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-        assert config.pick_dtype("auto", cpu) == expected
-    assert config.pick_dtype("auto", torch.device("mps")) == torch.float32
-    assert config.pick_dtype("float32", cpu) == torch.float32
-
-
-def test_config_json_holds_every_field(tmp_path):
-    parsed().save(tmp_path / "c.json")
-    assert set(json.loads((tmp_path / "c.json").read_text())) == set(PPOConfig.__dataclass_fields__)
+def test_a_config_file_that_is_not_there_is_named(tmp_path):
+    path = tmp_path / "config.json"
+    with pytest.raises(UserError, match="config.json cannot be read: No such file or directory"):
+        load_config(path)

@@ -1,55 +1,174 @@
-"""The presets: what each sets, that a run's folder names its own, and that older folders still open."""
+"""The values of every setting: of `PPOConfig()`, of each preset, and that a run's folder keeps its own."""
 
 import dataclasses
 import json
+import re
 
 import pytest
 
-from config import PRESETS, PPOConfig, load_config, parse_args
+from config import PRESETS, PPOConfig, UserError, load_config, parse_args
 
-ARTICLE = {
-    "frozen_share": 0,
-    "lr": 1.41e-5,
-    "value_lr": 1.41e-5,
-    "detach_value": False,
-    "lam": 0.95,
-    "kl_controller": "adaptive",
-    "init_kl_coef": 0.2,
-    "target": 6,
-    "horizon": 10_000,
+DEFAULT = {
+    "preset": "default",
+    "model_name": "uer/gpt2-chinese-cluecorpussmall",
+    "reward_model_name": "uer/roberta-base-finetuned-jd-binary-chinese",
+    "positive_label": None,
+    "reward": None,
+    "prompts": ["刚收到货,感觉"],
+    "prompts_file": None,
+    "gen_len": 16,
+    "temperature": 1.0,
+    "episodes": 20_000,
     "batch_size": 128,
-    "minibatch_size": 1,
+    "minibatch_size": 128,
     "ppo_epochs": 4,
-    "gamma": 1,
+    "gamma": 1.0,
+    "lam": 1.0,
     "cliprange": 0.2,
     "cliprange_value": 0.2,
     "vf_coef": 0.1,
-    "adam_epsilon": 1e-8,
-    "average_power": 1e9,
+    "detach_value": True,
+    "frozen_share": 0.6666666666666666,
+    "init_kl_coef": 0.2,
+    "kl_controller": "fixed",
+    "target": 6.0,
+    "horizon": 10_000,
+    "lr": 4e-5,
+    "value_lr": 1e-3,
+    "adam_epsilon": 1e-5,
+    "average_power": 3.0,
+    "max_grad_norm": 1.0,
+    "micro_batch_size": 0,
+    "seed": 1,
+    "device": "auto",
+    "dtype": "auto",
+    "run_name": None,
+    "runs_dir": "runs",
+    "log_samples_every": 10,
+    "save_every": 50,
+    "save_every_minutes": 10.0,
+    "keep_checkpoints": 2,
+    "process_timeout": 600.0,
+    "eval_samples": 1024,
+    "resume": None,
+    "eval_only": None,
+}
+PRESET_VALUES = {
+    "default": DEFAULT,
+    "article": DEFAULT
+    | {
+        "preset": "article",
+        "minibatch_size": 1,
+        "lam": 0.95,
+        "detach_value": False,
+        "frozen_share": 0.0,
+        "kl_controller": "adaptive",
+        "lr": 1.41e-5,
+        "value_lr": 1.41e-5,
+        "adam_epsilon": 1e-8,
+        "average_power": 1e9,
+    },
+    "demo": DEFAULT
+    | {
+        "preset": "demo",
+        "model_name": "demo",
+        "reward_model_name": "demo",
+        "episodes": 10_240,
+        "lam": 0.95,
+        "frozen_share": 0.0,
+        "init_kl_coef": 0.15,
+        "lr": 1e-4,
+        "value_lr": 1e-2,
+        "dtype": "float32",
+    },
 }
 
 
-def test_without_a_flag_the_preset_is_default_and_changes_nothing():
-    config, given = parse_args([])
-    assert config == PPOConfig() and config.preset == "default" and not given
+def typed(values: dict) -> dict:
+    """Values with their types, since 1 == 1.0 == True."""
+    return {name: (type(value), value) for name, value in values.items()}
 
 
-def test_article_has_the_articles_settings():
-    config, _ = parse_args(["--preset", "article"])
+def test_every_setting_has_the_value_that_is_written_here():
+    assert typed(dataclasses.asdict(PPOConfig())) == typed(DEFAULT)
+
+
+@pytest.mark.parametrize("preset", PRESET_VALUES)
+def test_a_preset_has_the_same_values_from_python_from_the_command_line_and_in_its_file(preset, tmp_path):
+    expected = typed(PRESET_VALUES[preset])
+    config, given = parse_args(["--preset", preset])
     config.check()
-    assert {name: getattr(config, name) for name in ARTICLE} == ARTICLE
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_config_json_names_its_preset(preset, tmp_path):
-    config, _ = parse_args(["--preset", preset])
+    assert typed(dataclasses.asdict(config)) == expected and given == {"preset"}
+    assert typed(dataclasses.asdict(PPOConfig(preset=preset))) == expected
     config.save(tmp_path / "config.json")
-    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["preset"] == preset
-    assert load_config(tmp_path / "config.json") == config
+    assert typed(json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))) == expected
+    assert typed(dataclasses.asdict(load_config(tmp_path / "config.json"))) == expected
+
+
+def test_no_flag_is_the_preset_default():
+    config, given = parse_args([])
+    assert dataclasses.asdict(config) == DEFAULT and given == set()
+
+
+@pytest.mark.parametrize("preset", PRESET_VALUES)
+def test_help_shows_the_preset_s_values(preset, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit) as stop:
+        parse_args(["--preset", preset, "--help"])
+    assert stop.value.code == 0
+    shown = re.findall(r"\n  --(?!no_)(\w+) .*(?:\n {9,}.*)?\(default: (.*)\)(?=\n)", capsys.readouterr().out)
+    assert shown == [(name, str(value)) for name, value in PRESET_VALUES[preset].items()]
+
+
+def test_the_presets_are_these():
+    assert list(PRESETS) == list(PRESET_VALUES)
+    for refuse in (lambda: PPOConfig(preset="big").check(), lambda: parse_args(["--preset", "big", "--help"])):
+        with pytest.raises(UserError, match="^--preset big is unknown; choose one of default, article, demo$"):
+            refuse()
+
+
+@pytest.mark.parametrize("preset", [["demo"], {}, 1, None])
+def test_a_preset_that_is_no_name_is_refused(preset):
+    with pytest.raises(UserError, match="^preset must be of type str"):
+        PPOConfig(preset=preset).check()
+
+
+def test_what_is_given_counts_more_than_the_preset():
+    demo, article = PPOConfig(preset="demo", lr=2e-5, lam=0.5), PPOConfig(preset="article", minibatch_size=4)
+    assert dataclasses.asdict(demo) == PRESET_VALUES["demo"] | {"lr": 2e-5, "lam": 0.5}
+    assert dataclasses.asdict(article) == PRESET_VALUES["article"] | {"minibatch_size": 4}
+    for argv in (["--preset", "demo", "--lr", "4e-5"], ["--lr", "4e-5", "--preset", "demo"]):
+        config, given = parse_args(argv)  # the default preset's value, given
+        assert dataclasses.asdict(config) == PRESET_VALUES["demo"] | {"lr": 4e-5} and given == {"preset", "lr"}
+
+
+def test_a_replaced_preset_changes_no_other_value():
+    """All values are given then, as `dataclasses.replace` gives them."""
+    article = PPOConfig(preset="article")
+    assert dataclasses.asdict(dataclasses.replace(article, lr=1e-4)) == PRESET_VALUES["article"] | {"lr": 1e-4}
+    assert dataclasses.asdict(dataclasses.replace(PPOConfig(), preset="article")) == DEFAULT | {"preset": "article"}
 
 
 def test_an_older_article_run_keeps_the_values_it_wrote(tmp_path):
     """Before there was `default`, its values were called `article`: what is written counts, not the name."""
-    written = dataclasses.asdict(PPOConfig()) | {"preset": "article"}
-    (tmp_path / "config.json").write_text(json.dumps(written), encoding="utf-8")
-    assert dataclasses.asdict(load_config(tmp_path / "config.json")) == written
+    (tmp_path / "config.json").write_text(json.dumps(DEFAULT | {"preset": "article"}), encoding="utf-8")
+    assert dataclasses.asdict(load_config(tmp_path / "config.json")) == DEFAULT | {"preset": "article"}
+
+
+def test_configs_share_no_list():
+    PPOConfig().prompts.append("这部电影很")
+    assert PPOConfig().prompts == ["刚收到货,感觉"]
+
+
+def test_a_name_that_is_no_setting_is_a_type_error():
+    with pytest.raises(TypeError, match="learning_rate"):
+        PPOConfig(learning_rate=1e-5)
+    with pytest.raises(TypeError):
+        PPOConfig("demo")
+
+
+@pytest.mark.parametrize(
+    ("episodes", "batch_size", "steps"), [(1, 1, 1), (1, 128, 1), (128, 128, 1), (129, 128, 2), (20_000, 128, 157)]
+)
+def test_episodes_are_rounded_up_to_whole_batches(episodes, batch_size, steps):
+    assert PPOConfig(episodes=episodes, batch_size=batch_size).n_steps() == steps

@@ -1,7 +1,6 @@
 """A loop of one's own, in Python: what the README shows works as pasted."""
 
 import copy
-import dataclasses
 import re
 
 import numpy as np
@@ -113,13 +112,3 @@ def test_texts_come_back_as_they_went_in(gpt2_folder):
 def test_what_the_command_line_refuses_is_a_value_error(gpt2_folder, name, config, said):
     with pytest.raises(ValueError, match=said):
         TextPPOTrainer.from_pretrained(name or gpt2_folder, PPOConfig(**config))
-
-
-def test_a_config_takes_its_preset_s_values():
-    demo, article = PPOConfig(preset="demo", lr=2e-5), PPOConfig(preset="article")
-    assert demo.lr == 2e-5 and demo.model_name == "demo" and demo.frozen_share == 0
-    assert article.minibatch_size == 1 and article.lr == article.value_lr == 1.41e-5
-    assert dataclasses.replace(article, lr=1e-4).minibatch_size == 1
-    assert dataclasses.replace(PPOConfig(), preset="article").minibatch_size == PPOConfig().minibatch_size
-    with pytest.raises(TypeError, match="learning_rate"):
-        PPOConfig(learning_rate=1e-5)
