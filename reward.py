@@ -11,7 +11,15 @@ from transformers import AutoModelForSequenceClassification, pipeline
 
 from config import UserError
 from support import processes
-from support.models import clean_text, is_bert, load_tokenizer, load_weights, quiet_transformers, read_model_config
+from support.models import (
+    clean_text,
+    first_line,
+    is_bert,
+    load_tokenizer,
+    load_weights,
+    quiet_transformers,
+    read_model_config,
+)
 
 
 class SentimentReward:
@@ -77,7 +85,7 @@ def find_positive_label(labels: list[str], wanted: str | None) -> str:
         if wanted not in labels:
             raise UserError(f"--positive_label {wanted!r} is none of the classifier's labels: {listed}")
         return wanted
-    positive = [label for label in labels if re.match(r"pos|正|好|积极", label.strip().lower())]
+    positive = [label for label in labels if re.match(r"(very |非常|很)?(pos|正|好|积极)", label.strip().lower())]
     if len(positive) != 1:
         raise UserError(
             f"which label of the reward model is the happy one? Its labels are {listed}; set --positive_label"
@@ -87,6 +95,9 @@ def find_positive_label(labels: list[str], wanted: str | None) -> str:
 
 # ----------------------------------------------------------------------------------------------
 # Any other reward
+
+
+LARGEST = torch.finfo(torch.float32).max
 
 
 class RewardError(UserError):
@@ -109,7 +120,7 @@ def score_texts(reward: Callable[[list[str]], object], texts: list[str]) -> torc
 
 
 def checked_scores(reward: Callable[[list[str]], object], texts: list[str]) -> torch.Tensor:
-    """The rewards of some texts, each a finite number.
+    """The rewards of some texts, each a finite number, in float32 too.
 
     RewardError, which shows the text, where the callable raises or returns another count, a non-number, NaN or
     infinity.
@@ -123,7 +134,7 @@ def checked_scores(reward: Callable[[list[str]], object], texts: list[str]) -> t
     except Exception as error:
         raise failed_call(reward, texts, error)
     try:
-        scores = scores.tolist() if hasattr(scores, "tolist") else list(scores)
+        scores = list(scores.tolist() if hasattr(scores, "tolist") else scores)
     except TypeError:
         raise RewardError(
             f"the reward function returned a {type(scores).__name__}, not a list of numbers, for {texts[0]!r}"
@@ -133,11 +144,13 @@ def checked_scores(reward: Callable[[list[str]], object], texts: list[str]) -> t
             f"the reward function returned {len(scores)} numbers for {len(texts)} texts; "
             f"the first text was {texts[0]!r}"
         )
+    numbers = []
     for score, text in zip(scores, texts):
-        score = score.item() if hasattr(score, "item") else score
-        if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+        score = score.item() if hasattr(score, "item") and math.prod(score.shape) == 1 else score
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) <= LARGEST:
             raise RewardError(f"the reward function returned {score!r}, no finite number, for {text!r}")
-    return torch.tensor([float(score) for score in scores])
+        numbers.append(float(score))
+    return torch.tensor(numbers)
 
 
 def failed_call(reward: Callable, texts: list[str], error: Exception) -> RewardError:
@@ -152,6 +165,6 @@ def failed_call(reward: Callable, texts: list[str], error: Exception) -> RewardE
             break
     where = f"({frame.filename}, line {frame.lineno}) for {culprit!r}"
     return RewardError(
-        f"the reward function raised {type(error).__name__}: {error} {where}",
+        f"the reward function raised {first_line(error)} {where}",
         "".join(traceback.format_exception(error)),
     )
