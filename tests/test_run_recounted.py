@@ -1,0 +1,301 @@
+"""A whole run, and all that it wrote recounted by a second reading: plain `transformers`, NumPy, one number at a time."""
+
+import contextlib
+import csv
+import io
+import json
+import math
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2LMHeadModel
+
+import plot_rewards
+from config import PPOConfig
+from support.models import load_gpt2_config, load_policy
+from tests.test_step_reference import Reference
+from train_ppo import main
+
+PROMPTS = ["好", "刚收到货,感觉", "给妈妈买的,"]  # of one, seven and six tokens
+STEPS, BATCH, GEN_LEN, TEMPERATURE, SEED, BETA, JUDGED = 4, 10, 10, 0.8, 3, 1.0, 400
+SETTINGS = dict(
+    preset="demo", device="cpu", prompts=PROMPTS, temperature=TEMPERATURE, gen_len=GEN_LEN, seed=SEED,
+    episodes=STEPS * BATCH - 3, batch_size=BATCH, minibatch_size=4, micro_batch_size=3, ppo_epochs=2, lam=0.9,
+    gamma=0.97, frozen_share=0.5, vf_coef=0.4, init_kl_coef=BETA, kl_controller="adaptive", target=0.05, horizon=50,
+    lr=3e-4, adam_epsilon=1e-3, average_power=2.0, max_grad_norm=0.7, eval_samples=JUDGED, save_every=1,
+    keep_checkpoints=9, log_samples_every=2, run_name="run",
+)  # fmt: skip
+PAD, UNK, CLS, SEP, MASK = range(5)
+CLOSE = {"float32": 1e-4, "bfloat16": 0.01}  # how far two ways to compute a probability may be apart
+JUDGES_SEED = 20_170_707
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def run(request, tmp_path_factory, demo):
+    """The run, what it printed, and the models that it used, in plain `transformers`."""
+    runs_dir, printed = tmp_path_factory.mktemp("runs"), io.StringIO()
+    flags = []
+    for name, value in {**SETTINGS, "dtype": request.param, "runs_dir": runs_dir}.items():
+        flags += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
+    with contextlib.redirect_stdout(printed):
+        assert main(flags) == 0
+    folder = runs_dir / "run"
+    with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        metrics = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    checkpoints = [folder / "checkpoints" / f"step-{step:06d}" for step in range(1, STEPS + 1)]
+    start = GPT2LMHeadModel.from_pretrained(demo[0], dtype=torch.float32)
+    policies = [start, *(with_weights(demo[0], path / "policy.safetensors") for path in checkpoints)]
+    dtype = getattr(torch, request.param)
+    return SimpleNamespace(
+        folder=folder, printed=printed.getvalue(), metrics=metrics, samples=samples, checkpoints=checkpoints,
+        evaluation=json.loads((folder / "evaluation.json").read_text(encoding="utf-8")), demo=demo,
+        vocab=(demo[0] / "vocab.txt").read_text(encoding="utf-8").split("\n"), close=CLOSE[request.param],
+        policies=[policy.to(dtype).eval() for policy in policies], dtype=dtype,
+        saved=AutoModelForCausalLM.from_pretrained(folder / "model").to(dtype).eval(),
+    )  # fmt: skip
+
+
+def with_weights(folder, file) -> GPT2LMHeadModel:
+    gpt2 = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
+    weights = {name: tensor for name, tensor in load_file(file).items() if not name.startswith("v_head")}
+    missing, unknown = gpt2.load_state_dict(weights, strict=False)
+    assert not unknown and set(missing) < {"lm_head.weight", "transformer.wte.weight"}  # which are one
+    return gpt2
+
+
+def of_step(run, step) -> list[tuple[str, str]]:
+    return [(sample["prompt"], sample["completion"]) for sample in run.samples if sample["step"] == step]
+
+
+def tokens_of(run, completion) -> list[int]:
+    """A token is a character; a text that is shorter than it might be has been ended."""
+    return [run.vocab.index(character) for character in completion] + [SEP] * (len(completion) < GEN_LEN)
+
+
+def logprobs_of(run, gpt2, texts) -> list[torch.Tensor]:
+    """Of each text the log-probabilities of all tokens where each of its own was drawn, (T, V)."""
+    prompts = [[CLS, *map(run.vocab.index, prompt)] for prompt, _ in texts]
+    completions = [tokens_of(run, completion) for _, completion in texts]
+    whole = [torch.tensor(prompt + completion) for prompt, completion in zip(prompts, completions)]
+    with torch.no_grad():
+        logits = gpt2(torch.nn.utils.rnn.pad_sequence(whole, batch_first=True)).logits.float() / TEMPERATURE
+    logits[..., [PAD, UNK, CLS, MASK]] = -1e30
+    logprobs = logits.log_softmax(-1)
+    return [row[len(a) - 1 : len(a) + len(b) - 1] for row, a, b in zip(logprobs, prompts, completions)]
+
+
+def draws_missed_by(run, gpt2, texts, seed, step) -> float:
+    """The farthest that a random number lies outside the interval, from 0 to 1, of the token that it decided."""
+    farthest = 0.0
+    for i, ((_, completion), logprobs) in enumerate(zip(texts, logprobs_of(run, gpt2, texts))):
+        draws = np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, 0, i])).random(
+            GEN_LEN, np.float32
+        )
+        cumulative = logprobs.exp().cumsum(-1)
+        for t, token in enumerate(tokens_of(run, completion)):
+            low, high = cumulative[t, token - 1], cumulative[t, token]
+            farthest = max(farthest, float(low - draws[t]), float(draws[t] - high))
+    return farthest
+
+
+def means(values) -> float:
+    return float(np.mean([float(value) for value in values]))
+
+
+def test_config_json_holds_what_was_given(run):
+    saved = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
+    assert {name: saved[name] for name in SETTINGS} == SETTINGS
+    assert saved["dtype"] == str(run.dtype)[6:] and saved["model_name"] == saved["reward_model_name"] == "demo"
+
+
+def test_all_prompts_take_their_turn_each_time_in_a_new_order(run):
+    turns = [np.random.default_rng([SEED, turn]).permutation(3) for turn in range(14)]
+    assert [sample["prompt"] for sample in run.samples] == [PROMPTS[i] for turn in turns for i in turn][:40]
+    assert [sample["step"] for sample in run.samples] == [1] * 10 + [2] * 10 + [3] * 10 + [4] * 10
+
+
+def test_each_token_is_the_one_that_its_draw_decides(run):
+    """Under the policy that the checkpoint of the step before holds."""
+    for step, policy in zip(range(1, STEPS + 1), run.policies):
+        assert draws_missed_by(run, policy, of_step(run, step), SEED, step) < run.close
+    for when, judged in (("before", run.policies[0]), ("after", run.saved)):
+        texts = [(prompt, text) for prompt, text, _ in run.evaluation[when]["samples"][:40]]
+        assert draws_missed_by(run, judged, texts, JUDGES_SEED, 0) < run.close
+
+
+def test_scores_are_the_classifiers_probability_of_happy(run):
+    classifier = AutoModelForSequenceClassification.from_pretrained(run.demo[1]).to(run.dtype).eval()
+    tokenizer = AutoTokenizer.from_pretrained(run.demo[1])
+    scored = [(sample["prompt"], sample["completion"], sample["score"]) for sample in run.samples]
+    scored += run.evaluation["before"]["samples"][:50] + run.evaluation["after"]["samples"][:50]
+    texts = tokenizer([prompt + text for prompt, text, _ in scored], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = classifier(**texts).logits.float().softmax(-1)[:, 1]  # positive (stars 4 and 5)
+    assert [score for *_, score in scored] == pytest.approx(expected.tolist(), abs=run.close)
+
+
+def test_metrics_follow_from_the_samples(run):
+    kl_coef = BETA
+    for step, (row, policy) in enumerate(zip(run.metrics, run.policies), 1):
+        texts = of_step(run, step)
+        scores = sorted(sample["score"] for sample in run.samples if sample["step"] == step)
+        tokens = [tokens_of(run, completion) for _, completion in texts]
+        old, ref = (logprobs_of(run, gpt2, texts) for gpt2 in (policy, run.policies[0]))
+        kl = means((a - b)[range(len(ids)), ids].sum() for a, b, ids in zip(old, ref, tokens))
+        entropy = means(-(logprobs.exp() * logprobs).sum(-1).sum() for logprobs in old) * 10 / sum(map(len, tokens))
+        exact = {
+            "step": step,
+            "episodes": 10 * step,
+            "env/reward_mean": np.mean(scores),
+            "env/reward_std": math.sqrt(sum((score - np.mean(scores)) ** 2 for score in scores) / 10),
+            "env/reward_p10": 0.1 * scores[0] + 0.9 * scores[1],
+            "env/reward_p90": 0.9 * scores[8] + 0.1 * scores[9],
+            "objective/kl_coef": kl_coef,
+            "objective/non_score_reward": -kl_coef * row["objective/kl"],
+            "objective/rlhf_reward": np.mean(scores) - kl_coef * row["objective/kl"],
+            "ppo/loss/total": row["ppo/loss/policy"] + 0.4 * row["ppo/loss/value"],
+            "ppo/skipped": 0,
+            "tokens/completion_length": means(map(len, tokens)),
+            "tokens/ended_share": means(SEP in ids for ids in tokens),
+            "time/step": row["time/sample"] + row["time/score"] + row["time/ppo"],
+        }
+        assert {name: row[name] for name in exact} == pytest.approx(exact, rel=1e-4, abs=1e-5)
+        assert row["objective/kl"] == pytest.approx(kl, abs=2 * run.close)
+        assert row["objective/entropy"] == pytest.approx(entropy, abs=run.close)
+        kl_coef *= 1 + min(max(row["objective/kl"] / 0.05 - 1, -0.2), 0.2) * 10 / 50
+    assert max(row["objective/kl"] for row in run.metrics) > 0.05 and kl_coef != BETA
+
+
+@pytest.mark.parametrize("run", ["float32"], indirect=True)
+def test_a_second_implementation_learns_the_same_from_the_samples(run):
+    """The first two steps: every column of metrics.csv, and the weights of both checkpoints."""
+    start = load_policy(run.demo[0], load_gpt2_config(run.demo[0]))
+    reference = Reference(PPOConfig(**SETTINGS), start, start)
+    for step in (1, 2):
+        scores = [sample["score"] for sample in run.samples if sample["step"] == step]
+        queries = [torch.tensor([CLS, *map(run.vocab.index, prompt)]) for prompt, _ in of_step(run, step)]
+        responses = [torch.tensor(tokens_of(run, text)) for _, text in of_step(run, step)]
+        expected = reference.step(queries, responses, scores)
+        row = run.metrics[step - 1]
+        assert {name: row[name] for name in expected} == pytest.approx(expected, rel=2e-3, abs=1e-4)
+    for name, expected in (("policy", reference.weights()), ("average", reference.average())):
+        got = load_file(run.checkpoints[1] / f"{name}.safetensors")
+        for weight, first in start.state_dict().items():
+            moved, should = got.get(weight, got["lm_head.weight"]) - first, expected[weight] - first
+            assert (moved - should).norm() <= 5e-3 * should.norm() + 1e-6, weight
+
+
+def test_the_saved_model_is_the_average_of_the_steps(run):
+    """Step t weighs about t squared: the average moves by 3 / (2 + t) of the way to the weights of step t."""
+    average = None
+    for step, path in enumerate(run.checkpoints, 1):
+        weights = load_file(path / "policy.safetensors")
+        average = average or weights
+        average = {name: old + 3 / (2 + step) * (weights[name] - old) for name, old in average.items()}
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        assert state["step"] == step
+        saved = load_file(path / "average.safetensors")
+        assert all(torch.allclose(saved[name], average[name], atol=1e-6) for name in average)
+        assert {weights[name].dtype for name in weights} == {torch.float32}
+    model = load_file(run.folder / "model" / "model.safetensors")
+    names = ("transformer.h.1.mlp.c_fc.weight", "transformer.ln_f.weight", "v_head.summary.weight")
+    assert all(torch.allclose(model[name], average[name], atol=1e-6) for name in names)
+    assert not torch.allclose(average[names[0]], weights[names[0]], atol=1e-6)
+    assert len(model) == len(average) and {tensor.dtype for tensor in model.values()} == {torch.float32}
+
+
+def test_the_saved_model_samples_as_the_run_did(run):
+    generation = json.loads((run.folder / "model" / "generation_config.json").read_text(encoding="utf-8"))
+    del generation["transformers_version"]
+    assert generation == {
+        "do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "top_p": 1.0, "bos_token_id": CLS,
+        "eos_token_id": SEP, "pad_token_id": PAD, "suppress_tokens": [PAD, UNK, CLS, MASK],
+    }  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")
+    assert [tokenizer.convert_tokens_to_ids(token) for token in run.vocab[:-1]] == list(range(len(run.vocab) - 1))
+
+
+def test_the_evaluation_follows_from_its_samples(run):
+    for when, gpt2 in (("before", run.policies[0]), ("after", run.saved)):
+        judged = run.evaluation[when]
+        texts, scores = [sample[:2] for sample in judged["samples"]], [sample[2] for sample in judged["samples"]]
+        assert [prompt for prompt, _ in texts] == (PROMPTS * 134)[:JUDGED]
+        tokens = [tokens_of(run, text) for _, text in texts]
+        ours, ref = (logprobs_of(run, model, texts) for model in (gpt2, run.policies[0]))
+        kls = [float((a.exp() * (a - b)).sum()) for a, b in zip(ours, ref)]
+        chosen = torch.cat([logprobs[range(len(ids)), ids] for logprobs, ids in zip(ref, tokens)])
+        exact = {
+            "n": JUDGED,
+            "reward": np.mean(scores),
+            "reward_ci95": 1.96 * np.std(scores, ddof=1) / 20,
+            "kl": np.mean(judged["kls"]),
+            "length": means(map(len, tokens)),
+            "ended": means(SEP in ids for ids in tokens),
+            "unique": len(set(map(tuple, texts))) / JUDGED,
+        }
+        assert {name: judged[name] for name in exact} == pytest.approx(exact, rel=1e-5)
+        assert judged["kl"] == pytest.approx(np.mean(kls), abs=run.close)
+        assert judged["ref_logprob"] == pytest.approx(chosen.mean().item(), abs=run.close)
+        counts = [count for _, count in judged["commonest"]]
+        assert counts == sorted(counts, reverse=True) and len(counts) == 10
+        assert all(["".join(text) for text in texts].count(text) == count for text, count in judged["commonest"])
+    assert run.evaluation["before"]["kl"] == 0 < run.evaluation["after"]["kl"]
+
+
+def test_the_gain_follows_from_the_evaluation(run):
+    """With the run's own KL coefficient as it was at the start, and each prompt by itself."""
+    before, after, found = (run.evaluation[name] for name in ("before", "after", "gain"))
+    rewards, kls = [], []
+    for prompt in PROMPTS:
+        scores = np.array([score for of, _, score in before["samples"] if of == prompt])
+        weights = np.exp(scores / BETA) / np.exp(scores / BETA).sum()
+        rewards.append((weights * scores).sum())
+        kls.append((weights * np.log(len(scores) * weights)).sum())
+    j_before, j = before["reward"], after["reward"] - BETA * after["kl"]
+    best = np.mean(rewards) - BETA * np.mean(kls)
+    expected = {"beta": BETA, "J_before": j_before, "J": j, "gain": (j - j_before) / (best - j_before)}
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    limit = {"reward": np.mean(rewards), "kl": np.mean(kls), "J": best}
+    assert {name: found["limit"][name] for name in limit} == pytest.approx(limit, rel=1e-4)
+    assert [best_of["n"] for best_of in run.evaluation["best_of_n"]] == [2, 3, 4, 8]
+    less, more = (point for point in run.evaluation["frontier"] if 0.9 < point["beta"] / BETA < 1.2)
+    assert less["reward"] > np.mean(rewards) > more["reward"] and less["kl"] > np.mean(kls) > more["kl"]
+
+
+def test_the_screen_shows_what_the_files_hold(run):
+    assert f"run folder {run.folder}, 4 steps of 10 completions\non cpu in {str(run.dtype)[6:]}\n" in run.printed
+    for step in (2, 4):
+        shown = [f"step {step}, mean reward {run.metrics[step - 1]['env/reward_mean']:.3f}"]
+        for sample in [sample for sample in run.samples if sample["step"] == step][:5]:
+            shown.append(f"  {sample['score']:.2f}  {sample['prompt']}{sample['completion']}")
+        assert "\n".join(shown) + "\n" in run.printed
+    assert re.findall(r"^step (\d+)", run.printed, re.MULTILINE) == ["2", "4"]
+    before, after, found = (run.evaluation[name] for name in ("before", "after", "gain"))
+    for what, old, new in (
+        ("mean reward", f"{before['reward']:.3f}", f"{after['reward']:.3f}"),
+        ("KL to the reference, nats", "0.000", f"{after['kl']:.3f}"),
+        ("J = reward - 1 KL", f"{found['J_before']:.3f}", f"{found['J']:.3f}"),
+    ):
+        assert re.search(rf"^{what} +{old} +{new}$", run.printed, re.MULTILINE), what
+    assert f"gain {found['gain']:.2f} (standard error {found['gain_se']:.2f})" in run.printed
+    table = (run.folder / "before_after.md").read_text(encoding="utf-8")
+    assert run.printed.endswith(f"\n{table}\nmodel, metrics and pictures are in {run.folder}\n")
+
+
+def test_the_table_shows_the_same_draws_before_and_after(run):
+    lines = (run.folder / "before_after.md").read_text(encoding="utf-8").splitlines()
+    pairs = list(zip(run.evaluation["before"]["samples"], run.evaluation["after"]["samples"]))[:5]
+    assert lines[0] == "| prompt | before | score | after | score |" and len(lines) == 7
+    assert lines[2:] == [f"| {p} | {old} | {s:.2f} | {new} | {t:.2f} |" for (p, old, s), (_, new, t) in pairs]
+
+
+@pytest.mark.parametrize("run", ["float32"], indirect=True)
+def test_the_picture_is_that_of_the_whole_folder(run, tmp_path):
+    """Drawn when the evaluation was there, so with the star and the limit."""
+    assert plot_rewards.main([str(run.folder), "--out", str(tmp_path / "again.png")]) == 0
+    assert (tmp_path / "again.png").read_bytes() == (run.folder / "rewards.png").read_bytes()
