@@ -23,8 +23,9 @@ def completions_of(tokenizer, texts, responses):
     return g.Completions(prompts_of(tokenizer, texts), responses, g.completion_mask(responses, tokenizer.sep_token_id))
 
 
-def draw(model, tokenizer, texts, seed=1, step=1, gen_len=6, temperature=1.0, first=0):
-    uniforms = g.completion_uniforms(seed, step, range(first, first + len(texts)), gen_len)
+def draw(model, tokenizer, texts, seed=1, step=1, gen_len=6, temperature=1.0, first=0, uniforms=None):
+    if uniforms is None:
+        uniforms = g.completion_uniforms(seed, step, range(first, first + len(texts)), gen_len)
     special = g.restriction(tokenizer, model.config.vocab_size), tokenizer.sep_token_id, tokenizer.pad_token_id
     return g.sample(model, prompts_of(tokenizer, texts), uniforms, *special, temperature)
 
@@ -34,6 +35,18 @@ def plain_forward(model, ids):
     with torch.no_grad():
         output = model(torch.tensor([ids]))
     return output.logits[0], output.value[0]
+
+
+def always(policy, logits):
+    """The policy, changed: whatever came before, these tokens have these logits, and no other has a chance."""
+    model, tokenizer = policy
+    with torch.no_grad():
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.zero_()[0] = 1
+        model.transformer.wte.weight[:, 0] = -1e4
+        for token, logit in logits.items():
+            model.transformer.wte.weight[token, 0] = logit
+    return model, tokenizer
 
 
 def test_forward_names_and_shapes(policy):
@@ -63,6 +76,16 @@ def test_forward_is_the_same_with_padding_on_either_side(policy, left):
         model(padded, attention_mask=mask).logits[0, 2:] if left else model(padded, attention_mask=mask).logits[0, :4]
     )
     assert torch.allclose(logits, plain_forward(model, ids)[0], atol=1e-5)
+
+
+def test_a_padded_batch_goes_on_from_its_cache(policy):
+    model, _ = policy
+    padded, mask = torch.tensor([[0, 0, 2, 5], [2, 5, 6, 7]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    start = model(padded, attention_mask=mask, use_cache=True)
+    mask = torch.cat([mask, torch.ones(2, 2, dtype=torch.int64)], dim=1)
+    rest = model(torch.tensor([[8, 9], [8, 9]]), attention_mask=mask, past_key_values=start.past_key_values)
+    for logits, ids in zip(rest.logits, ([2, 5, 8, 9], [2, 5, 6, 7, 8, 9])):
+        assert torch.allclose(logits, plain_forward(model, ids)[0][-2:], atol=1e-5)
 
 
 @pytest.mark.parametrize("frozen_share", [0, 0.5, 1])
@@ -196,6 +219,73 @@ def test_gradients_are_the_same_to_the_bit_each_time(policy):
         model.score_completions(completions)[0].sin().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert all(torch.equal(gradient, gradients[0]) for gradient in gradients[1:])
+
+
+LAST = 1 - 2**-24  # the largest number that a draw can be
+
+
+def test_a_draw_takes_the_first_token_whose_cumulative_probability_exceeds_it(policy):
+    model, tokenizer = always(policy, dict.fromkeys([5, 6, 7, 8], 0.0))  # a quarter each, exactly
+    draws = torch.tensor([[0, 0.25 - 2**-24, 0.25, 0.5, 0.75, LAST]])
+    assert draw(model, tokenizer, ["衣服"], uniforms=draws).tolist() == [[5, 5, 6, 7, 8, 8]]
+
+
+def test_the_ends_of_the_draws_are_the_ends_of_the_possible_tokens(policy):
+    """Neither a special token before them nor the last row of the vocabulary where that cannot be sampled."""
+    model, tokenizer = always(policy, {0: 9.0, 1: 9.0, 2: 9.0, 4: 9.0, 7: 0.0, 40: 0.0})
+    draws = torch.tensor([[0.0, LAST, 0.0, LAST]])
+    assert draw(model, tokenizer, ["衣服"], uniforms=draws).tolist() == [[7, 40, 7, 40]]
+
+
+def test_the_largest_draw_is_a_token_whatever_the_rounding(policy):
+    """Probabilities in float32 rarely add up to 1: often to less than the largest draw."""
+    model, tokenizer = policy
+    texts = [first + second for first in "刚收到货感觉很不错好" for second in "评差质量快递物流"]
+    responses = draw(model, tokenizer, texts, uniforms=torch.full((len(texts), 4), LAST))
+    assert responses.min() >= 5 and responses.max() <= 42
+
+
+def test_completions_that_end_early_do_not_end_the_others(policy):
+    """One ends at the third token, one at the tenth of twenty; a draw below a quarter is [SEP]."""
+    model, tokenizer = always(policy, dict.fromkeys([3, 5, 6, 7], 0.0))
+    draws = torch.full((2, 20), 0.3)
+    draws[0, 1], draws[0, 2], draws[1, 9], draws[:, 15:] = 0.9, 0.1, 0.2, 0.6
+    expected = [[5, 7, 3] + [0] * 17, [5] * 9 + [3] + [0] * 10]
+    assert draw(model, tokenizer, PROMPTS[:2], uniforms=draws).tolist() == expected
+
+
+def test_where_all_have_ended_the_model_is_left_alone(policy):
+    model, tokenizer = always(policy, {3: 0.0})
+    calls = []
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    responses = draw(model, tokenizer, PROMPTS, gen_len=30)
+    assert responses.tolist() == [[3] + [0] * 29] * 3 and len(calls) <= 8
+
+
+def test_draws_are_float32_from_0_to_below_1_and_no_two_completions_share_a_stretch_of_them():
+    uniforms = g.completion_uniforms(1, 1, range(200), 32)
+    assert uniforms.shape == (200, 32) and uniforms.dtype == torch.float32
+    assert 0 <= uniforms.min() < 0.01 and 0.99 < uniforms.max() < 1
+    assert abs(uniforms.mean().item() - 0.5) < 0.01
+    pairs = {pair for row in uniforms.tolist() for pair in zip(row, row[1:])}
+    assert len(pairs) == 200 * 31
+
+
+def test_draws_know_the_seed_from_the_step_and_go_on_where_a_batch_was_split():
+    one = g.completion_uniforms(1, 2, [0, 5], 8)
+    assert not torch.equal(one, g.completion_uniforms(2, 1, [0, 5], 8))
+    assert torch.equal(one[1:], g.completion_uniforms(1, 2, [5], 8))
+    assert torch.equal(one[:, :3], g.completion_uniforms(1, 2, [0, 5], 3))
+    assert not torch.equal(g.completion_uniforms(2**63 - 1, 0, [0], 8), g.completion_uniforms(0, 0, [0], 8))
+
+
+def test_nan_at_one_position_of_one_prompt_is_told(policy):
+    model, tokenizer = policy
+    with torch.no_grad():
+        model.transformer.wpe.weight[7] = torch.nan
+    draw(model, tokenizer, ["衣服"], gen_len=4)
+    with pytest.raises(FloatingPointError, match="logits are not finite"):
+        draw(model, tokenizer, ["衣服", "刚收到货,感觉"], gen_len=4)
 
 
 def test_nan_logits_are_told_and_not_embedded(policy):
