@@ -1,6 +1,7 @@
 """The evaluation: the Gibbs limit against exact sums and numbers worked out by hand."""
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -81,76 +82,89 @@ def test_standard_error_of_the_gain_against_repeated_draws():
     assert np.mean(errors) == pytest.approx(np.std(gains), rel=0.15)
 
 
-def test_gain_is_null_with_the_reason():
-    few = judged([0.0] * 950 + [1.0] * 50)
-    assert evaluation.gain(few, few, ["a"], 0.05)["gain"] is None
-    assert "50 samples" in evaluation.gain(few, few, ["a"], 0.05)["why"]
-    flat = judged([0.5] * 1000)
-    assert "nothing to gain" in evaluation.gain(flat, flat, ["a"], 0.2)["why"]
-    assert "beta is 0" in evaluation.gain(flat, flat, ["a"], 0.0)["why"]
+def test_the_gain_and_its_standard_error_by_hand():
+    """Two prompts in uneven order, so that the samples of each must be found again; J* from sums over its samples."""
+    rng = np.random.default_rng(4)
+    prompts = rng.choice(["a", "b"], p=[0.6, 0.4], size=600).tolist()
+    scores, scores_after = rng.uniform(size=600) + (np.array(prompts) == "b"), rng.uniform(0.5, 1.8, size=500)
+    kls, beta = rng.exponential(0.3, size=500), 0.25
+    before = judged(scores.tolist(), rng.uniform(size=600).tolist(), prompts)
+    after = judged(scores_after.tolist(), kls.tolist(), (["a", "b"] * 250))
+    result = evaluation.gain(before, after, ["b", "a"], beta)
 
-
-def test_frontier_rises_with_kl_and_ends_where_samples_do():
-    points = evaluation.frontier(judged(np.random.default_rng(3).uniform(size=1000).tolist()), ["a"])
-    assert len(points) > 10
-    kls, rewards = [p["kl"] for p in points], [p["reward"] for p in points]
-    assert kls == sorted(kls, reverse=True) and rewards == sorted(rewards, reverse=True)
-
-
-def test_evaluate_against_counting_by_hand(policy):
-    """The statistics of a judged policy, recomputed from what it sampled."""
-    from config import PPOConfig
-    from ppo import PPOTrainer
-    from support.models import encode_prompt
-
-    model, tokenizer = policy
-    prompts = ["衣服", "刚收到货,感觉"]
-    trainer = PPOTrainer(PPOConfig(dtype="float32", device="cpu", gen_len=5, eval_samples=40), model, model, tokenizer)
-    queries = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    result = evaluation.evaluate(
-        trainer, model, tokenizer, lambda texts: [len(text) / 20 for text in texts], prompts, queries
-    )
-    texts = [text for _, text, _ in result["samples"]]
-    assert [prompt for prompt, _, _ in result["samples"]] == prompts * 20
-    assert result["reward"] == pytest.approx(np.mean([len(p + t) / 20 for p, t, _ in result["samples"]]), rel=1e-5)
-    assert result["kl"] == pytest.approx(0, abs=1e-6)
-    assert result["distinct_1"] == len(set("".join(texts))) / len("".join(texts))
-    pairs = [text[i : i + 2] for text in texts for i in range(len(text) - 1)]
-    assert result["distinct_2"] == len(set(pairs)) / len(pairs)
-    assert result["reward_ci95"] == pytest.approx(
-        1.96 * np.std([s for *_, s in result["samples"]], ddof=1) / math.sqrt(40), rel=1e-5
-    )
-    assert result == evaluation.evaluate(
-        trainer, model, tokenizer, lambda texts: [len(text) / 20 for text in texts], prompts, queries
+    moves = np.empty(600)  # of J*, by each sample
+    limit = dict.fromkeys(("reward", "kl", "J", "effective_samples"), 0.0)
+    effective = []
+    for prompt in "ab":
+        own = np.array(prompts) == prompt
+        weights = np.exp(scores[own] / beta) / np.exp(scores[own] / beta).sum()
+        limit["reward"] += weights @ scores[own] / 2
+        limit["kl"] += weights @ np.log(own.sum() * weights) / 2
+        effective.append(1 / (weights**2).sum())
+        moves[own] = beta * (own.sum() * weights - 1)
+    limit |= {"J": limit["reward"] - beta * limit["kl"], "effective_samples": min(effective)}
+    j_before, j_after = scores.mean(), scores_after.mean() - beta * kls.mean()
+    share = (j_after - j_before) / (limit["J"] - j_before)
+    errors = [(scores_after - beta * kls).var(ddof=1) / 500, ((1 - share) * scores + share * moves).var(ddof=1) / 600]
+    assert result.pop("limit") == pytest.approx(limit)
+    assert result == pytest.approx(
+        {
+            "beta": beta,
+            "J_before": j_before,
+            "J": j_after,
+            "gain": share,
+            "gain_se": math.sqrt(sum(errors)) / (limit["J"] - j_before),
+        },
+        rel=1e-5,
     )
 
 
-def test_kl_to_the_reference_is_the_sum_over_tokens_of_the_exact_kl(policy):
-    import copy
+def test_the_gain_is_unknown_where_the_limit_rests_on_fewer_than_100_samples():
+    """At a beta this small the limit is all but uniform over the best scores."""
+    few, enough = judged([1.0] * 99 + [0.0] * 901), judged([1.0] * 101 + [0.0] * 899)
+    result = evaluation.gain(few, judged([0.5] * 100, [0.1] * 100), ["a"], 0.02)
+    assert result["gain"] is None and "gain_se" not in result
+    assert result["why"] == "the limit would rest on 99 samples, fewer than 100; raise --eval_samples"
+    assert [result[name] for name in ("beta", "J_before", "J")] == pytest.approx([0.02, 0.099, 0.498])
+    assert result["limit"]["effective_samples"] == pytest.approx(99)
+    assert evaluation.gain(enough, few, ["a"], 0.02)["gain"] == pytest.approx((0.099 - 0.101) / (1 - 0.101), abs=0.06)
 
-    from config import PPOConfig
-    from ppo import PPOTrainer
-    from support.models import encode_prompt
 
-    model, tokenizer = policy
-    moved = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in moved.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    trainer = PPOTrainer(PPOConfig(dtype="float32", device="cpu", gen_len=5, frozen_share=0), moved, model, tokenizer)
-    query, response = encode_prompt(tokenizer, "衣服"), torch.tensor([9, 7, 3])
-    kls, ref_logprobs, mask = trainer.kl_to_reference(moved, [query], [response])
-    ids = torch.cat([query, response])[None]
-    logps = []
-    for network in (moved, model):
-        with torch.no_grad():
-            logits = network(ids).logits[0, len(query) - 1 : -1].double()
-        logits[:, [0, 1, 2, 4]] = -1e30
-        logps.append(logits.log_softmax(-1))
-    expected = (logps[0].exp() * (logps[0] - logps[1]).clamp(-100, 100)).sum()
-    assert kls.item() == pytest.approx(expected.item(), rel=1e-3)
-    assert ref_logprobs[0].tolist() == pytest.approx(logps[1].gather(1, response[:, None])[:, 0].tolist(), abs=1e-4)
-    assert mask.tolist() == [[True, True, True]]
+@pytest.mark.parametrize(("beta", "known"), [(0.0695, False), (0.0696, True)])
+def test_the_gain_is_unknown_where_less_than_a_hundredth_can_be_gained(beta, known):
+    """J* = beta log 2 where half the scores are 0 and half beta log 3; J_ref is beta log 3 / 2."""
+    scores = [0.0, beta * math.log(3)] * 200
+    result = evaluation.gain(judged(scores), judged([0.3] * 400, [0.5] * 400), ["a"], beta)
+    possible = beta * (math.log(2) - math.log(3) / 2)
+    if known:
+        assert result["gain"] == pytest.approx((0.3 - beta / 2 - beta * math.log(3) / 2) / possible)
+    else:
+        assert result["gain"] is None and "gain_se" not in result
+        assert result["why"] == "there is next to nothing to gain: J* is only 0.0100 above J_ref"
+        assert [result["J_before"], result["J"]] == pytest.approx([beta * math.log(3) / 2, 0.3 - beta / 2])
+        assert result["limit"]["J"] == pytest.approx(beta * math.log(2))
+
+
+def test_without_a_price_there_is_no_limit():
+    result = evaluation.gain(judged([0.0, 1.0] * 500), judged([1.0] * 1000), ["a"], 0.0)
+    assert result == {"gain": None, "why": "beta is 0: without a KL penalty the best policy has no limit"}
+
+
+@pytest.mark.parametrize(("good", "first"), [(19, 0.05 * 1.25**5), (21, 0.05)])
+def test_the_frontier_by_hand(good, first):
+    """`good` of 1,000 score 1, the others 0. At the lowest betas the limit rests on these alone: on 20 at least."""
+    points = evaluation.frontier(judged([1.0] * good + [0.0] * (1000 - good)), ["a"])
+    expected = []
+    for beta in (0.05 * 1.25**i for i in range(22)):
+        total = good * math.exp(1 / beta) + 1000 - good
+        high, low = math.exp(1 / beta) / total, 1 / total
+        if 1 / (good * high**2 + (1000 - good) * low**2) >= 20:
+            kl = good * high * math.log(1000 * high) + (1000 - good) * low * math.log(1000 * low)
+            expected.append({"beta": beta, "reward": good * high, "kl": kl})
+    assert points[0]["beta"] == pytest.approx(first) and points[-1]["beta"] == pytest.approx(5.42, abs=0.01)
+    assert len(points) == len(expected)
+    for point, wanted in zip(points, expected):
+        assert point == pytest.approx(wanted)
 
 
 def with_gain(scores, prompts=None, gain=None):
@@ -176,21 +190,131 @@ def test_best_of_n_ranks_within_a_prompt_and_has_its_price():
     assert evaluation.best_of_n(with_gain([0.0, 1.0]), ["a"], 2)["gain"] is None
 
 
-def test_completions_are_shown_as_common_only_where_they_are():
-    rare = {"n": 1024, "commonest": [["ax", 4]] * 10, "samples": [["a", f"text{i}", 0.5] for i in range(9)]}
-    text = evaluation.commonest({"before": rare, "after": {**rare, "commonest": [["a好", 11], ["ab", 3]]}})
-    before, after = text.split("commonest completions after, of 1024:")
-    assert before.startswith("random completions before:") and before.count("atext") == evaluation.SHOWN
-    assert after.split() == ["11", "a好", "3", "ab"]
+def test_the_yardsticks_are_of_the_policy_before_and_each_prompt_by_itself():
+    rng = np.random.default_rng(5)
+    prompts = ["b", "a", "c"] * 300 + ["b"]
+    scores = rng.uniform(size=901) + [{"a": 0.0, "b": 0.5, "c": -1.0}[prompt] for prompt in prompts]
+    before, after = judged(scores.tolist(), prompts=prompts), judged([0.4] * 901, [0.25] * 901, prompts)
+    results = {"before": before, "after": after}
+    evaluation.add_yardsticks(results, ["a", "b", "c"], 0.2)
+    assert list(results) == ["before", "after", "gain", "frontier", "best_of_n"]
 
-
-def test_bars_and_new_lines_in_a_completion_do_not_break_the_table():
-    samples = {"samples": [["a", "\n好|坏\\\n差", 0.5]]}
-    row = evaluation.before_after_table({"before": samples, "after": samples}).splitlines()[2]
-    assert row == r"| a | 好\|坏\\ 差 | 0.50 | 好\|坏\\ 差 | 0.50 |"
+    own = [scores[np.array(prompts) == prompt] for prompt in "abc"]
+    best = np.mean([0.2 * np.log(np.exp(rewards / 0.2).mean()) for rewards in own])  # J* = beta log mean exp(r / beta)
+    gain = (0.4 - 0.2 * 0.25 - scores.mean()) / (best - scores.mean())
+    assert results["gain"]["gain"] == pytest.approx(gain) and results["gain"]["beta"] == 0.2
+    for point in results["frontier"]:
+        best = np.mean([np.log(np.exp(rewards / point["beta"]).mean()) for rewards in own])
+        assert point["reward"] / point["beta"] - point["kl"] == pytest.approx(best)
+    assert [best["n"] for best in results["best_of_n"]] == [2, 3, 4, 8]
+    of_two = np.mean([np.mean([max(pair) for pair in itertools.combinations(rewards, 2)]) for rewards in own])
+    assert results["best_of_n"][0]["reward"] == pytest.approx(of_two)
 
 
 def test_best_of_n_needs_n_samples_of_each_prompt():
-    results = {"before": judged([0.1] * 7, prompts=["a"] * 4 + ["b"] * 3), "after": judged([0.2] * 7)}
+    results = {"before": judged([0.1] * 7, prompts=["a"] * 4 + ["b"] * 3), "after": judged([0.2] * 16)}
     evaluation.add_yardsticks(results, ["a", "b"], 0.2)
     assert [best["n"] for best in results["best_of_n"]] == [2, 3]
+
+
+# ----------------------------------------------------------------------------------------------
+# What is printed and written
+
+FIGURES = {
+    "reward": (0.25449, 0.87551),
+    "reward_ci95": (0.0114, 0.0226),
+    "kl": (0.0004, 1.2346),
+    "distinct_1": (0.1006, 0.0904),
+    "distinct_2": (0.5006, 0.4004),
+    "unique": (0.98765, 0.87654),
+    "length": (12.34, 9.87),
+    "ended": (0.1234, 0.4567),
+    "ref_logprob": (-2.345, -3.456),
+}
+TABLE = """\
+                                        before     after
+mean reward                              0.254     0.876
+  95% interval, plus or minus            0.011     0.023
+KL to the reference, nats                0.000     1.235
+distinct-1, characters                   0.101     0.090
+distinct-2, pairs of characters          0.501     0.400
+unique completions                       98.8%     87.7%
+mean length, tokens                       12.3       9.9
+ended by [SEP]                           12.3%     45.7%
+log-probability a token, reference       -2.35     -3.46
+"""
+
+
+def figures(gain: dict) -> dict:
+    before, after = ({name: pair[i] for name, pair in FIGURES.items()} for i in range(2))
+    return {"before": before, "after": after, "gain": gain}
+
+
+def test_the_table_holds_each_figure_before_and_after_with_the_gain():
+    limit = {"reward": 0.9317, "kl": 1.3579, "J": 0.7284, "effective_samples": 300.0}
+    gain = {"beta": 0.15, "limit": limit, "J_before": 0.2546, "J": 0.6904, "gain": 0.9177, "gain_se": 0.0234}
+    assert evaluation.summary(figures(gain)) == TABLE + (
+        "J = reward - 0.15 KL                     0.255     0.690\n"
+        "gain 0.92 (standard error 0.02) of what is possible: the limit is\n"
+        "J* 0.728, with reward 0.932 at KL 1.36"
+    )
+
+
+def test_the_table_says_why_the_gain_is_unknown():
+    known = {"beta": 0.2, "J_before": 0.1234, "J": 0.5678}
+    assert evaluation.summary(figures({**known, "gain": None, "why": "too few"})) == TABLE + (
+        "J = reward - 0.2 KL                      0.123     0.568\ngain unknown: too few"
+    )
+    assert evaluation.summary(figures({"gain": None, "why": "no price"})) == TABLE + "gain unknown: no price"
+
+
+def test_completions_are_shown_as_common_from_a_hundredth_of_all():
+    samples = [["a", f"text{i}", i / 8] for i in range(9)]
+    rare = {"n": 1000, "commonest": [["ax", 9], ["ay", 8]], "samples": samples}
+    common = {"n": 1000, "commonest": [["a好", 10], ["ab", 3]], "samples": samples}
+    random = ["  0.00  atext0", "  0.12  atext1", "  0.25  atext2", "  0.38  atext3", "  0.50  atext4"]
+    shown = ["    10  a好", "     3  ab"]
+    assert evaluation.commonest({"before": rare, "after": common}).splitlines() == [
+        *("random completions before:", *random),
+        *("commonest completions after, of 1000:", *shown),
+    ]
+    assert evaluation.commonest({"before": common, "after": rare}).splitlines() == [
+        *("commonest completions before, of 1000:", *shown),
+        *("random completions after:", *random),
+    ]
+
+
+def test_the_first_five_completions_stand_before_and_after_in_a_table():
+    before = {"samples": [[f"p{i}", f"old{i}", 0.124 + i] for i in range(7)]}
+    after = {"samples": [[f"p{i}", f"new{i}", 0.876 + i] for i in range(7)]}
+    assert evaluation.before_after_table({"before": before, "after": after}).splitlines() == [
+        "| prompt | before | score | after | score |",
+        "| --- | --- | --- | --- | --- |",
+        *(f"| p{i} | old{i} | {i}.12 | new{i} | {i}.88 |" for i in range(5)),
+    ]
+
+
+def test_bars_and_new_lines_in_a_completion_do_not_break_the_table():
+    samples = {"samples": [["a|b", "\n好|坏\\\n差", 0.5]]}
+    row = evaluation.before_after_table({"before": samples, "after": samples}).splitlines()[2]
+    assert row == r"| a\|b | 好\|坏\\ 差 | 0.50 | 好\|坏\\ 差 | 0.50 |"
+
+
+def test_distinct_n_by_hand():
+    """a, b, a, b, c: three of five. ab, ba, ab: two of three; the short text has no pair."""
+    assert evaluation.distinct(["abab", "c"], 1) == pytest.approx(3 / 5)
+    assert evaluation.distinct(["abab", "c"], 2) == pytest.approx(2 / 3)
+    assert evaluation.distinct(["ab", "cd"], 2) == 1  # no pair across texts
+    assert evaluation.distinct(["a", ""], 2) == 0
+
+
+def test_an_evaluation_is_written_whole_and_in_readable_chinese(tmp_path):
+    results = {"before": judged([0.25] * 200, prompts=["感觉"] * 200), "after": judged([0.5] * 200)}
+    evaluation.add_yardsticks(results, ["感觉"], 0.2)
+    path = tmp_path / "evaluation.json"
+    path.write_text("an older one")
+    evaluation.write_json(path, results)
+    text = path.read_text(encoding="utf-8")
+    assert "感觉" in text and text.endswith("\n") and len(text.splitlines()) > 1000
+    assert json.loads(text) == results
+    assert list(tmp_path.iterdir()) == [path]

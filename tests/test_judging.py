@@ -1,0 +1,172 @@
+"""`evaluate` on a policy that has moved: every figure recounted from plain forward passes of the library's GPT-2."""
+
+import copy
+import math
+import zlib
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from config import PPOConfig
+from ppo import PPOTrainer
+from support.evaluation import evaluate
+from support.models import encode_prompt, load_gpt2_config, load_policy, load_tokenizer
+from tests.conftest import VOCAB
+from tests.test_step_reference import FORBIDDEN, SEP, plain_gpt2
+
+PROMPTS, N, GEN_LEN, TEMPERATURE = ["刚收到货,感觉", "衣服", "这本书很不错"], 61, 4, 0.7
+JUDGE = 20_170_707  # the seed of every judgement, in earlier versions too
+
+
+def score(texts: list[str]) -> list[float]:
+    """Another number between -1 and 2 for every text."""
+    return [zlib.crc32(text.encode()) % 3000 / 1000 - 1 for text in texts]
+
+
+class Judged:
+    """The judgement of a policy that ends a fifth of its texts at once, and what it was made with."""
+
+    def __init__(self, folder, **changes):
+        self.tokenizer = load_tokenizer(folder)
+        self.reference = load_policy(folder, load_gpt2_config(folder))
+        self.model = copy.deepcopy(self.reference)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+            to_sep = self.model.lm_head.weight[SEP]
+            self.model.transformer.ln_f.bias += 2 * to_sep / to_sep.norm() ** 2
+        settings = dict(gen_len=GEN_LEN, temperature=TEMPERATURE, eval_samples=N, micro_batch_size=7, frozen_share=0.0)
+        config = PPOConfig(**settings | {"device": "cpu", "dtype": "float32", "seed": 11} | changes)
+        self.trainer = PPOTrainer(config, copy.deepcopy(self.model), copy.deepcopy(self.reference), self.tokenizer)
+        self.result = self.judge(self.model)
+
+    def judge(self, model) -> dict:
+        queries = [encode_prompt(self.tokenizer, prompt) for prompt in PROMPTS]
+        return evaluate(self.trainer, model, self.tokenizer, score, PROMPTS, queries)
+
+
+class Recount:
+    """The draws of a judgement once more, token after token: what each completion holds and how likely it was."""
+
+    def __init__(self, judged: Judged):
+        models = [plain_gpt2(model) for model in (judged.model, judged.reference)]
+        self.responses, self.kls, self.ref_logprobs = [], [], []
+        for i in range(N):
+            ids = [2, *(VOCAB.index(character) for character in PROMPTS[i % 3])]
+            philox = np.random.Philox(key=[JUDGE, 0], counter=[0, 0, 0, i])
+            response, kl = [], 0.0
+            for uniform in np.random.Generator(philox).random(GEN_LEN, np.float32):
+                logprobs, ref_logprobs = (self.logprobs(model, ids + response) for model in models)
+                token = int((logprobs.exp().cumsum(0) <= uniform).sum())
+                kl += (logprobs.exp() * (logprobs - ref_logprobs)).sum().item()
+                self.ref_logprobs.append(ref_logprobs[token].item())
+                response.append(token)
+                if token == SEP:
+                    break
+            self.responses.append(response)
+            self.kls.append(kl)
+
+    @staticmethod
+    @torch.no_grad()
+    def logprobs(model, ids: list[int]) -> torch.Tensor:
+        logits = model(torch.tensor([ids])).logits[0, -1] / TEMPERATURE
+        return logits.index_fill(0, torch.tensor(FORBIDDEN), -1e4).log_softmax(-1)
+
+
+@pytest.fixture(scope="module")
+def judged(gpt2_folder) -> Judged:
+    return Judged(gpt2_folder)
+
+
+@pytest.fixture(scope="module")
+def recount(judged) -> Recount:
+    return Recount(judged)
+
+
+def rows(result: dict) -> tuple[list[str], list[str], list[float]]:
+    """Prompts, completions and scores of a judgement."""
+    prompts, completions, scores = zip(*result["samples"])
+    return list(prompts), list(completions), list(scores)
+
+
+def test_the_completions_are_the_judges_draws_with_the_prompts_in_turn(judged, recount):
+    prompts, completions, _ = rows(judged.result)
+    assert judged.result["n"] == N == len(completions)
+    assert prompts == (PROMPTS * 21)[:N]
+    written = ["".join(VOCAB[token] for token in response if token != SEP) for response in recount.responses]
+    assert [text.replace(" ", "") for text in completions] == [text.replace("##", "") for text in written]
+
+
+def test_each_score_is_that_of_the_prompt_with_its_completion(judged):
+    prompts, completions, scores = rows(judged.result)
+    expected = score([prompt + text for prompt, text in zip(prompts, completions)])
+    assert scores == pytest.approx(expected, abs=1e-6)
+    mean = sum(expected) / N
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in expected) / (N - 1))
+    assert judged.result["reward"] == pytest.approx(mean, abs=1e-6)
+    assert judged.result["reward_ci95"] == pytest.approx(1.96 * deviation / math.sqrt(N), rel=1e-5)
+
+
+def test_lengths_and_ends_count_the_tokens(judged, recount):
+    ended = [response[-1] == SEP for response in recount.responses]
+    lengths = [len(response) for response in recount.responses]
+    assert 0 < sum(ended) < N and sum(lengths) < N * GEN_LEN
+    assert judged.result["ended"] == pytest.approx(sum(ended) / N)
+    assert judged.result["length"] == pytest.approx(sum(lengths) / N)
+
+
+def test_the_kl_of_each_completion_is_summed_over_vocabulary_and_tokens(judged, recount):
+    assert judged.result["kls"] == pytest.approx(recount.kls, abs=1e-4) and min(recount.kls) > 0.01
+    assert judged.result["kl"] == pytest.approx(sum(recount.kls) / N, abs=1e-5)
+
+
+def test_the_references_log_probability_is_a_mean_over_all_tokens(judged, recount):
+    expected = sum(recount.ref_logprobs) / len(recount.ref_logprobs)
+    assert judged.result["ref_logprob"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_equal_completions_of_two_prompts_are_two(judged):
+    """Whole texts are counted, each with its prompt."""
+    prompts, completions, _ = rows(judged.result)
+    counts = Counter(zip(prompts, completions))
+    assert len(set(completions)) < len(counts) < N
+    assert judged.result["unique"] == pytest.approx(len(counts) / N)
+    texts = {prompt + completion: count for (prompt, completion), count in counts.items()}
+    commonest = judged.result["commonest"]
+    assert [count for _, count in commonest] == sorted(counts.values(), reverse=True)[:10]
+    assert all(texts.pop(text) == count for text, count in commonest)
+
+
+def test_distinct_n_counts_characters_within_completions(judged):
+    _, completions, _ = rows(judged.result)
+    characters = "".join(completions)
+    pairs = [first + second for text in completions for first, second in zip(text, text[1:])]
+    assert judged.result["distinct_1"] == pytest.approx(len(set(characters)) / len(characters))
+    assert judged.result["distinct_2"] == pytest.approx(len(set(pairs)) / len(pairs))
+
+
+def test_a_judgement_is_the_same_for_every_seed_and_after_every_step(judged, gpt2_folder):
+    other = Judged(gpt2_folder, seed=12)
+    queries = [encode_prompt(other.tokenizer, PROMPTS[0])] * 4
+    other.trainer.step(queries, other.trainer.generate(queries), [0.0] * 4)
+    assert judged.result == other.result == other.judge(other.model)
+
+
+def test_a_judgement_between_two_draws_of_training_changes_neither(gpt2_folder):
+    judged, undisturbed = Judged(gpt2_folder), Judged(gpt2_folder)
+    query = encode_prompt(judged.tokenizer, PROMPTS[0])
+    drawn = judged.trainer.generate([query] * 2)
+    judged.judge(judged.reference)
+    drawn += judged.trainer.generate([query])
+    expected = undisturbed.trainer.generate([query] * 3)
+    assert [response.tolist() for response in drawn] == [response.tolist() for response in expected]
+
+
+def test_in_bfloat16_both_policies_are_rounded(gpt2_folder):
+    """The reference judged against itself has moved nowhere, though the judged one comes in float32."""
+    judged = Judged(gpt2_folder, dtype="bfloat16")
+    assert judged.judge(judged.reference)["kls"] == pytest.approx([0.0] * N, abs=1e-6)
+    assert judged.result["kl"] > 0.01
