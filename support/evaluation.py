@@ -116,7 +116,8 @@ def gain(before: dict, after: dict, prompts: list[str], beta: float) -> dict:
     result = {"beta": beta, "limit": best, "J_before": rewards.mean().item(), "J": after["reward"] - beta * after["kl"]}
     possible = best["J"] - result["J_before"]
     if best["effective_samples"] < 100:
-        why = f"the limit would rest on {best['effective_samples']:.0f} samples, fewer than 100; raise --eval_samples"
+        few = min(round(best["effective_samples"]), 99)
+        why = f"the limit would rest on {few} samples, fewer than 100; raise --eval_samples"
         return {**result, "gain": None, "why": why}
     if possible < 0.01:
         return {

@@ -130,6 +130,14 @@ def test_the_gain_is_unknown_where_the_limit_rests_on_fewer_than_100_samples():
     assert evaluation.gain(enough, few, ["a"], 0.02)["gain"] == pytest.approx((0.099 - 0.101) / (1 - 0.101), abs=0.06)
 
 
+def test_what_is_fewer_than_100_samples_is_not_called_100():
+    """One sample weighs 0.4 of each of 99 others: (99 + 0.4)^2 / (99 + 0.16) = 99.64 effective samples."""
+    scores = [1.0] * 99 + [1.0 + 0.02 * math.log(0.4)] + [0.0] * 400
+    result = evaluation.gain(judged(scores), judged(scores), ["a"], 0.02)
+    assert result["limit"]["effective_samples"] == pytest.approx(99.64, abs=0.01)
+    assert "rest on 99 samples, fewer than 100" in result["why"]
+
+
 @pytest.mark.parametrize(("beta", "known"), [(0.0695, False), (0.0696, True)])
 def test_the_gain_is_unknown_where_less_than_a_hundredth_can_be_gained(beta, known):
     """J* = beta log 2 where half the scores are 0 and half beta log 3; J_ref is beta log 3 / 2."""
