@@ -306,9 +306,15 @@ class PPOTrainer:
         """Continue each query (1-d int64, or a list of ids): the responses, 1-d int64 on the CPU, [SEP] included.
 
         Completion i is decided by (seed, step, i). By default the policy continues, with the run's seed and step, and i
-        counts the completions since the last step: n calls with one query draw what one call with n draws.
+        counts the completions since the last step: n calls with one query draw what one call with n draws. ValueError
+        where a query leaves no room for `gen_len` tokens.
         """
         query_tensors = self.as_tensors("query", query_tensors)
+        positions, gen_len = self.model.config.n_positions, self.config.gen_len
+        for i, query in enumerate(query_tensors):
+            if len(query) + gen_len > positions:
+                tokens = f"{len(query)} tokens, with gen_len {gen_len} more than the model's {positions} positions"
+                raise ValueError(f"query {i} has {tokens}")
         first = 0
         if step is None:
             first, self.n_drawn = self.n_drawn, self.n_drawn + len(query_tensors)
@@ -319,10 +325,10 @@ class PPOTrainer:
         special = (self.restriction, self.sep_token_id, self.pad_token_id)
         rows = range(len(query_tensors))[processes.rows_of_rank(len(query_tensors))]
         at_once = 4 * self.micro_batch_size  # no gradients are kept: there is room for more
-        tokens = torch.zeros(len(query_tensors), self.config.gen_len, dtype=torch.int64)
+        tokens = torch.zeros(len(query_tensors), gen_len, dtype=torch.int64)
         for part in (rows[i : i + at_once] for i in range(0, len(rows), at_once)):
             prompts = Prompts.from_tensors([query_tensors[i] for i in part], self.pad_token_id, self.device)
-            uniforms = completion_uniforms(seed, step, [first + i for i in part], self.config.gen_len)
+            uniforms = completion_uniforms(seed, step, [first + i for i in part], gen_len)
             tokens[part.start : part.stop] = sample(model, prompts, uniforms, *special, self.config.temperature).cpu()
         tokens = processes.all_reduce_sum(tokens)
         lengths = completion_mask(tokens, self.sep_token_id).sum(-1)

@@ -100,6 +100,12 @@ def test_a_query_and_its_response_may_fill_all_positions(policy):
             refused(queries, [[5] * 7, [6]], [1.0, 0.0])
 
 
+def test_a_query_with_no_room_for_its_response_is_refused_before_it_is_sampled(policy):
+    trainer = small(policy, n_positions=16, gen_len=6)
+    with pytest.raises(ValueError, match="query 1 has 11 tokens, with gen_len 6 more than the model's 16 positions"):
+        trainer.generate([[2, 5], [2, *range(5, 15)]])
+
+
 # --- the shortest batches
 
 
