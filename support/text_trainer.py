@@ -53,7 +53,8 @@ class TextPPOTrainer(PPOTrainer):
 
     def decode(self, query_tensors: list[torch.Tensor], response_tensors: list[torch.Tensor]) -> list[str]:
         """The texts of queries with their responses, without special tokens, as a reward reads them."""
-        return decode(self.tokenizer, [torch.cat(pair) for pair in zip(query_tensors, response_tensors, strict=True)])
+        pairs = zip(query_tensors, response_tensors, strict=True)
+        return decode(self.tokenizer, [torch.cat([torch.as_tensor(ids).cpu() for ids in pair]) for pair in pairs])
 
     def save(self, folder: str | Path) -> None:
         """Write the trained policy (the average of its weights, see `policy_for_saving`) with its tokenizer.

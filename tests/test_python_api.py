@@ -1,10 +1,12 @@
 """A loop of one's own, in Python: what the README shows works as pasted."""
 
 import copy
+import json
 import re
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from transformers import pipeline
 
@@ -86,18 +88,61 @@ def test_the_readme_s_loop_as_pasted(tmp_path, monkeypatch, capsys):
     assert len(text[0]["generated_text"]) > 12
 
 
-def test_frozen_parameters_are_not_counted(gpt2_folder, capsys):
-    """Half of two blocks of width 32: 12 * 32^2 + 13 * 32 in a block, twice 32 in the last norm, 33 in the head."""
-    trainer = TextPPOTrainer.from_pretrained(str(gpt2_folder), PPOConfig(frozen_share=0.5, device="cpu"))
-    assert sum(weight.numel() for weight in trainer.trained) == 12 * 32**2 + 13 * 32 + 2 * 32 + 33
-    assert "0.0 of 0.0 million parameters train" in capsys.readouterr().out
-
-
 def test_texts_come_back_as_they_went_in(gpt2_folder):
     trainer = TextPPOTrainer.from_pretrained(gpt2_folder, PPOConfig(device="cpu"))
     queries = trainer.encode(["刚收到货,感觉", "衣服"])
     responses = [torch.cat([query[1:], torch.tensor([3])]) for query in trainer.encode(["很不错!", "good"])]
-    assert trainer.decode(queries, responses) == ["刚收到货,感觉很不错!", "衣服good"]
+    texts = ["刚收到货,感觉很不错!", "衣服good"]
+    assert trainer.decode(queries, responses) == texts
+    assert trainer.decode([query.tolist() for query in queries], responses) == texts
+    assert trainer.decode(queries, [response.tolist() for response in responses]) == texts
+    with pytest.raises(ValueError):
+        trainer.decode(queries, responses[:1])
+
+
+def test_what_trains_is_counted(demo, capsys):
+    """Blocks of 12 * 96^2 + 13 * 96, 144 + 64 embeddings of 96, twice 96 in the last norm, 97 in the value head: all
+    243,937, or a block, norm and head, 112,129."""
+    for frozen_share, said in ((0.0, "0.2 of 0.2"), (0.5, "0.1 of 0.2")):
+        TextPPOTrainer.from_pretrained("demo", PPOConfig(frozen_share=frozen_share, device="cpu"))
+        assert capsys.readouterr().out.splitlines()[-1] == f"{said} million parameters train"
+
+
+def test_without_a_config_the_settings_are_the_default_ones(gpt2_folder):
+    assert TextPPOTrainer.from_pretrained(gpt2_folder).config == PPOConfig()
+
+
+def test_a_saved_model_is_the_average_at_the_temperature_of_the_run(gpt2_folder, tmp_path):
+    """Before any step it is the model that was loaded."""
+    settings = PPOConfig(device="cpu", temperature=0.5, average_power=1.0, lr=1e-2, frozen_share=0.0, gen_len=3)
+    trainer = TextPPOTrainer.from_pretrained(str(gpt2_folder), settings)
+    bias = "transformer.h.0.mlp.c_fc.bias"
+    passed = [trainer.model.state_dict()[bias].clone()]
+    trainer.save(str(tmp_path / "untrained"))
+    for _ in range(2):
+        queries = trainer.encode(["衣服"] * 4)
+        trainer.step(queries, trainer.generate(queries), [0.1, 0.9, 0.4, 0.2])
+        passed.append(trainer.model.state_dict()[bias].clone())
+    trainer.save(tmp_path / "trained")
+    average = passed[1] + 2 / 3 * (passed[2] - passed[1])  # step t weighs about t: (1 + 1) / (1 + t)
+    for name, expected in (("untrained", passed[0]), ("trained", average)):
+        weights = safetensors.torch.load_file(tmp_path / name / "model.safetensors")
+        assert torch.allclose(weights[bias], expected, atol=1e-7)
+        assert json.loads((tmp_path / name / "generation_config.json").read_text())["temperature"] == 0.5
+    assert not torch.allclose(passed[1], passed[2], atol=1e-4)
+
+
+def test_the_reference_is_what_was_loaded_in_the_dtype_of_the_run(gpt2_folder):
+    settings = dict(device="cpu", frozen_share=0.0, gen_len=3, lr=1e-2)
+    for dtype in ("float32", "bfloat16"):
+        trainer = TextPPOTrainer.from_pretrained(gpt2_folder, PPOConfig(dtype=dtype, **settings))
+        before = copy.deepcopy(trainer.model.state_dict())
+        queries = trainer.encode(["衣服"] * 4)
+        trainer.step(queries, trainer.generate(queries), [0.1, 0.9, 0.4, 0.2])
+        assert trainer.model.dtype == torch.float32 and trainer.ref_model.dtype == getattr(torch, dtype)
+        for name, weight in trainer.ref_model.state_dict().items():
+            assert torch.equal(weight, before[name].to(weight.dtype)), name
+        assert not torch.equal(trainer.model.lm_head.weight, before["lm_head.weight"])
 
 
 @pytest.mark.parametrize(
