@@ -8,16 +8,22 @@ import pytest
 import safetensors.torch
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertTokenizer, pipeline
+from transformers.utils import logging as transformers_logging
 
 from config import PPOConfig, UserError
 from support import models
-from support.text_trainer import TextPPOTrainer
+from support.text_trainer import TextPPOTrainer, read_policy_folder
 from tests.conftest import write_gpt2
 
 
 def load(folder):
     return models.load_policy(folder, models.load_gpt2_config(folder))
+
+
+def edit_config(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 @pytest.fixture
@@ -37,6 +43,64 @@ def test_published_layout_loads_with_one_quiet_line(gpt2_folder, capfd):
     assert (model.v_head.summary.weight == 0).all() and (model.v_head.summary.bias == 0).all()
     assert not model.training and model.dtype == torch.float32
     assert model.config.eos_token_id is None and model.config.bos_token_id is None
+
+
+def test_special_tokens_and_cache_of_a_published_config_do_not_count(tmp_path):
+    folder = write_gpt2(tmp_path / "gpt2")
+    edit_config(folder, use_cache=False, bos_token_id=50256, eos_token_id=50256, pad_token_id=0)
+    config = models.load_gpt2_config(folder)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
+    assert config.use_cache is True
+
+
+@pytest.mark.parametrize(
+    ("activation", "loaded"), [("gelu_new", "gelu_pytorch_tanh"), ("relu", "relu"), ("gelu", "gelu")]
+)
+def test_an_activation_stays_the_function_that_it_is(tmp_path, activation, loaded):
+    folder = write_gpt2(tmp_path / "gpt2")
+    edit_config(folder, activation_function=activation)
+    assert models.load_gpt2_config(folder).activation_function == loaded
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.tensor([[2, 5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        assert torch.allclose(load(folder)(ids).logits, plain(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+def test_half_precision_files_train_and_are_saved_in_float32(tmp_path, stored):
+    folder = write_gpt2(tmp_path / "gpt2")
+    weights = {name: weight.to(stored) for name, weight in torch.load(folder / "pytorch_model.bin").items()}
+    torch.save(weights, folder / "pytorch_model.bin")
+    edit_config(folder, dtype=str(stored).removeprefix("torch."))
+    model = load(folder)
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    name = "transformer.h.1.mlp.c_fc.weight"
+    assert torch.equal(model.state_dict()[name], weights[name].float())
+    models.save_policy(model, models.load_tokenizer(folder), tmp_path / "saved", temperature=1.0)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").dtype == torch.float32
+
+
+def test_attention_is_the_faster_one_of_each_device_and_never_cudnn_s(gpt2_folder):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    config = models.load_gpt2_config(gpt2_folder)
+    on_cpu = models.load_policy(gpt2_folder, config)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    elsewhere = models.load_policy(gpt2_folder, models.load_gpt2_config(gpt2_folder), "meta")
+    assert on_cpu.config._attn_implementation == "eager" and elsewhere.config._attn_implementation == "sdpa"
+    assert elsewhere.device == torch.device("meta")
+
+
+def test_loading_leaves_the_library_as_loud_as_it_was(gpt2_folder, tmp_path):
+    was = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(transformers_logging.INFO)
+    transformers_logging.enable_progress_bar()
+    load(gpt2_folder)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError):
+        load(tmp_path)
+    now = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(was[0])
+    assert now == (transformers_logging.INFO, True)
 
 
 def test_logits_are_those_of_plain_transformers(gpt2_folder):
@@ -62,10 +126,26 @@ def test_saved_folder_opens_in_plain_transformers_with_the_same_logits(saved):
     ids = torch.tensor([[2, 5, 6, 7, 8, 9]])
     with torch.no_grad():
         assert torch.allclose(plain(ids).logits, model(ids).logits, atol=1e-5)
-    config = json.loads((folder / "generation_config.json").read_text())
-    assert config["eos_token_id"] == tokenizer.sep_token_id and config["pad_token_id"] == tokenizer.pad_token_id
-    assert config["suppress_tokens"] == [0, 1, 2, 4] and config["temperature"] == 0.7
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["GPT2LMHeadModel"]
+    again = AutoTokenizer.from_pretrained(folder)
+    assert again.get_vocab() == tokenizer.get_vocab() and again.encode("刚收到goods") == [2, 5, 6, 7, 41, 42, 3]
+
+
+def test_saved_generation_settings_draw_from_the_distribution_of_the_run(saved):
+    """Neither the library's top-k of 50 nor its greedy search; [CLS] begins, [SEP] ends, [PAD] fills up."""
+    _, _, folder = saved
+    settings = json.loads((folder / "generation_config.json").read_text())
+    del settings["transformers_version"]
+    assert settings == {
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_k": 0,
+        "top_p": 1.0,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+        "pad_token_id": 0,
+        "suppress_tokens": [0, 1, 2, 4],
+    }
 
 
 def test_pipeline_as_in_the_readme_encodes_a_prompt_as_training_did(saved):
@@ -118,9 +198,80 @@ def test_unusable_folders_are_named_in_one_line(gpt2_folder, tmp_path, damage, s
 
 def test_unusable_tokenizers_are_named(gpt2_folder, tmp_path):
     folder = shutil.copytree(gpt2_folder, tmp_path / "gpt2")
-    (folder / "vocab.txt").unlink()
-    with pytest.raises(UserError, match="tokenizer"):
+    (folder / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match=f"^the tokenizer in {folder} cannot be loaded") as error:
         models.load_tokenizer(folder)
+    assert "\n" not in str(error.value)
+    (folder / "vocab.txt").unlink()
+    with pytest.raises(UserError, match=f"^no tokenizer in {folder}: it needs vocab.txt, tokenizer.json, or "):
+        models.load_tokenizer(folder)
+
+
+def test_an_error_is_one_short_line():
+    assert models.first_line(KeyError("\n  missing \n more")) == "KeyError: '\\n  missing \\n more'"
+    assert models.first_line(ValueError(" first\nsecond")) == "ValueError: first"
+    assert models.first_line(ValueError("x" * 500)) == "ValueError: " + "x" * 188
+
+
+def test_the_first_weight_that_lacks_is_named(tmp_path):
+    folder = write_gpt2(tmp_path / "gpt2")
+    weights = torch.load(folder / "pytorch_model.bin")
+    del weights["transformer.h.1.ln_2.bias"], weights["transformer.h.0.ln_1.weight"]
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(
+        UserError, match=f"^the weights in {folder} lack transformer.h.0.ln_1.weight: not a whole GPT-2"
+    ):
+        load(folder)
+
+
+@pytest.mark.parametrize(("rows", "fit"), [(42, False), (43, True), (48, True), (175, True), (176, False)])
+def test_embeddings_have_a_tenth_and_128_rows_more_than_tokens_at_most(gpt2_folder, tmp_path, rows, fit):
+    """43 tokens; 1.1 * 43 + 128 = 175.3."""
+    folder = shutil.copytree(gpt2_folder, tmp_path / "gpt2")
+    edit_config(folder, vocab_size=rows)
+    if fit:
+        assert read_policy_folder(folder)[0].vocab_size == rows
+    else:
+        said = f"the tokenizer in {folder} has 43 tokens, the model {rows}: they do not belong together"
+        with pytest.raises(UserError, match=f"^{said}$"):
+            read_policy_folder(folder)
+
+
+# --- texts and tokens
+
+
+@pytest.mark.parametrize(
+    ("decoded", "text"),
+    [
+        ("很 不 错 , 好 评 [SEP] [PAD] [PAD]", "很不错,好评"),
+        ("[CLS] 刚 收 到 [MASK] 货 [UNK]", "刚收到货"),
+        ("good phone 很 好 用 5 星", "good phone很好用5星"),
+        ("质 量 iphone 6 plus", "质量iphone 6 plus"),
+        ("a\n\tb", "a b"),
+        ("4 . 5 Z 9", "4.5 Z 9"),
+        ("##韩 国 ##", "韩国##"),
+        ("[SEPT] [cls]", "[SEPT][cls]"),
+        ("  ", ""),
+        ("", ""),
+    ],
+)
+def test_decoded_tokens_are_joined_as_people_write_them(decoded, text):
+    assert models.clean_text(decoded) == text
+    assert models.clean_text(text) == text
+
+
+def test_a_prompt_begins_a_text_and_does_not_end_it(policy):
+    tokenizer = policy[1]
+    ids = models.encode_prompt(tokenizer, "刚收到,goods")
+    assert ids.dtype == torch.int64 and ids.tolist() == [2, 5, 6, 7, 9, 41, 42]
+    sequences = [ids, torch.tensor([14, 3]), torch.tensor([41, 3, 0, 0]), torch.tensor([41, 41]), torch.tensor([3])]
+    assert models.decode(tokenizer, sequences) == ["刚收到,goods", "错", "good", "good good", ""]
+
+
+def test_one_matrix_stays_one_where_a_file_holds_it_twice(gpt2_folder):
+    model = load(gpt2_folder)
+    assert {"lm_head.weight", "transformer.wte.weight"} <= set(torch.load(gpt2_folder / "pytorch_model.bin"))
+    assert model.lm_head.weight is model.transformer.wte.weight
 
 
 @pytest.mark.parametrize("frozen_share", [0.0, 0.5])
@@ -151,8 +302,7 @@ def test_broken_weights_are_told(tmp_path):
 
 def test_cross_attention_is_refused(tmp_path):
     folder = write_gpt2(tmp_path / "gpt2")
-    config = json.loads((folder / "config.json").read_text()) | {"add_cross_attention": True}
-    (folder / "config.json").write_text(json.dumps(config))
+    edit_config(folder, add_cross_attention=True)
     with pytest.raises(UserError, match="cross-attention"):
         load(folder)
 
@@ -205,12 +355,11 @@ def test_a_byte_level_tokenizer_starts_and_ends_texts_with_its_own_token(tmp_pat
         "刚收到货,感觉很",
     )  # half a character
 
-    responses = trainer.generate(queries * 16)
-    ended = [response for response in responses if response[-1] == end]
-    assert ended and all((response[:-1] != end).all() for response in responses)
-    stats = trainer.step(queries * 16, responses, torch.arange(32) / 32)
-    assert stats["tokens/ended_share"] == pytest.approx(len(ended) / 32)
-    assert stats["ppo/policy/clipfrac"] >= 0 and trainer.n_steps == 1
+    responses = trainer.generate(queries * 2)
+    assert all((response[:-1] != end).all() for response in responses)
+    assert all(len(response) == 24 or response[-1] == end for response in responses)
+    stats = trainer.step(queries[:1] * 3, [good[0], good[0][:-1], good[1][:2]], [0.1, 0.5, 0.9])
+    assert stats["tokens/ended_share"] == pytest.approx(1 / 3)
     trainer.save(tmp_path / "saved")
     again = TextPPOTrainer.from_pretrained(tmp_path / "saved", PPOConfig(device="cpu"))
     assert [query.tolist() for query in again.encode(["this film was"])] == [queries[0].tolist()]
@@ -231,12 +380,35 @@ def test_embeddings_padded_beyond_the_tokenizer(tmp_path):
     assert suppressed == [0, 1, 2, 4, *range(43, 64)]
 
 
+@pytest.mark.parametrize(
+    ("name", "other"), [("cls_token", "bos_token"), ("sep_token", "eos_token"), ("pad_token", "eos_token")]
+)
+def test_a_text_needs_a_start_and_an_end(tmp_path, name, other):
+    folder = write_bpe_gpt2(tmp_path / "gpt2")
+    bpe = ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    bpe.save(str(folder / "tokenizer.json"))
+    own = {token: "film" for token in ("cls_token", "sep_token", "pad_token") if token != name}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **own}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    said = f"the tokenizer in {folder} has neither {name} nor {other}; a text needs a start and an end"
+    with pytest.raises(UserError, match=f"^{said}$"):
+        models.load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("note", ["config.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_is_named_is_that_one(gpt2_folder, tmp_path, note):
+    folder = shutil.copytree(gpt2_folder, tmp_path / "gpt2")
+    for name in ("config.json", "tokenizer_config.json"):
+        values = json.loads((folder / name).read_text()) | {"tokenizer_class": None}
+        (folder / name).write_text(json.dumps(values | ({"tokenizer_class": "BertTokenizer"} if name == note else {})))
+    assert not models.is_bare_chinese_gpt2(folder)
+    assert isinstance(models.load_tokenizer(folder), BertTokenizer)
+
+
 def test_a_bare_vocabulary_is_bert_s(tmp_path):
     """config.json without a tokenizer's class beside vocab.txt, and nothing else."""
     folder = write_gpt2(tmp_path / "gpt2")
     (folder / "tokenizer_config.json").unlink()
-    config = json.loads((folder / "config.json").read_text())
-    del config["tokenizer_class"]
-    (folder / "config.json").write_text(json.dumps(config))
+    edit_config(folder, tokenizer_class=None)
     tokenizer = models.load_tokenizer(folder)
     assert models.encode_prompt(tokenizer, "刚收到货").tolist() == [2, 5, 6, 7, 8]
