@@ -73,6 +73,15 @@ def test_whiten_keeps_which_completion_was_better():
     assert torch.allclose(advantages, torch.tensor([[-1.0, -1.0], [1.0, 1.0]]), atol=1e-6)
 
 
+def test_whiten_of_equal_values_is_0():
+    """As of a batch whose completions all got the same reward; with more than rounding between them it is not."""
+    mask = torch.tensor([[True, True, False]])
+    assert torch.equal(ppo.whiten(torch.tensor([[0.7, 0.7, 9.0]]), mask), torch.zeros(1, 3))
+    assert torch.allclose(
+        ppo.whiten(torch.tensor([[2e-4, -2e-4, 9.0]]), mask), torch.tensor([[0.8944, -0.8944, 0]]), atol=1e-4
+    )
+
+
 # --- rewards and advantages
 
 
@@ -118,6 +127,12 @@ def test_advantages_against_the_sum_that_defines_them(seed):
     assert got.dtype == torch.float64
     assert np.allclose(got.numpy(), expected, atol=1e-12)
     assert np.allclose(returns.numpy()[mask], (expected + values)[mask], atol=1e-12)
+
+
+def test_the_score_of_a_completion_of_one_token_stands_at_that_token():
+    mask = torch.tensor([[True, False], [True, True]])
+    rewards, _ = ppo.compute_rewards(torch.tensor([0.4, 0.6]), torch.zeros(2, 2), torch.zeros(2, 2), mask, kl_coef=1.0)
+    assert torch.equal(rewards, torch.tensor([[0.4, 0.0], [0.0, 0.6]]))
 
 
 def test_nothing_leaks_past_a_completions_end():
@@ -174,6 +189,24 @@ def test_losses_against_loops(seed):
     assert loss.dtype == torch.float64
 
 
+def test_a_loss_has_no_gradient_where_the_clip_makes_it_worse():
+    """Ratio 1.5 with advantage 1 and value 0.5 towards 1, both beyond a clip of 0.2: there the clipped loss counts."""
+    logprobs = torch.tensor([[math.log(1.5), math.log(0.5)]], requires_grad=True)
+    ppo.policy_loss(logprobs, torch.zeros(1, 2), torch.tensor([[1.0, -1.0]]), torch.ones(1, 2), 0.2)[0].backward()
+    assert torch.equal(logprobs.grad, torch.zeros(1, 2))
+    values = torch.tensor([[0.5, 0.1]], requires_grad=True)
+    ppo.value_loss(values, torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 2), 0.2)[0].backward()
+    assert torch.allclose(values.grad, torch.tensor([[0.0, 0.5 * (0.1 - 1)]]))
+
+
+def test_padding_has_no_part_in_a_loss_or_its_gradient():
+    """There a restricted log-probability is -inf, before as after."""
+    logprobs, mask = torch.tensor([[-1.0, -INF]], requires_grad=True), torch.tensor([[True, False]])
+    loss, _ = ppo.policy_loss(logprobs, torch.tensor([[-1.0, -INF]]), torch.tensor([[2.0, 0.0]]), mask, 0.2)
+    loss.backward()
+    assert loss.item() == -2 and torch.equal(logprobs.grad, torch.tensor([[-2.0, 0.0]]))
+
+
 def test_value_loss_by_hand():
     # old 0, cliprange 0.2. Towards return 1 from value 0.5: clipped to 0.2 is worse, 0.64. From 0.1: not clipped, 0.81.
     loss, clipfrac = ppo.value_loss(
@@ -188,6 +221,9 @@ def test_explained_variance_by_hand():
     returns = torch.tensor([[1.0, 2.0, 3.0, 99.0]])
     assert ppo.explained_variance(returns, returns, mask).item() == 1.0
     assert ppo.explained_variance(torch.zeros(1, 4), returns, mask).item() == 0.0
+    assert ppo.explained_variance(returns / 2, returns, mask).item() == 0.75
+    assert ppo.explained_variance(returns + 5, returns, mask).item() == 1.0  # a variance knows no offset
+    assert ppo.explained_variance(-returns, returns, mask).item() == -3.0
 
 
 # --- the KL coefficient
@@ -200,9 +236,26 @@ def test_adaptive_kl_controller_by_hand():
     controller = ppo.AdaptiveKLController(0.2, target=6, horizon=10_000)
     controller.update(6.6, 1_000)  # a tenth above it
     assert controller.value == pytest.approx(0.2 * (1 + 0.1 * 1_000 / 10_000))
+    controller.update(60, 100)  # far above it, from where it stands
+    assert controller.value == pytest.approx(0.202 * (1 + 0.2 * 100 / 10_000))
 
 
 def test_fixed_kl_controller_stays():
     controller = ppo.FixedKLController(0.2)
     controller.update(100.0, 128)
     assert controller.value == 0.2
+
+
+# --- the average of the weights
+
+
+@pytest.mark.parametrize(
+    ("power", "expected"),
+    [(0, (4 + 8 + 0) / 3), (1, (1 * 4 + 2 * 8 + 3 * 0) / 6), (3, (4 / 5 + 8 * 4 / 5) * 2 / 6), (1e9, 0)],
+)
+def test_polynomial_average_by_hand(power, expected):
+    """Of 4, 8 and 0, in place. Power 3: after two steps 1/5 and 4/5 of them, of which the third leaves 2/6."""
+    average = torch.tensor([-100.0])
+    for step, weight in enumerate([4.0, 8.0, 0.0], 1):
+        ppo.polynomial_average([average], [torch.tensor([weight])], step, power)
+    assert average.item() == pytest.approx(expected, abs=1e-5)

@@ -176,7 +176,6 @@ def test_two_steps_end_at_the_weights_of_a_second_implementation(policy, frozen_
         assert stats == pytest.approx(expected, rel=1e-3, abs=1e-5)
         assert expected["ppo/policy/clipfrac"] > 0.02 and expected["ppo/val/clipfrac"] > 0.02
         assert expected["ppo/grad_norm"] > config.max_grad_norm
-    assert trainer.kl_controller.value == pytest.approx(reference.kl_coef)
 
     for got, expected in ((trainer.model, reference.weights()), (trainer.policy_for_saving, reference.average())):
         got = got.state_dict()
