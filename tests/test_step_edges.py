@@ -260,6 +260,14 @@ def test_generate_draws_what_seed_step_and_place_say(policy):
     assert drawn() == expected(model, 4, 2)
 
 
+def test_a_bfloat16_run_draws_from_the_distribution_that_it_trains(policy):
+    trainer = make(policy, dtype="bfloat16")
+    queries = [[2, 5, 6]] * 100
+    drawn, of_copy = trainer.generate(queries), trainer.generate(queries, copy.deepcopy(policy[0]).bfloat16(), step=1)
+    exact = make((copy.deepcopy(policy[0]), policy[1])).generate(queries)
+    assert all(map(torch.equal, drawn, of_copy)) and not all(map(torch.equal, drawn, exact))
+
+
 def test_generate_refuses_what_is_no_query(policy):
     with pytest.raises(ValueError, match="query 1 is empty; it needs at least one token"):
         make(policy).generate([[2], []])
