@@ -198,8 +198,9 @@ def lost_process(error: Exception) -> str | None:
     if process_group() is None or not isinstance(error, RuntimeError) or not re.search("gloo|NCCL", str(error)):
         return None
     here = Path(__file__)
+    folders = (here.parent, here.parent.parent)  # a virtual environment may lie below them
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != str(here)]
-    own = [frame for frame in frames if Path(frame.filename).is_relative_to(here.parent.parent)][-1]
+    own = [frame for frame in frames if Path(frame.filename).parent in folders][-1]
     address = re.search(r"\[[\d.:a-f]+\]:\d+", str(error))
     how = "has closed its connection"
     if timed_out := re.search(r"[Tt]imed out.*?(\d+) ?ms", str(error)):
