@@ -71,7 +71,7 @@ def read_metrics(run: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}")
     whole_lines = text[: text.rfind("\n") + 1].splitlines()
     reader = csv.DictReader(whole_lines)
-    if not {"step", "env/reward_mean", "env/reward_std"} <= set(reader.fieldnames or []):
+    if not {"step", "episodes", "env/reward_mean", "objective/kl"} <= set(reader.fieldnames or []):
         raise UserError(
             f"{path} holds no metrics of a run" if whole_lines else f"{path} is empty: the run has not finished a step"
         )
@@ -140,7 +140,7 @@ def draw(runs: list[Path], out: Path) -> None:
         names = [Line2D([], [], color=f"C{i % 10}", linewidth=3, label=shown(run[0])) for i, run in enumerate(data)]
         fig.legend(handles=names, loc="outside upper left", ncols=min(4, len(names)), frameon=False)
         try:
-            fig.savefig(out, dpi=100)
+            fig.savefig(out, dpi=100, format=out.suffix[1:] or "png")
         except (OSError, ValueError) as error:
             raise UserError(f"the picture {out} cannot be written: {getattr(error, 'strerror', None) or error}")
         finally:
@@ -208,10 +208,9 @@ def draw_plane(axes, metrics: dict, evaluation: dict, colour: str, key: dict[str
         axes.plot([p["kl"] for p in points], [p["reward"] for p in points], color="black", linewidth=1.5)
         key["best possible"] = dict(linewidth=1.5)
     best = evaluation.get("best_of_n", [])
-    drafts = f"best of {', '.join(str(p['n']) for p in best)} drafts"
-    if best and drafts not in key:
+    if best and not any(what.endswith("drafts") for what in key):
         axes.plot([p["kl"] for p in best], [p["reward"] for p in best], "x", color="black")
-        key[drafts] = dict(marker="x", linestyle="")
+        key[f"best of {', '.join(str(p['n']) for p in best)} drafts"] = dict(marker="x", linestyle="")
     for when, marker in (("before", "o"), ("after", "*")):
         if when in evaluation:
             at = evaluation[when]["kl"], evaluation[when]["reward"]
