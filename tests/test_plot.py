@@ -1,182 +1,486 @@
-"""plot_rewards.py on whole, growing, damaged and missing runs."""
+"""plot_rewards.py: what it draws, value by value, and what it says of growing, damaged and missing runs."""
 
 import csv
 import json
+import os
+import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import plot_rewards
 from config import UserError
 from plot_rewards import draw, main, read_metrics
 from tests.conftest import ROOT
 
-COLUMNS = [
-    "step",
-    "episodes",
-    "env/reward_mean",
-    "env/reward_std",
-    "objective/kl",
-    "objective/kl_coef",
-    "ppo/loss/policy",
-    "env/reward_p10",
-    "env/reward_p90",
-]
+MEAN, P10, P90, STD = (f"env/reward_{name}" for name in ("mean", "p10", "p90", "std"))
+PANELS = {  # title: (y axis, {column: (style, name in the key)})
+    "KL to the reference": ("nats a completion", {"objective/kl": ("-", None)}),
+    "KL coefficient": ("reward a nat", {"objective/kl_coef": ("-", None)}),
+    "policy loss": ("", {"ppo/loss/policy": ("-", None)}),
+    "value loss": ("", {"ppo/loss/value": ("-", None)}),
+    "entropy": ("nats a token", {"objective/entropy": ("-", None)}),
+    "clip fraction": (
+        "share of tokens",
+        {"ppo/policy/clipfrac": ("-", "policy/clipfrac"), "ppo/val/clipfrac": ("--", "val/clipfrac")},
+    ),
+    "completion length": ("tokens", {"tokens/completion_length": ("-", None)}),
+    "time": (
+        "seconds a step",
+        {"time/sample": ("-", "sample"), "time/score": ("--", "score"), "time/ppo": (":", "ppo")},
+    ),
+}
+COLUMNS = [column for _, columns in PANELS.values() for column in columns]
+REWARD_TITLE = "mean reward of each step, and the 10th to 90th percentile"
+PLANE_TITLE = "reward against KL: up is better, right is dearer"
+HISTOGRAM_TITLE = "rewards before (line) and after (filled)"
 
 
-def write_run(folder, steps=30, seed=0):
-    folder.mkdir(parents=True)
+def write_run(folder, steps=30, seed=0, without=(), **changes):
+    """A run folder with every column that is drawn; `changes`, a column's values by its name."""
     rng = np.random.default_rng(seed)
+    metrics = {"step": np.arange(1, steps + 1), "episodes": 128 * np.arange(1, steps + 1)}
+    metrics |= {name: rng.uniform(0.2, 0.8, steps) for name in (MEAN, STD, *COLUMNS)}
+    metrics |= {P10: metrics[MEAN] - 0.1, P90: metrics[MEAN] + 0.15} | changes
+    folder.mkdir(parents=True)
     with (folder / "metrics.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for step in range(1, steps + 1):
-            mean = 0.7 + 0.2 * step / steps + rng.normal(0, 0.02)
-            writer.writerow([step, 128 * step, mean, 0.3, 0.4 * step / steps, 0.2, -0.01 * step, 0.1, 0.99])
+        names = [name for name in metrics if name not in without]
+        writer.writerow(names)
+        writer.writerows(zip(*(np.broadcast_to(metrics[name], steps).tolist() for name in names)))
     return folder
 
 
+def judged(reward, kl, scores):
+    return {"reward": reward, "kl": kl, "samples": [["p", "x", score] for score in scores]}
+
+
+def write_evaluation(folder, **evaluation):
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+
+
 @pytest.fixture
-def figures(monkeypatch):
-    """The figures that were saved, to look into."""
+def figures(monkeypatch) -> list:
+    """The figures that are drawn, which are not rendered, and the arguments of `savefig`."""
     from matplotlib.figure import Figure
 
-    saved, save = [], Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *args, **options: (saved.append(self), save(self, *args, **options))
-    )
-    return saved
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **options: drawn.append((self, args, options)))
+    return drawn
 
 
 def titles(figure) -> dict:
     return {axes.get_title(): axes for axes in figure.axes}
 
 
-def test_the_newest_run_is_drawn(tmp_path, monkeypatch, capsys):
-    import os
-
-    old, new = write_run(tmp_path / "runs" / "old"), write_run(tmp_path / "runs" / "new")
-    os.utime(old / "metrics.csv", (1, 1))
-    monkeypatch.chdir(tmp_path)
-    assert main([]) == 0
-    assert (new / "rewards.png").exists() and not (old / "rewards.png").exists()
-    assert "rewards.png" in capsys.readouterr().out
+def words(legend) -> list[str]:
+    return [text.get_text() for text in legend.get_texts()]
 
 
-def test_several_runs_go_into_one_picture_without_a_display(tmp_path):
-    runs = [str(write_run(tmp_path / name, seed=i)) for i, name in enumerate("abc")]
+def points(line) -> list[list[float]]:
+    return line.get_xydata().tolist()
+
+
+def pairs(xs, ys) -> list[list[float]]:
+    return [list(pair) for pair in zip(xs, ys, strict=True)]
+
+
+def is_colour(artist, number: int) -> bool:
+    from matplotlib.colors import to_rgb
+
+    return to_rgb(artist.get_color()) == to_rgb(f"C{number}")
+
+
+def face(artist) -> tuple:
+    return tuple(np.ravel(artist.get_facecolor())[:3])
+
+
+def face_of(number: int) -> tuple:
+    from matplotlib.colors import to_rgb
+
+    return to_rgb(f"C{number}")
+
+
+# ----------------------------------------------------------------------------------------------
+# The panels
+
+
+def test_each_panel_draws_its_columns_over_the_steps(tmp_path, figures):
+    runs = [write_run(tmp_path / name, steps, seed=steps) for name, steps in (("a", 30), ("b", 7))]
+    draw(runs, tmp_path / "x.png")
+    drawn, metrics = titles(figures[0][0]), [read_metrics(run) for run in runs]
+    assert list(drawn) == [REWARD_TITLE, PLANE_TITLE, HISTOGRAM_TITLE, *PANELS]
+    for title, (unit, columns) in PANELS.items():
+        axes = drawn[title]
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", unit)
+        expected = [(number, column) for number in range(2) for column in columns]
+        for line, (number, column) in zip(axes.lines, expected, strict=True):
+            assert points(line) == pairs(metrics[number]["step"], metrics[number][column])
+            assert line.get_linestyle() == columns[column][0] and is_colour(line, number)
+        if len(columns) == 1:
+            assert axes.get_legend() is None
+        else:
+            key = axes.get_legend()
+            styles = list(columns.values())
+            assert list(zip((line.get_linestyle() for line in key.get_lines()), words(key))) == styles
+            assert {line.get_color() for line in key.get_lines()} == {"black"}
+
+
+def test_panels_stand_four_in_a_row_below_reward_plane_and_histogram(tmp_path, figures):
+    draw([write_run(tmp_path / "run")], tmp_path / "x.png")
+    (figure, (out,), options) = figures[0]
+    places = [axes.get_subplotspec() for axes in figure.axes]
+    cells = [(spec.rowspan.start, spec.colspan.start, spec.colspan.stop) for spec in places]
+    assert cells[:3] == [(0, 0, 4), (1, 0, 2), (1, 2, 4)]
+    assert cells[3:] == [(2 + i // 4, i % 4, i % 4 + 1) for i in range(8)]
+    assert figure.get_size_inches() == pytest.approx([13, 8 + 2 * 2.6])
+    assert (out, options["dpi"]) == (tmp_path / "x.png", 100)
+
+
+def test_what_never_changes_in_any_run_has_no_panel(tmp_path, figures):
+    same = {"objective/kl_coef": 0.2, "ppo/policy/clipfrac": 0, "ppo/val/clipfrac": 0, "time/sample": 1}
+    same |= {"ppo/loss/policy": 0.5, "ppo/loss/value": 0.5}
+    runs = [write_run(tmp_path / "a", **same)]
+    draw(runs, tmp_path / "x.png")
+    left = ["KL to the reference", "entropy", "completion length", "time"]
+    assert list(titles(figures[0][0]))[3:] == left
+    assert figures[0][0].get_size_inches() == pytest.approx([13, 8 + 2.6])
+    runs.append(write_run(tmp_path / "b", **same | {"objective/kl_coef": 0.3, "ppo/val/clipfrac": np.arange(30) / 90}))
+    draw(runs, tmp_path / "x.png")
+    assert list(titles(figures[1][0]))[3:] == [left[0], "KL coefficient", left[1], "clip fraction", *left[2:]]
+
+
+def test_a_run_of_an_earlier_version_is_drawn_as_far_as_it_goes(tmp_path, figures):
+    old = write_run(tmp_path / "old", without=[P10, P90, "ppo/loss/value", "time/score"])
+    draw([old, write_run(tmp_path / "new")], tmp_path / "x.png")
+    drawn = titles(figures[0][0])
+    assert len(drawn[REWARD_TITLE].collections) == 1 and len(drawn[REWARD_TITLE].lines) == 4
+    (line,) = drawn["value loss"].lines
+    assert is_colour(line, 1)
+    assert [line.get_linestyle() for line in drawn["time"].lines] == ["-", ":", "-", "--", ":"]
+    draw([old], tmp_path / "x.png")
+    assert "value loss" not in titles(figures[1][0]) and not titles(figures[1][0])[REWARD_TITLE].collections
+
+
+def test_each_run_has_its_colour_and_its_name_in_the_key(tmp_path, figures, monkeypatch):
+    runs = [write_run(tmp_path / f"run{i}", 2, seed=i) for i in range(11)]
+    monkeypatch.chdir(runs[0])
+    draw([Path("."), *runs[1:]], tmp_path / "x.png")
+    (figure, *_) = figures[0]
+    (key,) = figure.legends
+    assert words(key) == [f"run{i}" for i in range(11)]
+    assert all(is_colour(line, number % 10) for number, line in enumerate(key.get_lines()))
+    assert all(is_colour(line, i // 2 % 10) for i, line in enumerate(titles(figure)[REWARD_TITLE].lines))
+    assert key._ncols == 4
+
+
+# ----------------------------------------------------------------------------------------------
+# The reward of each step
+
+
+def test_the_reward_is_drawn_with_its_mean_over_a_tenth_of_the_run(tmp_path, figures):
+    """Of squares the mean over r neighbours on either side is i^2 + r (r + 1) / 3; r shrinks towards the ends."""
+    squares = np.arange(100) ** 2
+    draw([write_run(tmp_path / "run", 100, **{MEAN: squares})], tmp_path / "x.png")
+    axes = titles(figures[0][0])[REWARD_TITLE]
+    raw, smoothed = axes.lines
+    episodes = [128 * step for step in range(1, 101)]
+    assert points(raw) == pairs(episodes, squares)
+    reach = np.array([0, 1, 2, 3, 4, *[5] * 90, 4, 3, 2, 1, 0])
+    assert smoothed.get_xdata().tolist() == episodes
+    assert smoothed.get_ydata() == pytest.approx(squares + reach * (reach + 1) / 3)
+    assert raw.get_linewidth() < smoothed.get_linewidth() and raw.get_alpha() < 1
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("episodes", "mean reward")
+
+
+@pytest.mark.parametrize(("values", "smoothed"), [([9], [9]), ([9, 0], [9, 0]), ([9, 0, 3, 6], [9, 4, 3, 6])])
+def test_the_mean_over_a_short_run_is_over_three_steps(values, smoothed):
+    assert plot_rewards.smooth(np.array(values)).tolist() == smoothed
+
+
+def test_the_band_lies_between_the_percentiles(tmp_path, figures):
+    run = write_run(tmp_path / "run")
+    draw([run], tmp_path / "x.png")
+    metrics = read_metrics(run)
+    (band,) = titles(figures[0][0])[REWARD_TITLE].collections
+    corners = {tuple(corner) for corner in band.get_paths()[0].vertices.tolist()}
+    low, high = (zip(metrics["episodes"].tolist(), metrics[name].tolist()) for name in (P10, P90))
+    assert corners == {*low, *high}
+    assert band.get_alpha() < 0.3
+
+
+def test_start_and_end_of_the_reward_stand_in_figures(tmp_path, figures):
+    """The end is the mean of the last ten steps; the figures of a second run stand a line lower."""
+    rising = np.arange(30) / 10
+    runs = [write_run(tmp_path / "a", **{MEAN: rising}), write_run(tmp_path / "b", 4, **{MEAN: 0.75})]
+    draw(runs, tmp_path / "x.png")
+    notes = titles(figures[0][0])[REWARD_TITLE].texts
+    assert [note.get_text() for note in notes] == ["0.00", "2.45", "0.75", "0.75"]
+    assert [note.xy for note in notes] == [(128, 0), (3840, pytest.approx(2.45)), (128, 0.75), (512, 0.75)]
+    assert [note.get_ha() for note in notes] == ["right", "left"] * 2
+    (xs, ys) = zip(*(note.xyann for note in notes))
+    assert xs[0] == xs[2] < 0 < xs[1] == xs[3] and ys[0] == ys[1] == 0 and ys[2] == ys[3] < -10
+    assert {note.anncoords for note in notes} == {"offset points"}
+    assert [is_colour(note, number) for note, number in zip(notes, (0, 0, 1, 1))] == [True] * 4
+
+
+# ----------------------------------------------------------------------------------------------
+# Reward against KL
+
+
+@pytest.fixture
+def judged_runs(tmp_path):
+    """A growing run, a whole one, and another with fewer samples, which has a frontier and drafts of its own."""
+    growing = write_run(tmp_path / "growing", 1)
+    write_evaluation(growing, before=judged(0.61, 0.0, [0.5, 0.7]))
+    whole, other = write_run(tmp_path / "whole", 12, seed=1), write_run(tmp_path / "other", 5, seed=2)
+    write_evaluation(
+        whole,
+        before=judged(0.62, 0.01, [0.0, 1.0]),
+        after=judged(0.84, 0.41, [1.0, 1.0]),
+        frontier=[{"beta": 1, "reward": 0.7, "kl": 0.1}, {"beta": 0.2, "reward": 0.9, "kl": 0.45}],
+        best_of_n=[{"n": 2, "reward": 0.8, "kl": 0.19, "gain": 0.8}, {"n": 3, "reward": 0.83, "kl": 0.43, "gain": 1}],
+        gain={"gain": 0.5, "limit": {"reward": 0.93, "kl": 0.52, "J": 0.82}},
+    )
+    write_evaluation(
+        other,
+        before=judged(0.63, 0.02, [0.0, 1.0]),
+        after=judged(0.75, 0.32, [1.0, 1.0]),
+        frontier=[{"beta": 1, "reward": 0.5, "kl": 0.3}],
+        best_of_n=[{"n": 2, "reward": 0.55, "kl": 0.19, "gain": None}],
+        gain={"gain": None, "why": "beta is 0"},
+    )
+    return [growing, whole, other]
+
+
+def plane_of(figure):
+    return titles(figure)[PLANE_TITLE]
+
+
+def test_a_dot_of_each_step_lies_at_its_kl_and_reward(judged_runs, tmp_path, figures):
+    draw(judged_runs, tmp_path / "x.png")
+    plane = plane_of(figures[0][0])
+    dots = [c for c in plane.collections if len(c.get_offsets()) in (1, 12, 5) and c.get_sizes()[0] < 20]
+    for number, (run, dot) in enumerate(zip(judged_runs, dots, strict=True)):
+        metrics = read_metrics(run)
+        assert dot.get_offsets().tolist() == pairs(metrics["objective/kl"], metrics[MEAN])
+        assert face(dot) == face_of(number)
+    assert (plane.get_xlabel(), plane.get_ylabel()) == ("KL to the reference, nats", "mean reward")
+
+
+def test_before_after_and_limit_have_marks_of_their_own(judged_runs, tmp_path, figures):
+    from matplotlib.markers import MarkerStyle
+
+    draw(judged_runs, tmp_path / "x.png")
+    marks = [c for c in plane_of(figures[0][0]).collections if c.get_sizes()[0] > 50]
+    expected = [
+        ("o", [0.0, 0.61], 0),
+        ("o", [0.01, 0.62], 1),
+        ("*", [0.41, 0.84], 1),
+        ("D", [0.52, 0.93], 1),
+        ("o", [0.02, 0.63], 2),
+        ("*", [0.32, 0.75], 2),
+    ]
+    for mark, (marker, at, number) in zip(marks, expected, strict=True):
+        assert mark.get_offsets().tolist() == [at]
+        style = MarkerStyle(marker)
+        outline = style.get_path().transformed(style.get_transform())
+        assert mark.get_paths()[0].vertices.tolist() == outline.vertices.tolist()
+        if marker == "D":
+            assert not len(mark.get_facecolor()) and tuple(mark.get_edgecolor()[0, :3]) == face_of(number)
+        else:
+            assert face(mark) == face_of(number) and mark.get_edgecolor().tolist() == [[0, 0, 0, 1]]
+
+
+def test_the_frontier_and_the_drafts_are_those_of_the_first_run_that_has_them(judged_runs, tmp_path, figures):
+    draw(judged_runs, tmp_path / "x.png")
+    frontier, drafts = plane_of(figures[0][0]).lines
+    assert points(frontier) == [[0.1, 0.7], [0.45, 0.9]] and frontier.get_linestyle() == "-"
+    assert points(drafts) == [[0.19, 0.8], [0.43, 0.83]]
+    assert (drafts.get_marker(), drafts.get_linestyle()) == ("x", "None")
+    assert {frontier.get_color(), drafts.get_color()} == {"black"}
+
+
+def test_the_key_of_the_plane_names_what_is_there(judged_runs, tmp_path, figures):
+    growing, whole, _ = judged_runs
+    draw([growing], tmp_path / "x.png")
+    draw(judged_runs, tmp_path / "x.png")
+    draw([write_run(tmp_path / "not judged")], tmp_path / "x.png")
+    keys = [plane_of(figure).get_legend() for figure, *_ in figures]
+    assert words(keys[0]) == ["a step", "before"] and words(keys[2]) == ["a step"]
+    marks = [(line.get_marker(), line.get_linestyle(), name) for line, name in zip(keys[1].get_lines(), words(keys[1]))]
+    assert marks == [
+        (".", "None", "a step"),
+        ("o", "None", "before"),
+        ("None", "-", "best possible"),
+        ("x", "None", "best of 2, 3 drafts"),
+        ("*", "None", "after"),
+        ("D", "None", "the limit at this beta"),
+    ]
+
+
+# ----------------------------------------------------------------------------------------------
+# Rewards before and after
+
+
+def bins_of(patches) -> tuple[list[float], list[float]]:
+    """Edges and heights of bars."""
+    lefts = [bar.get_x() for bar in patches]
+    return [*lefts, patches[-1].get_x() + patches[-1].get_width()], [bar.get_height() for bar in patches]
+
+
+def test_rewards_are_drawn_as_shares_before_as_a_line_and_after_filled(tmp_path, figures):
+    runs = [write_run(tmp_path / name, seed=i) for i, name in enumerate("ab")]
+    write_evaluation(runs[0], before=judged(0, 0, [0.01, 0.01, 0.512, 0.99]), after=judged(1, 1, [0.26, 0.99]))
+    write_evaluation(runs[1], before=judged(0, 0, [0.3]))
+    draw(runs, tmp_path / "x.png")
+    axes = titles(figures[0][0])[HISTOGRAM_TITLE]
+    (before, *bars), other = axes.patches[:-1], axes.patches[-1]
+    edges, heights = bins_of(bars)
+    assert edges == pytest.approx(np.arange(41) / 40)
+    assert {i: height for i, height in enumerate(heights) if height} == {10: 0.5, 39: 0.5}
+    assert all(bar.get_fill() and face(bar) == face_of(0) and bar.get_alpha() < 1 for bar in bars)
+    tops = {}
+    for x, y in before.get_xy():
+        tops[round(x * 40)] = max(y, tops.get(round(x * 40), 0))
+    assert {x: top for x, top in tops.items() if top} == {0: 0.5, 1: 0.5, 20: 0.25, 21: 0.25, 39: 0.25, 40: 0.25}
+    for outline, number in ((before, 0), (other, 1)):
+        assert not outline.get_fill() and tuple(outline.get_edgecolor()[:3]) == face_of(number)
+    assert other.get_xy()[:, 1].max() == 1
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("reward", "share of completions")
+
+
+def test_rewards_outside_0_to_1_have_bars_too(tmp_path, figures):
+    run = write_run(tmp_path / "run")
+    write_evaluation(run, after=judged(0, 0, [-2.0, 0.5, 3.0, 6.0]))
+    draw([run], tmp_path / "x.png")
+    edges, heights = bins_of(titles(figures[0][0])[HISTOGRAM_TITLE].patches)
+    assert edges == pytest.approx(np.arange(-20, 61, 2) / 10)
+    assert {i: height for i, height in enumerate(heights) if height} == {0: 0.25, 12: 0.25, 25: 0.25, 39: 0.25}
+
+
+def test_an_evaluation_that_is_not_whole_is_left_out(tmp_path, figures):
+    runs = [write_run(tmp_path / name, 2) for name in "abc"]
+    for run, content in zip(runs, (b"", b'{"before": {"rew', b"\xff\xfe")):
+        (run / "evaluation.json").write_bytes(content)
+    draw(runs, tmp_path / "x.png")
+    drawn = titles(figures[0][0])
+    assert not drawn[HISTOGRAM_TITLE].patches and len(drawn[PLANE_TITLE].collections) == 3
+
+
+# ----------------------------------------------------------------------------------------------
+# The program
+
+
+def test_several_runs_go_into_one_picture_without_a_display(judged_runs, tmp_path):
     out = tmp_path / "all.png"
-    command = [sys.executable, str(ROOT / "plot_rewards.py"), *runs, "--out", str(out)]
+    command = [sys.executable, str(ROOT / "plot_rewards.py"), *map(str, judged_runs), "--out", str(out)]
     result = subprocess.run(
         command, env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}, capture_output=True, text=True
     )
-    assert result.returncode == 0 and result.stdout == f"wrote {out}\n"
-    assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size > 20_000
+    assert (result.returncode, result.stdout) == (0, f"wrote {out}\n"), result.stderr
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert struct.unpack(">II", out.read_bytes()[16:24]) == (1300, 1320)
+    assert not list(tmp_path.glob("*/rewards.png"))
+
+
+def test_the_run_that_wrote_metrics_last_is_drawn_into_its_folder(tmp_path, monkeypatch, capsys, figures):
+    """Neither the last by name, nor the folder that changed last, nor one without metrics."""
+    runs = [write_run(tmp_path / "runs" / name, 2) for name in ("first", "new", "old")]
+    (tmp_path / "runs" / "zzz").mkdir()
+    for seconds, run in enumerate((runs[2], runs[0], runs[1]), 1):
+        os.utime(run / "metrics.csv", (seconds, seconds))
+        os.utime(run, (100 - seconds, 100 - seconds))
+    monkeypatch.chdir(tmp_path)
+    assert main([]) == 0
+    assert capsys.readouterr().out == f"wrote {os.path.join('runs', 'new', 'rewards.png')}\n"
+    assert main([str(runs[2]), str(runs[0])]) == 0
+    assert capsys.readouterr().out == f"wrote {runs[2] / 'rewards.png'}\n"
+    assert [args for _, args, _ in figures] == [
+        (runs[1].relative_to(tmp_path) / "rewards.png",),
+        (runs[2] / "rewards.png",),
+    ]
+
+
+def test_a_picture_without_an_ending_is_written_where_it_is_wanted(tmp_path, capsys):
+    out = tmp_path / "compare"
+    assert main([str(write_run(tmp_path / "run", 2, without=COLUMNS[1:])), "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"wrote {out}\n"
+    assert out.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("tail", ["31,3968,0.", "31", "31,3968,0.9,0.3,0.4,0.2,-0.01,0.1,0.9"])
 def test_a_half_written_last_line_is_left_out(tmp_path, tail):
     run = write_run(tmp_path / "run")
+    whole = read_metrics(run)
     with (run / "metrics.csv").open("a") as file:
         file.write(tail)
-    assert len(read_metrics(run)["step"]) == 30
-    assert main([str(run)]) == 0
+    growing = read_metrics(run)
+    assert list(growing) == list(whole)
+    assert all(growing[name].tolist() == whole[name].tolist() for name in whole)
+    assert whole["step"].tolist() == list(range(1, 31)) and whole["episodes"][-1] == 3840
 
 
-def test_reward_against_kl_is_drawn_with_its_evaluation(tmp_path, figures):
-    run = write_run(tmp_path / "run")
-    samples = [["p", "x", float(s)] for s in np.linspace(0, 1, 50)]
-    point = {"reward": 0.7, "kl": 0.0, "samples": samples}
-    evaluation = {
-        "before": point,
-        "after": {**point, "kl": 0.4},
-        "frontier": [{"beta": 1, "reward": 0.7, "kl": 0.1}, {"beta": 0.2, "reward": 0.9, "kl": 0.4}],
-        "best_of_n": [{"n": 2, "reward": 0.8, "kl": 0.19, "gain": 0.8}],
-    }
-    (run / "evaluation.json").write_text(json.dumps(evaluation))
-    growing = write_run(tmp_path / "growing", steps=0)
-    (growing / "metrics.csv").write_text("\n".join((run / "metrics.csv").read_text().splitlines()[:2]) + "\n")
-    draw([growing, run], tmp_path / "x.png")
-    plane = titles(figures[0])["reward against KL: up is better, right is dearer"]
-    frontier, best_of_n = plane.lines
-    assert frontier.get_xydata().tolist() == [[0.1, 0.7], [0.4, 0.9]]
-    assert best_of_n.get_xydata().tolist() == [[0.19, 0.8]]
-    assert [0.4, 0.7] in [point for c in plane.collections for point in c.get_offsets().tolist()]
-    assert sum(len(c.get_offsets()) for c in plane.collections) == 1 + 30 + 2
-    assert len(titles(figures[0])["rewards before (line) and after (filled)"].patches) > 1
-    words = [text.get_text() for text in plane.get_legend().get_texts()]
-    assert words == ["a step", "best possible", "best of 2 drafts", "before", "after"]
-
-
-def test_the_reward_curve_starts_and_ends_where_the_run_did(tmp_path, figures):
-    run = write_run(tmp_path / "run")
-    draw([run], tmp_path / "x.png")
-    metrics = read_metrics(run)
-    axes = next(axes for title, axes in titles(figures[0]).items() if title.startswith("mean reward"))
-    raw, smoothed = (line.get_ydata() for line in axes.lines)
-    assert raw.tolist() == metrics["env/reward_mean"].tolist()
-    assert smoothed[0] == raw[0] and smoothed[1] == pytest.approx(raw[:3].mean()) and smoothed[-1] == raw[-1]
-    ends = [text.get_text() for text in axes.texts]
-    assert ends == [f"{raw[0]:.2f}", f"{raw[-10:].mean():.2f}"]
-    band = axes.collections[0].get_paths()[0].vertices[:, 1]
-    assert (band.min(), band.max()) == (0.1, 0.99)
-
-
-def test_what_never_changes_has_no_panel(tmp_path, figures):
-    runs = [write_run(tmp_path / name) for name in "ab"]
-    draw(runs[:1], tmp_path / "x.png")
-    assert "policy loss" in titles(figures[0]) and "KL coefficient" not in titles(figures[0])
-    text = (runs[1] / "metrics.csv").read_text().replace(",0.2,", ",0.3,")
-    (runs[1] / "metrics.csv").write_text(text)
-    draw(runs, tmp_path / "x.png")
-    assert "KL coefficient" in titles(figures[1])
-    assert [text.get_text() for text in figures[1].legends[0].get_texts()] == ["a", "b"]
-
-
-def test_a_chinese_name_is_written_without_boxes(tmp_path, figures, recwarn):
-    import plot_rewards
-
-    draw([write_run(tmp_path / "第一次")], tmp_path / "x.png")
-    name = figures[0].legends[0].get_texts()[0].get_text()
-    assert name == ("第一次" if len(plot_rewards.fonts()) > 1 else r"\u7b2c\u4e00\u6b21")
-    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
-
-
-def test_a_run_of_an_earlier_version_has_no_band(tmp_path, figures):
-    run = write_run(tmp_path / "run")
-    lines = [",".join(line.split(",")[:7]) for line in (run / "metrics.csv").read_text().splitlines()]
-    (run / "metrics.csv").write_text("\n".join(lines) + "\n")
-    draw([run], tmp_path / "x.png")
-    assert not next(a for title, a in titles(figures[0]).items() if title.startswith("mean reward")).collections
+HEADER = f"step,episodes,{MEAN},{STD},objective/kl"
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "cannot be read: No such file"),
-        ("", "is empty"),
-        (",".join(COLUMNS) + "\n", "has no step yet"),
-        ("a,b\n1,2\n", "holds no metrics of a run"),
-        (",".join(COLUMNS) + "\n1,128,high,0,0,0,0\n", "damaged in line 2"),
-        (",".join(COLUMNS) + "\n1,128\n", "damaged in line 2"),
+        (None, "cannot be read: No such file or directory"),
+        (b"\xff\xfe\x00", "cannot be read: it is no text"),
+        (b"", "is empty: the run has not finished a step"),
+        (b"step,epi", "is empty: the run has not finished a step"),
+        (f"{HEADER}\n".encode(), "has no step yet: the run has not finished one"),
+        (f"{HEADER}\n1,128,0.5,".encode(), "has no step yet: the run has not finished one"),
+        (b"a,b\n1,2\n", "holds no metrics of a run"),
+        (f"step,{MEAN},{STD}\n1,0.5,0.1\n".encode(), "holds no metrics of a run"),
+        (f"{HEADER}\n1,128,high,0,0\n".encode(), "is damaged in line 2: a value there is no number"),
+        (f"{HEADER}\n1,128,0,0,0\n2,256\n".encode(), "is damaged in line 3: a value there is no number"),
+        (f"{HEADER}\n1,128,0,0,0,0\n".encode(), "is damaged in line 2: a value there is no number"),
     ],
 )
-def test_missing_or_empty_runs_are_one_line(tmp_path, content, said, capfd):
+def test_missing_or_damaged_runs_are_one_line(tmp_path, content, said, capsys):
     run = tmp_path / "run"
     run.mkdir()
     if content is not None:
-        (run / "metrics.csv").write_text(content)
+        (run / "metrics.csv").write_bytes(content)
     assert main([str(run)]) == 2
-    err = capfd.readouterr().err
-    assert said in err and err.count("\n") == 1 and str(run) in err
+    assert capsys.readouterr() == ("", f"plot_rewards.py: error: {run / 'metrics.csv'} {said}\n")
     assert not (run / "rewards.png").exists()
 
 
-def test_no_run_at_all_and_no_place_to_write(tmp_path, monkeypatch, capsys):
+def test_no_run_at_all_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main([]) == 2 and "no run with a metrics.csv" in capsys.readouterr().err
-    run = write_run(tmp_path / "run")
-    with pytest.raises(UserError, match="cannot be written"):
-        draw([run], tmp_path / "missing" / "x.png")
+    assert main([]) == 2
+    error = "plot_rewards.py: error: no run with a metrics.csv in runs; train first, or name a run folder\n"
+    assert capsys.readouterr() == ("", error)
+
+
+def test_a_picture_that_cannot_be_written_is_one_line_and_leaves_no_figure(tmp_path, capsys):
+    import matplotlib.pyplot as plt
+
+    run = write_run(tmp_path / "run", 2, without=COLUMNS[1:])
+    missing = tmp_path / "missing" / "x.png"
+    with pytest.raises(UserError) as error:
+        draw([run], missing)
+    assert str(error.value) == f"the picture {missing} cannot be written: No such file or directory"
     assert main([str(run), "--out", str(tmp_path / "x.unknown")]) == 2
+    assert "x.unknown cannot be written: Format 'unknown' is not supported" in capsys.readouterr().err
+    assert plt.get_fignums() == []
+
+
+def test_a_chinese_name_is_written_without_boxes(tmp_path, monkeypatch, recwarn):
+    """By its code points where no font has them."""
+    from matplotlib import font_manager
+
+    draw([write_run(tmp_path / "第一次", 2, without=COLUMNS[1:])], tmp_path / "x.png")
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+    monkeypatch.setattr(font_manager, "get_font_names", lambda: ["DejaVu Sans", "SimSun"])
+    assert plot_rewards.shown("第1次") == r"\u7b2c1\u6b21"
+    monkeypatch.setattr(font_manager, "get_font_names", lambda: ["SimHei", "DejaVu Sans", "PingFang SC"])
+    assert plot_rewards.shown("第1次") == "第1次"
+    assert plot_rewards.fonts() == ["DejaVu Sans", "PingFang SC", "SimHei"]
