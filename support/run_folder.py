@@ -185,18 +185,17 @@ class RunLog:
         self.samples = (run_dir / "samples.jsonl").open("a", encoding="utf-8")
 
     def drop_after(self, last_step: int) -> None:
-        """Remove what was logged after the checkpoint that the run goes on from."""
+        """Remove what was logged after the checkpoint that the run goes on from, and a line that is not whole."""
         for name, step_of in (
-            ("metrics.csv", lambda line: int(line.split(",")[0])),
+            ("metrics.csv", lambda line: 0 if line.startswith(b"step,") else int(line.split(b",")[0])),
             ("samples.jsonl", lambda line: json.loads(line)["step"]),
         ):
             path = self.run_dir / name
             if not path.exists():
                 continue
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            header, rows = (lines[:1], lines[1:]) if name == "metrics.csv" else ([], lines)
-            kept = header + [line for line in rows if line.endswith("\n") and step_of(line) <= last_step]
-            write_whole(path, "".join(kept))
+            lines = path.read_bytes().splitlines(keepends=True)  # of a text they could end at U+2028, or in half of one
+            kept = [line for line in lines if line.endswith(b"\n") and step_of(line) <= last_step]
+            write_whole(path, b"".join(kept).decode())
 
     def write(self, row: dict, samples: list[dict]) -> None:
         writer = csv.DictWriter(self.metrics, row.keys())

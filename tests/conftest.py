@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -100,6 +101,31 @@ def classifier_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def demo() -> tuple[Path, Path]:
     return demo_models()
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, demo) -> Path:
+    """The folder of a finished small run, three steps with all their checkpoints; tests change copies of it only."""
+    from tests.test_train import small_run
+
+    code, run_dir = small_run(tmp_path_factory.mktemp("runs"), "--save_every", "1", "--keep_checkpoints", "5")
+    assert code == 0
+    return run_dir
+
+
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """Runs leave an empty rewards.png: to draw one takes longer than a small run."""
+    monkeypatch.setattr("support.run_folder.draw", lambda runs, out: out.touch())
+
+
+@pytest.fixture
+def signals_restored():
+    """Afterwards Ctrl-C and SIGTERM mean what they meant before."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import pytest
 
 from tests.bad_inputs import BROKEN, FLAGS, try_out, workplace
-from tests.test_train import finished  # noqa: F401 (a fixture)
 
 
 @pytest.mark.parametrize(("flags", "said"), FLAGS, ids=[flags for flags, _ in FLAGS])
@@ -16,7 +15,7 @@ def test_bad_flags(flags, said, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("what", "change", "command", "said"), BROKEN, ids=[case[0] for case in BROKEN])
-def test_broken_files(what, change, command, said, demo, finished):  # noqa: F811
+def test_broken_files(what, change, command, said, demo, finished):
     with workplace(*demo, finished):
         code, err, unharmed = try_out(command, change)
     lines = err.strip().splitlines()

@@ -16,7 +16,7 @@ from config import UserError
 from ppo import MAX_SKIPPED, PPOTrainer
 from tests.conftest import ROOT
 from tests.stress_resume import stress
-from tests.test_train import SMALL, finished, rows, small_run, weights  # noqa: F401 (finished is a fixture)
+from tests.test_train import SMALL, rows, small_run, weights
 from tests.test_trainer import batch_of, make
 
 
@@ -42,7 +42,7 @@ def test_killed_and_resumed_runs_equal_the_uninterrupted_one(tmp_path, demo, mon
     ],
     ids=["truncated weights", "missing file", "other optimizer", "truncated state", "empty state"],
 )
-def test_with_no_usable_checkpoint_resume_says_so(finished, tmp_path, damage, said, capsys):  # noqa: F811
+def test_with_no_usable_checkpoint_resume_says_so(finished, tmp_path, damage, said, capsys):
     run_dir = shutil.copytree(finished, tmp_path / "run")
     (run_dir / "before_after.md").unlink()
     for checkpoint in (run_dir / "checkpoints").iterdir():
@@ -67,7 +67,7 @@ def test_a_whole_checkpoint_of_the_same_step_is_not_taken_away(policy, tmp_path)
     assert (first / "policy.safetensors").stat().st_size > 1000
 
 
-def test_a_finished_run_is_left_alone_and_missing_output_is_made_again(finished, tmp_path, capsys):  # noqa: F811
+def test_a_finished_run_is_left_alone_and_missing_output_is_made_again(finished, tmp_path, capsys):
     run_dir = shutil.copytree(finished, tmp_path / "run")
     assert train_ppo.main(["--resume", str(run_dir)]) == 0
     assert "nothing is missing" in capsys.readouterr().out
@@ -84,7 +84,7 @@ def test_runs_that_cannot_be_resumed(tmp_path, name, capsys):
     assert train_ppo.main(["--eval_only", str(tmp_path / "nothing")]) == 2
 
 
-def test_a_second_process_is_refused_and_a_stale_lock_is_not(finished, tmp_path, capsys):  # noqa: F811
+def test_a_second_process_is_refused_and_a_stale_lock_is_not(finished, tmp_path, capsys):
     run_dir = shutil.copytree(finished, tmp_path / "run")
     (run_dir / "before_after.md").unlink()
     with (run_dir / ".lock").open("w") as lock:
@@ -101,7 +101,7 @@ def test_a_run_folder_that_cannot_be_made(tmp_path, demo, capsys):
     assert code == 2 and "cannot be written: Not a directory" in capsys.readouterr().err
 
 
-def test_a_full_disk_names_path_and_room_and_keeps_earlier_checkpoints(finished, tmp_path):  # noqa: F811
+def test_a_full_disk_names_path_and_room_and_keeps_earlier_checkpoints(finished, tmp_path):
     """A limit on the size of files stands in for the full disk; the policy is over it, and nothing written before."""
     run_dir = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(run_dir / "checkpoints" / "step-000003")
@@ -187,7 +187,7 @@ def test_a_real_bug_keeps_its_traceback(tmp_path, demo, monkeypatch):
         small_run(tmp_path)
 
 
-def test_raising_the_episodes_goes_on(finished, tmp_path):  # noqa: F811
+def test_raising_the_episodes_goes_on(finished, tmp_path):
     run_dir = shutil.copytree(finished, tmp_path / "run")
     assert train_ppo.main(["--resume", str(run_dir), "--episodes", "64"]) == 0
     assert [row["step"] for row in rows(run_dir)] == ["1", "2", "3", "4"]
@@ -195,7 +195,7 @@ def test_raising_the_episodes_goes_on(finished, tmp_path):  # noqa: F811
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_loading_a_checkpoint_runs_nothing(finished, tmp_path):  # noqa: F811
+def test_loading_a_checkpoint_runs_nothing(finished, tmp_path):
     """A pickle in the optimizer's place that would run code is not run, even with a matching checksum."""
     import os
     import pickle
@@ -217,7 +217,7 @@ def test_loading_a_checkpoint_runs_nothing(finished, tmp_path):  # noqa: F811
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_run_goes_on_where_its_device_is_not(finished, tmp_path, capsys):  # noqa: F811
+def test_a_run_goes_on_where_its_device_is_not(finished, tmp_path, capsys):
     run_dir = shutil.copytree(finished, tmp_path / "run")
     (run_dir / "before_after.md").unlink()
     config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))

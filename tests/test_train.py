@@ -54,14 +54,6 @@ def weights(run_dir):
     return (run_dir / "model" / "model.safetensors").read_bytes()
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, demo):
-    """One finished small run, three steps."""
-    code, run_dir = small_run(tmp_path_factory.mktemp("runs"), "--save_every", "1", "--keep_checkpoints", "5")
-    assert code == 0
-    return run_dir
-
-
 def test_the_run_folder_holds_what_was_promised(finished):
     assert {path.name for path in finished.iterdir()} >= {
         "config.json", "metrics.csv", "samples.jsonl", "model", "rewards.png", "evaluation.json", "before_after.md",

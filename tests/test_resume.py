@@ -1,0 +1,229 @@
+"""How a run goes on: what --resume and --eval_only take and refuse, and what a stop at any moment leaves behind."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+
+import pytest
+
+from config import PPOConfig
+from ppo import PPOTrainer
+from support.command_line import read_command_line
+from support.run_folder import RunFolder
+from tests.stress_resume import differences
+from tests.test_train import rows, small_run, weights
+from train_ppo import main
+
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
+ANOTHER = dict(  # for every setting but --resume and --eval_only a value that is not that of the finished run
+    preset="article", model_name="gpt2", reward_model_name="bert", positive_label="好", reward="builtins:len",
+    prompts="好", prompts_file="prompts.txt", gen_len=9, temperature=0.5, episodes=64, batch_size=24, minibatch_size=4,
+    ppo_epochs=3, gamma=0.9, lam=0.5, cliprange=0.3, cliprange_value=0.3, vf_coef=0.5, detach_value=False,
+    frozen_share=0.5, init_kl_coef=0.3, kl_controller="adaptive", target=3.0, horizon=99, lr=0.1, value_lr=0.1,
+    adam_epsilon=1e-3, average_power=2.0, max_grad_norm=2.0, micro_batch_size=5, seed=2, device="cpu",
+    dtype="bfloat16", run_name="other", runs_dir="elsewhere", log_samples_every=0, save_every=7,
+    save_every_minutes=3.0, keep_checkpoints=1, process_timeout=30.0, eval_samples=20,
+)  # fmt: skip
+WHEN_GOING_ON = {
+    "episodes", "micro_batch_size", "device", "runs_dir", "log_samples_every", "save_every", "save_every_minutes",
+    "keep_checkpoints", "process_timeout",
+}  # fmt: skip
+WHEN_JUDGING = {"micro_batch_size", "device", "dtype", "runs_dir", "process_timeout", "eval_samples"}
+
+
+def flags(names) -> list[str]:
+    return [word for name in sorted(names) for word in (f"--{name}", str(ANOTHER[name]))]
+
+
+def copy_of(finished, tmp_path, **changes):
+    """A copy of a run's folder, with some settings in its config.json changed."""
+    run_dir = shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+    (run_dir / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+    return run_dir
+
+
+def settings(run_dir) -> dict:
+    return json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+
+
+def contents(run_dir) -> dict:
+    return {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+
+
+def checkpoints(run_dir) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def test_the_table_knows_every_setting():
+    assert set(ANOTHER) | {"resume", "eval_only"} == {field.name for field in dataclasses.fields(PPOConfig)}
+
+
+@pytest.mark.parametrize(("mode", "taken"), [("resume", WHEN_GOING_ON), ("eval_only", WHEN_JUDGING)])
+def test_settings_that_decide_the_result_are_refused(finished, mode, taken, capsys):
+    before = contents(finished)
+    for name in sorted(set(ANOTHER) - taken):
+        assert main([f"--{mode}", str(finished), *flags([name])]) == 2, name
+        err = capsys.readouterr().err
+        assert f"error: --{name} " in err and f"would change the result of {finished}, which was started with" in err
+    assert contents(finished) == before
+
+
+def test_fewer_episodes_and_both_modes_at_once_are_refused(finished, capsys):
+    for given, said in (
+        (["--resume", str(finished), "--episodes", "47"], "--episodes 47 is fewer than the 48"),
+        (["--eval_only", str(finished), "--resume", str(finished)], "--resume"),
+        (["--resume", str(finished), "--save_every", "-1"], "--save_every must be at least 0"),
+    ):
+        assert main(given) == 2 and said in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_all_settings_that_do_not_decide_its_result(finished, tmp_path):
+    """And with a flag that says again what the run was started with."""
+    run_dir = copy_of(finished, tmp_path, device="auto")
+    before = settings(run_dir)
+    assert main(["--resume", str(run_dir), *flags(WHEN_GOING_ON), "--lr", "1e-4", "--prompts", "刚收到货,感觉"]) == 0
+    after = settings(run_dir)
+    assert {name: after[name] for name in after if after[name] != before[name]} == {
+        name: ANOTHER[name] for name in WHEN_GOING_ON
+    }
+    assert checkpoints(run_dir) == ["step-000004"] and len(rows(run_dir)) == 4
+
+
+def test_a_run_is_judged_with_other_settings_and_left_as_it_is(finished, tmp_path):
+    run_dir = copy_of(finished, tmp_path, device="auto")
+    before = contents(run_dir)
+    assert main(["--eval_only", str(run_dir), *flags(WHEN_JUDGING)]) == 0
+    after = contents(run_dir)
+    assert {path.name for path in before | after if before.get(path) != after.get(path)} == {"evaluation.json"}
+    was, now = (
+        json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["after"] for folder in (finished, run_dir)
+    )
+    assert (was["n"], now["n"]) == (16, 20)
+    assert max(abs(a - b) for a, b in zip(was["kls"], now["kls"])) > 1e-4  # bfloat16's rounding
+
+
+def test_latest_is_the_run_that_was_started_last(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, time in (("a", 100), ("b", 300), ("c", 200)):
+        run_dir = tmp_path / "runs" / name
+        run_dir.mkdir(parents=True)
+        shutil.copy(finished / "config.json", run_dir)
+        os.utime(run_dir / "config.json", (time, time))
+        for output in ("model", "rewards.png", "before_after.md"):
+            (run_dir / output).touch()
+    (tmp_path / "runs" / "d").mkdir()
+    assert main(["--resume", "latest"]) == 0
+    assert capsys.readouterr().out == "runs/b is finished already, nothing is missing\n"
+
+
+@pytest.mark.parametrize("missing", ["model", "rewards.png", "before_after.md"])
+def test_a_run_is_finished_only_with_all_that_its_end_writes(finished, tmp_path, missing):
+    for name in {"model", "rewards.png", "before_after.md"} - {missing}:
+        (tmp_path / name).touch()
+    shutil.copy(finished / "config.json", tmp_path)
+    assert read_command_line(["--resume", str(tmp_path)])[2] == "resume"
+    (tmp_path / missing).touch()
+    assert read_command_line(["--resume", str(tmp_path)])[2] == "nothing"
+
+
+# --- stopped at any moment
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, demo):
+    """A finished run of four steps, and its folder as a kill would have left it at each flush of a file to disk."""
+    runs_dir, copies, fsync = tmp_path_factory.mktemp("runs"), [], os.fsync
+
+    def copying(descriptor):
+        copies.append(shutil.copytree(runs_dir / "run", runs_dir / f"killed-{len(copies)}"))
+        fsync(descriptor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", copying)
+        patch.setattr("support.run_folder.draw", lambda runs, out: out.touch())
+        code, whole = small_run(
+            runs_dir, "--episodes", "64", "--save_every", "2", "--keep_checkpoints", "1", "--log_samples_every", "0"
+        )
+    assert code == 0 and checkpoints(whole) == ["step-000004"]
+    return whole, copies
+
+
+MOMENTS = {  # what the folder of checkpoints holds then
+    "in the first checkpoint": [".partial-step-000002"],
+    "in a later checkpoint": [".partial-step-000004", "step-000002"],
+    "before an older one is removed": ["step-000002", "step-000004"],
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_goes_on_to_the_same_end(killed, moment, capsys):
+    whole, copies = killed
+    run_dir = [copy for copy in copies if (copy / "checkpoints").exists() and checkpoints(copy) == MOMENTS[moment]][-1]
+    assert main(["--resume", str(run_dir)]) == 0
+    assert differences(whole, run_dir) == []
+    assert list(run_dir.rglob(".partial-*")) == []
+    out = capsys.readouterr().out
+    assert ("the run starts from the beginning" in out) == (moment == "in the first checkpoint")
+    assert "mean reward 0" not in out.split("commonest")[0]  # --log_samples_every 0 is kept
+
+
+def test_what_a_kill_left_of_the_last_files_is_written_over(killed):
+    whole, copies = killed
+    run_dir = copies[-1]
+    assert [path.name for path in run_dir.glob(".partial-*")] == [".partial-before_after.md"]
+    (run_dir / ".partial-model").mkdir()
+    (run_dir / ".partial-model" / "model.safetensors").write_bytes(b"half")
+    (run_dir / ".partial-model" / "leftover").touch()
+    assert main(["--resume", str(run_dir)]) == 0
+    assert differences(whole, run_dir) == [] and list(run_dir.rglob(".partial-*")) == []
+    assert not (run_dir / "model" / "leftover").exists()
+
+
+def test_half_written_last_lines_are_left_out(finished, tmp_path):
+    """A row of step 12 that ends after its first digit, and a sample that ends inside a character.
+
+    A prompt may hold U+2028, at which some take a line to end.
+    """
+    run_dir = copy_of(finished, tmp_path)
+    for name in ("checkpoints/step-000003", "model"):
+        shutil.rmtree(run_dir / name)
+    samples = (run_dir / "samples.jsonl").read_bytes().replace("刚".encode(), "\u2028".encode(), 1)
+    (run_dir / "samples.jsonl").write_bytes(samples + '{"step": 3, "prompt": "刚'.encode()[:-1])
+    (run_dir / "metrics.csv").write_bytes((run_dir / "metrics.csv").read_bytes() + b"1")
+    assert main(["--resume", str(run_dir)]) == 0
+    assert (run_dir / "samples.jsonl").read_bytes() == samples
+    assert [row["step"] for row in rows(run_dir)] == ["1", "2", "3"]
+    assert differences(finished, run_dir) == ["samples.jsonl"]
+
+
+def test_a_half_written_header_is_written_again(finished, tmp_path):
+    run_dir = copy_of(finished, tmp_path)
+    for name in ("checkpoints", "model"):
+        shutil.rmtree(run_dir / name)
+    (run_dir / "evaluation.json").unlink()
+    (run_dir / "metrics.csv").write_bytes(b"step,epis")
+    assert main(["--resume", str(run_dir)]) == 0
+    assert differences(finished, run_dir) == []
+
+
+# --- raised
+
+
+def test_a_raised_run_equals_one_that_was_as_long_from_the_start(killed, finished, tmp_path):
+    run_dir = copy_of(finished, tmp_path)
+    assert main(["--resume", str(run_dir), "--episodes", "64"]) == 0
+    assert differences(killed[0], run_dir) == [] and weights(run_dir) != weights(finished)
+
+
+# --- checkpoints in time
+
+
+@pytest.mark.parametrize(("every", "due"), [(0, [5]), (1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (5, [5]), (9, [5])])
+def test_a_checkpoint_is_due_every_so_many_steps_and_after_the_last(tmp_path, every, due):
+    config = PPOConfig(batch_size=4, minibatch_size=4, episodes=17, save_every=every, save_every_minutes=0)
+    folder = RunFolder(tmp_path, config)
+    assert [step for step in range(1, 6) if folder.checkpoint_due(step)] == due
