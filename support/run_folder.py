@@ -26,7 +26,7 @@ from plot_rewards import draw
 from reward import RewardError
 from support import evaluation, processes
 from support.checkpoint import disk_errors, load_checkpoint, save_checkpoint, write_whole
-from support.command_line import JOB_FILE
+from support.command_line import FINAL, JOB_FILE
 from support.models import save_policy
 
 
@@ -54,6 +54,8 @@ class RunFolder:
             load_checkpoint(trainer, self.path / "checkpoints")
         if self.writes:
             with disk_errors(self.path / "config.json"):
+                if trainer.n_steps < self.config.n_steps():  # a raised run is not finished before its new end
+                    (self.path / FINAL[-1]).unlink(missing_ok=True)
                 self.config.save(self.path / "config.json")
             self.run_log = RunLog(self.path, trainer.n_steps)
         self.saved_at = time.monotonic()

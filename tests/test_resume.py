@@ -219,6 +219,23 @@ def test_a_raised_run_equals_one_that_was_as_long_from_the_start(killed, finishe
     assert differences(killed[0], run_dir) == [] and weights(run_dir) != weights(finished)
 
 
+def test_a_raised_run_that_was_stopped_is_not_finished(finished, tmp_path, monkeypatch, signals_restored, capsys):
+    """The command that it prints goes on, though the files of its first end are there."""
+    run_dir, step = copy_of(finished, tmp_path), PPOTrainer.step
+
+    def stopped_step(self, *args):
+        signal.raise_signal(signal.SIGINT)
+        return step(self, *args)
+
+    monkeypatch.setattr(PPOTrainer, "step", stopped_step)
+    assert main(["--resume", str(run_dir), "--episodes", "80"]) == 130
+    assert f"stopped after step 4; go on with: python train_ppo.py --resume {run_dir}" in capsys.readouterr().out
+    assert weights(run_dir) == weights(finished)
+    monkeypatch.setattr(PPOTrainer, "step", step)
+    assert main(["--resume", str(run_dir)]) == 0
+    assert len(rows(run_dir)) == 5 and weights(run_dir) != weights(finished)
+
+
 # --- checkpoints in time
 
 
