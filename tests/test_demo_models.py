@@ -87,9 +87,9 @@ def test_the_gpt2_has_learned_the_grammar(demo, reviews):
     targets = batch["input_ids"][:, 1:]
     nats = -logps[:, :-1].gather(-1, targets[..., None])[..., 0]
     nats = (nats * batch["attention_mask"][:, 1:]).sum(-1).mean().item()
-    assert 11 < nats < 20
+    assert nats < 21
     ends = logps[torch.arange(200), batch["attention_mask"].sum(-1) - 2, tokenizer.sep_token_id].exp()
-    assert ends.mean() > 0.3
+    assert ends.mean() > 0.5
 
 
 def test_fitting_teaches_labels_and_texts_but_no_padding(demo):

@@ -1,0 +1,237 @@
+"""What a run loads, in which order, and what several processes compare of it."""
+
+import dataclasses
+import hashlib
+import shutil
+import sys
+
+import pytest
+import torch
+
+from config import PPOConfig, UserError
+from support import processes
+from support.demo_models import NEGATIVE
+from support.load import PROGRAM, check_same, hash_of, load, load_models
+from tests.conftest import ROOT, write_classifier, write_gpt2
+
+PROMPT = "刚收到货,感觉"  # 7 characters, and [CLS] before
+
+
+def settings(**changes) -> PPOConfig:
+    return PPOConfig(**{"device": "cpu", "dtype": "float32", "gen_len": 4, **changes})
+
+
+# --- one process
+
+
+def test_a_run_loads_the_parts_that_its_settings_name(gpt2_folder, classifier_folder):
+    names = dict(model_name=str(gpt2_folder), reward_model_name=str(classifier_folder))
+    config = settings(**names, prompts=[PROMPT, "衣服"], positive_label=NEGATIVE, dtype="bfloat16")
+    trainer, tokenizer, reward, prompts, queries = load(config)
+    assert prompts == [PROMPT, "衣服"]
+    assert [query.tolist() for query in queries] == [[2, 5, 6, 7, 8, 9, 10, 11], [2, *tokenizer.encode("衣服")[1:-1]]]
+    assert reward.positive_label == NEGATIVE and reward.pipeline.model.dtype == torch.bfloat16
+    assert trainer.config == config and trainer.model.dtype == torch.float32
+    saved = torch.load(gpt2_folder / "pytorch_model.bin")
+    assert torch.equal(trainer.model.transformer.wpe.weight, saved["transformer.wpe.weight"])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "gen_len", "leaves"),
+    [
+        ([PROMPT], 40, None),
+        ([PROMPT], 41, "8 tokens and the model 48 positions, which leaves 40"),
+        (["衣服", PROMPT, "书"], 41, "8 tokens and the model 48 positions, which leaves 40"),
+        (["好" * 46], 1, None),
+        (["好" * 47], 1, "48 tokens and the model 48 positions, which leaves 0"),
+        (["好" * 60], 1, "61 tokens and the model 48 positions, which leaves 0"),
+    ],
+)
+def test_the_longest_prompt_and_its_completion_fit_the_model_to_the_last_position(
+    gpt2_folder, classifier_folder, prompts, gen_len, leaves
+):
+    config = settings(prompts=prompts, gen_len=gen_len)
+    if leaves is None:
+        trainer, *_, queries = load_models(config, gpt2_folder, classifier_folder)
+        (response,) = trainer.generate(queries)
+        assert 1 <= len(response) <= gen_len
+    else:
+        with pytest.raises(UserError, match=f"^--gen_len {gen_len}: the longest prompt has {leaves}$"):
+            load_models(config, gpt2_folder, classifier_folder)
+
+
+def test_what_is_quick_to_look_at_comes_first(tmp_path):
+    """Both configs, the prompts and their lengths, the reward, and the policy's weights last: mended one by one."""
+    gpt2, sentiment = write_gpt2(tmp_path / "gpt2"), write_classifier(tmp_path / "s", ("a", "b"))
+    names = dict(model_name=str(gpt2), reward_model_name=str(sentiment))
+    for folder in (gpt2, sentiment):
+        (folder / "pytorch_model.bin").unlink()
+    config = settings(**names, prompts=["好" * 60])
+    with pytest.raises(UserError, match="--gen_len 4: the longest prompt"):
+        load(config)
+    config = dataclasses.replace(config, prompts=["好"])
+    with pytest.raises(UserError, match="which label"):
+        load(config)
+    config = dataclasses.replace(config, positive_label="b")
+    with pytest.raises(UserError, match=f"no weights in {sentiment}"):
+        load(config)
+    with pytest.raises(UserError, match=f"no weights in {gpt2}"):
+        load(dataclasses.replace(config, reward="math:fsum"))
+
+
+def test_each_flag_asks_for_its_model_and_looks_at_its_small_files(gpt2_folder, classifier_folder, monkeypatch):
+    asked = []
+
+    def model_folder(name, flag, check):
+        folder = {"gpt2": gpt2_folder, "sentiment": classifier_folder}[name]
+        asked.append((name, flag, check(folder) is not None))
+        return folder
+
+    monkeypatch.setattr("support.load.model_folder", model_folder)
+    load(settings(model_name="gpt2", reward_model_name="sentiment"))
+    assert asked == [("gpt2", "--model_name", True), ("sentiment", "--reward_model_name", True)]
+    asked.clear()
+    with pytest.raises(UserError, match="--positive_label 'happy' is none of"):
+        load(settings(model_name="gpt2", reward_model_name="sentiment", positive_label="happy"))
+    asked.clear()
+    _, _, reward, *_ = load(settings(model_name="gpt2", reward_model_name="missing", reward="builtins:len"))
+    assert reward is len and asked == [("gpt2", "--model_name", True)]
+
+
+# --- several
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """All that `check_same` would compare of a run's parts, by name; and the models that took rank 0's weights."""
+    given = []
+    monkeypatch.setattr(processes, "broadcast_weights", given.append)
+
+    def compare(config, *parts):
+        found = {}
+        monkeypatch.setattr(processes, "check_same", found.update)
+        given.clear()
+        check_same(config, *parts)
+        return found, list(given)
+
+    return compare
+
+
+@pytest.fixture
+def parts(gpt2_folder, classifier_folder):
+    trainer, *others = load_models(settings(), gpt2_folder, classifier_folder)
+    return trainer.model, *others
+
+
+def differing(first: dict, second: dict) -> list[str]:
+    assert list(first) == list(second)
+    return [name for name in first if first[name] != second[name]]
+
+
+GPT2, SENTIMENT = "uer/gpt2-chinese-cluecorpussmall", "uer/roberta-base-finetuned-jd-binary-chinese"
+
+
+def test_processes_compare_versions_program_device_models_and_prompts(compared, parts):
+    found, given = compared(settings(), *parts)
+    assert given == []
+    assert [name for name in found if "hash" not in name] == [
+        "torch", "transformers", "numpy", "--device cpu", "--dtype float32",
+    ]  # fmt: skip
+    assert [name for name in found if "hash" in name] == [
+        "the hash of this program's files",
+        f"the hash of the weights of --model_name {GPT2}",
+        f"the hash of the tokenizer of --model_name {GPT2}",
+        f"the hash of the weights of --reward_model_name {SENTIMENT}",
+        f"the hash of the tokenizer of --reward_model_name {SENTIMENT}",
+        "the hash of the prompts",
+    ]
+    assert found["torch"] == torch.__version__ and found["--device cpu"] == "cpu"
+    assert found["--dtype float32"] == "float32"
+    again, _ = compared(settings(), *parts)
+    assert again == found
+
+
+def test_each_part_that_differs_is_told_by_its_name(compared, parts, tmp_path, monkeypatch):
+    policy, tokenizer, reward, prompts, queries = parts
+    found, _ = compared(settings(), *parts)
+
+    other = [ids + 1 for ids in queries]
+    for changed in ((["衣服"], queries), (prompts, other)):
+        now, _ = compared(settings(), policy, tokenizer, reward, *changed)
+        assert differing(found, now) == ["the hash of the prompts"]
+
+    bias = reward.pipeline.model.classifier.bias.data
+    bias += 1
+    now, _ = compared(settings(), *parts)
+    bias -= 1
+    assert differing(found, now) == [f"the hash of the weights of --reward_model_name {SENTIMENT}"]
+
+    policy.v_head.summary.bias.data += 1
+    now, _ = compared(settings(), *parts)
+    policy.v_head.summary.bias.data -= 1
+    assert differing(found, now) == [f"the hash of the weights of --model_name {GPT2}"]
+
+    larger = type(tokenizer)(vocab={**tokenizer.get_vocab(), "新": 43})
+    now, _ = compared(settings(), policy, larger, reward, prompts, queries)
+    assert differing(found, now) == [f"the hash of the tokenizer of --model_name {GPT2}"]
+
+    program = tmp_path / "ppo.py"
+    shutil.copy(ROOT / "ppo.py", program)
+    monkeypatch.setattr("support.load.PROGRAM", [program if path.name == "ppo.py" else path for path in PROGRAM])
+    now, _ = compared(settings(), *parts)
+    assert now == found
+    program.write_bytes(program.read_bytes() + b"#")
+    now, _ = compared(settings(), *parts)
+    assert differing(found, now) == ["the hash of this program's files"]
+
+
+def test_a_reward_s_file_is_compared_in_place_of_a_classifier(compared, parts, tmp_path, monkeypatch):
+    (tmp_path / "judge.py").write_text("def score(texts):\n    return [0.5] * len(texts)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = settings(reward="judge:score")
+    config.check()
+    found, _ = compared(config, *parts)
+    assert not any("--reward_model_name" in name for name in found)
+    (tmp_path / "judge.py").write_text("def score(texts):\n    return [0.6] * len(texts)\n")
+    now, _ = compared(config, *parts)
+    assert differing(found, now) == ["the hash of the file of --reward judge:score"]
+    del sys.modules["judge"]
+    found, _ = compared(settings(reward="builtins:len"), *parts)  # a module without a file
+    assert not any("--reward" in name for name in found)
+
+
+def test_only_the_demo_s_models_are_given_to_all(compared, parts):
+    policy, _, reward, *_ = parts
+    for names, expected in (
+        ({"model_name": "demo"}, [policy]),
+        ({"reward_model_name": "demo"}, [reward.pipeline.model]),
+        ({"model_name": "demo", "reward_model_name": "demo"}, [policy, reward.pipeline.model]),
+    ):
+        _, given = compared(settings(**names), *parts)
+        assert list(map(id, given)) == list(map(id, expected))
+
+
+def test_the_program_is_every_file_that_a_run_needs():
+    names = {str(path.relative_to(ROOT)).replace("\\", "/") for path in PROGRAM}
+    assert {path.name for path in (ROOT / "support").glob("*.py")} == {
+        name.removeprefix("support/") for name in names if "/" in name
+    }
+    here = {path.name for path in ROOT.glob("*.py")} - {"plot_rewards.py"}
+    assert {name for name in names if "/" not in name} == here
+
+
+def test_a_hash_sees_names_shapes_and_every_number():
+    weights = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(2, dtype=torch.bfloat16)}
+    expected = hash_of(weights)
+    assert expected == hash_of({name: weight.clone() for name, weight in weights.items()})
+    transposed = weights["a"].T.contiguous().T
+    assert expected == hash_of(weights | {"a": transposed}) and len(expected) == 12
+    others = [
+        {"a": weights["a"], "c": weights["b"]},
+        weights | {"a": weights["a"].reshape(3, 2)},
+        weights | {"a": weights["a"] + torch.eye(2, 3) * 1e-6},
+        weights | {"b": torch.tensor([0, 1e-30], dtype=torch.bfloat16)},
+        {"a": weights["a"]},
+    ]
+    assert len({expected, *map(hash_of, others)}) == 6
+    assert hash_of(["a", 1]) == hashlib.sha256(b"['a', 1]").hexdigest()[:12] != hash_of(["a", 2])
