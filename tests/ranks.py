@@ -21,8 +21,8 @@ context.set_forkserver_preload([*LIBRARIES, "tests.conftest", "train_ppo", "supp
 class Ranks:
     """n processes that call function(rank, *arguments) in `folder`, their output in the files RANK.out and RANK.err.
 
-    on_hosts: each takes itself to be alone on the machine gpu-RANK+1 and works in the folder m-RANK. restarts: how often
-    torchrun has started each. store: that of torchrun's agent; without one rank 0 opens it.
+    on_hosts: each takes itself to be alone on a machine, gpu-1, gpu-2, ..., and works in a folder there, m0, m1, ...
+    restarts: how often torchrun has started each anew. store: that of torchrun's agent; without one rank 0 opens it.
     """
 
     def __init__(self, folder: Path, function, *arguments, n=2, on_hosts=False, restarts=0, store=None):

@@ -211,7 +211,7 @@ def test_what_torchrun_says_of_a_job(monkeypatch):
 
 
 def test_large_freed_memory_is_kept_where_the_c_library_can(monkeypatch):
-    """glibc's mallopt: M_MMAP_MAX 0, M_TRIM_THRESHOLD without end. Another library, or another system, is left alone."""
+    """glibc's mallopt: M_MMAP_MAX 0, M_TRIM_THRESHOLD without end. Other libraries and systems are left alone."""
     asked = []
     monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=lambda *option: asked.append(option)))
     monkeypatch.setattr(sys, "platform", "darwin")
