@@ -279,7 +279,8 @@ def parse_args(argv: list[str]) -> tuple[PPOConfig, set[str]]:
     from transformers import HfArgumentParser
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
+        def _get_help_string(self, action):
+            return action.help if action.const is False else super()._get_help_string(action)
 
     class Parser(HfArgumentParser):
         def error(self, message):
@@ -292,7 +293,7 @@ def parse_args(argv: list[str]) -> tuple[PPOConfig, set[str]]:
             if name in GROUPS:
                 self.group = self.add_argument_group(GROUPS[name])
             if name.startswith("no_"):  # the library's addition for a bool that is True by default
-                options |= {"help": f"Sets --{name[3:]} to False.", "default": argparse.SUPPRESS}
+                options["help"] = f"Sets --{name[3:]} to False."
             if self.group is None:
                 return super().add_argument(*flags, **options)
             return self.group.add_argument(flags[0], **options)
