@@ -264,6 +264,10 @@ def test_a_value_may_stand_behind_an_equals_sign_and_the_last_counts():
     [
         (["--batchsize", "5"], "unknown argument --batchsize; did you mean --batch_size?"),
         (["--batch-siz=5"], "unknown argument --batch_siz=5; did you mean --batch_size?"),
+        (
+            ["--model-nam=uer/gpt2-chinese-cluecorpussmall"],
+            "unknown argument --model_nam=uer/gpt2-chinese-cluecorpussmall; did you mean --model_name?",
+        ),
         (["--episode", "5"], "unknown argument --episode; did you mean --episodes?"),
         (["--learning_rate", "5"], "unknown argument --learning_rate; python train_ppo.py --help lists the flags"),
         (["--frozen", "5"], "unknown argument --frozen; did you mean --frozen_share?"),
@@ -399,7 +403,7 @@ def test_a_config_may_lack_what_was_added_later_and_changes_nothing(tmp_path):
         (b"{", " is not JSON"),
         (b"\xff\xfe", " is not JSON"),
         (b"[]", " is no config of this program: it holds 'list'"),
-        (b'{"lr": 1e-5, "learning": 1, "zeal": 2}', " is no config of this program: it holds 'learning'"),
+        (b'{"lr": 1e-5, "mood": 1, "zeal": 2}', " is no config of this program: it holds 'mood'"),
         (b'{"lr": "big"}', "lr must be of type float, not 'big'"),
         (b'{"lr": Infinity}', "--lr must be above 0 and finite, not inf"),
         (b'{"batch_size": 1.5}', "batch_size must be of type int"),

@@ -79,11 +79,14 @@ def test_what_is_quick_to_look_at_comes_first(tmp_path):
         load(dataclasses.replace(config, reward="math:fsum"))
 
 
-def test_each_flag_asks_for_its_model_and_looks_at_its_small_files(gpt2_folder, classifier_folder, monkeypatch):
+def test_each_flag_asks_for_its_model_and_looks_at_its_small_files(
+    gpt2_folder, classifier_folder, tmp_path, monkeypatch
+):
     asked = []
+    unclear = write_classifier(tmp_path / "unclear", ("a", "b"))
 
     def model_folder(name, flag, check):
-        folder = {"gpt2": gpt2_folder, "sentiment": classifier_folder}[name]
+        folder = {"gpt2": gpt2_folder, "sentiment": classifier_folder, "unclear": unclear}[name]
         asked.append((name, flag, check(folder) is not None))
         return folder
 
@@ -93,6 +96,9 @@ def test_each_flag_asks_for_its_model_and_looks_at_its_small_files(gpt2_folder, 
     asked.clear()
     with pytest.raises(UserError, match="--positive_label 'happy' is none of"):
         load(settings(model_name="gpt2", reward_model_name="sentiment", positive_label="happy"))
+    assert asked == [("gpt2", "--model_name", True)]
+    _, _, reward, *_ = load(settings(model_name="gpt2", reward_model_name="unclear", positive_label="b"))
+    assert reward.positive_label == "b"
     asked.clear()
     _, _, reward, *_ = load(settings(model_name="gpt2", reward_model_name="missing", reward="builtins:len"))
     assert reward is len and asked == [("gpt2", "--model_name", True)]
@@ -149,6 +155,14 @@ def test_processes_compare_versions_program_device_models_and_prompts(compared, 
     assert found["--dtype float32"] == "float32"
     again, _ = compared(settings(), *parts)
     assert again == found
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_processes_compare_the_device_and_the_dtype_that_each_found(compared, parts, monkeypatch, native, dtype):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native)
+    found, _ = compared(settings(device="auto", dtype="auto"), *parts)
+    assert found["--device auto"] == "cpu" and found["--dtype auto"] == dtype
 
 
 def test_each_part_that_differs_is_told_by_its_name(compared, parts, tmp_path, monkeypatch):
