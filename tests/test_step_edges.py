@@ -43,14 +43,14 @@ def test_ten_skipped_steps_within_one_are_the_end(policy):
 
 
 def test_a_good_step_starts_the_count_of_skipped_ones_anew(policy):
-    """Between steps, and between the minibatches of one: 12 optimiser steps, of which one in three is bad."""
+    """Between steps, and between the minibatches of one, of which one in two is bad."""
     trainer = make(policy, ppo_epochs=3, minibatch_size=2)
     queries, responses, scores = batch_of(trainer, policy)
     for _ in range(2):
         assert trainer.step(queries, responses, [BAD] * 6)["ppo/skipped"] == 9
         assert trainer.step(queries, responses, scores)["ppo/skipped"] == 0
-    trainer = make(policy, ppo_epochs=12, minibatch_size=2)
-    assert trainer.step(queries, responses, [BAD, *scores[1:]])["ppo/skipped"] == 12
+    trainer = make(policy, ppo_epochs=11, minibatch_size=3)
+    assert trainer.step(queries, responses, [BAD, *scores[1:]])["ppo/skipped"] == 11
 
 
 def test_a_skipped_step_leaves_no_trace_in_the_optimiser(policy):
@@ -285,6 +285,17 @@ def test_before_the_first_step_the_policy_for_saving_is_the_policy(policy):
     assert trainer.policy_for_saving is not trainer.model
     for weight, same in zip(trainer.policy_for_saving.parameters(), trainer.model.parameters()):
         assert weight.equal(same)  # of one step, the average
+
+
+def test_a_bfloat16_run_judges_its_policy_for_saving_and_leaves_it_float32(policy):
+    trainer = make(policy, dtype="bfloat16")
+    trainer.step(*batch_of(trainer, policy))
+    judged = trainer.policy_for_saving
+    before = copy.deepcopy(judged.state_dict())
+    responses = trainer.generate([[2, 5]], judged, 7, 0)
+    trainer.kl_to_reference(judged, [[2, 5]], responses)
+    after = judged.state_dict()
+    assert all(after[name].dtype == torch.float32 and after[name].equal(before[name]) for name in before)
 
 
 def test_values_are_float32_where_the_arithmetic_is_bfloat16(policy):
