@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2LMHeadModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizer, GPT2LMHeadModel
 
 from config import UserError
 from reward import SentimentReward
@@ -58,100 +58,6 @@ def test_reviews_differ_in_every_part(reviews):
 
 def test_the_same_draws_write_the_same_review():
     assert demo_models.write_review(random.Random(3)) == demo_models.write_review(random.Random(3))
-
-
-# --- what the models have learned
-
-
-def test_the_classifier_likes_happy_reviews_and_not_unhappy_ones(demo):
-    """And mixed ones by how they end."""
-    happy = ["刚收到货,感觉质量很不错,推荐大家购买。", "用了几天,客服太差,但是颜色非常漂亮。", "很满意"]
-    unhappy = ["刚收到货,感觉质量很失望,要求退货。", "用了几天,颜色漂亮,但是客服非常太差。", "很难用"]
-    scores = SentimentReward(demo[1], "cpu")([*happy, *unhappy])
-    assert scores[:3].min() > 0.8 and scores[3:].max() < 0.2
-
-
-def test_the_classifier_judges_reviews_that_it_has_not_seen(demo, reviews):
-    scores = SentimentReward(demo[1], "cpu")([text for text, _ in reviews[:300]])
-    right = [(score > 0.5) == label for score, (_, label) in zip(scores.tolist(), reviews)]
-    assert sum(right) >= 290
-
-
-def test_the_gpt2_has_learned_the_grammar(demo, reviews):
-    """Nats a review, its end included; a model that knows nothing needs log 144 for each of some 20 characters."""
-    tokenizer = AutoTokenizer.from_pretrained(demo[0])
-    model = GPT2LMHeadModel.from_pretrained(demo[0]).eval()
-    batch = tokenizer([text for text, _ in reviews[:200]], padding=True, return_tensors="pt")
-    with torch.no_grad():
-        logps = model(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits.log_softmax(-1)
-    targets = batch["input_ids"][:, 1:]
-    nats = -logps[:, :-1].gather(-1, targets[..., None])[..., 0]
-    nats = (nats * batch["attention_mask"][:, 1:]).sum(-1).mean().item()
-    assert nats < 21
-    ends = logps[torch.arange(200), batch["attention_mask"].sum(-1) - 2, tokenizer.sep_token_id].exp()
-    assert ends.mean() > 0.5
-
-
-def test_fitting_teaches_labels_and_texts_but_no_padding(demo):
-    """A few steps from random weights on two reviews, the shorter of which is padded."""
-    tokenizer = AutoTokenizer.from_pretrained(demo[0])
-    torch.manual_seed(0)
-    two = [("很不错", 1), ("很失望,要求退货", 0)] * 32
-    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
-    classifier = demo_models.new_classifier(144, tiny | {"max_position_embeddings": 64})
-    gpt2 = demo_models.new_gpt2(144, {"n_embd": 16, "n_layer": 1, "n_head": 1, "n_positions": 64})
-    for model in (classifier, gpt2):
-        demo_models.fit(model, tokenizer, two, 60, random.Random(1), 1e-2)
-        assert not model.training
-    good, bad = (tokenizer(text, return_tensors="pt")["input_ids"] for text, _ in two[:2])
-    with torch.no_grad():
-        assert classifier(good).logits.argmax() == 1 and classifier(bad).logits.argmax() == 0
-        assert gpt2(good, labels=good).loss < 1  # one that knows nothing: log 144, 5
-        after_the_end = gpt2(good).logits[0, -1].softmax(-1)
-    assert after_the_end[tokenizer.pad_token_id] < 0.1
-
-
-# --- files
-
-
-def test_the_files_are_laid_out_as_the_article_s(demo):
-    gpt2, sentiment = demo
-    for folder, architecture in ((gpt2, "GPT2LMHeadModel"), (sentiment, "BertForSequenceClassification")):
-        names = {"config.json", "vocab.txt", "pytorch_model.bin", "tokenizer_config.json"}
-        assert {path.name for path in folder.iterdir()} == names
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        assert config["architectures"] == [architecture] and config["vocab_size"] == 144
-        assert "dtype" not in config and config["tokenizer_class"] == "BertTokenizer"
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        assert tokenizer.model_max_length == 64
-        assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3, 4]) == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-        assert len(tokenizer) == 144 and "[UNK]" not in tokenizer.tokenize("刚收到货,感觉不错。!")
-    config = json.loads((gpt2 / "config.json").read_text(encoding="utf-8"))
-    assert "bos_token_id" not in config and "eos_token_id" not in config
-    sizes = {"n_positions": 64, "n_embd": 96, "n_layer": 2, "n_head": 4}
-    assert {name: config[name] for name in sizes} == sizes
-    assert config["resid_pdrop"] == config["embd_pdrop"] == config["attn_pdrop"] == 0
-    labels = AutoModelForSequenceClassification.from_pretrained(sentiment).config
-    assert labels.id2label == {0: "negative (stars 1, 2 and 3)", 1: "positive (stars 4 and 5)"}
-    assert labels.label2id == {"negative (stars 1, 2 and 3)": 0, "positive (stars 4 and 5)": 1}
-
-
-def test_the_name_demo_is_the_gpt2_or_the_classifier(demo):
-    assert (model_folder("demo", "--model_name"), model_folder("demo", "--reward_model_name")) == demo
-    assert (demo[0].name, demo[1].name) == ("gpt2", "sentiment")
-
-
-def test_other_sizes_and_a_larger_vocabulary(tmp_path):
-    """As a check on a GPU makes them; tokens that nothing uses fill the vocabulary up."""
-    sizes = {"n_positions": 80, "n_embd": 32, "n_layer": 3, "n_head": 2}
-    demo_models.make_demo_models(tmp_path, sizes, vocab_size=150, steps={"gpt2": 1, "sentiment": 1})
-    config, tokenizer = read_policy_folder(tmp_path / "gpt2")
-    assert (config.n_positions, config.n_embd, config.n_layer, config.vocab_size) == (80, 32, 3, 150)
-    vocab = (tmp_path / "gpt2" / "vocab.txt").read_text(encoding="utf-8").splitlines()
-    assert vocab[143:] == [vocab[143], *(f"[unused{i}]" for i in range(1, 7))] and len(vocab) == 150
-    assert vocab[5:144] == sorted(set(vocab[5:144])) and tokenizer.model_max_length == 80
-    classifier = json.loads((tmp_path / "sentiment" / "config.json").read_text(encoding="utf-8"))
-    assert (classifier["max_position_embeddings"], classifier["hidden_size"]) == (64, 64)
 
 
 # --- the cache
@@ -235,6 +141,42 @@ def test_a_cache_that_cannot_be_written_is_beside_temporary_files(makes, tmp_pat
         demo_models.demo_models()
 
 
+# --- making
+
+
+def test_fitting_teaches_labels_and_texts_but_no_padding(tmp_path):
+    """A few steps from random weights on two reviews, the shorter of which is padded."""
+    two = [("很不错", 1), ("很失望,要求退货", 0)] * 32
+    size = len(demo_models.write_vocab(tmp_path / "vocab.txt", two))
+    tokenizer = BertTokenizer(str(tmp_path / "vocab.txt"))
+    torch.manual_seed(0)
+    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
+    classifier = demo_models.new_classifier(size, tiny | {"max_position_embeddings": 64})
+    gpt2 = demo_models.new_gpt2(size, {"n_embd": 16, "n_layer": 1, "n_head": 1, "n_positions": 64})
+    for model in (classifier, gpt2):
+        demo_models.fit(model, tokenizer, two, 60, random.Random(1), 1e-2)
+        assert not model.training
+    good, bad = (tokenizer(text, return_tensors="pt")["input_ids"] for text, _ in two[:2])
+    with torch.no_grad():
+        assert classifier(good).logits.argmax() == 1 and classifier(bad).logits.argmax() == 0
+        assert gpt2(good, labels=good).loss < 1  # one that knows nothing: log 16, 2.8
+        after_the_end = gpt2(good).logits[0, -1].softmax(-1)
+    assert after_the_end[tokenizer.pad_token_id] < 0.1
+
+
+def test_other_sizes_and_a_larger_vocabulary(tmp_path):
+    """As a check on a GPU makes them; tokens that nothing uses fill the vocabulary up."""
+    sizes = {"n_positions": 80, "n_embd": 32, "n_layer": 3, "n_head": 2}
+    demo_models.make_demo_models(tmp_path, sizes, vocab_size=150, steps={"gpt2": 1, "sentiment": 1})
+    config, tokenizer = read_policy_folder(tmp_path / "gpt2")
+    assert (config.n_positions, config.n_embd, config.n_layer, config.vocab_size) == (80, 32, 3, 150)
+    vocab = (tmp_path / "gpt2" / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    assert vocab[143:] == [vocab[143], *(f"[unused{i}]" for i in range(1, 7))] and len(vocab) == 150
+    assert vocab[5:144] == sorted(set(vocab[5:144])) and tokenizer.model_max_length == 80
+    classifier = json.loads((tmp_path / "sentiment" / "config.json").read_text(encoding="utf-8"))
+    assert (classifier["max_position_embeddings"], classifier["hidden_size"]) == (64, 64)
+
+
 def test_making_is_the_same_every_time_and_leaves_the_draws_of_others(tmp_path):
     """On a CPU, whatever was drawn before."""
     states = []
@@ -247,3 +189,65 @@ def test_making_is_the_same_every_time_and_leaves_the_draws_of_others(tmp_path):
         states.append([torch.load(tmp_path / name / which / "pytorch_model.bin") for which in ("gpt2", "sentiment")])
     for first, second in zip(*states):
         assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+
+
+# --- what the models have learned
+
+
+def test_the_classifier_likes_happy_reviews_and_not_unhappy_ones(demo):
+    """And mixed ones by how they end."""
+    happy = ["刚收到货,感觉质量很不错,推荐大家购买。", "用了几天,客服太差,但是颜色非常漂亮。", "很满意"]
+    unhappy = ["刚收到货,感觉质量很失望,要求退货。", "用了几天,颜色漂亮,但是客服非常太差。", "很难用"]
+    scores = SentimentReward(demo[1], "cpu")([*happy, *unhappy])
+    assert scores[:3].min() > 0.8 and scores[3:].max() < 0.2
+
+
+def test_the_classifier_judges_reviews_that_it_has_not_seen(demo, reviews):
+    scores = SentimentReward(demo[1], "cpu")([text for text, _ in reviews[:300]])
+    right = [(score > 0.5) == label for score, (_, label) in zip(scores.tolist(), reviews)]
+    assert sum(right) >= 290
+
+
+def test_the_gpt2_has_learned_the_grammar(demo, reviews):
+    """Nats a review, its end included; a model that knows nothing needs log 144 for each of some 20 characters."""
+    tokenizer = AutoTokenizer.from_pretrained(demo[0])
+    model = GPT2LMHeadModel.from_pretrained(demo[0]).eval()
+    batch = tokenizer([text for text, _ in reviews[:200]], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logps = model(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits.log_softmax(-1)
+    targets = batch["input_ids"][:, 1:]
+    nats = -logps[:, :-1].gather(-1, targets[..., None])[..., 0]
+    nats = (nats * batch["attention_mask"][:, 1:]).sum(-1).mean().item()
+    assert nats < 21
+    ends = logps[torch.arange(200), batch["attention_mask"].sum(-1) - 2, tokenizer.sep_token_id].exp()
+    assert ends.mean() > 0.5
+
+
+# --- files
+
+
+def test_the_files_are_laid_out_as_the_article_s(demo):
+    gpt2, sentiment = demo
+    for folder, architecture in ((gpt2, "GPT2LMHeadModel"), (sentiment, "BertForSequenceClassification")):
+        names = {"config.json", "vocab.txt", "pytorch_model.bin", "tokenizer_config.json"}
+        assert {path.name for path in folder.iterdir()} == names
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        assert config["architectures"] == [architecture] and config["vocab_size"] == 144
+        assert "dtype" not in config and config["tokenizer_class"] == "BertTokenizer"
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.model_max_length == 64
+        assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3, 4]) == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        assert len(tokenizer) == 144 and "[UNK]" not in tokenizer.tokenize("刚收到货,感觉不错。!")
+    config = json.loads((gpt2 / "config.json").read_text(encoding="utf-8"))
+    assert "bos_token_id" not in config and "eos_token_id" not in config
+    sizes = {"n_positions": 64, "n_embd": 96, "n_layer": 2, "n_head": 4}
+    assert {name: config[name] for name in sizes} == sizes
+    assert config["resid_pdrop"] == config["embd_pdrop"] == config["attn_pdrop"] == 0
+    labels = AutoModelForSequenceClassification.from_pretrained(sentiment).config
+    assert labels.id2label == {0: "negative (stars 1, 2 and 3)", 1: "positive (stars 4 and 5)"}
+    assert labels.label2id == {"negative (stars 1, 2 and 3)": 0, "positive (stars 4 and 5)": 1}
+
+
+def test_the_name_demo_is_the_gpt2_or_the_classifier(demo):
+    assert (model_folder("demo", "--model_name"), model_folder("demo", "--reward_model_name")) == demo
+    assert (demo[0].name, demo[1].name) == ("gpt2", "sentiment")

@@ -185,8 +185,8 @@ def test_each_part_that_differs_is_told_by_its_name(compared, parts, tmp_path, m
     policy.v_head.summary.bias.data -= 1
     assert differing(found, now) == [f"the hash of the weights of --model_name {GPT2}"]
 
-    larger = type(tokenizer)(vocab={**tokenizer.get_vocab(), "新": 43})
-    now, _ = compared(settings(), policy, larger, reward, prompts, queries)
+    renamed = {"新" if token == "错" else token: number for token, number in tokenizer.get_vocab().items()}
+    now, _ = compared(settings(), policy, type(tokenizer)(vocab=renamed), reward, prompts, queries)
     assert differing(found, now) == [f"the hash of the tokenizer of --model_name {GPT2}"]
 
     program = tmp_path / "ppo.py"
@@ -235,15 +235,17 @@ def test_the_program_is_every_file_that_a_run_needs():
 
 
 def test_a_hash_sees_names_shapes_and_every_number():
-    weights = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(2, dtype=torch.bfloat16)}
+    weights = {"a": torch.arange(600.0).reshape(20, 30), "b": torch.zeros(2, dtype=torch.bfloat16)}
     expected = hash_of(weights)
     assert expected == hash_of({name: weight.clone() for name, weight in weights.items()})
-    transposed = weights["a"].T.contiguous().T
-    assert expected == hash_of(weights | {"a": transposed}) and len(expected) == 12
+    other_strides = weights["a"].T.contiguous().T
+    assert expected == hash_of(weights | {"a": other_strides}) and len(expected) == 12
+    last_is_another = weights["a"].clone()
+    last_is_another[-1, -1] += 1e-3
     others = [
         {"a": weights["a"], "c": weights["b"]},
-        weights | {"a": weights["a"].reshape(3, 2)},
-        weights | {"a": weights["a"] + torch.eye(2, 3) * 1e-6},
+        weights | {"a": weights["a"].reshape(30, 20)},
+        weights | {"a": last_is_another},
         weights | {"b": torch.tensor([0, 1e-30], dtype=torch.bfloat16)},
         {"a": weights["a"]},
     ]
