@@ -83,7 +83,11 @@ def test_models_are_made_once_and_said_to_be(makes, tmp_path, capsys):
     assert capsys.readouterr().out == f"making the demo models in {gpt2.parent} (once, under a minute)\n"
     assert demo_models.demo_models() == (gpt2, sentiment) and len(makes) == 1
     assert capsys.readouterr().out == ""
-    assert gpt2.is_dir() and sentiment.is_dir() and gpt2.parent.parent == tmp_path / "cache" / "ppo-chinese-gpt2"
+    assert (
+        (gpt2.name, sentiment.name) == ("gpt2", "sentiment")
+        and sentiment.is_dir()
+        and gpt2.parent.parent == tmp_path / "cache" / "ppo-chinese-gpt2"
+    )
     assert list(gpt2.parent.parent.iterdir()) == [gpt2.parent]
 
 
@@ -169,12 +173,15 @@ def test_other_sizes_and_a_larger_vocabulary(tmp_path):
     sizes = {"n_positions": 80, "n_embd": 32, "n_layer": 3, "n_head": 2}
     demo_models.make_demo_models(tmp_path, sizes, vocab_size=150, steps={"gpt2": 1, "sentiment": 1})
     config, tokenizer = read_policy_folder(tmp_path / "gpt2")
+    assert config.resid_pdrop == config.embd_pdrop == config.attn_pdrop == 0
     assert (config.n_positions, config.n_embd, config.n_layer, config.vocab_size) == (80, 32, 3, 150)
     vocab = (tmp_path / "gpt2" / "vocab.txt").read_text(encoding="utf-8").splitlines()
     assert vocab[143:] == [vocab[143], *(f"[unused{i}]" for i in range(1, 7))] and len(vocab) == 150
     assert vocab[5:144] == sorted(set(vocab[5:144])) and tokenizer.model_max_length == 80
     classifier = json.loads((tmp_path / "sentiment" / "config.json").read_text(encoding="utf-8"))
     assert (classifier["max_position_embeddings"], classifier["hidden_size"]) == (64, 64)
+    assert classifier["hidden_dropout_prob"] == classifier["attention_probs_dropout_prob"] == 0
+    assert classifier["id2label"] == {"0": "negative (stars 1, 2 and 3)", "1": "positive (stars 4 and 5)"}
 
 
 def test_making_is_the_same_every_time_and_leaves_the_draws_of_others(tmp_path):
@@ -242,7 +249,6 @@ def test_the_files_are_laid_out_as_the_article_s(demo):
     assert "bos_token_id" not in config and "eos_token_id" not in config
     sizes = {"n_positions": 64, "n_embd": 96, "n_layer": 2, "n_head": 4}
     assert {name: config[name] for name in sizes} == sizes
-    assert config["resid_pdrop"] == config["embd_pdrop"] == config["attn_pdrop"] == 0
     labels = AutoModelForSequenceClassification.from_pretrained(sentiment).config
     assert labels.id2label == {0: "negative (stars 1, 2 and 3)", 1: "positive (stars 4 and 5)"}
     assert labels.label2id == {"negative (stars 1, 2 and 3)": 0, "positive (stars 4 and 5)": 1}
