@@ -321,7 +321,9 @@ def test_an_evaluation_is_written_whole_and_in_readable_chinese(tmp_path):
     evaluation.add_yardsticks(results, ["感觉"], 0.2)
     path = tmp_path / "evaluation.json"
     path.write_text("an older one")
-    evaluation.write_json(path, results)
+    with path.open() as reader:
+        evaluation.write_json(path, results)
+        assert reader.read() == "an older one"
     text = path.read_text(encoding="utf-8")
     assert "感觉" in text and text.endswith("\n") and len(text.splitlines()) > 1000
     assert json.loads(text) == results

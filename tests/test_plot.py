@@ -138,6 +138,15 @@ def test_panels_stand_four_in_a_row_below_reward_plane_and_histogram(tmp_path, f
     assert cells[3:] == [(2 + i // 4, i % 4, i % 4 + 1) for i in range(8)]
     assert figure.get_size_inches() == pytest.approx([13, 8 + 2 * 2.6])
     assert (out, options["dpi"]) == (tmp_path / "x.png", 100)
+    assert {tuple(axes.title.get_fontfamily()) for axes in figure.axes} == {tuple(plot_rewards.fonts())}
+
+
+def test_no_display_is_needed_whichever_backend_is_set(tmp_path, figures):
+    import matplotlib
+
+    matplotlib.use("svg")
+    draw([write_run(tmp_path / "run", 2)], tmp_path / "x.png")
+    assert matplotlib.get_backend().lower() == "agg"
 
 
 def test_what_never_changes_in_any_run_has_no_panel(tmp_path, figures):
@@ -378,9 +387,8 @@ def test_an_evaluation_that_is_not_whole_is_left_out(tmp_path, figures):
 def test_several_runs_go_into_one_picture_without_a_display(judged_runs, tmp_path):
     out = tmp_path / "all.png"
     command = [sys.executable, str(ROOT / "plot_rewards.py"), *map(str, judged_runs), "--out", str(out)]
-    result = subprocess.run(
-        command, env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}, capture_output=True, text=True
-    )
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (0, f"wrote {out}\n"), result.stderr
     assert out.read_bytes().startswith(b"\x89PNG")
     assert struct.unpack(">II", out.read_bytes()[16:24]) == (1300, 1320)
