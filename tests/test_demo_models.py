@@ -1,5 +1,6 @@
 """The demo's models: what they write and like, where they are kept, and in which files."""
 
+import errno
 import json
 import random
 import re
@@ -143,6 +144,21 @@ def test_a_cache_that_cannot_be_written_is_beside_temporary_files(makes, tmp_pat
     said = f"neither {tmp_path / 'file'} nor {tmp_path / 'file'} can be written; set XDG_CACHE_HOME to another folder"
     with pytest.raises(UserError, match=f"^{said}$"):
         demo_models.demo_models()
+
+
+def test_a_cache_on_a_disk_that_is_read_only_is_beside_temporary_files(makes, tmp_path, monkeypatch):
+    cache = tmp_path / "cache" / "ppo-chinese-gpt2"
+    cache.mkdir(parents=True)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+
+    def temporary_file(dir):
+        if dir == cache:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return (dir / "probe").open("w")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", temporary_file)
+    assert demo_models.demo_models()[0].parent.parent == tmp_path / "temporary" / "ppo-chinese-gpt2"
 
 
 # --- making
