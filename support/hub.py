@@ -155,9 +155,9 @@ class Watch:
                 outcome[:] = [None, error]
 
         unfinished = set(self.unfinished_files())
+        received, since, patience = self.received(), time.monotonic(), self.for_answer
         thread = threading.Thread(target=call, daemon=True)
         thread.start()
-        received, since, patience = self.received(), time.monotonic(), self.for_answer
         try:
             while thread.is_alive():
                 thread.join(0.1)

@@ -2,25 +2,28 @@
 
 with Hub({"owner/model": folder}) as hub: ... hub.url is an HF_ENDPOINT, hub.requests lists what was asked for
 hub.fault = ("HEAD", "model.safetensors", 503)
-For the status also 'hang', 'stall', 'cut', 'cut once', 'page', 'slow' and 'xet'.
+For the status also 'hang', 'stall', 'late', 'cut', 'cut once', 'page' and 'xet'; on_fault() is called when it comes.
 """
 
 import hashlib
 import json
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+OLDER = "89abcdef0123456789abcdef0123456789abcdef"
 
 
 class Hub:
-    """models: hub id -> local folder. fault: (method, part of the path, what) or None; `headers` go with a status."""
+    """models: hub id -> local folder, at the commit COMMIT, which is `main`. fault: (method, part of the path, what) or
+    None; `headers` go with a status. token: what opens the hub, where it is not open to all."""
 
     def __init__(self, models: dict[str, Path]):
-        self.models, self.fault, self.headers, self.requests = models, None, {}, []
-        self.released = threading.Event()
+        self.commits, self.main, self.token = {COMMIT: models}, COMMIT, None
+        self.fault, self.headers, self.requests = None, {}, []
+        self.on_fault = lambda: None
+        self.released, self.threads = threading.Event(), set()
 
     def __enter__(self):
         hub = self
@@ -48,11 +51,22 @@ class Hub:
         self.server.shutdown()
         self.server.server_close()
 
+    def fetched(self) -> list[str]:
+        """The files that were fetched, in order."""
+        return [
+            request.rsplit("/", 1)[1]
+            for request in self.requests
+            if "/resolve/" in request and request.startswith("GET")
+        ]
+
     def answer(self, handler) -> None:
         path = handler.path.split("?")[0]
         self.requests.append(f"{handler.command} {path}")
+        self.threads.add(threading.current_thread())
         method, part, what = self.fault or ("", "", None)
         what = what if method == handler.command and part in path else None
+        if what:
+            self.on_fault()
         if what == "hang":
             self.released.wait()
             handler.close_connection = True
@@ -60,25 +74,28 @@ class Hub:
             self.send(handler, 200, b"<html>please log in</html>", {"Content-Type": "text/html"})
         elif isinstance(what, int):
             self.send(handler, what, b"{}", self.headers)
+        elif self.token and handler.headers.get("Authorization") != f"Bearer {self.token}":
+            self.send(handler, 401, b"{}", {"X-Error-Code": "RepoNotFound"})
         else:
-            if what == "slow":
-                time.sleep(1.5)
             self.serve(handler, path, what)
 
     def serve(self, handler, path: str, what) -> None:
-        for name, folder in self.models.items():
-            if path.startswith(f"/api/models/{name}"):
-                files = [{"rfilename": file.name} for file in sorted(folder.iterdir())]
-                info = {"id": name, "modelId": name, "sha": COMMIT, "siblings": files, "tags": [], "private": False}
-                return self.send(handler, 200, json.dumps(info).encode(), {"Content-Type": "application/json"})
-            if path.startswith(f"/{name}/resolve/"):
+        for revision, commit in {"main": self.main, **{commit: commit for commit in self.commits}}.items():
+            for name, folder in self.commits[commit].items():
+                if path == f"/api/models/{name}/revision/{revision}" or (path, revision) == (
+                    f"/api/models/{name}",
+                    "main",
+                ):
+                    files = [{"rfilename": file.name} for file in sorted(folder.iterdir())]
+                    info = {"id": name, "modelId": name, "sha": commit, "siblings": files, "tags": [], "private": False}
+                    return self.send(handler, 200, json.dumps(info).encode(), {"Content-Type": "application/json"})
                 file = folder / path.rsplit("/", 1)[1]
-                if file.is_file():
-                    return self.send_file(handler, file.read_bytes(), what)
-        self.send(handler, 404, b"{}", {"X-Error-Code": "RepoNotFound"})
+                if path == f"/{name}/resolve/{revision}/{file.name}" and file.is_file():
+                    return self.send_file(handler, file.read_bytes(), commit, what)
+        self.send(handler, 404, b"{}", {"X-Error-Code": "RevisionNotFound" if "/revision/" in path else "RepoNotFound"})
 
-    def send_file(self, handler, body: bytes, what) -> None:
-        headers = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": COMMIT}
+    def send_file(self, handler, body: bytes, commit: str, what) -> None:
+        headers = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": commit}
         if what == "xet":
             headers |= {"X-Xet-Hash": "0" * 64, "X-Xet-Refresh-Route": f"{self.url}/hang"}
         start = int((handler.headers.get("Range") or "bytes=0-")[6:].split("-")[0])
