@@ -238,7 +238,7 @@ BROKEN = [  # (what was done, how, command, part of the line)
     ("metrics file of something else", write("run/metrics.csv", "a,b\n1,2\n"), "plot run", "holds no metrics of a run"),
     (
         "metrics file with a word for a number",
-        write("run/metrics.csv", "step,env/reward_mean,env/reward_std\n1,high,0\n"),
+        write("run/metrics.csv", "step,episodes,env/reward_mean,env/reward_std,objective/kl\n1,16,high,0,0\n"),
         "plot run",
         "damaged in line 2",
     ),

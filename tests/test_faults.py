@@ -2,11 +2,8 @@
 
 import fcntl
 import json
-import os
 import resource
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,18 +11,10 @@ import torch
 import train_ppo
 from config import UserError
 from ppo import MAX_SKIPPED, PPOTrainer
-from tests.conftest import ROOT
-from tests.stress_resume import stress
-from tests.test_train import SMALL, rows, small_run, weights
+from tests.test_train import rows, small_run, weights
 from tests.test_trainer import batch_of, make
 
-
-def test_killed_and_resumed_runs_equal_the_uninterrupted_one(tmp_path, demo, monkeypatch):
-    """The short form of tests/stress_resume.py."""
-    import tests.stress_resume
-
-    monkeypatch.setattr(tests.stress_resume, "FLAGS", [*SMALL, "--episodes", "160", "--save_every", "2"])
-    assert stress(tmp_path, seed=1, kills=2) == (2, 2, [])
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
 @pytest.mark.parametrize(
@@ -101,19 +90,33 @@ def test_a_run_folder_that_cannot_be_made(tmp_path, demo, capsys):
     assert code == 2 and "cannot be written: Not a directory" in capsys.readouterr().err
 
 
-def test_a_full_disk_names_path_and_room_and_keeps_earlier_checkpoints(finished, tmp_path):
-    """A limit on the size of files stands in for the full disk; the policy is over it, and nothing written before."""
+@pytest.fixture
+def file_limit():
+    """A function that limits the size of every file written, which stands in for a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_names_the_path_and_keeps_earlier_checkpoints(finished, tmp_path, file_limit, capsys):
+    """The policy is over the limit, and nothing that is written before it."""
     run_dir = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(run_dir / "checkpoints" / "step-000003")
-    limit = (run_dir / "checkpoints" / "step-000002" / "policy.safetensors").stat().st_size - 4096
-    kept = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "train_ppo.py"), "--resume", str(run_dir), "--save_every", "1"],
-        capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )  # fmt: skip
-    last = result.stderr.splitlines()[-1]
-    assert result.returncode == 2 and "step-000003" in last and "Traceback" not in result.stderr
-    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == kept
+    (run_dir / "before_after.md").unlink()
+    kept = {path: path.read_bytes() for path in (run_dir / "checkpoints").rglob("*") if path.is_file()}
+    file_limit((run_dir / "checkpoints" / "step-000002" / "policy.safetensors").stat().st_size - 4096)
+    assert train_ppo.main(["--resume", str(run_dir)]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"train_ppo.py: error: {run_dir}/checkpoints/step-000003 cannot be written: ")
+    assert {path: path.read_bytes() for path in (run_dir / "checkpoints").rglob("*") if path.is_file()} == kept
+
+
+def test_a_file_that_torch_cannot_finish_is_named(tmp_path, file_limit):
+    from support.checkpoint import disk_errors
+
+    file_limit(1 << 20)
+    with pytest.raises(UserError, match="optimizer.pt cannot be written"), disk_errors(tmp_path / "optimizer.pt"):
+        torch.save(torch.zeros(1 << 20), tmp_path / "optimizer.pt")
 
 
 def test_room_needed_is_named_when_the_disk_is_full(tmp_path, monkeypatch):
@@ -125,19 +128,6 @@ def test_room_needed_is_named_when_the_disk_is_full(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="a bug"):
         with disk_errors(tmp_path):
             raise RuntimeError("a bug")
-
-
-def test_a_file_that_torch_cannot_finish_is_named(tmp_path):
-    script = (
-        "import resource, torch; from pathlib import Path; from support.checkpoint import disk_errors\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); path = Path('optimizer.pt')\n"
-        "with disk_errors(path.absolute()): torch.save(torch.zeros(10_000), path)"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert "UserError" in result.stderr.splitlines()[-1] and "optimizer.pt cannot be written" in result.stderr
 
 
 def test_a_non_finite_gradient_is_skipped_and_counted(policy):
@@ -185,13 +175,6 @@ def test_a_real_bug_keeps_its_traceback(tmp_path, demo, monkeypatch):
     monkeypatch.setattr(PPOTrainer, "step", lambda self, *args: [][0])
     with pytest.raises(IndexError):
         small_run(tmp_path)
-
-
-def test_raising_the_episodes_goes_on(finished, tmp_path):
-    run_dir = shutil.copytree(finished, tmp_path / "run")
-    assert train_ppo.main(["--resume", str(run_dir), "--episodes", "64"]) == 0
-    assert [row["step"] for row in rows(run_dir)] == ["1", "2", "3", "4"]
-    assert json.loads((run_dir / "config.json").read_text())["episodes"] == 64
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

@@ -1,39 +1,31 @@
 """The whole program on the demo models, as a user runs it."""
 
 import csv
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
+from datetime import datetime
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from config import UserError
-from support import demo_models
+from config import PPOConfig
+from ppo import PPOTrainer
+from reward import SentimentReward
+from support import command_line
+from support.signals import StopSignal
 from tests.conftest import ROOT, write_gpt2
-from train_ppo import draw_prompts, main
+from train_ppo import main
 
-SMALL = [
-    "--preset",
-    "demo",
-    "--device",
-    "cpu",
-    "--episodes",
-    "48",
-    "--batch_size",
-    "16",
-    "--minibatch_size",
-    "8",
-    "--eval_samples",
-    "16",
-]
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
+SMALL = "--preset demo --device cpu --episodes 48 --batch_size 16 --minibatch_size 8 --eval_samples 16".split()
 
 
 def small_run(tmp_path, *flags, name="run"):
@@ -46,78 +38,17 @@ def rows(run_dir):
         return list(csv.DictReader(file))
 
 
-def without_times(run_dir):
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows(run_dir)]
-
-
 def weights(run_dir):
     return (run_dir / "model" / "model.safetensors").read_bytes()
-
-
-def test_the_run_folder_holds_what_was_promised(finished):
-    assert {path.name for path in finished.iterdir()} >= {
-        "config.json", "metrics.csv", "samples.jsonl", "model", "rewards.png", "evaluation.json", "before_after.md",
-        "checkpoints",
-    }  # fmt: skip
-    table = rows(finished)
-    assert list(table[0])[:4] == ["step", "episodes", "env/reward_mean", "env/reward_std"]
-    assert {
-        "objective/kl",
-        "objective/kl_coef",
-        "objective/entropy",
-        "ppo/loss/policy",
-        "ppo/loss/value",
-        "ppo/policy/approxkl",
-    } <= set(table[0])
-    assert {"time/sample", "time/score", "time/ppo", "time/step"} <= set(table[0])
-    assert [row["step"] for row in table] == ["1", "2", "3"] and table[-1]["episodes"] == "48"
-    samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len(samples) == 48 and set(samples[0]) == {"step", "prompt", "completion", "score"}
-    first = [sample["score"] for sample in samples if sample["step"] == 1]
-    assert float(table[0]["env/reward_mean"]) == pytest.approx(np.mean(first), abs=1e-6)
-    assert float(table[0]["env/reward_std"]) == pytest.approx(np.std(first), abs=1e-6)
-    assert not any(" " in sample["completion"] or "[" in sample["completion"] for sample in samples)
-    assert (finished / "rewards.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_saved_model_writes_reviews_in_plain_transformers(finished):
     model = AutoModelForCausalLM.from_pretrained(finished / "model")
     tokenizer = AutoTokenizer.from_pretrained(finished / "model")
     ids = tokenizer("[CLS]刚收到货,感觉", add_special_tokens=False, return_tensors="pt").input_ids
-    text = tokenizer.decode(model.generate(ids, max_new_tokens=10)[0], skip_special_tokens=True)
-    assert text.replace(" ", "").startswith("刚收到货,感觉") and len(text.replace(" ", "")) > 8
-
-
-def test_the_same_seed_gives_the_same_run_to_the_bit(finished, tmp_path):
-    code, again = small_run(tmp_path, name="again")
-    assert code == 0
-    assert without_times(again) == without_times(finished)
-    assert (again / "samples.jsonl").read_bytes() == (finished / "samples.jsonl").read_bytes()
-    assert weights(again) == weights(finished)
-    code, other = small_run(tmp_path, "--seed", "2", name="other")
-    assert without_times(other) != without_times(finished)
-
-
-def test_a_resumed_run_equals_the_uninterrupted_one(finished, tmp_path):
-    run_dir = shutil.copytree(finished, tmp_path / "cut")
-    for path in (run_dir / "checkpoints" / "step-000003", run_dir / "checkpoints" / "step-000002", run_dir / "model"):
-        shutil.rmtree(path)
-    assert main(["--resume", str(run_dir), "--log_samples_every", "0"]) == 0
-    assert without_times(run_dir) == without_times(finished)
-    assert (run_dir / "samples.jsonl").read_bytes() == (finished / "samples.jsonl").read_bytes()
-    assert weights(run_dir) == weights(finished)
-
-
-def test_resume_refuses_flags_that_would_change_the_result(finished, capsys):
-    before = weights(finished)
-    for flags, said in (
-        (["--lr", "1"], "--lr 1.0 would change"),
-        (["--seed", "7"], "--seed 7"),
-        (["--episodes", "16"], "fewer than the 48"),
-    ):
-        assert main(["--resume", str(finished), *flags]) == 2
-        assert said in capsys.readouterr().err
-    assert weights(finished) == before
+    written = model.generate(ids, max_new_tokens=10)[0]
+    text = tokenizer.decode(written, skip_special_tokens=True)
+    assert text.replace(" ", "").startswith("刚收到货,感觉") and len(written) > ids.shape[1]
 
 
 def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path, capsys):
@@ -144,12 +75,6 @@ def test_nothing_is_written_over_an_earlier_run(finished, capsys):
     assert (finished / "metrics.csv").read_bytes() == before
 
 
-def test_runs_without_a_name_get_a_time_stamp(tmp_path, demo):
-    for _ in range(2):
-        small_run(tmp_path, "--episodes", "16", name=None)
-    assert len(list(tmp_path.iterdir())) == 2
-
-
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -170,11 +95,19 @@ def test_models_that_cannot_work_are_one_line(tmp_path, demo, flags, said, capsy
     assert not run_dir.exists()
 
 
+@pytest.fixture
+def in_folder(tmp_path, monkeypatch, signals_restored):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield tmp_path
+    sys.modules.pop("sends_signal", None)
+
+
 # --- rewards of one's own
 
 
 @pytest.fixture
-def reward_module(tmp_path, monkeypatch):
+def reward_module(tmp_path, in_folder):
     """A module in the working directory, as a user would write one."""
     (tmp_path / "my_test_reward.py").write_text(
         "calls = 0\n"
@@ -185,7 +118,6 @@ def reward_module(tmp_path, monkeypatch):
         "    return [0.0] * len(texts)\n",
         encoding="utf-8",
     )
-    monkeypatch.chdir(tmp_path)
     yield
     sys.modules.pop("my_test_reward", None)
 
@@ -211,32 +143,66 @@ def test_a_reward_that_raises_keeps_the_run(tmp_path, demo, reward_module, capsy
 # --- stopping
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_stops_after_the_step_with_a_checkpoint(tmp_path, demo, number, code):
-    command = [
-        sys.executable,
-        str(ROOT / "train_ppo.py"),
-        *SMALL,
-        "--episodes",
-        "4800",
-        "--runs_dir",
-        str(tmp_path),
-        "--run_name",
-        "run",
-    ]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+def reward_with_signal(folder, call: int, number: int) -> str:
+    """A reward of one's own that sends its process a signal at one of its calls: 1 and 5 judge, 2 to 4 train."""
+    (folder / "sends_signal.py").write_text(
+        "import os\ncalls = 0\n"
+        "def score(texts):\n    global calls\n    calls += 1\n"
+        f"    if calls == {call}:\n        os.kill(os.getpid(), {number})\n"
+        "    return [len(text) / 20 for text in texts]\n"
     )
-    metrics = tmp_path / "run" / "metrics.csv"
-    deadline = time.time() + 60
-    while time.time() < deadline and not (metrics.exists() and metrics.read_text().count("\n") > 2):
-        time.sleep(0.1)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert "Traceback" not in err and f"--resume {tmp_path / 'run'}" in out
-    steps = len(rows(tmp_path / "run"))
-    assert (tmp_path / "run" / "checkpoints" / f"step-{steps:06d}").is_dir()
+    return "sends_signal:score"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_after_the_step_with_a_checkpoint(in_folder, demo, number, code, capfd):
+    reward = reward_with_signal(in_folder, 3, number)
+    stopped, run_dir = small_run(in_folder, "--reward", reward)
+    out, err = capfd.readouterr()
+    assert stopped == code and "\nstopping after this step; once more leaves at once\n" in err
+    assert out.endswith(f"stopped after step 2; go on with: python train_ppo.py --resume {run_dir}\n")
+    assert [row["step"] for row in rows(run_dir)] == ["1", "2"]
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-000002"]
+    assert not (run_dir / "model").exists()
+
+
+@pytest.mark.parametrize("call", [1, 5])
+def test_ctrl_c_ends_an_evaluation_at_once(in_folder, demo, call, capfd):
+    """The first lets nothing be lost, the last a trained model that is in its folder already."""
+    code, run_dir = small_run(in_folder, "--reward", reward_with_signal(in_folder, call, signal.SIGINT))
+    assert code == 130 and capfd.readouterr().err.endswith("\nstopped\n")
+    assert (run_dir / "model").exists() == (call == 5) and not (run_dir / "before_after.md").exists()
+    assert call == 1 or main(["--resume", str(run_dir)]) == 0
+
+
+def test_after_the_loop_signals_mean_what_they_did(in_folder, demo):
+    assert small_run(in_folder, "--episodes", "16")[0] == 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "code"),
+    [(signal.SIGINT, signal.SIGINT, 130), (signal.SIGINT, signal.SIGTERM, 143), (signal.SIGTERM, signal.SIGINT, 130)],
+)
+def test_a_second_signal_leaves_at_once(first, second, code):
+    script = (
+        "import signal; from support.signals import StopSignal; stop = StopSignal()\n"
+        f"print(stop.received, flush=True); signal.raise_signal({first:d}); print(stop.received, flush=True)\n"
+        f"signal.raise_signal({second:d}); print('still here', flush=True)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (code, f"0\n{first:d}\n")
+    assert result.stderr == "\nstopping after this step; once more leaves at once\n"
+
+
+def test_below_torchrun_which_passes_signals_on_a_second_changes_nothing(monkeypatch, signals_restored, capfd):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    stop = StopSignal()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.raise_signal(number)
+        assert stop.received == number
+    assert capfd.readouterr().err == ""
 
 
 def test_a_second_signal_leaves_a_hanging_reward_at_once(tmp_path, demo):
@@ -263,59 +229,71 @@ def test_a_second_signal_leaves_a_hanging_reward_at_once(tmp_path, demo):
 # --- parts
 
 
-def test_prompts_are_drawn_evenly_in_changing_order():
-    drawn = [draw_prompts(3, 1, step, 8) for step in (1, 2, 3)]
-    flat = sum(drawn, [])
-    assert all(sorted(flat[i : i + 3]) == [0, 1, 2] for i in range(0, 24, 3))
-    assert len({tuple(flat[i : i + 3]) for i in range(0, 24, 3)}) > 1
-    assert drawn[1] == draw_prompts(3, 1, 2, 8) != draw_prompts(3, 2, 2, 8)
+def test_the_time_of_a_step_is_told_by_its_parts(in_folder, demo, monkeypatch):
+    """By a clock that stands still but in what is timed: 2 seconds of sampling, 3 of scoring, 4 of PPO."""
+    now = [0.0]
+
+    def takes(seconds, function):
+        def timed(*args, **options):
+            now[0] += seconds
+            return function(*args, **options)
+
+        return timed
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(PPOTrainer, "generate", takes(2, PPOTrainer.generate))
+    monkeypatch.setattr(SentimentReward, "__call__", takes(3, SentimentReward.__call__))
+    monkeypatch.setattr(PPOTrainer, "step", takes(4, PPOTrainer.step))
+    _, run_dir = small_run(in_folder, "--episodes", "32")
+    for row in rows(run_dir):
+        assert [float(row[f"time/{part}"]) for part in ("sample", "score", "ppo", "step")] == [2, 3, 4, 9]
 
 
-def test_demo_models_are_the_same_every_time_and_made_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo_models, "STEPS", {"gpt2": 2, "sentiment": 2})
-    folders = []
-    for cache in ("a", "b"):
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
-        folders.append(demo_models.demo_models())
-    for first, second in zip(*folders):
-        tensors = [torch.load(folder / "pytorch_model.bin") for folder in (first, second)]
-        assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
-    started = time.time()
-    assert demo_models.demo_models() == folders[1] and time.time() - started < 1
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "c"))
-    monkeypatch.setattr(demo_models, "fit", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        demo_models.demo_models()
-    assert list((tmp_path / "c" / "ppo-chinese-gpt2").iterdir()) == []
+def test_runs_without_a_name_are_called_after_the_time(in_folder, demo, monkeypatch):
+    monkeypatch.setattr(command_line, "datetime", SimpleNamespace(now=lambda: datetime(2031, 2, 3, 14, 5, 6)))
+    for name in ("20310203-140506", "20310203-140506-2"):
+        assert main([*SMALL, "--episodes", "16"]) == 0
+        config = json.loads((in_folder / "runs" / name / "config.json").read_text(encoding="utf-8"))
+        assert config["run_name"] == name
+    assert command_line.new_run_folder(PPOConfig()).name == "20310203-140506-3"
 
 
-def test_demo_models_do_without_a_home_folder_that_can_be_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo_models, "STEPS", {"gpt2": 2, "sentiment": 2})
-    (tmp_path / "home").write_text("a file where a folder should be")
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    assert demo_models.demo_models()[0].is_relative_to(tmp_path / "temporary")
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "home"))
-    with pytest.raises(UserError, match="set XDG_CACHE_HOME to another folder"):
-        demo_models.demo_models()
+def test_a_run_holds_its_folder_while_it_is_at_work(in_folder, demo, monkeypatch):
+    def locked(self, texts):
+        with (in_folder / "run" / ".lock").open("w") as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return [0.5] * len(texts)
+
+    monkeypatch.setattr(SentimentReward, "__call__", locked)
+    assert small_run(in_folder, "--episodes", "16")[0] == 0
 
 
-def test_a_console_that_lacks_a_character_does_not_end_the_run(tmp_path):
-    command = [sys.executable, str(ROOT / "train_ppo.py"), "--preset", "demo", "--prompts", "\U0001f600"]
-    environment = dict(os.environ, PYTHONIOENCODING="ascii")
-    result = subprocess.run(
-        [*command, "--positive_label", "\U0001f600好"], env=environment, capture_output=True, cwd=tmp_path
+def test_a_run_says_what_it_is_in_the_order_of_its_work(in_folder, demo, capsys):
+    _, run_dir = small_run(in_folder, "--log_samples_every", "2")
+    out = capsys.readouterr().out
+    said = (
+        f"run folder {run_dir}, 3 steps of 16 completions",
+        "on cpu in float32",
+        "step 2, mean reward",
+        "mean reward",
     )
-    assert result.returncode == 2 and b"Traceback" not in result.stderr
-    assert b"--positive_label '??'" in result.stderr
+    places = [out.index(part) for part in (*said, "| prompt | before", f"pictures are in {run_dir}")]
+    assert places == sorted(places) and "processes" not in out and out.count("step 2, mean reward") == 1
+    assert "step 1, mean" not in out and "step 3, mean" not in out
 
 
-def test_nothing_imports_what_windows_lacks():
-    code = (
+def test_the_program_does_without_what_windows_and_plain_consoles_lack():
+    """Without modules that Windows lacks, and with a console that knows ASCII only."""
+    script = (
         "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None\n"
         "import train_ppo, plot_rewards, ppo, reward\n"
         "from support import run_folder, demo_models, hub, signals\n"
+        "import runpy; sys.argv[1:] = ['--run_name', '\U0001f600']\n"
+        "runpy.run_path('train_ppo.py', run_name='__main__')\n"
     )
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    environment = dict(os.environ, PYTHONIOENCODING="ascii")
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("train_ppo.py: error: --run_name '?' is no plain name")
