@@ -233,6 +233,7 @@ def test_start_and_end_of_the_reward_stand_in_figures(tmp_path, figures):
     (xs, ys) = zip(*(note.xyann for note in notes))
     assert xs[0] == xs[2] < 0 < xs[1] == xs[3] and ys[0] == ys[1] == 0 and ys[2] == ys[3] < -10
     assert {note.anncoords for note in notes} == {"offset points"}
+    assert titles(figures[0][0])[REWARD_TITLE].margins()[0] > 0.05  # room for them beside the curves
     assert [is_colour(note, number) for note, number in zip(notes, (0, 0, 1, 1))] == [True] * 4
 
 
@@ -284,6 +285,7 @@ def test_before_after_and_limit_have_marks_of_their_own(judged_runs, tmp_path, f
     from matplotlib.markers import MarkerStyle
 
     draw(judged_runs, tmp_path / "x.png")
+    *_, dots = (c for c in plane_of(figures[0][0]).collections if c.get_sizes()[0] < 20)
     marks = [c for c in plane_of(figures[0][0]).collections if c.get_sizes()[0] > 50]
     expected = [
         ("o", [0.0, 0.61], 0),
@@ -302,6 +304,7 @@ def test_before_after_and_limit_have_marks_of_their_own(judged_runs, tmp_path, f
             assert not len(mark.get_facecolor()) and tuple(mark.get_edgecolor()[0, :3]) == face_of(number)
         else:
             assert face(mark) == face_of(number) and mark.get_edgecolor().tolist() == [[0, 0, 0, 1]]
+            assert mark.get_zorder() > dots.get_zorder()
 
 
 def test_the_frontier_and_the_drafts_are_those_of_the_first_run_that_has_them(judged_runs, tmp_path, figures):
@@ -446,7 +449,7 @@ HEADER = f"step,episodes,{MEAN},{STD},objective/kl"
         (f"{HEADER}\n1,128,0.5,".encode(), "has no step yet: the run has not finished one"),
         (b"a,b\n1,2\n", "holds no metrics of a run"),
         (f"step,{MEAN},{STD}\n1,0.5,0.1\n".encode(), "holds no metrics of a run"),
-        (f"{HEADER}\n1,128,high,0,0\n".encode(), "is damaged in line 2: a value there is no number"),
+        (f"{HEADER}\n1,128,high,0,0\n2,256,0,0,0\n".encode(), "is damaged in line 2: a value there is no number"),
         (f"{HEADER}\n1,128,0,0,0\n2,256\n".encode(), "is damaged in line 3: a value there is no number"),
         (f"{HEADER}\n1,128,0,0,0,0\n".encode(), "is damaged in line 2: a value there is no number"),
     ],
@@ -459,6 +462,12 @@ def test_missing_or_damaged_runs_are_one_line(tmp_path, content, said, capsys):
     assert main([str(run)]) == 2
     assert capsys.readouterr() == ("", f"plot_rewards.py: error: {run / 'metrics.csv'} {said}\n")
     assert not (run / "rewards.png").exists()
+
+
+def test_a_shortened_flag_is_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--ou", "x.png"])
+    assert end.value.code == 2 and "unrecognized arguments: --ou" in capsys.readouterr().err
 
 
 def test_no_run_at_all_is_one_line(tmp_path, monkeypatch, capsys):
