@@ -111,7 +111,7 @@ def reward_module(tmp_path, in_folder):
     """A module in the working directory, as a user would write one."""
     (tmp_path / "my_test_reward.py").write_text(
         "calls = 0\n"
-        "def short(texts):\n    return [-float(len(text)) for text in texts]\n"
+        "def varied(texts):\n    return [float(sum(map(ord, text)) % 97) for text in texts]\n"
         "def breaks(texts):\n"
         "    global calls\n    calls += 1\n"
         "    if calls > 2: raise KeyError('no such word')\n"
@@ -123,9 +123,17 @@ def reward_module(tmp_path, in_folder):
 
 
 def test_a_reward_of_ones_own(tmp_path, demo, reward_module):
-    code, run_dir = small_run(tmp_path, "--reward", "my_test_reward:short")
+    """Its numbers are logged as they are, and what metrics.csv says of a step follows from them."""
+    code, run_dir = small_run(tmp_path, "--reward", "my_test_reward:varied", "--episodes", "16")
+    samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    scores = [sample["score"] for sample in samples]
     assert code == 0
-    assert all(-30 < float(row["env/reward_mean"]) < -6 for row in rows(run_dir))
+    assert scores == [sum(map(ord, sample["prompt"] + sample["completion"])) % 97 for sample in samples]
+    (row,), ordered, mean = rows(run_dir), sorted(scores), sum(scores) / 16
+    said = [float(row[f"env/reward_{name}"]) for name in ("mean", "std", "p10", "p90")]
+    std = (sum((score - mean) ** 2 for score in scores) / 16) ** 0.5
+    expected = [mean, std, (ordered[1] + ordered[2]) / 2, (ordered[13] + ordered[14]) / 2]
+    assert said == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_reward_that_raises_keeps_the_run(tmp_path, demo, reward_module, capsys):
