@@ -326,7 +326,7 @@ def test_processes_that_do_not_find_one_another_say_so(monkeypatch, capsys):
         monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
         assert main(["--preset", "demo"]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("train_ppo.py: error: host gpu-2: the processes did not find one another (")
+    assert re.fullmatch(r"train_ppo.py: error: host gpu-2: the processes did not find one another \(\w.+\)", said)
 
 
 def test_all_processes_of_a_start_agree_on_a_prefix_and_later_ones_on_another(tmp_path):
