@@ -380,10 +380,11 @@ def given_up(hub, cache, seconds: int, at_fault, variables: dict) -> bool:
         times = [0, 0, 0, 0, seconds - 0.1, seconds - 0.1, seconds + 0.1]
 
         def monotonic():
-            if came.is_set() and len(times) == 7:
-                at_fault()
-            clock.now = times.pop(0) if came.is_set() and times else clock.now
-            return clock.now if times else seconds + 1000 * (clock.now != seconds + 0.1) + 0.1
+            if came.is_set():
+                if len(times) == 7:
+                    at_fault()
+                clock.now = times.pop(0) if times else 10_000
+            return clock.now
 
         clock.monotonic = monotonic
         with pytest.raises(UserError, match="does not answer"):

@@ -344,10 +344,14 @@ def test_all_processes_of_a_start_agree_on_a_prefix_and_later_ones_on_another(tm
     assert prefixes[0] != prefixes[1]
 
 
-def test_an_offer_of_an_earlier_start_is_waited_out(monkeypatch):
+@pytest.mark.parametrize("confirmed", [True, False])
+def test_an_offer_of_an_earlier_start_is_waited_out(monkeypatch, confirmed):
+    """Also of one whose first process died before it had confirmed the answers."""
     store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=5))
     store.set("offer", "old")
-    store.set("old-confirmed", "one-of-then another-of-then")
+    if confirmed:
+        store.set("old-confirmed", "one-of-then another-of-then")
     monkeypatch.setattr(PPOConfig, "process_timeout", 0.2)
     monkeypatch.setattr(socket, "gethostname", lambda: "gpu-2")
     with pytest.raises(UserError, match=r"^host gpu-2: the first process did not come in 0\.2 s$"):
