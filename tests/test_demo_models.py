@@ -175,7 +175,7 @@ def test_fitting_teaches_labels_and_texts_but_no_padding(tmp_path):
     gpt2 = demo_models.new_gpt2(size, {"n_embd": 16, "n_layer": 1, "n_head": 1, "n_positions": 64})
     for model in (classifier, gpt2):
         demo_models.fit(model, tokenizer, two, 60, random.Random(1), 1e-2)
-        assert not model.training
+        assert not model.training and all(weight.grad is None for weight in model.parameters())
     good, bad = (tokenizer(text, return_tensors="pt")["input_ids"] for text, _ in two[:2])
     with torch.no_grad():
         assert classifier(good).logits.argmax() == 1 and classifier(bad).logits.argmax() == 0
@@ -184,10 +184,12 @@ def test_fitting_teaches_labels_and_texts_but_no_padding(tmp_path):
     assert after_the_end[tokenizer.pad_token_id] < 0.1
 
 
-def test_other_sizes_and_a_larger_vocabulary(tmp_path):
+def test_other_sizes_steps_and_a_larger_vocabulary(tmp_path, capsys):
     """As a check on a GPU makes them; tokens that nothing uses fill the vocabulary up."""
     sizes = {"n_positions": 80, "n_embd": 32, "n_layer": 3, "n_head": 2}
-    demo_models.make_demo_models(tmp_path, sizes, vocab_size=150, steps={"gpt2": 1, "sentiment": 1})
+    demo_models.make_demo_models(tmp_path, sizes, vocab_size=150, steps={"gpt2": 2, "sentiment": 1})
+    bars = set(re.findall(r"(\w+): 100%\S* (\d+)/", capsys.readouterr().err))
+    assert bars == {("GPT2LMHeadModel", "2"), ("BertForSequenceClassification", "1")}
     config, tokenizer = read_policy_folder(tmp_path / "gpt2")
     assert config.resid_pdrop == config.embd_pdrop == config.attn_pdrop == 0
     assert (config.n_positions, config.n_embd, config.n_layer, config.vocab_size) == (80, 32, 3, 150)
