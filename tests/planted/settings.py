@@ -112,6 +112,7 @@ BUGS = [  # (file, what stands there, the bug)
         'batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)',
         'batch["input_ids"]',
     ),
+    ("support/demo_models.py", "        optimizer.zero_grad()\n", ""),
     ("support/load.py", "if longest + config.gen_len > positions:", "if longest + config.gen_len >= positions:"),
     ("support/load.py", "max(map(len, queries)), gpt2", "len(queries[0]), gpt2"),
     (
