@@ -14,7 +14,7 @@ from ppo import MAX_SKIPPED, PPOTrainer
 from tests.test_train import rows, small_run, weights
 from tests.test_trainer import batch_of, make
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
+pytestmark = pytest.mark.usefixtures("without_pictures", "signals_restored")
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ def test_ctrl_c_ends_an_evaluation_at_once(in_folder, demo, call, capfd):
     assert call == 1 or main(["--resume", str(run_dir)]) == 0
 
 
-def test_after_the_loop_signals_mean_what_they_did(in_folder, demo):
+def test_after_the_loop_signals_end_the_process_again(in_folder, demo):
     assert small_run(in_folder, "--episodes", "16")[0] == 0
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

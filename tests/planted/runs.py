@@ -1,10 +1,10 @@
 """Bugs in the loop, the run folder, resuming."""
 
 NEAREST = {  # file: the tests nearest to it
-    "train_ppo.py": "train run_recounted resume faults",
-    "support/run_folder.py": "resume run_recounted train faults",
+    "train_ppo.py": "run_recounted resume train faults",
+    "support/run_folder.py": "run_recounted resume train faults",
     "support/checkpoint.py": "checkpoint faults resume run_recounted",
-    "support/command_line.py": "resume train faults distributed",
+    "support/command_line.py": "resume train faults",
     "support/signals.py": "train resume",
 }
 BUGS = [  # (file, what stands there, the bug)
