@@ -392,6 +392,7 @@ def test_gloo_and_nccl_take_the_interface_that_leads_to_the_other_machine(
 
 def test_an_interface_that_the_user_chose_stays(no_interface, monkeypatch):
     store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=5))
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
     monkeypatch.setattr(processes, "local_address", lambda host: pytest.fail("looked for another"))
     processes.choose_interface(store, 1, 2)
