@@ -5,10 +5,11 @@ import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 
-from config import PPOConfig
+from config import PPOConfig, UserError
 from ppo import PPOTrainer
 from support.command_line import read_command_line
 from support.run_folder import RunFolder
@@ -85,12 +86,17 @@ def test_a_run_goes_on_with_all_settings_that_do_not_decide_its_result(finished,
     """And with a flag that says again what the run was started with."""
     run_dir = copy_of(finished, tmp_path, device="auto")
     before = settings(run_dir)
+    evaluation = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))
+    evaluation["before"]["ref_logprob"] = -99  # the model before training is measured once
+    (run_dir / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
     assert main(["--resume", str(run_dir), *flags(WHEN_GOING_ON), "--lr", "1e-4", "--prompts", "刚收到货,感觉"]) == 0
     after = settings(run_dir)
     assert {name: after[name] for name in after if after[name] != before[name]} == {
         name: ANOTHER[name] for name in WHEN_GOING_ON
     }
     assert checkpoints(run_dir) == ["step-000004"] and len(rows(run_dir)) == 4
+    evaluation = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))
+    assert evaluation["before"]["ref_logprob"] == -99
 
 
 def test_a_run_is_judged_with_other_settings_and_left_as_it_is(finished, tmp_path):
@@ -128,6 +134,12 @@ def test_a_run_is_finished_only_with_all_that_its_end_writes(finished, tmp_path,
     assert read_command_line(["--resume", str(tmp_path)])[2] == "resume"
     (tmp_path / missing).touch()
     assert read_command_line(["--resume", str(tmp_path)])[2] == "nothing"
+
+
+def test_runs_that_begin_at_the_same_time_do_not_share_a_folder(tmp_path):
+    folder = RunFolder(tmp_path, PPOConfig())
+    with pytest.raises(UserError, match="cannot be written: File exists"):
+        folder.open(SimpleNamespace(n_steps=0), resume=False)
 
 
 # --- stopped at any moment
