@@ -3,7 +3,7 @@
     python -m tests.stress_resume [--seed 1] [--kills 25]
 
 About every second kill waits for a checkpoint that is just being written. Prints `kills N, resumed N, differences 0`;
-the exit code is 1 where anything differs. The quick suite runs a short form.
+the exit code is 1 where anything differs. The quick suite resumes what a kill would leave at each flush of a file.
 """
 
 import argparse
