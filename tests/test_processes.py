@@ -370,6 +370,7 @@ def no_interface(monkeypatch):
     ("master", "peers", "expected"),
     [
         ("10.0.0.1", [""], "eth0"),
+        ("10.0.0.1", ["10.1.0.2"], "eth0"),  # which another way leads to
         ("127.0.1.1", ["10.0.0.2"], "eth0"),  # as on the machine of MASTER_ADDR, whose name may mean a loopback address
         ("127.0.1.1", ["", "127.0.0.1", "10.0.0.2"], "eth0"),
         ("127.0.0.1", ["127.0.0.1"], "lo"),
@@ -383,8 +384,11 @@ def test_gloo_and_nccl_take_the_interface_that_leads_to_the_other_machine(
         store.set(f"address-{other}", address)
     monkeypatch.setenv("MASTER_ADDR", master)
     ways = {"10.0.0.1": "10.0.0.1", "10.0.0.2": "10.0.0.1", "127.0.1.1": "127.0.1.1", "127.0.0.1": "127.0.0.1"}
+    ways["10.1.0.2"] = "10.1.0.1"
     monkeypatch.setattr(processes, "local_address", ways.get)
-    monkeypatch.setattr(processes, "interface_of", {"10.0.0.1": "eth0", "127.0.0.1": "lo", "127.0.1.1": "lo"}.get)
+    monkeypatch.setattr(
+        processes, "interface_of", {"10.0.0.1": "eth0", "10.1.0.1": "eth1", "127.0.0.1": "lo", "127.0.1.1": "lo"}.get
+    )
     processes.choose_interface(store, 0, len(peers) + 1)
     assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == (expected, f"={expected}")
     assert store.get("address-0").decode() == ways[master]  # for the others to see
