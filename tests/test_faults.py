@@ -105,12 +105,13 @@ def test_a_full_disk_names_the_path_and_keeps_earlier_checkpoints(finished, tmp_
     run_dir = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(run_dir / "checkpoints" / "step-000003")
     (run_dir / "before_after.md").unlink()
-    kept = {path: path.read_bytes() for path in (run_dir / "checkpoints").rglob("*") if path.is_file()}
+    kept = {path: path.is_file() and path.read_bytes() for path in (run_dir / "checkpoints").rglob("*")}
     file_limit((run_dir / "checkpoints" / "step-000002" / "policy.safetensors").stat().st_size - 4096)
     assert train_ppo.main(["--resume", str(run_dir)]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"train_ppo.py: error: {run_dir}/checkpoints/step-000003 cannot be written: ")
-    assert {path: path.read_bytes() for path in (run_dir / "checkpoints").rglob("*") if path.is_file()} == kept
+    left = {path: path.is_file() and path.read_bytes() for path in (run_dir / "checkpoints").rglob("*")}
+    assert left == kept
 
 
 def test_a_file_that_torch_cannot_finish_is_named(tmp_path, file_limit):

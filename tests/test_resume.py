@@ -80,6 +80,7 @@ def test_fewer_episodes_and_both_modes_at_once_are_refused(finished, capsys):
         (["--resume", str(finished), "--save_every", "-1"], "--save_every must be at least 0"),
     ):
         assert main(given) == 2 and said in capsys.readouterr().err
+    assert read_command_line(["--resume", str(finished), "--episodes", "48"])[2] == "resume"
 
 
 def test_a_run_goes_on_with_all_settings_that_do_not_decide_its_result(finished, tmp_path):
@@ -203,13 +204,14 @@ def test_half_written_last_lines_are_left_out(finished, tmp_path):
     run_dir = copy_of(finished, tmp_path)
     for name in ("checkpoints/step-000003", "model"):
         shutil.rmtree(run_dir / name)
+    (run_dir / "checkpoints" / ".partial-step-000009").mkdir()
     samples = (run_dir / "samples.jsonl").read_bytes().replace("刚".encode(), "\u2028".encode(), 1)
     (run_dir / "samples.jsonl").write_bytes(samples + '{"step": 3, "prompt": "刚'.encode()[:-1])
     (run_dir / "metrics.csv").write_bytes((run_dir / "metrics.csv").read_bytes() + b"1")
     assert main(["--resume", str(run_dir)]) == 0
     assert (run_dir / "samples.jsonl").read_bytes() == samples
     assert [row["step"] for row in rows(run_dir)] == ["1", "2", "3"]
-    assert differences(finished, run_dir) == ["samples.jsonl"]
+    assert differences(finished, run_dir) == ["samples.jsonl"] and list(run_dir.rglob(".partial-*")) == []
 
 
 def test_a_half_written_header_is_written_again(finished, tmp_path):
