@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -25,14 +26,14 @@ class Ranks:
     restarts: how often torchrun has started each anew. store: that of torchrun's agent; without one rank 0 opens it.
     """
 
-    def __init__(self, folder: Path, function, *arguments, n=2, on_hosts=False, restarts=0, store=None):
+    def __init__(self, folder: Path, function, *arguments, n=2, on_hosts=False, restarts=(0, 0, 0, 0), store=None):
         self.folder, self.store, self.processes = folder, store, []
         port = store.port if store else free_port()
         for rank in range(n):
             local = (
                 {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1} if on_hosts else {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": n}
             )
-            counts = {"RANK": rank, "WORLD_SIZE": n, "TORCHELASTIC_RESTART_COUNT": restarts, **local}
+            counts = {"RANK": rank, "WORLD_SIZE": n, "TORCHELASTIC_RESTART_COUNT": restarts[rank], **local}
             agent = {"TORCHELASTIC_USE_AGENT_STORE": bool(store), "TORCHELASTIC_RUN_ID": "job"}
             agent |= {"TORCHELASTIC_ERROR_FILE": folder / f"{rank}.json"}
             environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **counts, **agent}
@@ -80,6 +81,7 @@ def call(folder: Path, environment: dict[str, str], on_hosts: bool, function, ar
     rank = int(environment["RANK"])
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # with a buffer, as a file has it
     os.chdir(folder)
     if on_hosts:
         os.makedirs(f"m{rank}", exist_ok=True)

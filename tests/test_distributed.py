@@ -211,6 +211,7 @@ def on_two_hosts(rank):
 
     results = {
         "interface": os.environ["GLOO_SOCKET_IFNAME"],
+        "restarts": processes.restart_count(),
         "prompts": said("gpt2", dtype="float32", model_name="gpt2", prompts_file="prompts.txt"),
         "same": said("gpt2", dtype="float32", model_name="gpt2"),
         "weights": said("other", dtype="float32", model_name="other"),
@@ -248,7 +249,7 @@ def machines(tmp_path_factory, runs):
         (folder / f"m{rank}" / "lines.txt").write_text("衣服\n" * (1 + rank), encoding="utf-8")
     (folder / "m0" / "prompts.txt").write_text("衣服\n", encoding="utf-8")
     shutil.copytree(runs[0] / "runs" / "two", folder / "m0" / "runs" / "two")
-    ranks = Ranks(folder, on_two_hosts, on_hosts=True)
+    ranks = Ranks(folder, on_two_hosts, on_hosts=True, restarts=(2, 0))
     assert ranks.wait() == [0, 0], ranks.err(0) + ranks.err(1)
     return folder, *(torch.load(folder / f"m{rank}" / "results.pt") for rank in range(2))
 
@@ -284,6 +285,10 @@ def test_a_model_on_the_first_machine_is_judged_by_both(machines, runs):
     paths = [run / "two" / "evaluation.json" for run in (runs[0] / "runs", folder / "m0" / "runs")]
     once, again = (json.loads(path.read_text(encoding="utf-8"))["after"] for path in paths)
     assert (again["reward"], again["kl"]) == pytest.approx((once["reward"], once["kl"]), abs=1e-4)
+
+
+def test_a_machine_that_joins_late_learns_how_often_the_others_were_restarted(machines):
+    assert [results["restarts"] for results in machines[1:]] == [2, 2]
 
 
 def test_the_interface_between_the_machines_is_found(machines):

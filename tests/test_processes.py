@@ -380,7 +380,7 @@ def test_gloo_and_nccl_take_the_interface_that_leads_to_the_other_machine(
     master, peers, expected, no_interface, monkeypatch
 ):
     store = dist.HashStore()
-    for other, address in enumerate(peers, 1):
+    for other, address in enumerate(peers):
         store.set(f"address-{other}", address)
     monkeypatch.setenv("MASTER_ADDR", master)
     ways = {"10.0.0.1": "10.0.0.1", "10.0.0.2": "10.0.0.1", "127.0.1.1": "127.0.1.1", "127.0.0.1": "127.0.0.1"}
@@ -389,9 +389,9 @@ def test_gloo_and_nccl_take_the_interface_that_leads_to_the_other_machine(
     monkeypatch.setattr(
         processes, "interface_of", {"10.0.0.1": "eth0", "10.1.0.1": "eth1", "127.0.0.1": "lo", "127.0.1.1": "lo"}.get
     )
-    processes.choose_interface(store, 0, len(peers) + 1)
+    processes.choose_interface(store, len(peers), len(peers) + 1)
     assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == (expected, f"={expected}")
-    assert store.get("address-0").decode() == ways[master]  # for the others to see
+    assert store.get(f"address-{len(peers)}").decode() == ways[master]  # for the others to see
 
 
 def test_an_interface_that_the_user_chose_stays(no_interface, monkeypatch):
