@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.bad_inputs import BROKEN, FLAGS, try_out, workplace
+from tools.bad_inputs import BROKEN, FLAGS, try_out, workplace
 
 
 @pytest.mark.parametrize(("flags", "said"), FLAGS, ids=[flags for flags, _ in FLAGS])

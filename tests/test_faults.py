@@ -11,9 +11,9 @@ import torch
 import train_ppo
 from config import UserError
 from ppo import MAX_SKIPPED, PPOTrainer
-from tests.stress_resume import differences
 from tests.test_train import rows, small_run
 from tests.test_trainer import batch_of, make
+from tools.stress_resume import differences
 
 pytestmark = pytest.mark.usefixtures("without_pictures", "signals_restored")
 

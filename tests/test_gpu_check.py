@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import gpt2_value_head
-from tests import benchmark, gpu_check
+from tools import benchmark, gpu_check
 
 
 def rows(output: str) -> dict[str, list[str]]:

@@ -10,8 +10,8 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from support.load import load
-from tests import one_step
 from tests.test_step_reference import FORBIDDEN, plain_gpt2
+from tools import one_step
 
 LANGUAGES = list(one_step.TEXTS)
 
@@ -229,7 +229,7 @@ def test_the_sentences_hold_these_numbers_and_say_what_is_so(step, expected, lan
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_the_committed_page_is_of_this_text(step, language):
     committed = fields(one_step.PAGES[language].read_text(encoding="utf-8"), language)
-    assert committed, "write it anew: python -m tests.one_step"
+    assert committed, "write it anew: python -m tools.one_step"
     made = fields(one_step.page(step, language), language)
     for table in (name for name in made if name.endswith("_rows")):
         assert {len(row) for row in cells(committed[table])} == {len(row) for row in cells(made[table])}

@@ -13,8 +13,8 @@ from config import PPOConfig, UserError
 from ppo import PPOTrainer
 from support.command_line import read_command_line
 from support.run_folder import RunFolder
-from tests.stress_resume import differences
 from tests.test_train import rows, small_run, weights
+from tools.stress_resume import differences
 from train_ppo import main
 
 pytestmark = pytest.mark.usefixtures("without_pictures")

@@ -1,6 +1,6 @@
 """How much of what a policy misses could be learned from its own completions.
 
-    python -m tests.learnable RUN_DIR [--reference] [--samples 6400]
+    python -m tools.learnable RUN_DIR [--reference] [--samples 6400]
 
 Samples completions from a run's saved model, or with --reference from the model before training. A reward model, the
 policy's own network with one number read off at the last token, learns the reward from four fifths of them. On the last

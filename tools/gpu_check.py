@@ -1,7 +1,7 @@
 """One command that tells the owner of a GPU whether all is well there, and how fast it is.
 
-    python -m tests.gpu_check                   on a CUDA GPU, under ten minutes; about 8 GB of temporary disk
-    python -m tests.gpu_check --device cpu      the same checks with tiny models, in seconds
+    python -m tools.gpu_check                   on a CUDA GPU, under ten minutes; about 8 GB of temporary disk
+    python -m tools.gpu_check --device cpu      the same checks with tiny models, in seconds
 
 Needs no network: the models are made on the spot, of the article's size (12 blocks, 768 wide, 21,128 tokens), with
 random weights or taught the demo grammar's reviews. Prints one Markdown table, ready for docs/speed.md. The exit code
@@ -58,7 +58,7 @@ from support.models import (
     load_tokenizer,
     quiet_transformers,
 )
-from tests import benchmark
+from tools import benchmark
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["刚收到货,感觉", "质量", "第二次买了,包装", "用了几天,屏幕很不错,但是"]
@@ -490,7 +490,7 @@ def run_checks(machine: Machine) -> list[Row]:
 
 def main(argv: list[str]) -> int:
     """Run the program; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tests.gpu_check", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu (the same checks, small)")
     args = parser.parse_args(argv)
     try:

@@ -1,6 +1,6 @@
 """The README's two-machine command between two machines: network namespaces of this one, with a cable between them.
 
-    python -m tests.two_machines [SCENARIO ...] [--hosts good|debian|none]
+    python -m tools.two_machines [SCENARIO ...] [--hosts good|debian|none]
 
 Each machine has its own address, host name, /etc/hosts and working directory. --hosts: what a machine's own name
 resolves to: the cable's address, 127.0.1.1 (Debian's default), or nothing; all three unless given. Prints a line for

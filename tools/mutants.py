@@ -1,8 +1,8 @@
 """Plant one bug after the other and see whether the tests notice.
 
-    python -m tests.mutants [--only WORD] [--area NAME] [--nearest] [--jobs N]
+    python -m tools.mutants [--only WORD] [--area NAME] [--nearest] [--jobs N]
 
-The bugs stand in tests/planted/, a file for each part of the program. Each is planted in a copy of the tree and meets
+The bugs stand in tools/planted/, a file for each part of the program. Each is planted in a copy of the tree and meets
 the tests nearest to its file first, then all others. Prints a line for each; exit code 1 if one was not noticed, if the
 code that it changes is not there exactly once, or if a change that is said to leave the program the same was noticed.
 Needs fork(): Linux or macOS.
@@ -39,7 +39,7 @@ class Run:
             os.dup2(output, 2)
             os.chdir(tree)
             sys.path[:] = [str(tree), *(path for path in sys.path if path not in ("", str(ROOT)))]
-            for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
+            for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "tools")]:
                 del sys.modules[name]
             import pytest
 
@@ -65,7 +65,7 @@ class Run:
 
 
 def areas() -> dict:
-    """The modules of tests/planted, by name."""
+    """The modules of tools/planted, by name."""
     folder = Path(__file__).parent / "planted"
     names = sorted(module.name for module in pkgutil.iter_modules([str(folder)]))
     return {name: importlib.import_module(f"{__package__}.planted.{name}") for name in names}
@@ -93,7 +93,7 @@ def wait_for(run: Run) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="only bugs whose file or text has this word")
-    parser.add_argument("--area", default="", help="only those of tests/planted/NAME.py")
+    parser.add_argument("--area", default="", help="only those of tools/planted/NAME.py")
     parser.add_argument("--nearest", action="store_true", help="leave out all but the nearest tests")
     parser.add_argument("--jobs", type=int, default=2, help="bugs tried at the same time")
     args = parser.parse_args()

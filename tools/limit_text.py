@@ -1,6 +1,6 @@
 """What the limit writes: completions of the Gibbs policy itself, and how varied they are.
 
-    python -m tests.limit_text --model_name GPT2_DIR --reward_model_name SENTIMENT_DIR [--prompts TEXT --eval_samples N]
+    python -m tools.limit_text --model_name GPT2_DIR --reward_model_name SENTIMENT_DIR [--prompts TEXT --eval_samples N]
 
 A completion of the reference is kept with probability exp((r - 1) / beta); what is kept is distributed as the Gibbs
 policy, ref * exp(r / beta), exactly (rejection sampling, for rewards of at most 1). No training can aim at better text

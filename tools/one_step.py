@@ -1,6 +1,6 @@
 """One PPO step in numbers, token by token, for readers.
 
-    python -m tests.one_step        writes docs/one_step.md and docs/one_step.zh.md anew
+    python -m tools.one_step        writes docs/one_step.md and docs/one_step.zh.md anew
 
 A real step on the demo models, on the CPU in float32. Every number comes from the trainer or from a function of ppo.py;
 no formula is worked out here. `tests/test_one_step.py` works all of them out once more.
@@ -237,7 +237,7 @@ def page(step: Step, language: str) -> str:
 ENGLISH = """\
 # One PPO step in numbers
 
-中文:[one_step.zh.md](one_step.zh.md). `python -m tests.one_step` writes both pages from a real step; another machine
+中文:[one_step.zh.md](one_step.zh.md). `python -m tools.one_step` writes both pages from a real step; another machine
 may find other last digits.
 
 The demo's GPT-2 (`--preset demo`, but λ and `value_lr` of the preset `default`) has taken {warm_up} steps.
@@ -381,7 +381,7 @@ possible: [README](../README.md#how-to-read-the-result-the-gain).
 CHINESE = """\
 # 用数字看 PPO 的一步
 
-English: [one_step.md](one_step.md)。两页都由 `python -m tests.one_step` 从真实的一步写出;换一台机器,
+English: [one_step.md](one_step.md)。两页都由 `python -m tools.one_step` 从真实的一步写出;换一台机器,
 末位数字可能不同。
 
 演示用的 GPT-2(`--preset demo`,但 λ 和 `value_lr` 取预设 `default` 的值)已经走了 {warm_up} 步。

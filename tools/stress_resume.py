@@ -1,6 +1,6 @@
 """Kill a demo run with SIGKILL at random moments, resume it each time, and compare the end with an uninterrupted run.
 
-    python -m tests.stress_resume [--seed 1] [--kills 25]
+    python -m tools.stress_resume [--seed 1] [--kills 25]
 
 About every second kill waits for a checkpoint that is just being written. Prints `kills N, resumed N, differences 0`;
 the exit code is 1 where anything differs. The quick suite resumes what a kill would leave at each flush of a file.

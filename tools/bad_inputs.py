@@ -1,6 +1,6 @@
 """Every kind of bad input, and the one line that the user sees.
 
-    python -m tests.bad_inputs > docs/errors.md        writes the table anew
+    python -m tools.bad_inputs > docs/errors.md        writes the table anew
 
 `tests/test_bad_inputs.py` runs every case: exit code 2, one line, no traceback, no file harmed.
 """
@@ -303,7 +303,7 @@ def print_table() -> None:
             )
         print(
             "# Bad input, and the line the user sees\n\n"
-            "Made by `python -m tests.bad_inputs > docs/errors.md`. All exit with code 2.\n"
+            "Made by `python -m tools.bad_inputs > docs/errors.md`. All exit with code 2.\n"
         )
         print("| what was tried | what is said |\n| --- | --- |")
         for what, change, command, _ in [(f"`{flags}`", lambda: None, flags, "") for flags, _ in FLAGS] + BROKEN:

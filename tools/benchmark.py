@@ -1,6 +1,6 @@
 """How long a training step takes, and how close that is to what the machine can do.
 
-    python -m tests.benchmark --model_name DIR --reward_model_name DIR [--batch_size N --gen_len N --dtype ... any flag]
+    python -m tools.benchmark --model_name DIR --reward_model_name DIR [--batch_size N --gen_len N --dtype ... any flag]
 
 Runs the step of train_ppo.py once to warm up, then a few times, and prints medians. The arithmetic counted is what the
 step needs, not what it does: one prefill per distinct prompt, the vocabulary projection at completion positions only,

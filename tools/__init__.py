@@ -1,0 +1,1 @@
+"""What a person runs beside training; each says at its head what it is for."""
