@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError
+from support.errors import UserError
 
 PANELS = [  # (title, columns drawn as lines, y axis)
     ("KL to the reference", ["objective/kl"], "nats a completion"),

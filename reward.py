@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, pipeline
 
-from config import UserError
-from support import processes
+from support import collectives
+from support.errors import UserError
 from support.models import (
     clean_text,
     first_line,
@@ -114,9 +114,9 @@ def score_texts(reward: Callable[[list[str]], object], texts: list[str]) -> torc
     On several processes each scores its share. RewardError, on all of them, where that fails on any.
     """
     scores = torch.zeros(len(texts))
-    mine = processes.rows_of_rank(len(texts))
-    scores[mine] = processes.on_all_ranks(lambda: checked_scores(reward, texts[mine]))
-    return processes.all_reduce_sum(scores)
+    mine = collectives.rows_of_rank(len(texts))
+    scores[mine] = collectives.on_all_ranks(lambda: checked_scores(reward, texts[mine]))
+    return collectives.all_reduce_sum(scores)
 
 
 def checked_scores(reward: Callable[[list[str]], object], texts: list[str]) -> torch.Tensor:

@@ -13,27 +13,32 @@
 A run writes its own folder runs/NAME; `python plot_rewards.py` draws it.
 """
 
+import copy
 import sys
 import time
 from pathlib import Path
 
-from config import PPOConfig, UserError
-from support import processes
+from config import PPOConfig
+from support import collectives, meeting
 from support.command_line import how_to_go_on, read_command_line
+from support.errors import UserError
 from support.load import load
+from support.settings import total_steps
 
 
 def train(config: PPOConfig, run_dir: Path, resume: bool) -> int:
     """Train a policy, judge it before and after; the exit code. On several processes all of them run this."""
-    # 1. Models, prompts and reward; the run folder
-    trainer, tokenizer, reward, prompts, queries = load(config)
-
     from reward import score_texts
     from support.evaluation import evaluate
-    from support.models import decode
     from support.run_folder import RunFolder
     from support.signals import StopSignal
+    from support.text_trainer import TextPPOTrainer
 
+    # 1. Policy, reference, reward and prompts; the run folder
+    policy, tokenizer, reward, prompts = load(config)
+    reference = copy.deepcopy(policy)
+    trainer = TextPPOTrainer(config, policy, reference, tokenizer)
+    queries = trainer.encode(prompts)
     folder = RunFolder(run_dir, config)
     folder.open(trainer, resume)
 
@@ -41,7 +46,7 @@ def train(config: PPOConfig, run_dir: Path, resume: bool) -> int:
     results = folder.read_evaluation()
     if not results:
         with folder.errors_explained(trainer):
-            results["before"] = evaluate(trainer, trainer.ref_model, tokenizer, reward, prompts, queries)
+            results["before"] = evaluate(trainer, reference, reward, prompts)
         folder.write_evaluation(results)
 
     # 3. The loop: draw prompts, sample, score, step, log, save
@@ -53,7 +58,7 @@ def train(config: PPOConfig, run_dir: Path, resume: bool) -> int:
             batch_prompts, query_tensors = [prompts[i] for i in drawn], [queries[i] for i in drawn]
 
             response_tensors = trainer.generate(query_tensors)
-            completions = decode(tokenizer, response_tensors)
+            completions = trainer.decode(response_tensors)
             sampled = time.perf_counter()
 
             scores = score_texts(reward, [prompt + text for prompt, text in zip(batch_prompts, completions)])
@@ -64,20 +69,20 @@ def train(config: PPOConfig, run_dir: Path, resume: bool) -> int:
 
             seconds = {"sample": sampled - started, "score": scored - sampled, "ppo": stepped - scored}
             folder.log(step, seconds, batch_prompts, completions, scores, stats)
-            stopped = processes.all_reduce_max(stop.received)
+            stopped = collectives.all_reduce_max(stop.received)
             if stopped or folder.checkpoint_due(step):
                 folder.save_checkpoint(trainer)
             if stopped:
                 break
-    if trainer.n_steps < config.n_steps():
+    if trainer.n_steps < total_steps(config):
         print(f"stopped after step {trainer.n_steps}; go on with: python train_ppo.py --resume {run_dir}")
         return 128 + stopped
     stop.release()
 
     # 4. The trained model, how good it is now, and the pictures; --resume makes what is missing of them
-    folder.save_model(trainer, tokenizer)
+    folder.save_model(trainer)
     with folder.errors_explained(trainer):
-        results["after"] = evaluate(trainer, trainer.policy_for_saving, tokenizer, reward, prompts, queries)
+        results["after"] = evaluate(trainer, trainer.policy_for_saving, reward, prompts)
     folder.report(results, prompts)
     folder.finish(results)
     return 0
@@ -96,24 +101,23 @@ def draw_prompts(n_prompts: int, seed: int, step: int, batch_size: int) -> list[
 
 def judge_again(config: PPOConfig, run_dir: Path) -> int:
     """Judge the saved model of a run, and train nothing; the exit code."""
-    import copy
-
-    trainer, tokenizer, reward, prompts, queries = load(config)
-
     from support.evaluation import evaluate
     from support.models import load_gpt2_config, load_policy
     from support.run_folder import RunFolder
+    from support.text_trainer import TextPPOTrainer
 
-    weights = processes.broadcast_from_rank_0(
+    policy, tokenizer, reward, prompts = load(config)
+    trainer = TextPPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
+    weights = collectives.broadcast_from_rank_0(
         lambda: load_policy(run_dir / "model", load_gpt2_config(run_dir / "model")).state_dict()
     )
-    saved = copy.deepcopy(trainer.model)
+    saved = copy.deepcopy(policy)
     saved.load_state_dict(weights)
     folder = RunFolder(run_dir, config)
     results = {}
     with folder.errors_explained(trainer):
         for when, model in (("before", trainer.ref_model), ("after", saved)):
-            results[when] = evaluate(trainer, model, tokenizer, reward, prompts, queries)
+            results[when] = evaluate(trainer, model, reward, prompts)
     folder.report(results, prompts)
     return 0
 
@@ -122,23 +126,23 @@ def main(argv: list[str] | None = None) -> int:
     """Run the program; the exit code."""
     run_dir = mode = None
     try:
-        processes.init_process_group()
-        config, run_dir, mode = processes.broadcast_from_rank_0(
+        meeting.init_process_group()
+        config, run_dir, mode = collectives.broadcast_from_rank_0(
             lambda: read_command_line(sys.argv[1:] if argv is None else argv)
         )
-        processes.set_timeout(config.process_timeout)
+        meeting.set_timeout(config.process_timeout)
         if mode == "nothing":
             return 0
         return judge_again(config, run_dir) if mode == "eval_only" else train(config, run_dir, mode == "resume")
     except UserError as error:
-        processes.say_why(str(error))
+        meeting.say_why(str(error))
         return 2
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
     except Exception as error:
-        if lost := processes.lost_process(error):
-            processes.say_why(f"{lost}; {how_to_go_on(run_dir if mode != 'eval_only' else None)}")
+        if lost := meeting.lost_process(error):
+            meeting.say_why(f"{lost}; {how_to_go_on(run_dir if mode != 'eval_only' else None)}")
             return 1
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported yet
             message = "the device is out of memory; lower --micro_batch_size (or --gen_len)"
@@ -150,4 +154,4 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a console without some character must not end a run
-    processes.exit_process(main())
+    meeting.exit_process(main())

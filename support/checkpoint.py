@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_model
+from safetensors.torch import load_file, save_file
 
-from config import UserError
-from support import processes
+from support import collectives
+from support.errors import UserError
 
 FILES = ("policy.safetensors", "average.safetensors", "optimizer.pt")
 UNUSABLE = (OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError)  # what a damaged checkpoint raises
@@ -60,19 +60,14 @@ def write_checkpoint(trainer, partial: Path) -> None:
     """All files of a checkpoint, flushed to disk."""
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_model(trainer.model, str(partial / FILES[0]))
-    save_model(trainer.average, str(partial / FILES[1]))
-    torch.save(
-        {
-            "optimizer": trainer.optimizer.state_dict(),
-            "random": random_state(),
-        },
-        partial / FILES[2],
-    )
+    engine = trainer.engine.state_dict()
+    save_file(engine["policy"], partial / FILES[0], {"format": "pt"})
+    save_file(engine["average"], partial / FILES[1], {"format": "pt"})
+    torch.save({"optimizer": engine["optimizer"], "random": random_state()}, partial / FILES[2])
     state = {
         "step": trainer.n_steps,
         "kl_coef": trainer.kl_controller.value,
-        "skipped_in_a_row": trainer.skipped_in_a_row,
+        "skipped_in_a_row": engine["skipped_in_a_row"],
         "sha256": {name: sha256(partial / name) for name in FILES},
     }
     (partial / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
@@ -86,17 +81,15 @@ def load_checkpoint(trainer, folder: Path) -> None:
     Where the run stopped before its first checkpoint the trainer stays as it is, at step 0. UserError where there are
     checkpoints, but none can be used. On several processes only rank 0 needs to see the folder.
     """
-    found = processes.broadcast_from_rank_0(lambda: newest_checkpoint(folder))
+    found = collectives.broadcast_from_rank_0(lambda: newest_checkpoint(folder))
     if found is None:
         print(f"no checkpoint in {folder} yet: the run starts from the beginning")
         return
     state, policy, average, saved = found
-    for model, weights in ((trainer.model, policy), (trainer.average, average)):
-        model.load_state_dict(weights, strict=False)  # of the tied weights the file holds one
-    trainer.optimizer.load_state_dict(saved["optimizer"])
+    engine = {"policy": policy, "average": average, "optimizer": saved["optimizer"]}
+    trainer.engine.load_state_dict({**engine, "skipped_in_a_row": state["skipped_in_a_row"]})
     set_random_state(saved["random"])
     trainer.n_steps, trainer.kl_controller.value = state["step"], state["kl_coef"]
-    trainer.skipped_in_a_row = state["skipped_in_a_row"]
 
 
 def newest_checkpoint(folder: Path) -> tuple[dict, dict, dict, dict] | None:

@@ -7,8 +7,10 @@ import socket
 from datetime import datetime
 from pathlib import Path
 
-from config import PPOConfig, UserError, load_config, parse_args
-from support import processes
+from config import PPOConfig
+from support import collectives, meeting
+from support.errors import UserError
+from support.settings import check, load_config, parse_args
 
 # Settings that may differ when a run goes on, since none of them changes what it computes (but for how long); and
 # when a saved run is judged again.
@@ -29,20 +31,20 @@ def read_command_line(argv: list[str]) -> tuple[PPOConfig, Path, str]:
     if config.resume is not None:
         run_dir, mode = find_run_folder(config, config.resume), "resume"
     else:
-        config.check()
+        check(config)
         run_dir = new_run_folder(config)
         mode = "resume" if (run_dir / "config.json").exists() else "train"  # a restart goes on, see new_run_folder
-        if mode == "train" and processes.restart_count():
+        if mode == "train" and meeting.restart_count():
             here = f"{run_dir} is not on this machine, {socket.gethostname()}"
             print(f"THIS JOB HAS BEEN STARTED BEFORE, BUT ITS RUN FOLDER IS NOT HERE: IT BEGINS AT STEP 1 ({here})")
     if mode == "resume":
         config = saved_config(run_dir, config, given - {"resume"}, HARMLESS)
-        if is_finished(run_dir) and (given <= {"resume"} or processes.restart_count()):
+        if is_finished(run_dir) and (given <= {"resume"} or meeting.restart_count()):
             print(f"{run_dir} is finished already, nothing is missing")
             mode = "nothing"
     for name in ("batch_size", "minibatch_size"):
-        if getattr(config, name) % processes.world_size():
-            share = f"the {processes.world_size()} processes, each of which takes an equal share"
+        if getattr(config, name) % collectives.world_size():
+            share = f"the {collectives.world_size()} processes, each of which takes an equal share"
             raise UserError(f"--{name} {getattr(config, name)} does not divide by {share}")
     return config, run_dir, mode
 
@@ -73,10 +75,10 @@ def new_run_folder(config: PPOConfig) -> Path:
 def goes_on(run_dir: Path) -> bool:
     """Whether this start goes on with a run folder that is there: torchrun has restarted the processes, or the run is
     not finished and has torchrun's job written in it, as where a machine joins or comes back."""
-    if processes.restart_count():
+    if meeting.restart_count():
         return True
     owner = run_dir / JOB_FILE
-    return owner.exists() and owner.read_text(encoding="utf-8") == processes.job() and not is_finished(run_dir)
+    return owner.exists() and owner.read_text(encoding="utf-8") == meeting.job() and not is_finished(run_dir)
 
 
 def is_finished(run_dir: Path) -> bool:
@@ -106,7 +108,7 @@ def saved_config(run_dir: Path, config: PPOConfig, given: set[str], allowed: set
         if name == "episodes" and new < old:
             raise UserError(f"--episodes {new} is fewer than the {old} of {run_dir}; they can only be raised")
     config = dataclasses.replace(saved, **{name: getattr(config, name) for name in given & allowed})
-    config.check()
+    check(config)
     return config
 
 

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer, GPT2Config, GPT2LMHeadModel
 
-from config import UserError
+from support.errors import UserError
 
 NEGATIVE, POSITIVE = "negative (stars 1, 2 and 3)", "positive (stars 4 and 5)"
 

@@ -17,30 +17,28 @@ from pathlib import Path
 
 import torch
 
-from ppo import PPOTrainer, masked_mean
+from ppo import kl_from_logits, logprobs_from_logits, masked_mean
 from reward import score_texts
 from support.checkpoint import write_whole
-from support.models import decode
+from support.text_trainer import TextPPOTrainer
 
 SEED = 20_170_707  # of the evaluation alone: every policy of every run is judged on the same draws
 BETAS = [0.05 * 1.25**i for i in range(22)]  # of the frontier, up to 5.4
 SHOWN = 5  # completions in the before/after table
 
 
-def evaluate(trainer: PPOTrainer, model, tokenizer, reward, prompts: list[str], queries: list[torch.Tensor]) -> dict:
+def evaluate(trainer: TextPPOTrainer, model, reward, prompts: list[str]) -> dict:
     """Judge `model` on `eval_samples` completions, the prompts in turn. A dict that JSON can hold.
 
     `kl` is the mean over completions of sum_t KL(model || reference) at the sampled prefixes, computed over the whole
     vocabulary at each token: the same expectation as the sampled log-ratios, with less noise.
     """
     n = trainer.config.eval_samples
-    draws = (n, SEED, 0)
-    prompt_index, responses, completions, rewards = sample_and_score(
-        trainer, model, tokenizer, reward, prompts, queries, *draws
-    )
-    kl, ref_logprobs, mask = trainer.kl_to_reference(model, [queries[i] for i in prompt_index], responses)
+    prompt_index, responses, completions, rewards = sample_and_score(trainer, model, reward, prompts, n, SEED, 0)
+    queries = trainer.encode(prompts)
+    kl, ref_logprobs, mask = kl_to_reference(trainer, model, [queries[i] for i in prompt_index], responses)
 
-    ended = [bool(response[-1] == tokenizer.sep_token_id) for response in responses]
+    ended = [bool(response[-1] == trainer.sep_token_id) for response in responses]
     return {
         "n": n,
         "reward": rewards.mean().item(),
@@ -60,13 +58,32 @@ def evaluate(trainer: PPOTrainer, model, tokenizer, reward, prompts: list[str], 
     }
 
 
-def sample_and_score(trainer, model, tokenizer, reward, prompts, queries, n: int, seed: int, step: int):
+def sample_and_score(trainer: TextPPOTrainer, model, reward, prompts: list[str], n: int, seed: int, step: int):
     """n completions, the prompts in turn: which prompt each continues, tokens, texts, and rewards (n,) float32."""
-    prompt_index = [i % len(prompts) for i in range(n)]
+    prompt_index, queries = [i % len(prompts) for i in range(n)], trainer.encode(prompts)
     responses = trainer.generate([queries[i] for i in prompt_index], model, seed, step)
-    completions = decode(tokenizer, responses)
+    completions = trainer.decode(responses)
     rewards = score_texts(reward, [prompts[i] + text for i, text in zip(prompt_index, completions)])
     return prompt_index, responses, completions, rewards
+
+
+def kl_to_reference(
+    trainer: TextPPOTrainer, model, query_tensors, response_tensors
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """How far `model` is from the reference along some responses.
+
+    Returns, on the CPU, the KL summed over each completion (n,) in nats, over the whole vocabulary at each token; the
+    reference's log-probabilities (n, T) of the tokens; and the mask (n, T).
+    """
+
+    def compared(ids, policy, reference):
+        (logits, _), (ref_logits, _) = policy, reference
+        return kl_from_logits(logits, ref_logits), logprobs_from_logits(ref_logits, ids)
+
+    completions = trainer.engine.collator.completions(query_tensors, response_tensors)
+    kl, ref_logprobs = trainer.engine.evaluate(compared, completions, model, trainer.ref_model).cpu()
+    mask = completions.mask.cpu()
+    return kl.where(mask, 0).sum(-1), ref_logprobs, mask
 
 
 def distinct(texts: list[str], n: int) -> float:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from config import UserError
+from support.errors import UserError
 
 NEEDED = "config.json"
 VOCABULARIES = (("vocab.txt",), ("tokenizer.json",), ("vocab.json", "merges.txt"))
@@ -89,7 +89,8 @@ def fetch(name: str, flag: str, cached: Path | None, check: Callable[[Path], Non
     from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     if constants.ENDPOINT != "https://huggingface.co":
-        constants.HF_HUB_DISABLE_XET = True  # Xet's storage is another host, which a mirror does not stand for
+        # Xet's storage is another host, which a mirror does not stand for. The client reads its variable at import only
+        constants.HF_HUB_DISABLE_XET = True
     timeout = constants.HF_HUB_ETAG_TIMEOUT
     store = Path(constants.HF_HUB_CACHE, "--".join(["models", *name.split("/")]))
     watched = Watch(store / "blobs", 2.5 * timeout, 5.5 * constants.HF_HUB_DOWNLOAD_TIMEOUT)

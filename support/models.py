@@ -10,8 +10,9 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BertTokenizer, GenerationConfig, GPT2Config
 from transformers.utils import logging as transformers_logging
 
-from config import UserError
-from gpt2_value_head import GPT2HeadWithValueModel, never_sampled_ids
+from gpt2_value_head import GPT2HeadWithValueModel
+from support.batches import never_sampled_ids
+from support.errors import UserError
 from support.hub import has_vocabulary
 
 SPECIAL_TOKENS = re.compile(r"\[(PAD|UNK|CLS|SEP|MASK)\]")
@@ -100,6 +101,18 @@ def load_gpt2_config(folder: Path) -> GPT2Config:
     return config
 
 
+def read_policy_folder(folder: Path):
+    """The GPT-2 config and the tokenizer of a model folder, which are small. UserError where they do not fit.
+
+    Embeddings may have more rows than the tokenizer has tokens, to fill up a round number.
+    """
+    gpt2_config, tokenizer = load_gpt2_config(folder), load_tokenizer(folder)
+    if not len(tokenizer) <= gpt2_config.vocab_size <= 1.1 * len(tokenizer) + 128:
+        sizes = f"{len(tokenizer)} tokens, the model {gpt2_config.vocab_size}"
+        raise UserError(f"the tokenizer in {folder} has {sizes}: they do not belong together")
+    return gpt2_config, tokenizer
+
+
 def load_policy(folder: Path, config: GPT2Config, device="cpu") -> GPT2HeadWithValueModel:
     """The policy in float32 from a plain GPT-2 checkpoint (a fresh value head at zero) or from a folder saved here."""
     model, missing = load_weights(GPT2HeadWithValueModel, folder, config)
@@ -118,8 +131,6 @@ def load_policy(folder: Path, config: GPT2Config, device="cpu") -> GPT2HeadWithV
         model.lm_head.weight = model.transformer.wte.weight  # early 5.x leaves them apart where a checkpoint holds both
     if torch.device(device).type == "cpu":  # faster there than SDPA's kernels at these lengths, see docs/speed.md
         model.set_attn_implementation("eager")
-    # cuDNN's attention plans anew for every shape, and with a mask its gradients can be NaN (pytorch issue 196678)
-    torch.backends.cuda.enable_cudnn_sdp(False)
     return model.to(device).eval()
 
 

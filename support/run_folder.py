@@ -2,6 +2,7 @@
 
 runs/<name>/
     config.json       the settings that the run was started with
+    changes.json      where these differ from the preset as published: [published, here]
     metrics.csv       one row a step
     samples.jsonl     one line a completion
     evaluation.json   how good the policy was before and after
@@ -21,13 +22,14 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from config import PPOConfig, UserError
+from config import PPOConfig
 from plot_rewards import draw
 from reward import RewardError
-from support import evaluation, processes
+from support import collectives, evaluation, meeting
 from support.checkpoint import disk_errors, load_checkpoint, save_checkpoint, write_whole
 from support.command_line import FINAL, JOB_FILE
-from support.models import save_policy
+from support.errors import UserError
+from support.settings import changes, describe_changes, save_config, total_steps
 
 
 class RunFolder:
@@ -40,32 +42,35 @@ class RunFolder:
     def __init__(self, path: Path, config: PPOConfig):
         self.path = path
         self.config = config
-        self.writes = processes.rank() == 0
+        self.writes = collectives.rank() == 0
 
     def open(self, trainer, resume: bool) -> None:
         """Make the folder or, to resume, put its newest checkpoint into the trainer; hold its lock; start its log."""
         if self.writes:
             with disk_errors(self.path):
-                self.path.mkdir(parents=True, exist_ok=resume or processes.restart_count() > 0)
+                self.path.mkdir(parents=True, exist_ok=resume or meeting.restart_count() > 0)
                 self.lock = lock_folder(self.path)
-                if processes.job():
-                    write_whole(self.path / JOB_FILE, processes.job())
+                if meeting.job():
+                    write_whole(self.path / JOB_FILE, meeting.job())
         if resume:
             load_checkpoint(trainer, self.path / "checkpoints")
         if self.writes:
             with disk_errors(self.path / "config.json"):
-                if trainer.n_steps < self.config.n_steps():  # a raised run is not finished before its new end
+                if trainer.n_steps < total_steps(self.config):  # a raised run is not finished before its new end
                     (self.path / FINAL[-1]).unlink(missing_ok=True)
-                self.config.save(self.path / "config.json")
+                save_config(self.config, self.path / "config.json")
+            write_whole(self.path / "changes.json", json.dumps(changes(self.config), ensure_ascii=False) + "\n")
             self.run_log = RunLog(self.path, trainer.n_steps)
         self.saved_at = time.monotonic()
-        print(f"run folder {self.path}, {self.config.n_steps()} steps of {self.config.batch_size} completions")
-        several = f"{processes.world_size()} processes, each " if processes.world_size() > 1 else ""
-        print(f"{several}on {trainer.device} in {str(trainer.dtype)[6:]}")
+        for line in describe_changes(self.config):
+            print(line)
+        print(f"run folder {self.path}, {total_steps(self.config)} steps of {self.config.batch_size} completions")
+        several = f"{collectives.world_size()} processes, each " if collectives.world_size() > 1 else ""
+        print(f"{several}on {trainer.engine.device} in {str(trainer.engine.dtype)[6:]}")
 
     def steps(self, trainer) -> Iterator[int]:
         """The numbers of the steps still to do, from 1, with a progress bar."""
-        first, last = trainer.n_steps + 1, self.config.n_steps()
+        first, last = trainer.n_steps + 1, total_steps(self.config)
         with tqdm(
             range(first, last + 1), initial=first - 1, total=last, unit="step", disable=not self.writes
         ) as self.bar:
@@ -104,28 +109,28 @@ class RunFolder:
         """After the last step, after every `save_every` steps, and when the last is `save_every_minutes` old."""
         every, minutes = self.config.save_every, self.config.save_every_minutes
         old = minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
-        return step == self.config.n_steps() or (every > 0 and step % every == 0) or old
+        return step == total_steps(self.config) or (every > 0 and step % every == 0) or old
 
     def save_checkpoint(self, trainer) -> None:
         if self.writes:
             save_checkpoint(trainer, self.path / "checkpoints", self.config.keep_checkpoints)
         self.saved_at = time.monotonic()
 
-    def save_model(self, trainer, tokenizer) -> None:
+    def save_model(self, trainer) -> None:
         """Replace model/ by the policy that training ended with; it is there whole or not at all."""
         if not self.writes:
             return
         model, partial = self.path / "model", self.path / ".partial-model"
         with disk_errors(model, 4 * trainer.model.num_parameters()):
             shutil.rmtree(partial, ignore_errors=True)
-            save_policy(trainer.policy_for_saving, tokenizer, partial, self.config.temperature)
+            trainer.save(partial)
             shutil.rmtree(model, ignore_errors=True)
             partial.rename(model)
 
     def read_evaluation(self) -> dict:
         """evaluation.json, or nothing where there is none yet."""
         path = self.path / "evaluation.json"
-        return processes.broadcast_from_rank_0(
+        return collectives.broadcast_from_rank_0(
             lambda: json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         )
 

@@ -3,7 +3,7 @@
 import os
 import signal
 
-from support import processes
+from support import meeting
 
 
 class StopSignal:
@@ -15,7 +15,7 @@ class StopSignal:
             signal.signal(number, self.receive)
 
     def receive(self, number, frame) -> None:
-        if processes.below_torchrun():  # which passes on what the terminal has sent already
+        if meeting.below_torchrun():  # which passes on what the terminal has sent already
             self.received = number
             return
         if self.received:

@@ -93,10 +93,10 @@ def call(folder: Path, environment: dict[str, str], on_hosts: bool, function, ar
 
 def program(rank: int, flags: list[str]) -> None:
     """`python train_ppo.py FLAGS`"""
-    from support import processes
+    from support import meeting
     from train_ppo import main
 
-    processes.exit_process(main(flags))
+    meeting.exit_process(main(flags))
 
 
 # ----------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """What a checkpoint gives back: everything that decides how a run goes on."""
 
 import copy
+import hashlib
+import json
 import os
 import random
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.models import load_gpt2_config, load_policy, load_tokenizer, save_policy
@@ -26,11 +29,11 @@ def trained(policy, **changes):
 def test_a_loaded_trainer_goes_on_as_the_saved_one(policy, tmp_path):
     changes = dict(kl_controller="adaptive", target=0.01, horizon=20)
     trainer, batch = trained(policy, **changes)
-    trainer.skipped_in_a_row = 3
+    trainer.engine.skipped_in_a_row = torch.tensor(3.0)
     save_checkpoint(trainer, tmp_path, keep=1)
     twin = make((copy.deepcopy(policy[0]), policy[1]), **changes)
     load_checkpoint(twin, tmp_path)
-    assert twin.n_steps == 2 and twin.skipped_in_a_row == 3
+    assert twin.n_steps == 2 and twin.engine.skipped_in_a_row == 3
     assert twin.kl_controller.value == trainer.kl_controller.value != twin.config.init_kl_coef
     for mine, other in ((trainer.model, twin.model), (trainer.policy_for_saving, twin.policy_for_saving)):
         for weight, same in zip(mine.parameters(), other.parameters()):
@@ -91,8 +94,8 @@ def test_a_step_with_an_infinite_gradient_is_not_taken(policy):
     stats = trainer.step(queries, responses, [1e30 * (i + 1) for i in range(len(scores))])
     assert stats["ppo/grad_norm"] == float("inf") and stats["ppo/skipped"] == 2
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
-    assert trainer.skipped_in_a_row == 2
-    assert trainer.step(queries, responses, scores)["ppo/skipped"] == 0 and trainer.skipped_in_a_row == 0
+    assert int(trainer.engine.skipped_in_a_row) == 2
+    assert trainer.step(queries, responses, scores)["ppo/skipped"] == 0 and int(trainer.engine.skipped_in_a_row) == 0
 
 
 @pytest.mark.parametrize(("kl", "factor"), [(100.0, 1.02), (0.0, 0.98), (6.6, 1.01)])
@@ -119,3 +122,22 @@ def test_a_system_that_opens_no_folders_still_writes_checkpoints(policy, tmp_pat
     save_checkpoint(trainer, tmp_path, keep=1)
     assert {"policy.safetensors", "average.safetensors", "optimizer.pt", "state.json"} <= set(flushed)
     load_checkpoint(make((copy.deepcopy(policy[0]), policy[1])), tmp_path)
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on(policy, tmp_path):
+    """It holds the tied weight under the output projection's name."""
+    start = copy.deepcopy(policy[0])
+    trainer, _ = trained(policy, frozen_share=0.0)
+    path = save_checkpoint(trainer, tmp_path, keep=1)
+    state = json.loads((path / "state.json").read_text())
+    for name in ("policy.safetensors", "average.safetensors"):
+        weights = load_file(path / name)
+        weights["lm_head.weight"] = weights.pop("transformer.wte.weight")
+        save_file(weights, path / name)
+        state["sha256"][name] = hashlib.sha256((path / name).read_bytes()).hexdigest()
+    (path / "state.json").write_text(json.dumps(state))
+    twin = make((start, policy[1]), frozen_share=0.0)
+    load_checkpoint(twin, tmp_path)
+    for mine, other in ((trainer.model, twin.model), (trainer.policy_for_saving, twin.policy_for_saving)):
+        assert torch.equal(mine.lm_head.weight, other.lm_head.weight)
+        assert not torch.equal(mine.lm_head.weight, trainer.ref_model.lm_head.weight)

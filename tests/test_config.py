@@ -11,7 +11,9 @@ import pytest
 import transformers
 from packaging.version import Version
 
-from config import PPOConfig, UserError, import_function, load_config, parse_args
+from config import PPOConfig
+from support.errors import UserError
+from support.settings import check, import_function, load_config, parse_args, read_prompts, save_config
 from tests.conftest import ROOT
 from tests.test_presets import DEFAULT
 
@@ -97,13 +99,13 @@ FLAGS = {  # name: (words after the flag, the value)
 
 def parsed(*argv) -> PPOConfig:
     values, _ = parse_args(list(argv))
-    values.check()
+    check(values)
     return values
 
 
 def refusal(**values) -> str:
     with pytest.raises(UserError) as error:
-        PPOConfig(**values).check()
+        check(PPOConfig(**values))
     assert isinstance(error.value, ValueError) and "\n" not in str(error.value)
     return str(error.value)
 
@@ -120,7 +122,7 @@ def test_both_ends_of_a_limit(name):
     taken, refused, allowed = NUMBERS[name]
     others = {"minibatch_size": 1} if name == "batch_size" else {}
     for value in taken:
-        PPOConfig(**{name: value}, **others).check()
+        check(PPOConfig(**{name: value}, **others))
     for value in refused:
         assert refusal(**{name: value}, **others) == f"--{name} must be {allowed}, not {value}"
 
@@ -137,7 +139,7 @@ def test_a_value_of_another_type_is_refused(name):
         said = refusal(**{name: value})
         assert said.startswith(f"{name} must be of type ") and said.endswith(f", not {value!r}")
     if type(DEFAULT[name]) is float:
-        PPOConfig(**{name: 1}).check()  # a whole number is one, too
+        check(PPOConfig(**{name: 1}))  # a whole number is one, too
 
 
 def test_a_type_is_called_by_its_name():
@@ -148,14 +150,14 @@ def test_a_type_is_called_by_its_name():
 
 
 def test_a_minibatch_is_at_most_a_batch():
-    PPOConfig(batch_size=64, minibatch_size=64).check()
+    check(PPOConfig(batch_size=64, minibatch_size=64))
     said = "--minibatch_size 65 is larger than --batch_size 64"
     assert refusal(batch_size=64, minibatch_size=65) == said
 
 
 @pytest.mark.parametrize("name", ["run", "a_b-c.d", "7", "感觉", "2024-01-01.x", "a."])
 def test_a_plain_run_name_is_taken(name):
-    PPOConfig(run_name=name).check()
+    check(PPOConfig(run_name=name))
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "-x", "_x", "a/b", "a\\b", "a b", "a:b", "a\n", "/a", "~"])
@@ -187,8 +189,8 @@ def test_a_prompts_file_holds_a_prompt_a_line(tmp_path, content, prompts):
     """Whatever the system's encoding; a byte order mark and empty lines at the end do not count."""
     file = tmp_path / "prompts.txt"
     file.write_bytes(content.encode())
-    assert parsed("--prompts_file", str(file)).read_prompts() == prompts
-    assert parsed("--prompts_file", str(file), "--prompts", "书").read_prompts() == prompts
+    assert read_prompts(parsed("--prompts_file", str(file))) == prompts
+    assert read_prompts(parsed("--prompts_file", str(file), "--prompts", "书")) == prompts
 
 
 @pytest.mark.parametrize(
@@ -216,7 +218,7 @@ def test_a_prompts_file_that_cannot_be_read_is_named(tmp_path):
 def test_prompts_without_a_character_are_refused():
     assert refusal(prompts=[]) == "--prompts holds no prompt; give at least one"
     assert refusal(prompts=["好", " "]) == "--prompts: prompt 2 is empty; each needs at least one character"
-    assert PPOConfig(prompts=["好", "坏"]).read_prompts() == ["好", "坏"]
+    assert read_prompts(PPOConfig(prompts=["好", "坏"])) == ["好", "坏"]
 
 
 # --- flags
@@ -373,7 +375,7 @@ def test_a_config_survives_its_file(tmp_path):
     path = tmp_path / "config.json"
     path.write_text("an older one")
     config = PPOConfig(**{name: value for name, (_, value) in FLAGS.items() if name not in ("reward", "prompts_file")})
-    config.save(path)
+    save_config(config, path)
     assert load_config(path) == config
     text = path.read_text(encoding="utf-8")
     assert text.startswith('{\n  "preset": "demo",\n') and '"这部电影-很"' in text and text.endswith("}\n")
@@ -381,7 +383,7 @@ def test_a_config_survives_its_file(tmp_path):
 
 
 def test_a_config_opens_where_its_device_is_not(tmp_path):
-    PPOConfig(device="cuda:99").save(tmp_path / "config.json")
+    save_config(PPOConfig(device="cuda:99"), tmp_path / "config.json")
     assert load_config(tmp_path / "config.json").device == "cuda:99"
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizer, GPT2LMHeadModel
 
-from config import UserError
 from reward import SentimentReward
 from support import demo_models
+from support.errors import UserError
 from support.hub import model_folder
 from support.text_trainer import read_policy_folder
 

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 import train_ppo
-from config import PPOConfig, UserError, check_device, pick_device, pick_dtype, pick_micro_batch_size
+from config import PPOConfig
+from support.devices import check_device, pick_device, pick_dtype, pick_micro_batch_size
+from support.errors import UserError
+from support.settings import check
 from support.text_trainer import TextPPOTrainer
 
 
@@ -65,7 +68,7 @@ def test_a_device_is_taken_where_it_is_there(machine, device, there, said):
         check_device(device)
     else:
         with pytest.raises(UserError) as error:
-            PPOConfig(device=device).check()
+            check(PPOConfig(device=device))
         assert str(error.value).startswith(said)
 
 
@@ -149,6 +152,12 @@ def test_auto_is_bfloat16_where_the_device_computes_it_natively(monkeypatch, dev
     assert pick_dtype("float32", device) == torch.float32 and pick_dtype("bfloat16", device) == torch.bfloat16
 
 
+def test_attention_is_never_cudnn_s():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    pick_device("cpu")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 # --- how many completions at once
 
 
@@ -162,12 +171,12 @@ def rows_at_once(trainer, work):
 
 
 def test_no_more_than_micro_batch_size_completions_go_through_at_once(gpt2_folder):
-    """Four times as many while sampling, which keeps no gradients."""
+    """Four times as many while sampling, which keeps no gradients; before them their one prompt."""
     settings = dict(micro_batch_size=3, batch_size=14, minibatch_size=7, ppo_epochs=1, gen_len=2, dtype="float32")
     trainer = TextPPOTrainer.from_pretrained(gpt2_folder, PPOConfig(**settings, frozen_share=0.0, device="cpu"))
     queries = trainer.encode(["衣服"] * 14)
     responses = []
-    assert set(rows_at_once(trainer, lambda: responses.extend(trainer.generate(queries)))) == {12, 2}
+    assert rows_at_once(trainer, lambda: responses.extend(trainer.generate(queries))) == [1, 12, 1, 2]
     scored = rows_at_once(trainer, lambda: trainer.step(queries, responses, [0.5] * 14))
     assert scored == [3, 3, 3, 3, 2] + [3, 3, 1] * 2
 

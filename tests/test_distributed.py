@@ -18,12 +18,16 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from config import PPOConfig, UserError, pick_dtype
+from config import PPOConfig
 from ppo import PPOTrainer
 from reward import score_texts
-from support import load, processes, run_folder
+from support import collectives, load, meeting, run_folder
 from support.command_line import FINAL, how_to_go_on, new_run_folder, read_command_line
+from support.devices import pick_dtype
+from support.errors import UserError
+from support.hub import model_folder
 from support.models import encode_prompt, load_gpt2_config, load_policy, load_tokenizer
+from support.settings import save_config
 from tests.conftest import ROOT, write_gpt2
 from tests.ranks import STEP, Ranks, agents_store, program
 from train_ppo import main
@@ -55,14 +59,14 @@ def three_steps(rank, n_processes, gpt2_folder, file):
 
     In the third the last process's first gradient is NaN.
     """
-    processes.init_process_group()
+    meeting.init_process_group()
     tokenizer = load_tokenizer(gpt2_folder)
     model = load_policy(gpt2_folder, load_gpt2_config(gpt2_folder))
     sizes = dict(batch_size=16, minibatch_size=8, micro_batch_size=1, gen_len=8)
     config = PPOConfig(**sizes, ppo_epochs=2, lr=1e-4, dtype="float32", device="cpu")
     trainer = PPOTrainer(config, model, copy.deepcopy(model), tokenizer)
     queries = [encode_prompt(tokenizer, PROMPTS[i % 3]) for i in range(16)]
-    stats, collectives = [], []
+    stats, exchanges = [], []
     for step in range(3):
         if step == 2 and rank == n_processes - 1:
             handle = model.transformer.ln_f.weight.register_hook(
@@ -73,13 +77,13 @@ def three_steps(rank, n_processes, gpt2_folder, file):
             of_many_lengths = [response[: 1 + i % 8] for i, response in enumerate(responses)]
             scores = score_texts(lambda texts: [0.1 * int(text) for text in texts], [str(i % 5) for i in range(16)])
             stats.append(trainer.step(queries, of_many_lengths, scores))
-            processes.all_reduce_max(0)
-        collectives.append(sum(count))
+            collectives.all_reduce_max(0)
+        exchanges.append(sum(count))
     results = {"weights": model.state_dict(), "average": trainer.policy_for_saving.state_dict(), "stats": stats}
-    results |= {"responses": responses, "collectives": collectives}
+    results |= {"responses": responses, "exchanges": exchanges}
     torch.save(results, file.format(rank))
     if n_processes > 1:
-        processes.exit_process(0)
+        meeting.exit_process(0)
 
 
 def distance(one, other):
@@ -104,7 +108,7 @@ def test_the_update_does_not_depend_on_the_number_of_processes(tmp_path, gpt2_fo
         for one, other in zip(alone["stats"][:2], result["stats"]):
             assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
         assert [stats["ppo/skipped"] for stats in result["stats"]] == [0, 0, 1]  # by all processes, or by none
-        assert all(0 < count <= 12 for count in result["collectives"])  # each waits for the slowest and the network
+        assert all(0 < count <= 12 for count in result["exchanges"])  # each waits for the slowest and the network
 
 
 def test_a_restarted_process_finds_the_folder_of_its_run(tmp_path, monkeypatch):
@@ -129,7 +133,7 @@ def test_a_machine_that_joins_finds_the_folder_of_its_job(tmp_path, monkeypatch)
     def opened(**options) -> Path:
         config = PPOConfig(runs_dir=str(tmp_path), **options)
         folder = run_folder.RunFolder(new_run_folder(config), config)
-        folder.open(SimpleNamespace(n_steps=0, device="cpu", dtype=torch.float32), resume=False)
+        folder.open(SimpleNamespace(n_steps=0, engine=SimpleNamespace(device="cpu", dtype=torch.float32)), resume=False)
         folder.lock.release()
         return folder.path
 
@@ -156,7 +160,7 @@ def test_a_checkpoint_is_due_by_time_too(tmp_path, monkeypatch):
     clock, saved = [0.0], []
     monkeypatch.setattr(run_folder, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(run_folder, "save_checkpoint", lambda *_: saved.append(clock[0]))
-    trainer = SimpleNamespace(n_steps=0, device="cpu", dtype=torch.float32)
+    trainer = SimpleNamespace(n_steps=0, engine=SimpleNamespace(device="cpu", dtype=torch.float32))
     for minutes, expected in ((10.0, [12 * 60, 24 * 60]), (0.0, [])):
         clock[0] = 0.0
         saved.clear()
@@ -184,7 +188,7 @@ def test_the_way_on_names_the_newest_checkpoint_where_there_is_one(tmp_path):
 def test_a_run_goes_on_with_other_waits_and_where_an_older_program_knew_none(tmp_path):
     copied = tmp_path / "copied"
     copied.mkdir()
-    PPOConfig(episodes=48, batch_size=16, minibatch_size=8).save(copied / "config.json")
+    save_config(PPOConfig(episodes=48, batch_size=16, minibatch_size=8), copied / "config.json")
     config = json.loads((copied / "config.json").read_text(encoding="utf-8"))
     for name in ("process_timeout", "save_every_minutes"):
         del config[name]
@@ -199,19 +203,20 @@ def test_a_run_goes_on_with_other_waits_and_where_an_older_program_knew_none(tmp
 
 def on_two_hosts(rank):
     """What is said, on each, where the machines differ; to a file. Each has a working directory of its own."""
-    processes.init_process_group()
+    meeting.init_process_group()
     defaults = dict(batch_size=16, minibatch_size=8, device="cpu", reward="builtins:len", gen_len=8)
 
     def said(gpt2, **options) -> str:
         try:
-            trainer, *_ = load.load_models(PPOConfig(**defaults | options), Path(gpt2))
+            load.model_folder = lambda *_: Path(gpt2)
+            policy, *_ = load.load(PPOConfig(**defaults | options))
         except UserError as error:
             return str(error)
-        return f"{load.hash_of(trainer.model.state_dict())} {load.hash_of(trainer.ref_model.state_dict())}"
+        return load.hash_of(policy.state_dict())
 
     results = {
         "interface": os.environ["GLOO_SOCKET_IFNAME"],
-        "restarts": processes.restart_count(),
+        "restarts": meeting.restart_count(),
         "prompts": said("gpt2", dtype="float32", model_name="gpt2", prompts_file="prompts.txt"),
         "same": said("gpt2", dtype="float32", model_name="gpt2"),
         "weights": said("other", dtype="float32", model_name="other"),
@@ -227,13 +232,14 @@ def on_two_hosts(rank):
     results["dtype"] = said("gpt2", model_name="gpt2")
     torch.__version__ += ("", "-other")[rank]
     results["version"] = said("gpt2", model_name="gpt2")
-    load.pick_dtype, torch.__version__ = pick_dtype, torch.__version__.removesuffix("-other")
+    load.pick_dtype, load.model_folder = pick_dtype, model_folder
+    torch.__version__ = torch.__version__.removesuffix("-other")
 
     del os.environ["WORLD_SIZE"]  # the group is there already
     results["code"] = main(["--eval_only", "runs/two"])  # a folder that the first machine alone has
 
     torch.save(results, "results.pt")
-    processes.exit_process(0)
+    meeting.exit_process(0)
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +281,7 @@ def test_what_differs_between_machines_is_one_line(machines):
 
 def test_the_demos_models_are_those_of_the_first_machine(machines):
     _, first, second = machines
-    assert re.fullmatch(r"(\w{12}) \1", first["demo"]) and first["demo"] == second["demo"]
+    assert re.fullmatch(r"\w{12}", first["demo"]) and first["demo"] == second["demo"]
     assert first["same"] == second["same"] != first["demo"]
 
 
@@ -324,7 +330,7 @@ def runs(tmp_path_factory, demo):
     again; and the same by one process, which nobody kills."""
     tmp_path = tmp_path_factory.mktemp("several")
     flags = [*RUN, "--reward", "tests.ranks:killed", "--episodes", "96", "--save_every", "2"]
-    flags += ["--runs_dir", str(tmp_path / "runs")]
+    flags += ["--lr", "1e-6", "--runs_dir", str(tmp_path / "runs")]  # so small that rounding draws no other token
     assert main([*flags, "--run_name", "one"]) == 0
     options = "--nproc-per-node 2 --max-restarts 1 --rdzv-backend c10d --rdzv-endpoint localhost:0 --rdzv-id two"
     command = [sys.executable, "-m", "torch.distributed.run", *options.split(), str(ROOT / "train_ppo.py"), *flags]
@@ -443,7 +449,7 @@ def test_an_error_on_one_process_ends_all_with_one_message(tmp_path, demo):
 def test_the_time_that_a_process_is_waited_for_is_the_users(runs, monkeypatch):
     """Also where a run goes on."""
     waits = []
-    monkeypatch.setattr(processes, "set_timeout", waits.append)
+    monkeypatch.setattr(meeting, "set_timeout", waits.append)
     assert main(["--resume", str(runs[0] / "runs" / "one")]) == 0
     assert main(["--resume", str(runs[0] / "runs" / "one"), "--process_timeout", "9", "--episodes", "96"]) == 0
     assert waits == [600, 9]

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import train_ppo
-from config import UserError
-from ppo import MAX_SKIPPED, PPOTrainer
+from ppo import PPOTrainer
+from support.engine import MAX_SKIPPED
+from support.errors import UserError
 from tests.test_train import rows, small_run
 from tests.test_trainer import batch_of, make
 from tools.stress_resume import differences

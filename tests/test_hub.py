@@ -14,8 +14,8 @@ import pytest
 from huggingface_hub import constants, hf_hub_download
 from tqdm import TMonitor
 
-from config import UserError
 from support import hub as program
+from support.errors import UserError
 from support.hub import Silence, Watch, explain, is_complete, model_folder
 from tests.conftest import write_classifier, write_gpt2
 from tests.hub_server import OLDER, Hub

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from config import PPOConfig
-from ppo import PPOTrainer
 from support.evaluation import evaluate
 from support.models import encode_prompt, load_gpt2_config, load_policy, load_tokenizer
+from support.text_trainer import TextPPOTrainer
 from tests.conftest import VOCAB
 from tests.test_step_reference import FORBIDDEN, SEP, plain_gpt2
 
@@ -40,12 +40,11 @@ class Judged:
             self.model.transformer.ln_f.bias += 2 * to_sep / to_sep.norm() ** 2
         settings = dict(gen_len=GEN_LEN, temperature=TEMPERATURE, eval_samples=N, micro_batch_size=7, frozen_share=0.0)
         config = PPOConfig(**settings | {"device": "cpu", "dtype": "float32", "seed": 11} | changes)
-        self.trainer = PPOTrainer(config, copy.deepcopy(self.model), copy.deepcopy(self.reference), self.tokenizer)
+        self.trainer = TextPPOTrainer(config, copy.deepcopy(self.model), copy.deepcopy(self.reference), self.tokenizer)
         self.result = self.judge(self.model)
 
     def judge(self, model) -> dict:
-        queries = [encode_prompt(self.tokenizer, prompt) for prompt in PROMPTS]
-        return evaluate(self.trainer, model, self.tokenizer, score, PROMPTS, queries)
+        return evaluate(self.trainer, model, score, PROMPTS)
 
 
 class Recount:

@@ -1,5 +1,6 @@
 """What a run loads, in which order, and what several processes compare of it."""
 
+import copy
 import dataclasses
 import hashlib
 import shutil
@@ -8,10 +9,13 @@ import sys
 import pytest
 import torch
 
-from config import PPOConfig, UserError
-from support import processes
+from config import PPOConfig
+from support import collectives
 from support.demo_models import NEGATIVE
-from support.load import PROGRAM, check_same, hash_of, load, load_models
+from support.errors import UserError
+from support.load import PROGRAM, check_same, hash_of, load, load_folders
+from support.settings import check
+from support.text_trainer import TextPPOTrainer
 from tests.conftest import ROOT, write_classifier, write_gpt2
 
 PROMPT = "刚收到货,感觉"  # 7 characters, and [CLS] before
@@ -27,13 +31,12 @@ def settings(**changes) -> PPOConfig:
 def test_a_run_loads_the_parts_that_its_settings_name(gpt2_folder, classifier_folder):
     names = dict(model_name=str(gpt2_folder), reward_model_name=str(classifier_folder))
     config = settings(**names, prompts=[PROMPT, "衣服"], positive_label=NEGATIVE, dtype="bfloat16")
-    trainer, tokenizer, reward, prompts, queries = load(config)
+    policy, _, reward, prompts = load(config)
     assert prompts == [PROMPT, "衣服"]
-    assert [query.tolist() for query in queries] == [[2, 5, 6, 7, 8, 9, 10, 11], [2, *tokenizer.encode("衣服")[1:-1]]]
     assert reward.positive_label == NEGATIVE and reward.pipeline.model.dtype == torch.bfloat16
-    assert trainer.config == config and trainer.model.dtype == torch.float32
+    assert policy.dtype == torch.float32
     saved = torch.load(gpt2_folder / "pytorch_model.bin")
-    assert torch.equal(trainer.model.transformer.wpe.weight, saved["transformer.wpe.weight"])
+    assert torch.equal(policy.transformer.wpe.weight, saved["transformer.wpe.weight"])
 
 
 @pytest.mark.parametrize(
@@ -52,12 +55,13 @@ def test_the_longest_prompt_and_its_completion_fit_the_model_to_the_last_positio
 ):
     config = settings(prompts=prompts, gen_len=gen_len)
     if leaves is None:
-        trainer, *_, queries = load_models(config, gpt2_folder, classifier_folder)
-        (response,) = trainer.generate(queries)
+        policy, tokenizer, *_ = load_folders(config, gpt2_folder, classifier_folder)
+        trainer = TextPPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
+        (response,) = trainer.generate(trainer.encode(prompts))
         assert 1 <= len(response) <= gen_len
     else:
         with pytest.raises(UserError, match=f"^--gen_len {gen_len}: the longest prompt has {leaves}$"):
-            load_models(config, gpt2_folder, classifier_folder)
+            load_folders(config, gpt2_folder, classifier_folder)
 
 
 def test_what_is_quick_to_look_at_comes_first(tmp_path):
@@ -111,11 +115,11 @@ def test_each_flag_asks_for_its_model_and_looks_at_its_small_files(
 def compared(monkeypatch):
     """All that `check_same` would compare of a run's parts, by name; and the models that took rank 0's weights."""
     given = []
-    monkeypatch.setattr(processes, "broadcast_weights", given.append)
+    monkeypatch.setattr(collectives, "broadcast_weights", given.append)
 
     def compare(config, *parts):
         found = {}
-        monkeypatch.setattr(processes, "check_same", found.update)
+        monkeypatch.setattr(collectives, "check_same", found.update)
         given.clear()
         check_same(config, *parts)
         return found, list(given)
@@ -125,8 +129,7 @@ def compared(monkeypatch):
 
 @pytest.fixture
 def parts(gpt2_folder, classifier_folder):
-    trainer, *others = load_models(settings(), gpt2_folder, classifier_folder)
-    return trainer.model, *others
+    return load_folders(settings(), gpt2_folder, classifier_folder)
 
 
 def differing(first: dict, second: dict) -> list[str]:
@@ -166,13 +169,15 @@ def test_processes_compare_the_device_and_the_dtype_that_each_found(compared, pa
 
 
 def test_each_part_that_differs_is_told_by_its_name(compared, parts, tmp_path, monkeypatch):
-    policy, tokenizer, reward, prompts, queries = parts
+    policy, tokenizer, reward, prompts = parts
     found, _ = compared(settings(), *parts)
 
-    other = [ids + 1 for ids in queries]
-    for changed in ((["衣服"], queries), (prompts, other)):
-        now, _ = compared(settings(), policy, tokenizer, reward, *changed)
-        assert differing(found, now) == ["the hash of the prompts"]
+    now, _ = compared(settings(), policy, tokenizer, reward, ["衣服"])
+    assert differing(found, now) == ["the hash of the prompts"]
+    with monkeypatch.context() as other:
+        other.setattr(type(tokenizer), "encode", lambda self, text, **options: [5] * len(text))
+        now, _ = compared(settings(), *parts)
+    assert differing(found, now) == ["the hash of the prompts"]  # a tokenizer of other settings
 
     bias = reward.pipeline.model.classifier.bias.data
     bias += 1
@@ -186,7 +191,7 @@ def test_each_part_that_differs_is_told_by_its_name(compared, parts, tmp_path, m
     assert differing(found, now) == [f"the hash of the weights of --model_name {GPT2}"]
 
     renamed = {"新" if token == "错" else token: number for token, number in tokenizer.get_vocab().items()}
-    now, _ = compared(settings(), policy, type(tokenizer)(vocab=renamed), reward, prompts, queries)
+    now, _ = compared(settings(), policy, type(tokenizer)(vocab=renamed), reward, prompts)
     assert differing(found, now) == [f"the hash of the tokenizer of --model_name {GPT2}"]
 
     program = tmp_path / "ppo.py"
@@ -203,7 +208,7 @@ def test_a_reward_s_file_is_compared_in_place_of_a_classifier(compared, parts, t
     (tmp_path / "judge.py").write_text("def score(texts):\n    return [0.5] * len(texts)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     config = settings(reward="judge:score")
-    config.check()
+    check(config)
     found, _ = compared(config, *parts)
     assert not any("--reward_model_name" in name for name in found)
     (tmp_path / "judge.py").write_text("def score(texts):\n    return [0.6] * len(texts)\n")

@@ -1,5 +1,6 @@
 """docs/one_step.md: its numbers worked out once more by loops over plain numbers, and its text."""
 
+import copy
 import math
 import re
 import string
@@ -10,6 +11,7 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from support.load import load
+from support.text_trainer import TextPPOTrainer
 from tests.test_step_reference import FORBIDDEN, plain_gpt2
 from tools import one_step
 
@@ -18,7 +20,9 @@ LANGUAGES = list(one_step.TEXTS)
 
 @pytest.fixture(scope="module")
 def loaded():
-    return load(one_step.demo_config())
+    config = one_step.demo_config()
+    policy, tokenizer, reward, (prompt,) = load(config)
+    return TextPPOTrainer(config, policy, copy.deepcopy(policy), tokenizer), reward, prompt
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +104,8 @@ def test_the_step_agrees_with_loops_over_plain_numbers(step, expected):
 
 
 def test_the_probabilities_are_those_of_the_reference_and_of_the_new_policy(step, loaded, demo):
-    trainer, tokenizer, _, _, (query,) = loaded
+    trainer, _, prompt = loaded
+    tokenizer, (query,) = trainer.tokenizer, trainer.encode([prompt])
     head = trainer.model.v_head.summary
     reference, policy = GPT2LMHeadModel.from_pretrained(demo[0]).double(), plain_gpt2(trainer.model)
     for i in one_step.happy_and_unhappy(step):

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import plot_rewards
-from config import UserError
 from plot_rewards import draw, main, read_metrics
+from support.errors import UserError
 from tests.conftest import ROOT
 
 MEAN, P10, P90, STD = (f"env/reward_{name}" for name in ("mean", "p10", "p90", "std"))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import ppo
+from support.engine import polynomial_average
 
 INF = float("inf")
 
@@ -257,5 +258,5 @@ def test_polynomial_average_by_hand(power, expected):
     """Of 4, 8 and 0, in place. Power 3: after two steps 1/5 and 4/5 of them, of which the third leaves 2/6."""
     average = torch.tensor([-100.0])
     for step, weight in enumerate([4.0, 8.0, 0.0], 1):
-        ppo.polynomial_average([average], [torch.tensor([weight])], step, power)
+        polynomial_average([average], [torch.tensor([weight])], step, power)
     assert average.item() == pytest.approx(expected, abs=1e-5)

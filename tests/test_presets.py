@@ -5,8 +5,20 @@ import json
 import re
 
 import pytest
+from transformers import HfArgumentParser
 
-from config import PRESETS, PPOConfig, UserError, load_config, parse_args
+from config import PRESETS, PPOConfig
+from support.errors import UserError
+from support.settings import (
+    SHIPPED,
+    changes,
+    check,
+    describe_changes,
+    load_config,
+    parse_args,
+    save_config,
+    total_steps,
+)
 
 DEFAULT = {
     "preset": "default",
@@ -97,10 +109,10 @@ def test_every_setting_has_the_value_that_is_written_here():
 def test_a_preset_has_the_same_values_from_python_from_the_command_line_and_in_its_file(preset, tmp_path):
     expected = typed(PRESET_VALUES[preset])
     config, given = parse_args(["--preset", preset])
-    config.check()
+    check(config)
     assert typed(dataclasses.asdict(config)) == expected and given == {"preset"}
     assert typed(dataclasses.asdict(PPOConfig(preset=preset))) == expected
-    config.save(tmp_path / "config.json")
+    save_config(config, tmp_path / "config.json")
     assert typed(json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))) == expected
     assert typed(dataclasses.asdict(load_config(tmp_path / "config.json"))) == expected
 
@@ -122,7 +134,7 @@ def test_help_shows_the_preset_s_values(preset, monkeypatch, capsys):
 
 def test_the_presets_are_these():
     assert list(PRESETS) == list(PRESET_VALUES)
-    for refuse in (lambda: PPOConfig(preset="big").check(), lambda: parse_args(["--preset", "big", "--help"])):
+    for refuse in (lambda: check(PPOConfig(preset="big")), lambda: parse_args(["--preset", "big", "--help"])):
         with pytest.raises(UserError, match="^--preset big is unknown; choose one of default, article, demo$"):
             refuse()
 
@@ -130,7 +142,7 @@ def test_the_presets_are_these():
 @pytest.mark.parametrize("preset", [["demo"], {}, 1, None])
 def test_a_preset_that_is_no_name_is_refused(preset):
     with pytest.raises(UserError, match="^preset must be of type str"):
-        PPOConfig(preset=preset).check()
+        check(PPOConfig(preset=preset))
 
 
 def test_what_is_given_counts_more_than_the_preset():
@@ -171,4 +183,44 @@ def test_a_name_that_is_no_setting_is_a_type_error():
     ("episodes", "batch_size", "steps"), [(1, 1, 1), (1, 128, 1), (128, 128, 1), (129, 128, 2), (20_000, 128, 157)]
 )
 def test_episodes_are_rounded_up_to_whole_batches(episodes, batch_size, steps):
-    assert PPOConfig(episodes=episodes, batch_size=batch_size).n_steps() == steps
+    assert total_steps(PPOConfig(episodes=episodes, batch_size=batch_size)) == steps
+
+
+# --- where a run differs from what was published
+
+
+def test_what_is_published_is_what_stands_in_config_py():
+    published = json.loads(SHIPPED.read_text(encoding="utf-8"))
+    assert published == {preset: dataclasses.asdict(PPOConfig(preset=preset)) for preset in PRESETS}, (
+        "a default has changed: if on purpose, python -m tools.ship writes it down"
+    )
+
+
+def test_changes_are_told_with_both_values_and_names_of_runs_are_none():
+    config = PPOConfig(preset="demo", lr=2e-4, prompts=["衣服"], seed=1, run_name="mine", runs_dir="there", resume="x")
+    assert changes(config) == {"prompts": [["刚收到货,感觉"], ["衣服"]], "lr": [1e-4, 2e-4]}
+    (line,) = describe_changes(config)
+    assert (
+        line == "not as the preset demo: prompts ['衣服'] (published: ['刚收到货,感觉']), lr 0.0002 (published: 0.0001)"
+    )
+    for preset in PRESETS:
+        assert changes(PPOConfig(preset=preset)) == {} and describe_changes(PPOConfig(preset=preset)) == []
+
+
+def test_a_default_edited_in_config_py_is_told_and_where_a_preset_wins_over_it(monkeypatch):
+    monkeypatch.setattr(PPOConfig.__dataclass_fields__["lr"], "default", 7e-5)
+    assert changes(PPOConfig()) == {"lr": [4e-5, 7e-5]}
+    assert describe_changes(PPOConfig()) == ["not as the preset default: lr 7e-05 (published: 4e-05)"]
+    assert describe_changes(PPOConfig(preset="demo")) == [
+        "lr is 0.0001, as the preset demo has it; the 7e-05 in config.py is not used"
+    ]
+    assert describe_changes(PPOConfig(preset="demo", lr=3e-5)) == [
+        "not as the preset demo: lr 3e-05 (published: 0.0001)"
+    ]
+
+
+def test_other_parsers_of_dataclasses_take_the_config():
+    parser = HfArgumentParser(PPOConfig)
+    (config,) = parser.parse_args_into_dataclasses(["--lr", "2e-5", "--prompts", "衣服", "苹果"])
+    assert config == PPOConfig(lr=2e-5, prompts=["衣服", "苹果"])
+    assert dataclasses.replace(config, gamma=0.9).lr == 2e-5

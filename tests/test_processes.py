@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from config import PPOConfig, UserError
+from config import PPOConfig
 from reward import score_texts
-from support import processes
+from support import collectives, devices, meeting
+from support.errors import UserError
 from tests.conftest import ROOT
 from tests.ranks import Ranks, agents_store
 from train_ppo import main
@@ -39,7 +40,7 @@ def exchange(rank: int) -> None:
     """What each function gives on each process; to a file."""
     socket.gethostname = lambda: ("gpu-1", "gpu-2", "gpu-2")[rank]
     os.environ["LOCAL_RANK"] = str((0, 0, 1)[rank])
-    processes.init_process_group()
+    meeting.init_process_group()
     print("printed by", rank)
 
     def fails_on(*ranks):
@@ -51,29 +52,29 @@ def exchange(rank: int) -> None:
         return function
 
     rows = torch.zeros(5)
-    mine = processes.rows_of_rank(5)
+    mine = collectives.rows_of_rank(5)
     rows[mine] = torch.arange(1.0, 6.0)[mine]
     tensor = torch.tensor([3.0, 30.0]) * (rank + 1)
     results = {
-        "known": (processes.rank(), processes.world_size(), processes.restart_count()),
-        "rows": [list(range(n))[processes.rows_of_rank(n)] for n in (0, 2, 3, 5, 10)],
-        "sum": [processes.all_reduce_sum(rows).tolist(), rows.tolist()],
-        "mean": [processes.all_reduce_mean(tensor).tolist(), tensor.tolist()],
-        "max": [processes.all_reduce_max(number) for number in (rank, -1 - rank, (2, 9, 2)[rank])],
-        "gathered": processes.all_gather({"rank": rank}),
+        "known": (collectives.rank(), collectives.world_size(), meeting.restart_count()),
+        "rows": [list(range(n))[collectives.rows_of_rank(n)] for n in (0, 2, 3, 5, 10)],
+        "sum": [collectives.all_reduce_sum(rows).tolist(), rows.tolist()],
+        "mean": [collectives.all_reduce_mean(tensor).tolist(), tensor.tolist()],
+        "max": [collectives.all_reduce_max(number) for number in (rank, -1 - rank, (2, 9, 2)[rank])],
+        "gathered": collectives.all_gather({"rank": rank}),
         "broadcast": [
-            outcome(processes.broadcast_from_rank_0, function)
+            outcome(collectives.broadcast_from_rank_0, function)
             for function in (lambda: {"rank": rank}, fails_on(0), fails_on(1), lambda: sys.exit(f"help of {rank}"))
         ],
-        "all": [outcome(processes.on_all_ranks, fails_on(*ranks)) for ranks in ((), (0,), (1, 2), (2,), (0, 2))],
+        "all": [outcome(collectives.on_all_ranks, fails_on(*ranks)) for ranks in ((), (0,), (1, 2), (2,), (0, 2))],
     }
     torch_version, numpy_version = ("2.13", "2.13", "2.6")[rank], ("2.1", "1.9", "1.9")[rank]
     values = [{"torch": "2.13"}, {"torch": torch_version}, {"numpy": numpy_version, "torch": torch_version}]
-    results["same"] = [outcome(processes.check_same, each) for each in values]
+    results["same"] = [outcome(collectives.check_same, each) for each in values]
 
     model = torch.nn.BatchNorm1d(2)
     model.weight.data[:] = model.running_mean[:] = rank + 1
-    processes.broadcast_weights(model)
+    collectives.broadcast_weights(model)
     results["weights"] = [model.weight.tolist(), model.running_mean.tolist()]
 
     def build() -> list[str]:
@@ -83,10 +84,10 @@ def exchange(rank: int) -> None:
         Path(f"built-{rank}").touch(exist_ok=False)
         return built
 
-    results["build"] = processes.local_rank_0_first(build)
-    results["build failed"] = outcome(processes.local_rank_0_first, fails_on(2))
+    results["build"] = collectives.local_rank_0_first(build)
+    results["build failed"] = outcome(collectives.local_rank_0_first, fails_on(2))
 
-    processes.set_timeout(1)
+    meeting.set_timeout(1)
     if rank:
         while not Path("given-up").exists():
             time.sleep(0.05)
@@ -94,10 +95,10 @@ def exchange(rank: int) -> None:
         try:
             score_texts(len, ["a", "b", "c"])
         except RuntimeError as error:
-            results["lost"] = processes.lost_process(error)
+            results["lost"] = meeting.lost_process(error)
         Path("given-up").touch()
     torch.save(results, f"{rank}.pt")
-    processes.exit_process((0, 130, 2)[rank])
+    meeting.exit_process((0, 130, 2)[rank])
 
 
 @pytest.fixture(scope="module")
@@ -182,32 +183,33 @@ def test_alone_every_function_does_nothing():
         raise UserError("no room")
 
     tensor = torch.tensor([2.0])
-    assert (processes.rank(), processes.world_size(), processes.rows_of_rank(5)) == (0, 1, slice(0, 5))
-    assert processes.all_reduce_sum(tensor) is tensor and processes.all_reduce_mean(tensor) is tensor and tensor == 2
-    assert processes.all_reduce_max(3) == 3 and processes.all_gather("a") == ["a"]
-    assert processes.broadcast_from_rank_0(lambda: 5) == processes.on_all_ranks(lambda: 5) == 5
-    assert processes.local_rank_0_first(lambda: 5) == 5
-    for function in (processes.broadcast_from_rank_0, processes.on_all_ranks, processes.local_rank_0_first):
+    assert (collectives.rank(), collectives.world_size(), collectives.rows_of_rank(5)) == (0, 1, slice(0, 5))
+    assert collectives.all_reduce_sum(tensor) is tensor and collectives.all_reduce_mean(tensor) is tensor
+    assert tensor == 2
+    assert collectives.all_reduce_max(3) == 3 and collectives.all_gather("a") == ["a"]
+    assert collectives.broadcast_from_rank_0(lambda: 5) == collectives.on_all_ranks(lambda: 5) == 5
+    assert collectives.local_rank_0_first(lambda: 5) == 5
+    for function in (collectives.broadcast_from_rank_0, collectives.on_all_ranks, collectives.local_rank_0_first):
         with pytest.raises(UserError, match="^no room$"):
             function(fails)
-    processes.check_same({"torch": "2.13"})
-    processes.set_timeout(1)
-    processes.init_process_group()
-    assert processes.process_group() is None
+    collectives.check_same({"torch": "2.13"})
+    meeting.set_timeout(1)
+    meeting.init_process_group()
+    assert collectives.process_group() is None
     with pytest.raises(SystemExit) as left:
-        processes.exit_process(130)
+        meeting.exit_process(130)
     assert left.value.code == 130
 
 
 def test_what_torchrun_says_of_a_job(monkeypatch):
     for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
-    assert (processes.below_torchrun(), processes.job(), processes.restart_count()) == (False, None, 0)
+    assert (meeting.below_torchrun(), meeting.job(), meeting.restart_count()) == (False, None, 0)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    assert (processes.below_torchrun(), processes.job()) == (True, None)
+    assert (meeting.below_torchrun(), meeting.job()) == (True, None)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
-    assert (processes.below_torchrun(), processes.job(), processes.restart_count()) == (True, "job", 2)
+    assert (meeting.below_torchrun(), meeting.job(), meeting.restart_count()) == (True, "job", 2)
 
 
 def test_large_freed_memory_is_kept_where_the_c_library_can(monkeypatch):
@@ -215,25 +217,25 @@ def test_large_freed_memory_is_kept_where_the_c_library_can(monkeypatch):
     asked = []
     monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=lambda *option: asked.append(option)))
     monkeypatch.setattr(sys, "platform", "darwin")
-    processes.keep_freed_memory()
+    devices.keep_freed_memory()
     assert asked == []
     monkeypatch.setattr(sys, "platform", "linux")
-    processes.keep_freed_memory()
+    devices.keep_freed_memory()
     assert sorted(asked) == [(-4, 0), (-1, -1)]
     monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
-    processes.keep_freed_memory()
+    devices.keep_freed_memory()
 
 
 def test_why_a_process_ends_is_said_once_a_machine_and_to_torchrun(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
-    processes.say_why("the disk is full")
+    meeting.say_why("the disk is full")
     assert capsys.readouterr() == ("", "train_ppo.py: error: the disk is full\n")
     for local_rank, printed in (("0", "train_ppo.py: error: 磁盘满了\n"), ("1", "")):
         file = tmp_path / f"{local_rank}.json"
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
-        processes.say_why("磁盘满了")
+        meeting.say_why("磁盘满了")
         assert capsys.readouterr() == ("", printed)
         said = json.loads(file.read_text(encoding="utf-8"))["message"]
         assert said["message"] == said["extraInfo"]["py_callstack"] == "磁盘满了"
@@ -281,10 +283,10 @@ PACKAGES = ["lib/python3.12/site-packages", ".venv/lib/python3.12/site-packages"
 def test_the_wait_is_named_by_the_programs_own_function(group, packages):
     """Wherever the libraries are, also in an environment inside the program's folder."""
     library = ROOT / packages / "torch" / "distributed" / "distributed_c10d.py"
-    places = [(ROOT / "train_ppo.py", "train"), (ROOT / "ppo.py", "step"), (processes.__file__, "all_reduce_sum")]
+    places = [(ROOT / "train_ppo.py", "train"), (ROOT / "ppo.py", "step"), (collectives.__file__, "all_reduce_sum")]
     error = raised_in(*places, (library, "all_reduce"), error=RuntimeError(CLOSED))
     gone = "another machine or process ([10.0.0.2]:41873) is gone: it has closed its connection"
-    assert processes.lost_process(error) == f"{gone}, for which this one waited in step() of ppo.py"
+    assert meeting.lost_process(error) == f"{gone}, for which this one waited in step() of ppo.py"
 
 
 @pytest.mark.parametrize(
@@ -297,17 +299,17 @@ def test_the_wait_is_named_by_the_programs_own_function(group, packages):
 )
 def test_whether_a_process_closed_or_fell_silent_is_said(group, message, said):
     error = raised_in((ROOT / "support" / "evaluation.py", "evaluate"), error=dist.DistBackendError(message))
-    assert processes.lost_process(error) == f"{said}, for which this one waited in evaluate() of evaluation.py"
+    assert meeting.lost_process(error) == f"{said}, for which this one waited in evaluate() of evaluation.py"
 
 
 def test_an_error_that_is_no_loss_is_none(group):
     place = (ROOT / "ppo.py", "step")
-    assert processes.lost_process(raised_in(place, error=RuntimeError("shapes do not match"))) is None
-    assert processes.lost_process(raised_in(place, error=ValueError(CLOSED))) is None
+    assert meeting.lost_process(raised_in(place, error=RuntimeError("shapes do not match"))) is None
+    assert meeting.lost_process(raised_in(place, error=ValueError(CLOSED))) is None
 
 
 def test_alone_no_process_is_lost():
-    assert processes.lost_process(raised_in((ROOT / "ppo.py", "step"), error=RuntimeError(CLOSED))) is None
+    assert meeting.lost_process(raised_in((ROOT / "ppo.py", "step"), error=RuntimeError(CLOSED))) is None
 
 
 # ----------------------------------------------------------------------------------------------
@@ -337,9 +339,9 @@ def test_all_processes_of_a_start_agree_on_a_prefix_and_later_ones_on_another(tm
     prefixes = []
     for _ in range(2):
         with ThreadPoolExecutor() as threads:
-            others = [threads.submit(processes.agree_on_prefix, stores[rank], rank, 3) for rank in (1, 2)]
+            others = [threads.submit(meeting.agree_on_prefix, stores[rank], rank, 3) for rank in (1, 2)]
             time.sleep(0.2)
-            prefixes.append(processes.agree_on_prefix(stores[0], 0, 3))
+            prefixes.append(meeting.agree_on_prefix(stores[0], 0, 3))
             assert [other.result(60) for other in others] == [prefixes[-1]] * 2
     assert prefixes[0] != prefixes[1]
 
@@ -355,7 +357,7 @@ def test_an_offer_of_an_earlier_start_is_waited_out(monkeypatch, confirmed):
     monkeypatch.setattr(PPOConfig, "process_timeout", 0.2)
     monkeypatch.setattr(socket, "gethostname", lambda: "gpu-2")
     with pytest.raises(UserError, match=r"^host gpu-2: the first process did not come in 0\.2 s$"):
-        processes.agree_on_prefix(store, 1, 3)
+        meeting.agree_on_prefix(store, 1, 3)
 
 
 @pytest.fixture
@@ -385,11 +387,11 @@ def test_gloo_and_nccl_take_the_interface_that_leads_to_the_other_machine(
     monkeypatch.setenv("MASTER_ADDR", master)
     ways = {"10.0.0.1": "10.0.0.1", "10.0.0.2": "10.0.0.1", "127.0.1.1": "127.0.1.1", "127.0.0.1": "127.0.0.1"}
     ways["10.1.0.2"] = "10.1.0.1"
-    monkeypatch.setattr(processes, "local_address", ways.get)
+    monkeypatch.setattr(meeting, "local_address", ways.get)
     monkeypatch.setattr(
-        processes, "interface_of", {"10.0.0.1": "eth0", "10.1.0.1": "eth1", "127.0.0.1": "lo", "127.0.1.1": "lo"}.get
+        meeting, "interface_of", {"10.0.0.1": "eth0", "10.1.0.1": "eth1", "127.0.0.1": "lo", "127.0.1.1": "lo"}.get
     )
-    processes.choose_interface(store, len(peers), len(peers) + 1)
+    meeting.choose_interface(store, len(peers), len(peers) + 1)
     assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == (expected, f"={expected}")
     assert store.get(f"address-{len(peers)}").decode() == ways[master]  # for the others to see
 
@@ -398,8 +400,8 @@ def test_an_interface_that_the_user_chose_stays(no_interface, monkeypatch):
     store = dist.HashStore()
     store.set_timeout(timedelta(seconds=5))
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
-    monkeypatch.setattr(processes, "local_address", lambda host: pytest.fail("looked for another"))
-    processes.choose_interface(store, 1, 2)
+    monkeypatch.setattr(meeting, "local_address", lambda host: pytest.fail("looked for another"))
+    meeting.choose_interface(store, 1, 2)
     assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0" and "NCCL_SOCKET_IFNAME" not in os.environ
     assert store.get("address-1") == b""  # the others do not wait for it
 
@@ -407,18 +409,18 @@ def test_an_interface_that_the_user_chose_stays(no_interface, monkeypatch):
 def test_an_nccl_interface_that_the_user_chose_stays(no_interface, monkeypatch):
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    processes.choose_interface(dist.HashStore(), 0, 1)
+    meeting.choose_interface(dist.HashStore(), 0, 1)
     assert os.environ["GLOO_SOCKET_IFNAME"] in ("lo", "lo0") and os.environ["NCCL_SOCKET_IFNAME"] == "ib0"
 
 
 def test_an_interface_is_found_by_its_address_or_the_user_is_told(no_interface, monkeypatch):
-    assert processes.interface_of(processes.local_address("127.0.0.1")) in ("lo", "lo0")
-    assert processes.interface_of("192.0.2.1") is None  # of documentation, RFC 5737
-    assert processes.interface_of("2001:db8::1%eth0") is None
+    assert meeting.interface_of(meeting.local_address("127.0.0.1")) in ("lo", "lo0")
+    assert meeting.interface_of("192.0.2.1") is None  # of documentation, RFC 5737
+    assert meeting.interface_of("2001:db8::1%eth0") is None
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setattr(processes, "local_address", lambda host: "192.0.2.1")
+    monkeypatch.setattr(meeting, "local_address", lambda host: "192.0.2.1")
     with pytest.raises(UserError, match="no network interface has the address 192.0.2.1; set GLOO_SOCKET_IFNAME"):
-        processes.choose_interface(dist.HashStore(), 0, 1)
+        meeting.choose_interface(dist.HashStore(), 0, 1)
 
 
 def test_a_host_that_no_way_leads_to_is_named(monkeypatch):
@@ -428,9 +430,9 @@ def test_a_host_that_no_way_leads_to_is_named(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     monkeypatch.setattr(socket, "gethostname", lambda: "gpu-2")
     with pytest.raises(UserError, match=r"^host gpu-2: no way to gpu-1 \(Name or .* known\); set GLOO_SOCKET_IFNAME"):
-        processes.local_address("gpu-1")
+        meeting.local_address("gpu-1")
 
 
 def test_loopback_addresses_are_known_in_both_families():
     addresses = ["127.0.0.1", "127.0.1.1", "::1", "10.0.0.1", "fe80::1%eth0"]
-    assert [processes.is_loopback(address) for address in addresses] == [True, True, True, False, False]
+    assert [meeting.is_loopback(address) for address in addresses] == [True, True, True, False, False]

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from config import PPOConfig, UserError
+from config import PPOConfig
 from ppo import PPOTrainer
 from support.command_line import read_command_line
+from support.errors import UserError
 from support.run_folder import RunFolder
 from tests.test_train import rows, small_run, weights
 from tools.stress_resume import differences

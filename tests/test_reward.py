@@ -14,9 +14,9 @@ from transformers import (
     DistilBertForSequenceClassification,
 )
 
-from config import UserError
 from reward import RewardError, SentimentReward, find_positive_label, read_classifier_config, score_texts
 from support.demo_models import NEGATIVE, POSITIVE
+from support.errors import UserError
 from tests.conftest import VOCAB, write_classifier, write_gpt2, write_model
 
 

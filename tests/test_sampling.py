@@ -8,19 +8,21 @@ import torch
 
 import gpt2_value_head as g
 from ppo import entropy_from_logits, logprobs_from_logits
+from support import batches as b
 from support import models
+from support.shared_prompts import SharedPrompts
 
 PROMPTS = ["刚收到货,感觉", "衣服", "这本书很好"]
 
 
 def prompts_of(tokenizer, texts):
-    return g.Prompts.from_tensors(
+    return b.Prompts.from_tensors(
         [models.encode_prompt(tokenizer, text) for text in texts], tokenizer.pad_token_id, "cpu"
     )
 
 
 def completions_of(tokenizer, texts, responses):
-    return g.Completions(prompts_of(tokenizer, texts), responses, g.completion_mask(responses, tokenizer.sep_token_id))
+    return b.Completions(prompts_of(tokenizer, texts), responses, b.completion_mask(responses, tokenizer.sep_token_id))
 
 
 def draw(model, tokenizer, texts, seed=1, step=1, gen_len=6, temperature=1.0, first=0, uniforms=None):
@@ -89,7 +91,7 @@ def test_a_padded_batch_goes_on_from_its_cache(policy):
 
 
 @pytest.mark.parametrize("frozen_share", [0, 0.5, 1])
-def test_score_completions_equals_one_sequence_at_a_time(policy, frozen_share):
+def test_shared_prompts_equal_one_sequence_at_a_time(policy, frozen_share):
     """Prompts of three lengths, shared prefill, responses of several lengths: every real position as if alone.
 
     What lies under the trained blocks may come from another model that shares the frozen ones.
@@ -105,8 +107,8 @@ def test_score_completions_equals_one_sequence_at_a_time(policy, frozen_share):
     responses = draw(model, tokenizer, texts)
     completions = completions_of(tokenizer, texts, responses)
     if frozen_share:
-        completions = reference.trunk(completions)
-    logits, values = model.score_completions(completions)
+        completions = SharedPrompts(reference).trunk(completions)
+    logits, values = SharedPrompts(model)(completions)
     for i, text in enumerate(texts):
         query = models.encode_prompt(tokenizer, text).tolist()
         length = int(completions.mask[i].sum())
@@ -164,7 +166,7 @@ def test_special_tokens_are_never_sampled_and_sep_ends(policy):
     with torch.no_grad():  # a model that wants nothing but special tokens
         model.transformer.wte.weight[:5] *= 5
     responses = draw(model, tokenizer, PROMPTS * 100, gen_len=8)
-    mask = g.completion_mask(responses, tokenizer.sep_token_id)
+    mask = b.completion_mask(responses, tokenizer.sep_token_id)
     assert not torch.isin(responses[mask], torch.tensor([0, 1, 2, 4])).any()
     assert (responses[~mask] == tokenizer.pad_token_id).all()
     ended = (responses == tokenizer.sep_token_id).any(1)
@@ -177,7 +179,7 @@ def test_special_tokens_are_never_sampled_and_sep_ends(policy):
 def test_completion_mask_by_hand():
     responses = torch.tensor([[5, 3, 0, 0], [5, 6, 7, 8], [3, 0, 0, 0]])
     expected = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]).bool()
-    assert torch.equal(g.completion_mask(responses, 3), expected)
+    assert torch.equal(b.completion_mask(responses, 3), expected)
 
 
 def test_restricted_logits_by_hand():
@@ -197,13 +199,13 @@ def test_prompts_are_encoded_with_cls_and_without_sep(policy):
     assert tokenizer.convert_ids_to_tokens(ids) == ["[CLS]", "衣", "服"]
 
 
-def test_value_gradient_stays_out_of_the_trunk_only_when_detached(policy):
+def test_value_gradient_stays_out_of_the_transformer_only_when_detached(policy):
     model, tokenizer = policy
     torch.nn.init.normal_(model.v_head.summary.weight)
     completions = completions_of(tokenizer, PROMPTS, draw(model, tokenizer, PROMPTS))
     for detach in (True, False):
         twin = copy.deepcopy(model)
-        twin.score_completions(completions, detach_value=detach)[1].sum().backward()
+        SharedPrompts(twin, detach)(completions)[1].sum().backward()
         assert (twin.transformer.ln_f.weight.grad is None) == detach
         assert twin.v_head.summary.weight.grad.abs().sum() > 0
 
@@ -216,7 +218,7 @@ def test_gradients_are_the_same_to_the_bit_each_time(policy):
     gradients = []
     for _ in range(6):
         model.zero_grad()
-        model.score_completions(completions)[0].sin().sum().backward()
+        SharedPrompts(model)(completions)[0].sin().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert all(torch.equal(gradient, gradients[0]) for gradient in gradients[1:])
 

@@ -10,6 +10,8 @@ from transformers import GPT2Config
 import gpt2_value_head as g
 from config import PPOConfig
 from ppo import PPOTrainer
+from support import batches as b
+from support.evaluation import kl_to_reference
 from tests.test_trainer import batch_of, make
 
 BAD = 1e30  # a score whose value loss has a gradient beyond float32
@@ -40,6 +42,19 @@ def test_ten_skipped_steps_within_one_are_the_end(policy):
     queries, responses, _ = batch_of(trainer, policy)
     with pytest.raises(FloatingPointError):
         trainer.step(queries, responses, [BAD] * 6)
+
+
+@pytest.mark.parametrize("n_skipped", [9, 10])
+def test_ten_skipped_steps_are_the_end_though_a_good_one_follows(policy, n_skipped):
+    trainer = make(policy, ppo_epochs=12)
+    queries, responses, scores = batch_of(trainer, policy)
+    factors = iter([math.nan] * n_skipped + [1.0] * 12)
+    trainer.model.transformer.ln_f.weight.register_hook(lambda gradient: gradient * next(factors))
+    if n_skipped < 10:
+        assert trainer.step(queries, responses, scores)["ppo/skipped"] == n_skipped
+    else:
+        with pytest.raises(FloatingPointError, match="10 optimiser steps in a row"):
+            trainer.step(queries, responses, scores)
 
 
 def test_a_good_step_starts_the_count_of_skipped_ones_anew(policy):
@@ -92,10 +107,10 @@ def test_a_query_and_its_response_may_fill_all_positions(policy):
     responses[0] = torch.tensor([5, 6, 7, 8, 9, 10])
     stats = trainer.step(queries, responses, [1.0, 0.0])
     assert math.isfinite(stats["ppo/loss/total"])
-    kl, ref_logprobs, _ = trainer.kl_to_reference(trainer.model, queries, responses)
+    kl, ref_logprobs, _ = kl_to_reference(trainer, trainer.model, queries, responses)
     assert kl.isfinite().all() and ref_logprobs[0].isfinite().all()
     too_long = "query 0 and its response have 10 and 7 tokens, and the model 16 positions"
-    for refused in (trainer.step, lambda *batch: trainer.kl_to_reference(trainer.model, *batch[:2])):
+    for refused in (trainer.step, lambda *batch: kl_to_reference(trainer, trainer.model, *batch[:2])):
         with pytest.raises(ValueError, match=too_long):
             refused(queries, [[5] * 7, [6]], [1.0, 0.0])
 
@@ -209,14 +224,15 @@ def rows_at_once(trainer, calls):
 
 
 def test_no_more_than_a_micro_batch_goes_through_the_model_at_once(policy):
-    """A step's rows once for the old probabilities and once for the update; four times as many where nothing learns."""
-    trainer = make(policy, micro_batch_size=2, minibatch_size=5, ppo_epochs=1, gen_len=1)
+    """A step's rows once for the old probabilities and once for the update; four times as many where nothing learns, of
+    which the distinct prompts come first."""
+    trainer = make(policy, micro_batch_size=2, minibatch_size=5, ppo_epochs=1, gen_len=2)
     queries = [[2, 5], [2, 6, 7], [2, 8]] * 3
     responses = []
-    assert rows_at_once(trainer, lambda: responses.extend(trainer.generate(queries))) == [8, 1]
+    assert rows_at_once(trainer, lambda: responses.extend(trainer.generate(queries))) == [3, 8, 1, 1]
     rows = rows_at_once(trainer, lambda: trainer.step(queries, responses, [0.1] * 9))
     assert rows == [2, 2, 2, 2, 1] + [2, 2, 1] + [2, 2]
-    rows = rows_at_once(trainer, lambda: trainer.kl_to_reference(trainer.model, queries, responses))
+    rows = rows_at_once(trainer, lambda: kl_to_reference(trainer, trainer.model, queries, responses))
     assert rows == [2, 2, 2, 2, 1]
 
 
@@ -239,7 +255,7 @@ def test_generate_draws_what_seed_step_and_place_say(policy):
     special = g.restriction(policy[1], 43), 3, 0
 
     def expected(model, seed, step, first=0):
-        prompts = g.Prompts.from_tensors(queries, 0, "cpu")
+        prompts = b.Prompts.from_tensors(queries, 0, "cpu")
         draws = g.completion_uniforms(seed, step, range(first, first + 6), 6)
         rows = g.sample(model, prompts, draws, *special, 0.8).tolist()
         return [row[: row.index(3) + 1] if 3 in row else row for row in rows]
@@ -293,7 +309,7 @@ def test_a_bfloat16_run_judges_its_policy_for_saving_and_leaves_it_float32(polic
     judged = trainer.policy_for_saving
     before = copy.deepcopy(judged.state_dict())
     responses = trainer.generate([[2, 5]], judged, 7, 0)
-    trainer.kl_to_reference(judged, [[2, 5]], responses)
+    kl_to_reference(trainer, judged, [[2, 5]], responses)
     after = judged.state_dict()
     assert all(after[name].dtype == torch.float32 and after[name].equal(before[name]) for name in before)
 

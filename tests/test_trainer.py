@@ -8,6 +8,7 @@ import torch
 
 from config import PPOConfig
 from ppo import PPOTrainer
+from support.evaluation import kl_to_reference
 from support.models import encode_prompt
 
 PROMPTS = ["刚收到货,感觉", "衣服", "这本书很好"]
@@ -45,7 +46,7 @@ def test_kl_to_the_reference_against_one_sequence_at_a_time(policy, frozen_share
     queries, _, scores = batch_of(trainer, policy)
     responses = [torch.tensor(ids) for ids in ([5], [3], [5, 6, 3], [9, 9, 8, 7], [5, 6, 7, 8, 3], [9] * 6)]
     trainer.step(queries, responses, scores)
-    kls, ref_logprobs, mask = trainer.kl_to_reference(trainer.model, queries, responses)
+    kls, ref_logprobs, mask = kl_to_reference(trainer, trainer.model, queries, responses)
     assert mask.sum(1).tolist() == [1, 1, 3, 4, 5, 6] and mask.shape == ref_logprobs.shape == (6, 6)
     plain = [copy.deepcopy(model).to(getattr(torch, dtype)).float() for model in (trainer.model, reference)]
     close = dict(abs=1e-4, rel=1e-3) if dtype == "float32" else dict(abs=0.03, rel=0.1)
@@ -140,7 +141,7 @@ def test_an_untouched_policy_is_at_no_distance_from_its_reference(policy, frozen
     trainer = PPOTrainer(config, model.train(), copy.deepcopy(model), tokenizer)
     queries, responses = [[2, 5], [2, 6, 7, 8]], [[5, 6, 7], [9, 3]]
     for untouched in (trainer.model, trainer.policy_for_saving, trainer.ref_model, copy.deepcopy(trainer.model)):
-        assert trainer.kl_to_reference(untouched, queries, responses)[0].tolist() == [0, 0]
+        assert kl_to_reference(trainer, untouched, queries, responses)[0].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("limit", [0.01, 1e9])
@@ -215,7 +216,7 @@ def test_bfloat16_arithmetic_follows_the_float32_weights(policy):
     trainer = make(policy, dtype="bfloat16", lr=1e-2, ppo_epochs=2)
     assert trainer.step(*batch_of(trainer, policy))["ppo/policy/approxkl"] > 1e-4
     rounded = copy.deepcopy(trainer.model).bfloat16()
-    compared = [trainer.kl_to_reference(model, [[2, 5]], [[6, 7]])[0] for model in (trainer.model, rounded)]
+    compared = [kl_to_reference(trainer, model, [[2, 5]], [[6, 7]])[0] for model in (trainer.model, rounded)]
     assert compared[0] == compared[1] > 0
 
 

@@ -10,6 +10,7 @@ The ceiling is the best matrix product of this machine in the same dtype, measur
 JSON.
 """
 
+import copy
 import functools
 import json
 import resource
@@ -20,17 +21,27 @@ from collections import defaultdict
 
 import torch
 
-from config import PPOConfig, UserError, parse_args
+from config import PPOConfig
 from reward import score_texts
-from support.models import decode
-from train_ppo import draw_prompts, load
+from support.errors import UserError
+from support.load import load
+from support.settings import check, parse_args
+from support.text_trainer import TextPPOTrainer
+from train_ppo import draw_prompts
 
 STEPS = 3
+PHASES = {  # of a step, by what the engine or the loop does
+    "generate": "sampling",
+    "score_texts": "scoring",
+    "share_trunk": "logprobs",
+    "evaluate": "logprobs",
+    "optimise": "update",
+}
 
 
 def main(argv: list[str]) -> None:
     config, _ = parse_args(argv)
-    config.check()
+    check(config)
     result = measure(config)
     step = result["seconds_per_step"]
     for phase in ("sampling", "scoring", "logprobs", "update"):
@@ -51,26 +62,21 @@ def measure(config: PPOConfig) -> dict:
     """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    trainer, tokenizer, reward, prompts, queries = load(config)
-    device = trainer.device
+    policy, tokenizer, reward, prompts = load(config)
+    trainer = TextPPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
+    queries, device = trainer.encode(prompts), trainer.engine.device
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     seconds: dict[str, float] = defaultdict(float)
 
-    def timed(name, function):
-        def call(*args, **kwargs):
-            synchronize()
-            started = time.perf_counter()
-            result = function(*args, **kwargs)
-            synchronize()
-            seconds[name] += time.perf_counter() - started
-            return result
+    def timed(name, call):
+        synchronize()
+        started = time.perf_counter()
+        result = call()
+        synchronize()
+        seconds[PHASES[name]] += time.perf_counter() - started
+        return result
 
-        return call
-
-    generate, score_all = timed("sampling", trainer.generate), timed("scoring", score_texts)
-    trainer.through_trunk = timed("logprobs", trainer.through_trunk)
-    trainer.score = timed("logprobs", trainer.score)
-    trainer.update = timed("update", trainer.update)
+    trainer.engine.observer = timed
     phases, lengths, tokens_scored = [], [], []
     for step in range(1, STEPS + 2):
         seconds.clear()
@@ -78,9 +84,10 @@ def measure(config: PPOConfig) -> dict:
         started = time.perf_counter()
         drawn = draw_prompts(len(prompts), config.seed, step, config.batch_size)
         batch = [queries[i] for i in drawn]
-        responses = generate(batch)
-        texts = [prompts[i] + text for i, text in zip(drawn, decode(tokenizer, responses))]
-        trainer.step(batch, responses, score_all(reward, texts))
+        responses = trainer.generate(batch)
+        texts = [prompts[i] + text for i, text in zip(drawn, trainer.decode(responses))]
+        scores = timed("score_texts", lambda: score_texts(reward, texts))
+        trainer.step(batch, responses, scores)
         synchronize()
         phases.append({**seconds, "step": time.perf_counter() - started})
         lengths.append([len(response) for response in responses])
@@ -97,7 +104,7 @@ def measure(config: PPOConfig) -> dict:
         tokens_scored[-1],
     )
     rate = 2 * needed / median["step"] / 1e12
-    ceiling = best_matrix_product(device, trainer.dtype) / 1e12
+    ceiling = best_matrix_product(device, trainer.engine.dtype) / 1e12
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated() / 2**30
     else:
@@ -113,13 +120,13 @@ def measure(config: PPOConfig) -> dict:
         "ceiling_tflops": ceiling,
         "ceiling_share": rate / ceiling,
         "peak_memory_gb": memory,
-        "dtype": str(trainer.dtype)[6:],
+        "dtype": str(trainer.engine.dtype)[6:],
         "device": name,
         **median,
     }
 
 
-def trunk(layers: int, width: int, inner: int, tokens: int, context: float) -> float:
+def blocks(layers: int, width: int, inner: int, tokens: int, context: float) -> float:
     """Multiply-adds of a transformer's blocks: four width x width matrices, two width x inner, and attention."""
     return layers * tokens * (4 * width**2 + 2 * width * inner + 2 * width * context)
 
@@ -132,8 +139,8 @@ def multiply_adds(
     inner = gpt2.n_inner or 4 * gpt2.n_embd
     new = sum(length - 1 for length in lengths)  # nothing is predicted after the last token
     context = sum(prompt_lengths) / len(prompt_lengths) + new / len(lengths) / 2
-    prefill = sum(trunk(gpt2.n_layer, gpt2.n_embd, inner, length, length / 2) for length in prompt_lengths)
-    completions = trunk(gpt2.n_layer, gpt2.n_embd, inner, new, context)
+    prefill = sum(blocks(gpt2.n_layer, gpt2.n_embd, inner, length, length / 2) for length in prompt_lengths)
+    completions = blocks(gpt2.n_layer, gpt2.n_embd, inner, new, context)
     projection = sum(lengths) * gpt2.n_embd * gpt2.vocab_size
     minibatches = -(-config.batch_size // config.minibatch_size)
     frozen = policy.n_frozen / gpt2.n_layer
@@ -144,7 +151,7 @@ def multiply_adds(
     total += config.ppo_epochs * (3 * forward + (2 if frozen else 3) * projection)
     if bert is not None:
         total += sum(
-            trunk(bert.num_hidden_layers, bert.hidden_size, bert.intermediate_size, n, n) for n in tokens_scored
+            blocks(bert.num_hidden_layers, bert.hidden_size, bert.intermediate_size, n, n) for n in tokens_scored
         )
     return total
 

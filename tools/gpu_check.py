@@ -36,9 +36,9 @@ import transformers
 from safetensors.torch import load_file
 
 import train_ppo
-from config import PPOConfig, UserError, check_device, pick_device, pick_dtype
+from config import PPOConfig
 from gpt2_value_head import completion_uniforms
-from ppo import PPOTrainer
+from ppo import PPOTrainer, logprobs_values_entropy
 from support.checkpoint import checkpoints
 from support.demo_models import (
     CLASSIFIER_SIZES,
@@ -50,6 +50,8 @@ from support.demo_models import (
     write_review,
     write_vocab,
 )
+from support.devices import check_device, pick_device, pick_dtype
+from support.errors import UserError
 from support.models import (
     encode_prompt,
     first_line,
@@ -262,12 +264,11 @@ def drawn_outside(trainer: PPOTrainer, queries: list[torch.Tensor], responses: l
 
     `sample` chose each token from the key/value cache; the intervals are those of one pass over each whole text.
     """
-    batch = trainer.collate(queries, responses, responses)
-    model = trainer.in_compute_dtype(trainer.model)
+    completions = trainer.engine.collator.completions(queries, responses)
     worst = 0.0
-    for i in range(len(batch)):
-        with torch.no_grad():
-            logits, _ = trainer.logits_and_values(model.score_completions, batch.select(torch.tensor([i])))
+    for i in range(len(completions)):
+        one = completions.select(torch.tensor([i]))
+        (logits,) = trainer.engine.evaluate(lambda ids, policy: (policy[0],), one, trainer.model)
         n = len(responses[i])
         cumulative = logits[0, :n].float().softmax(-1).cpu().double().cumsum(-1)
         draws = completion_uniforms(trainer.config.seed, 1, [i], n)[0].double() * cumulative[:, -1]
@@ -280,9 +281,9 @@ def drawn_outside(trainer: PPOTrainer, queries: list[torch.Tensor], responses: l
 
 def logprobs(trainer: PPOTrainer, queries: list[torch.Tensor], responses: list[torch.Tensor]) -> torch.Tensor:
     """What the policy thinks of the responses' tokens, all in one row, float64 on the CPU."""
-    batch = trainer.collate(queries, responses, responses)
-    scored, *_ = trainer.score(trainer.model, trainer.through_trunk(batch))
-    return scored[batch.mask].cpu().double()
+    completions = trainer.engine.share_trunk(trainer.engine.collator.completions(queries, responses))
+    found, *_ = trainer.engine.evaluate(logprobs_values_entropy, completions, trainer.model)
+    return found[completions.mask].cpu().double()
 
 
 def largest(differences: torch.Tensor) -> float:
@@ -308,14 +309,14 @@ def float32(machine: Machine) -> Iterator[Row]:
     yield at_most(f"float32 against {against}: log-probabilities, largest difference", difference, "float32")
 
     scores = torch.rand(len(queries), generator=torch.Generator().manual_seed(1))
-    start = [weight.detach().cpu().double() for weight in other.trained]
+    start = [weight.detach().cpu().double() for weight in other.engine.weights]
     mine, theirs = (each.step(queries, responses, scores) for each in (trainer, other))
     worst = max(theirs, key=lambda name: abs(mine[name] - theirs[name]) / max(1, abs(theirs[name])))
     difference = abs(mine[worst] - theirs[worst]) / max(1, abs(theirs[worst]))
     yield at_most("... one step's statistics, largest difference", difference, "statistics", f" ({worst})")
 
     differs = moved = 0.0
-    for before, one, two in zip(start, trainer.trained, other.trained):
+    for before, one, two in zip(start, trainer.engine.weights, other.engine.weights):
         differs += (one.cpu().double() - two.cpu().double()).square().sum().item()
         moved += (two.cpu().double() - before).square().sum().item()
     yield at_most("... the weights after it, of how far they moved", math.sqrt(differs / moved), "statistics")
@@ -353,7 +354,7 @@ def lengths(machine: Machine) -> Iterator[Row]:
     stats = trainer.step(batch, responses, [i % 5 / 4 for i in range(len(batch))])
     finite = all(math.isfinite(value) for value in stats.values())
     figure = f"{stats['ppo/skipped']:.0f} skipped" if finite else "a statistic is not finite"
-    dtype = str(trainer.dtype)[6:]
+    dtype = str(trainer.engine.dtype)[6:]
     yield Row(f"... optimiser steps of one step in {dtype}", figure, "0", finite and stats["ppo/skipped"] == 0)
 
 
@@ -441,7 +442,7 @@ def long_texts(machine: Machine) -> Iterator[Row]:
     seconds = time.perf_counter() - started
     tokens = sum(map(len, responses))
     figure = f"{seconds:.2f} s, {tokens / seconds:.0f} tokens/s"
-    yield Row(f"... {n} completions in {str(trainer.dtype)[6:]}", figure, "", True)
+    yield Row(f"... {n} completions in {str(trainer.engine.dtype)[6:]}", figure, "", True)
 
 
 def real_run(machine: Machine) -> Iterator[Row]:

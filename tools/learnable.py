@@ -16,10 +16,12 @@ from pathlib import Path
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from config import load_config
+from ppo import logprobs_values_entropy
 from support.evaluation import sample_and_score
+from support.load import load
 from support.models import load_gpt2_config, load_policy
-from train_ppo import load
+from support.settings import load_config
+from support.text_trainer import TextPPOTrainer
 
 EPOCHS, BATCH, LR, WARMUP = 4, 64, 2e-4, 50
 
@@ -31,17 +33,20 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=6400)
     args = parser.parse_args()
     config = load_config(args.run_dir / "config.json")
-    trainer, tokenizer, reward, prompts, queries = load(config)
+    policy, tokenizer, reward, prompts = load(config)
+    trainer = TextPPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
+    engine, queries = trainer.engine, trainer.encode(prompts)
     saved = args.run_dir / "model"
-    policy = trainer.ref_model if args.reference else load_policy(saved, load_gpt2_config(saved), trainer.device)
+    policy = trainer.ref_model if args.reference else load_policy(saved, load_gpt2_config(saved), engine.device)
     beta = config.init_kl_coef
 
-    draws = (args.samples, config.seed, 2**32)
-    drawn, responses, _, scores = sample_and_score(trainer, policy, tokenizer, reward, prompts, queries, *draws)
+    drawn, responses, _, scores = sample_and_score(trainer, policy, reward, prompts, args.samples, config.seed, 2**32)
     drawn, batch = torch.tensor(drawn), [queries[i] for i in drawn]
-    batched = trainer.collate(batch, responses, scores)
-    logprobs, ref_logprobs = (trainer.score(model, batched)[0] for model in (policy, trainer.ref_model))
-    log_ratios = (logprobs - ref_logprobs).where(batched.mask, 0).sum(-1).cpu()
+    completions = engine.collator.completions(batch, responses)
+    logprobs, ref_logprobs = (
+        engine.evaluate(logprobs_values_entropy, completions, model)[0] for model in (policy, trainer.ref_model)
+    )
+    log_ratios = (logprobs - ref_logprobs).where(completions.mask, 0).sum(-1).cpu()
 
     ids = [torch.cat(pair) for pair in zip(batch, responses)]
     training, judged = torch.arange(args.samples).split([args.samples * 4 // 5, args.samples - args.samples * 4 // 5])
@@ -61,26 +66,27 @@ def main() -> None:
 
 def learn_reward(trainer, ids: list[torch.Tensor], scores: torch.Tensor, training, judged) -> torch.Tensor:
     """Rewards in [0, 1] of the `judged` texts, as a network sees them that was trained on the `training` texts."""
+    device, dtype = trainer.engine.device, trainer.engine.dtype
     model = copy.deepcopy(trainer.ref_model).float().requires_grad_(True)
-    trunk, head = list(model.transformer.parameters()), list(model.v_head.parameters())
+    gpt2, head = list(model.transformer.parameters()), list(model.v_head.parameters())
     for parameter in head:
         torch.nn.init.zeros_(parameter)
-    optimizer = torch.optim.AdamW([{"params": trunk, "lr": LR}, {"params": head, "lr": LR}], betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW([{"params": gpt2, "lr": LR}, {"params": head, "lr": LR}], betas=(0.9, 0.99))
     steps = EPOCHS * (len(training) // BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1, (k + 1) / WARMUP) * (1 - k / steps))
 
     def read(rows):
-        padded = torch.nn.utils.rnn.pad_sequence([ids[i] for i in rows], batch_first=True).to(trainer.device)
-        lengths = torch.tensor([len(ids[i]) for i in rows], device=trainer.device)
-        mask = (torch.arange(padded.shape[1], device=trainer.device) < lengths[:, None]).long()
-        with torch.autocast(trainer.device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
-            hidden_states, _ = model.hidden_states(padded, mask)
+        padded = torch.nn.utils.rnn.pad_sequence([ids[i] for i in rows], batch_first=True).to(device)
+        lengths = torch.tensor([len(ids[i]) for i in rows], device=device)
+        mask = (torch.arange(padded.shape[1], device=device) < lengths[:, None]).long()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            hidden_states = model.transformer(padded, attention_mask=mask).last_hidden_state
         return model.v_head(hidden_states[torch.arange(len(rows)), lengths - 1].float())
 
     torch.manual_seed(0)
     for _ in range(EPOCHS):
         for rows in training[torch.randperm(len(training))][: len(training) // BATCH * BATCH].split(BATCH):
-            loss = binary_cross_entropy_with_logits(read(rows), scores[rows].to(trainer.device))
+            loss = binary_cross_entropy_with_logits(read(rows), scores[rows].to(device))
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

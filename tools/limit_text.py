@@ -7,32 +7,33 @@ policy, ref * exp(r / beta), exactly (rejection sampling, for rewards of at most
 than this, so its diversity is what a diversity can be held against.
 """
 
+import copy
 import sys
 
 import torch
 
-from config import parse_args
 from support.evaluation import SHOWN, distinct, sample_and_score
-from train_ppo import load
+from support.load import load
+from support.settings import check, parse_args
+from support.text_trainer import TextPPOTrainer
 
 DRAWN = 4096  # completions of the reference at a time
 
 
 def main() -> None:
     config, _ = parse_args(sys.argv[1:])
-    config.check()
+    check(config)
     if config.init_kl_coef == 0:
         raise SystemExit("--init_kl_coef 0: without a KL penalty the best policy has no limit")
-    trainer, tokenizer, reward, prompts, queries = load(config)
+    policy, tokenizer, reward, prompts = load(config)
+    trainer = TextPPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
     generator = torch.Generator().manual_seed(config.seed)
     print(f"{'prompt':16}{'kept':>8}{'unique':>10}{'distinct-2':>12}{'over the reference':>20}")
-    for prompt, query in zip(prompts, queries):
+    for prompt in prompts:
         drawn, kept = [], []
         while len(kept) < config.eval_samples:
             draws = (DRAWN, config.seed, 2**32 + len(drawn))
-            *_, texts, scores = sample_and_score(
-                trainer, trainer.ref_model, tokenizer, reward, [prompt], [query], *draws
-            )
+            *_, texts, scores = sample_and_score(trainer, trainer.ref_model, reward, [prompt], *draws)
             if scores.max() > 1:
                 raise SystemExit(f"a reward of {scores.max():.3f}: this needs rewards of at most 1")
             keep = torch.rand(DRAWN, generator=generator) < ((scores - 1) / config.init_kl_coef).exp()

@@ -80,8 +80,12 @@ def all_others(nearest: list[str]) -> list[str]:
 
 
 def copy_tree(tree: Path) -> None:
-    ignored = shutil.ignore_patterns(".git", "runs", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache")
-    shutil.copytree(ROOT, tree, ignore=ignored)
+    """The project without what a user has beside it: environments, runs, files of git's."""
+    tree.mkdir()
+    for folder in ("support", "tests", "tools", "docs"):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (path for path in ROOT.iterdir() if path.suffix in (".py", ".md", ".toml", ".txt")):
+        shutil.copy(path, tree)
 
 
 def wait_for(run: Run) -> bool:

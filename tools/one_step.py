@@ -6,6 +6,7 @@ A real step on the demo models, on the CPU in float32. Every number comes from t
 no formula is worked out here. `tests/test_one_step.py` works all of them out once more.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,18 @@ from pathlib import Path
 import torch
 
 from config import PPOConfig
-from ppo import STATISTICS, AdaptiveKLController, compute_advantages, compute_rewards, masked_mean, policy_loss, whiten
+from ppo import (
+    AdaptiveKLController,
+    compute_advantages,
+    compute_rewards,
+    logprobs_values_entropy,
+    masked_mean,
+    policy_loss,
+    whiten,
+)
 from reward import score_texts
 from support.load import load
-from support.models import decode
+from support.text_trainer import TextPPOTrainer
 
 WARM_UP = 2  # ordinary steps before: policy, reference and values differ, and a quarter of the batch is still unhappy
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -31,8 +40,8 @@ PAGES = {"en": DOCS / "one_step.md", "zh": DOCS / "one_step.zh.md"}
 class Epoch:
     """The policy at the start of an epoch, and what the optimiser step made of it.
 
-    logprobs, values, ratios (n, T) float32, clipped (n, T) bool. stats: what `PPOTrainer.update` returned, as floats;
-    none for the state after the last epoch.
+    logprobs, values, ratios (n, T) float32, clipped (n, T) bool. stats: what `Engine.optimise` returned, as floats,
+    named as in metrics.csv; none for the state after the last epoch.
     """
 
     logprobs: torch.Tensor
@@ -75,55 +84,52 @@ def demo_config() -> PPOConfig:
     return PPOConfig(preset="demo", lam=1.0, value_lr=1e-3, seed=6, device="cpu")
 
 
-def take_step(trainer, tokenizer, reward, prompts, queries) -> Step:
-    """WARM_UP ordinary steps, then one with everything between written down. Arguments as `load` returns them."""
-    config = trainer.config
-    query_tensors = queries * config.batch_size
+def take_step(trainer: TextPPOTrainer, reward, prompt: str) -> Step:
+    """WARM_UP ordinary steps, then one with everything between written down."""
+    config, engine = trainer.config, trainer.engine
+    query_tensors = trainer.encode([prompt] * config.batch_size)
     for step in range(WARM_UP + 1):
         response_tensors = trainer.generate(query_tensors)
-        completions = decode(tokenizer, response_tensors)
-        scores = score_texts(reward, [prompts[0] + text for text in completions])
+        completions = trainer.decode(response_tensors)
+        scores = score_texts(reward, [prompt + text for text in completions])
         if step < WARM_UP:
             trainer.step(query_tensors, response_tensors, scores)
 
-    # What PPOTrainer.step works out first and keeps to itself
-    kl_coef = trainer.kl_controller.value
-    batch = trainer.through_trunk(trainer.collate(query_tensors, response_tensors, scores))
+    # A step, and what its engine gives: the completions, then policy and reference, then the optimiser steps
+    kl_coef, seen, new, updates = trainer.kl_controller.value, [], [], []
+
+    def watch(name, call):
+        engine.observer = None
+        if name == "optimise":
+            new.append(engine.evaluate(logprobs_values_entropy, seen[0], trainer.model))
+        (updates if name == "optimise" else seen).append(call())
+        engine.observer = watch
+        return (updates if name == "optimise" else seen)[-1]
+
+    engine.observer = watch
+    stats = trainer.step(query_tensors, response_tensors, scores)
+    engine.observer = None
+    batch, (logprobs, values, _), (ref_logprobs, *_) = seen
+    new.append(engine.evaluate(logprobs_values_entropy, batch, trainer.model))
+
+    # What lies between, column by column, each by the function of ppo.py that the page names over it
     mask = batch.mask
-    logprobs, values, _ = trainer.score(trainer.model, batch)
-    ref_logprobs, *_ = trainer.score(trainer.ref_model, batch)
     rewards, penalties = compute_rewards(scores, logprobs, ref_logprobs, mask, kl_coef)
     advantages, returns = compute_advantages(values, rewards, mask, config.gamma, config.lam)
     deltas, _ = compute_advantages(values, rewards, mask, config.gamma, lam=0)  # with lambda 0 an advantage is a delta
     whitened = whiten(advantages, mask)
-
     policy_losses = torch.vmap(torch.vmap(policy_loss, (0, 0, 0, 0, None)), (0, 0, 0, 0, None))  # each token's own
-
-    def epoch_starts() -> Epoch:
-        new_logprobs, new_values, _ = trainer.score(trainer.model, batch)
-        ones = torch.ones_like(logprobs)
+    ones, epochs = torch.ones_like(logprobs), []
+    for (new_logprobs, new_values, _), update in zip(new, [*updates, {}]):
         ratios, _ = policy_losses(new_logprobs, logprobs, -ones, ones, math.inf)  # advantage -1, no clip: the ratio
         _, clipped = policy_losses(new_logprobs, logprobs, whitened, ones, config.cliprange)
-        return Epoch(new_logprobs, new_values, ratios, clipped.bool() & mask, {})
-
-    epochs, update = [], trainer.update
-
-    def watched_update(*arguments):
-        epochs.append(epoch_starts())
-        stats = update(*arguments)
-        epochs[-1].stats = dict(zip(STATISTICS, stats.tolist()))
-        return stats
-
-    trainer.update = watched_update
-    stats = trainer.step(query_tensors, response_tensors, scores)
-    del trainer.update
-    epochs.append(epoch_starts())
-
+        update = {f"ppo/{name}": value.item() for name, value in update.items()}
+        epochs.append(Epoch(new_logprobs, new_values, ratios, clipped.bool() & mask, update))
     adaptive = AdaptiveKLController(kl_coef, config.target, config.horizon)
     adaptive.update(stats["objective/kl"], len(scores))
     return Step(
-        config=config, prompt=prompts[0], completions=completions,
-        responses=[tokenizer.convert_ids_to_tokens(ids.tolist()) for ids in response_tensors],
+        config=config, prompt=prompt, completions=completions,
+        responses=[trainer.tokenizer.convert_ids_to_tokens(ids.tolist()) for ids in response_tensors],
         mask=mask, scores=scores, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values,
         penalties=penalties, rewards=rewards, deltas=deltas, advantages=advantages, returns=returns, whitened=whitened,
         epochs=epochs, stats=stats, kl_coefs={"fixed": trainer.kl_controller.value, "adaptive": adaptive.value},
@@ -243,8 +249,9 @@ may find other last digits.
 The demo's GPT-2 (`--preset demo`, but λ and `value_lr` of the preset `default`) has taken {warm_up} steps.
 This is step {step}, followed along two completions, a
 happy and an unhappy one, from their scores to the new policy. (An early step: later nearly all completions are
-happy.) Over each column stand its formula and the function of [ppo.py](../ppo.py) that makes it; `PPOTrainer.step`
-calls these functions in the order of this page.
+happy.) Over each column stand its formula and the function of [ppo.py](../ppo.py) that makes it (the values are those
+of `ValueHead` in [gpt2_value_head.py](../gpt2_value_head.py)); `PPOTrainer.step` and `PPOTrainer.loss` call these
+functions in the order of this page.
 
 | symbol | what | here | in `config.py` |
 | --- | --- | --- | --- |
@@ -275,7 +282,7 @@ policy likes better than the reference does costs something; one that it likes l
 penalty, a price on leaving the original language: without it the policy would end up writing the one text that the
 classifier likes best. The score is added at the last token, usually `[SEP]`, which ends a text.
 
-| token | log π<sub>old</sub><br><br>`PPOTrainer.score` | log π<sub>ref</sub><br><br>`PPOTrainer.score` \
+| token | log π<sub>old</sub><br><br>`logprobs_from_logits` | log π<sub>ref</sub><br><br>`logprobs_from_logits` \
 | KL penalty<br>-β (log π<sub>old</sub> - log π<sub>ref</sub>)<br>`compute_rewards` \
 | reward r<br>penalty; + score at the last<br>`compute_rewards` |
 | --- | ---: | ---: | ---: | ---: |
@@ -293,7 +300,7 @@ The value head, a second output of the policy's network, guesses before each tok
 V. The first V of both completions is the same, {first_value}: the same prompt, and nothing else read yet. Then the
 guess changes with every character. In the formulas ′ is the next token; after the last token V′ and A′ are 0.
 
-| token | value V<br><br>`PPOTrainer.score` | reward r<br><br>`compute_rewards` \
+| token | value V<br><br>`ValueHead` | reward r<br><br>`compute_rewards` \
 | delta δ<br>r + γ V′ - V<br>`compute_advantages` | advantage A<br>δ + γ λ A′<br>`compute_advantages` \
 | return G<br>A + V<br>`compute_advantages` | whitened Â<br>(A - mean) / std<br>`whiten` |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |
@@ -331,7 +338,7 @@ is above {high:g} with a positive Â, or below {low:g} with a negative one, the 
 constant: the token is clipped (**bold**) and pushes no further. The advantages were worked out for π<sub>old</sub>
 and say little about a policy far from it; with the clip, {epochs} epochs can use the same completions.
 
-| token | Â<br><br>`whiten` | π<sub>old</sub><br><br>`PPOTrainer.score` | π after<br><br>`PPOTrainer.score` \
+| token | Â<br><br>`whiten` | π<sub>old</sub><br><br>`logprobs_from_logits` | π after<br><br>`logprobs_from_logits` \
 | epoch 1<br>π / π<sub>old</sub><br>`policy_loss` | epoch 2<br>π / π<sub>old</sub><br>`policy_loss` \
 | epoch 3<br>π / π<sub>old</sub><br>`policy_loss` | epoch 4<br>π / π<sub>old</sub><br>`policy_loss` \
 | after<br>π / π<sub>old</sub><br>`policy_loss` |
@@ -351,7 +358,7 @@ G; its loss, too, is the larger of a plain and a clipped one.
 
 | epoch | policy loss<br>mean max(-Â ratio, -Â clip(ratio))<br>`policy_loss` \
 | value loss<br>½ mean max((V - G)², (clip(V) - G)²)<br>`value_loss` \
-| total<br>policy + {vf_coef:g} value<br>`PPOTrainer.update` | clipped<br>share of all tokens<br>`policy_loss` |
+| total<br>policy + {vf_coef:g} value<br>`PPOTrainer.loss` | clipped<br>share of all tokens<br>`policy_loss` |
 | --- | ---: | ---: | ---: | ---: |
 {loss_rows}
 
@@ -387,7 +394,9 @@ English: [one_step.md](one_step.md)。两页都由 `python -m tools.one_step` �
 演示用的 GPT-2(`--preset demo`,但 λ 和 `value_lr` 取预设 `default` 的值)已经走了 {warm_up} 步。
 这里是第 {step} 步:跟着一条好评和一条差评,
 从它们的分数一直看到新的策略;选这么早的一步,是因为再往后几乎全是好评。
-每列的表头写着公式和算出这一列的函数(都在 [ppo.py](../ppo.py) 里);`PPOTrainer.step` 就按本页的顺序调用它们。
+每列的表头写着公式和算出这一列的函数(都在 [ppo.py](../ppo.py) 里;价值出自
+[gpt2_value_head.py](../gpt2_value_head.py) 的 `ValueHead`);`PPOTrainer.step` 和 `PPOTrainer.loss`
+就按本页的顺序调用它们。
 
 | 符号 | 含义 | 这里的值 | 在 `config.py` 里 |
 | --- | --- | --- | --- |
@@ -416,7 +425,7 @@ English: [one_step.md](one_step.md)。两页都由 `python -m tools.one_step` �
 不如参考模型偏爱的反而加分。这就是 KL 惩罚,离开原来语言的代价:没有它,策略最后会只写分类器最喜欢的那一句。
 分数加在最后一个词元上,通常是表示文本结束的 `[SEP]`。
 
-| 词元 | log π<sub>old</sub><br><br>`PPOTrainer.score` | log π<sub>ref</sub><br><br>`PPOTrainer.score` \
+| 词元 | log π<sub>old</sub><br><br>`logprobs_from_logits` | log π<sub>ref</sub><br><br>`logprobs_from_logits` \
 | KL 惩罚<br>-β (log π<sub>old</sub> - log π<sub>ref</sub>)<br>`compute_rewards` \
 | 奖励 r<br>惩罚;最后一个再加分数<br>`compute_rewards` |
 | --- | ---: | ---: | ---: | ---: |
@@ -432,7 +441,7 @@ English: [one_step.md](one_step.md)。两页都由 `python -m tools.one_step` �
 都是 {first_value}:提示一样,别的还什么都没读。此后每读一个字,猜测就变一次。公式里 ′ 指下一个词元;
 最后一个词元之后,V′ 和 A′ 都是 0。
 
-| 词元 | 价值 V<br><br>`PPOTrainer.score` | 奖励 r<br><br>`compute_rewards` \
+| 词元 | 价值 V<br><br>`ValueHead` | 奖励 r<br><br>`compute_rewards` \
 | 意外 δ<br>r + γ V′ - V<br>`compute_advantages` | 优势 A<br>δ + γ λ A′<br>`compute_advantages` \
 | 回报 G<br>A + V<br>`compute_advantages` | 白化后的 Â<br>(A - 均值) / 标准差<br>`whiten` |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |
@@ -465,7 +474,7 @@ G 平均 {mean_return},于是大多数词元都显得好于预料。因此要把
 或者 Â 为负而比值低于 {low:g},第二项就成了较大的一项,而且是个常数:这个词元被截断(**粗体**),不再使劲。
 优势是按 π<sub>old</sub> 算的,策略走远了,它就说明不了什么;有了截断,同一批续写才能用 {epochs} 遍。
 
-| 词元 | Â<br><br>`whiten` | π<sub>old</sub><br><br>`PPOTrainer.score` | 之后的 π<br><br>`PPOTrainer.score` \
+| 词元 | Â<br><br>`whiten` | π<sub>old</sub><br><br>`logprobs_from_logits` | 之后的 π<br><br>`logprobs_from_logits` \
 | epoch 1<br>π / π<sub>old</sub><br>`policy_loss` | epoch 2<br>π / π<sub>old</sub><br>`policy_loss` \
 | epoch 3<br>π / π<sub>old</sub><br>`policy_loss` | epoch 4<br>π / π<sub>old</sub><br>`policy_loss` \
 | 之后<br>π / π<sub>old</sub><br>`policy_loss` |
@@ -483,7 +492,7 @@ G 平均 {mean_return},于是大多数词元都显得好于预料。因此要把
 
 | epoch | 策略损失<br>平均 max(-Â ratio, -Â clip(ratio))<br>`policy_loss` \
 | 价值损失<br>½ 平均 max((V - G)², (clip(V) - G)²)<br>`value_loss` \
-| 合计<br>策略 + {vf_coef:g} 价值<br>`PPOTrainer.update` | 被截断<br>占全部词元的比例<br>`policy_loss` |
+| 合计<br>策略 + {vf_coef:g} 价值<br>`PPOTrainer.loss` | 被截断<br>占全部词元的比例<br>`policy_loss` |
 | --- | ---: | ---: | ---: | ---: |
 {loss_rows}
 
@@ -512,7 +521,9 @@ TEXTS = {"en": (ENGLISH, "happy", "unhappy", "mean"), "zh": (CHINESE, "好评", 
 
 
 def main() -> None:
-    step = take_step(*load(demo_config()))
+    config = demo_config()
+    policy, tokenizer, reward, (prompt,) = load(config)
+    step = take_step(TextPPOTrainer(config, policy, copy.deepcopy(policy), tokenizer), reward, prompt)
     for language, path in PAGES.items():
         path.write_text(page(step, language), encoding="utf-8", newline="\n")
         print(path)

@@ -38,13 +38,9 @@ BUGS = [  # (file, what stands there, the bug)
     ),
     ("train_ppo.py", "            if stopped:\n                break\n", ""),
     ("train_ppo.py", "    stop.release()\n", ""),
-    ("train_ppo.py", "if trainer.n_steps < config.n_steps():", "if stopped:"),
-    ("train_ppo.py", "evaluate(trainer, trainer.policy_for_saving, tok", "evaluate(trainer, trainer.model, tok"),
-    (
-        "train_ppo.py",
-        'results["before"] = evaluate(trainer, trainer.ref_model',
-        'results["before"] = evaluate(trainer, trainer.model',
-    ),
+    ("train_ppo.py", "if trainer.n_steps < total_steps(config):", "if stopped:"),
+    ("train_ppo.py", "evaluate(trainer, trainer.policy_for_saving, reward", "evaluate(trainer, trainer.model, reward"),
+    ("train_ppo.py", 'results["before"] = evaluate(trainer, reference', 'results["before"] = evaluate(trainer, policy'),
     (
         "train_ppo.py",
         "    folder.report(results, prompts)\n    folder.finish(results)\n",
@@ -60,7 +56,7 @@ BUGS = [  # (file, what stands there, the bug)
     ("train_ppo.py", "        return 130\n", "        return 1\n"),
     ("train_ppo.py", 'train(config, run_dir, mode == "resume")', "train(config, run_dir, False)"),
     ("train_ppo.py", "stream.reconfigure(errors=", "stream.reconfigure(newline=None) or dict(errors="),
-    ("support/run_folder.py", "exist_ok=resume or processes.restart_count() > 0", "exist_ok=True"),
+    ("support/run_folder.py", "exist_ok=resume or meeting.restart_count() > 0", "exist_ok=True"),
     (
         "support/run_folder.py",
         "                self.lock = lock_folder(self.path)\n",
@@ -68,11 +64,11 @@ BUGS = [  # (file, what stands there, the bug)
     ),
     (
         "support/run_folder.py",
-        "                self.config.save(self",
-        "                None if resume else self.config.save(self",
+        "                save_config(self.config",
+        "                None if resume else save_config(self.config",
     ),
     ("support/run_folder.py", "RunLog(self.path, trainer.n_steps)", "RunLog(self.path, trainer.n_steps + 1)"),
-    ("support/run_folder.py", "if trainer.n_steps < self.config.n_steps():", "if False:"),
+    ("support/run_folder.py", "if trainer.n_steps < total_steps(self.config):", "if False:"),
     ("support/run_folder.py", '"env/reward_std": scores.std(correction=0)', '"env/reward_std": scores.std()'),
     ("support/run_folder.py", '"env/reward_p90": scores.quantile(0.9)', '"env/reward_p90": scores.max()'),
     (
@@ -84,11 +80,9 @@ BUGS = [  # (file, what stands there, the bug)
     ("support/run_folder.py", "step % self.config.log_samples_every == 0", "step % self.config.log_samples_every == 1"),
     ("support/run_folder.py", "if self.config.log_samples_every and step", "if step"),
     ("support/run_folder.py", "samples[: evaluation.SHOWN]", "samples[-evaluation.SHOWN :]"),
-    ("support/run_folder.py", "return step == self.config.n_steps() or (", "return ("),
+    ("support/run_folder.py", "return step == total_steps(self.config) or (", "return ("),
     ("support/run_folder.py", "(every > 0 and step % every == 0)", "(every > 0 and step % every == 1)"),
     ("support/run_folder.py", "self.config.keep_checkpoints)", "PPOConfig.keep_checkpoints)"),
-    ("support/run_folder.py", "save_policy(trainer.policy_for_saving, tok", "save_policy(trainer.model, tok"),
-    ("support/run_folder.py", "partial, self.config.temperature)", "partial, 1.0)"),
     (
         "support/run_folder.py",
         "            shutil.rmtree(model, ignore_errors=True)\n            partial.rename(model)\n",
@@ -117,13 +111,10 @@ BUGS = [  # (file, what stands there, the bug)
     ("support/checkpoint.py", "random.setstate((version, tuple(numbers), gauss))", "pass"),
     ("support/checkpoint.py", 'torch.set_rng_state(state["torch"].cpu())', "pass"),
     ("support/checkpoint.py", "np.random.set_state((name", "str((name"),
-    ("support/checkpoint.py", 'trainer.optimizer.load_state_dict(saved["optimizer"])', "pass"),
-    ("support/checkpoint.py", "(trainer.average, average)", "(trainer.average, policy)"),
-    ("support/checkpoint.py", 'trainer.skipped_in_a_row = state["skipped_in_a_row"]', "pass"),
     ("support/checkpoint.py", "for old in checkpoints(folder)[:-keep]:", "for old in checkpoints(folder)[:-99]:"),
     ("support/checkpoint.py", "for old in checkpoints(folder)[:-keep]:", "for old in checkpoints(folder)[keep:]:"),
     ("support/checkpoint.py", 'if sha256(path / name) != state["sha256"][name]:', "if False:"),
-    ("support/checkpoint.py", "save_model(trainer.average, str(partial", "save_model(trainer.model, str(partial"),
+    ("support/checkpoint.py", 'save_file(engine["average"]', 'save_file(engine["policy"]'),
     ("support/checkpoint.py", '    for partial in folder.glob(".partial-*"):\n        shutil.rmtree(partial)\n', ""),
     ("support/checkpoint.py", "in reversed(checkpoints(folder))", "in checkpoints(folder)"),
     ("support/checkpoint.py", "    if checkpoints(folder):\n        raise", "    if False:\n        raise"),
@@ -154,10 +145,10 @@ BUGS = [  # (file, what stands there, the bug)
     ("support/command_line.py", '"%Y%m%d-%H%M%S"', '"%Y%m%d-%H%M"'),
     ("support/command_line.py", 'names.append(f"{name}-{len(names) + 1}")', 'names.append(f"{name}-{len(names)}")'),
     ("support/command_line.py", "if run_dir.exists() and not goes_on(run_dir):", "if False:"),
-    ("support/command_line.py", "for name in given & allowed})\n    config.check()", "for name in given & allowed})"),
+    ("support/command_line.py", "for name in given & allowed})\n    check(config)", "for name in given & allowed})"),
     ("support/signals.py", "os._exit(128 + number)", "os._exit(number)"),
     ("support/signals.py", "(signal.SIGINT, signal.SIGTERM):", "(signal.SIGINT,):"),
-    ("support/signals.py", "if processes.below_torchrun():", "if False:"),
+    ("support/signals.py", "if meeting.below_torchrun():", "if False:"),
     ("support/signals.py", "        if self.received:\n", "        if self.received == number:\n"),
     (
         "support/signals.py",
@@ -170,4 +161,5 @@ BUGS = [  # (file, what stands there, the bug)
         "        self.received = 1\n        os.write",
     ),
 ]
-SAME = []  # (file, what stands there, what may as well stand there, why it is the same program)
+SAME = [  # (file, what stands there, what may as well stand there, why it is the same program)
+]

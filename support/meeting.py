@@ -1,10 +1,5 @@
-"""One run on several processes, with torch.distributed: NCCL between GPUs, Gloo between CPUs.
-
-Every process holds the whole batch, which is small, and takes its own rows of it through the models, which is the
-work. `all_reduce_sum` puts the rows together, so that everything after it (rewards, advantages, whitening, statistics)
-is computed by every process alike, from the whole batch. Gradients are averaged by DistributedDataParallel. In a
-process that is alone every function here does nothing.
-"""
+"""How the processes of a run find one another, with NCCL between GPUs and Gloo between CPUs, and what is said when one
+of them is gone or ends."""
 
 import ctypes
 import ipaddress
@@ -16,30 +11,23 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-from config import PPOConfig, UserError
+from config import PPOConfig
+from support.collectives import all_reduce_max, process_group
+from support.errors import UserError
+
+# ----------------------------------------------------------------------------------------------
+# What torchrun says
 
 
-def process_group():
-    """torch.distributed where this process is one of several, else None. Imports nothing."""
-    dist = sys.modules.get("torch.distributed")
-    return dist if dist and dist.is_available() and dist.is_initialized() else None
-
-
-def rank() -> int:
-    return process_group().get_rank() if process_group() else 0
-
-
-def world_size() -> int:
-    return process_group().get_world_size() if process_group() else 1
+restarts_seen = 0  # by any process of the group: a machine that joins later has seen none itself
 
 
 def restart_count() -> int:
     """How often torchrun has started the run's processes anew because one of them had died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return max(restarts_seen, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
 
 
 def below_torchrun() -> bool:
@@ -51,6 +39,10 @@ def job() -> str | None:
     """torchrun's --rdzv-id, which stays when machines join, leave and come back; None where there is none."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return None if name == "none" else name
+
+
+# ----------------------------------------------------------------------------------------------
+# Meeting
 
 
 def init_process_group() -> None:
@@ -74,10 +66,17 @@ def init_process_group() -> None:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(f"host {socket.gethostname()}: the processes did not find one another ({reason})")
-    restarts = all_reduce_max(restart_count())  # of which a machine that joins later has seen none
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(restarts)
-    if rank:
+    global restarts_seen
+    restarts_seen = all_reduce_max(restart_count())
+    if rank:  # libraries print, too
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+
+def set_timeout(seconds: float) -> None:
+    """How long a process waits for the others from now on."""
+    if process_group():
+        # Private, since torch 2.1: the public way wants the time before the command line is known
+        process_group().distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 
 def agree_on_prefix(store, rank: int, world_size: int) -> str:
@@ -168,10 +167,8 @@ def interface_of(address: str) -> str | None:
     return name
 
 
-def set_timeout(seconds: float) -> None:
-    """How long a process waits for the others from now on."""
-    if process_group():
-        process_group().distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+# ----------------------------------------------------------------------------------------------
+# Parting
 
 
 def exit_process(code: int) -> None:
@@ -199,124 +196,12 @@ def lost_process(error: Exception) -> str | None:
         return None
     here = Path(__file__)
     folders = (here.parent, here.parent.parent)  # a virtual environment may lie below them
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != str(here)]
-    own = [frame for frame in frames if Path(frame.filename).parent in folders][-1]
+    waits = (here, here.with_name("collectives.py"))  # whoever called these is named
+    frames = [(Path(frame.filename), frame.name) for frame in traceback.extract_tb(error.__traceback__)]
+    file, function = [(file, name) for file, name in frames if file.parent in folders and file not in waits][-1]
     address = re.search(r"\[[\d.:a-f]+\]:\d+", str(error))
     how = "has closed its connection"
     if timed_out := re.search(r"[Tt]imed out.*?(\d+) ?ms", str(error)):
         how = f"did not answer for {int(timed_out[1]) / 1000:g} s (--process_timeout)"
     who = f"another machine or process{f' ({address[0]})' if address else ''}"
-    return f"{who} is gone: it {how}, for which this one waited in {own.name}() of {Path(own.filename).name}"
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep large freed blocks. It hands them back otherwise, and each tensor of logits would come in anew,
-    page fault by page fault: a sixth of a step on a CPU (docs/speed.md)."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink
-
-
-# ----------------------------------------------------------------------------------------------
-# The batch and its gradient
-
-
-def rows_of_rank(n: int) -> slice:
-    """The rows, of n, that are this process's work: a contiguous part, parts differing by one row at most."""
-    return slice(n * rank() // world_size(), n * (rank() + 1) // world_size())
-
-
-def all_reduce_sum(rows):
-    """A tensor's sum over the processes, in place. Where each filled its `rows_of_rank` only, all rows are filled."""
-    if process_group():
-        process_group().all_reduce(rows)
-    return rows
-
-
-def all_reduce_mean(tensor):
-    """A tensor's mean over the processes, in place."""
-    if process_group():
-        process_group().all_reduce(tensor.div_(world_size()))
-    return tensor
-
-
-# ----------------------------------------------------------------------------------------------
-# Results and errors
-
-
-def broadcast_from_rank_0(function: Callable):
-    """function() as rank 0 computed it, on every process. Where it raises UserError or SystemExit, all raise that."""
-    outcome = [None, None]
-    if rank() == 0:
-        try:
-            outcome = [function(), None]
-        except (UserError, SystemExit) as error:
-            outcome = [None, error]
-    if process_group():
-        process_group().broadcast_object_list(outcome)
-    result, error = outcome
-    if error is not None:
-        raise error
-    return result
-
-
-def on_all_ranks(function: Callable):
-    """function(), run by every process for itself. Where it raises UserError on any, all raise the first of them.
-
-    A message from another machine than rank 0's says from which.
-    """
-    result = error = None
-    try:
-        result = function()
-    except UserError as raised:
-        error = raised
-    outcomes = all_gather((error, socket.gethostname()))
-    for error, host in outcomes:
-        if error is not None and host != outcomes[0][1]:
-            error.args = (f"on host {host}: {error}", *error.args[1:])
-        if error is not None:
-            raise error
-    return result
-
-
-def check_same(values: dict[str, str]) -> None:
-    """UserError, on all processes, where a value is not that of rank 0."""
-    everyone = all_gather((values, socket.gethostname()))
-    expected, first_host = everyone[0]
-    for found, host in everyone:
-        for name, value in expected.items():
-            if found[name] != value:
-                difference = f"{name} is {value} on host {first_host} and {found[name]} on host {host}"
-                raise UserError(f"{difference}: all processes need the same")
-
-
-def local_rank_0_first(function: Callable):
-    """function() on one process of each machine, then on the others, which find what it fetched or built."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    result = on_all_ranks(lambda: function() if first else None)
-    return on_all_ranks(lambda: result if first else function())
-
-
-def all_reduce_max(number: int) -> int:
-    """The largest of the processes' numbers."""
-    if process_group() is None:
-        return number
-    import torch
-
-    largest = torch.tensor(number)
-    process_group().all_reduce(largest, process_group().ReduceOp.MAX)
-    return int(largest)
-
-
-def all_gather(value) -> list:
-    """Every process's value, by rank."""
-    values = [value] * world_size()
-    if process_group():
-        process_group().all_gather_object(values, value)
-    return values
-
-
-def broadcast_weights(model) -> None:
-    """Give a model rank 0's weights, in place."""
-    for tensor in model.state_dict().values():
-        process_group().broadcast(tensor, 0)
+    return f"{who} is gone: it {how}, for which this one waited in {function}() of {file.name}"

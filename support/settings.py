@@ -1,0 +1,238 @@
+"""Settings: from the command line or a config.json into a PPOConfig, and what cannot work refused in one line."""
+
+import argparse
+import dataclasses
+import difflib
+import importlib
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+from config import PRESETS, PPOConfig, Sentence
+from support.devices import check_device
+from support.errors import UserError
+
+SHIPPED = Path(__file__).with_name("shipped.json")  # every value of each preset as published: tools/ship.py writes it
+NO_CHANGE = {"preset", "run_name", "runs_dir", "resume", "eval_only"}  # what `changes` does not speak of
+
+DESCRIPTION = """Train a Chinese GPT-2 with PPO towards texts that a reward likes.
+
+  python train_ppo.py --preset demo
+  python train_ppo.py --model_name DIR --reward_model_name DIR --lr 3e-5 --prompts "刚收到货,感觉" "这部电影很"
+"""
+
+
+def parse_args(argv: list[str]) -> tuple[PPOConfig, set[str]]:
+    """The command line as a config, the preset's defaults overridden by the flags; and the names of the flags given.
+
+    UserError, with the nearest name, for an unknown flag. --help shows the preset's defaults and leaves.
+    """
+    from transformers import HfArgumentParser
+
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        def _get_help_string(self, action):
+            return action.help if action.const is False else super()._get_help_string(action)
+
+    class Parser(HfArgumentParser):
+        def error(self, message):
+            raise UserError(f"{message}; python train_ppo.py --help lists the flags")
+
+        group = None
+
+        def add_argument(self, *flags, **options):
+            name = flags[0].lstrip("-")
+            if title := getattr(options.get("help"), "group", None):
+                self.group = self.add_argument_group(title)
+            if name.startswith("no_"):  # the library's addition for a bool that is True by default
+                options["help"] = f"Sets --{name[3:]} to False."
+            if self.group is None:
+                return super().add_argument(*flags, **options)
+            return self.group.add_argument(flags[0], **options)
+
+    parser = Parser(
+        PPOConfig,
+        usage="python train_ppo.py [--NAME VALUE ...]",
+        description=DESCRIPTION,
+        formatter_class=Formatter,
+        allow_abbrev=False,
+    )
+    argv = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), arg) for arg in argv]
+    absent = object()
+    namespace = argparse.Namespace(**{f.name: absent for f in dataclasses.fields(PPOConfig)})
+    namespace, unknown = parser.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")], namespace)
+    given = {name: value for name, value in vars(namespace).items() if value is not absent}
+    if unknown:
+        flags = [f"--{f.name}" for f in dataclasses.fields(PPOConfig)]
+        near = difflib.get_close_matches(unknown[0].split("=")[0].replace("-", "_").replace("__", "--", 1), flags, n=1)
+        hint = f"did you mean {near[0]}?" if near else "python train_ppo.py --help lists the flags"
+        raise UserError(f"unknown argument {unknown[0]}; {hint}")
+    preset = given.get("preset", PPOConfig.preset)
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset} is unknown; choose one of {', '.join(PRESETS)}")
+    if "-h" in argv or "--help" in argv:
+        parser.set_defaults(preset=preset, **PRESETS[preset])
+        parser.print_help()
+        raise SystemExit(0)
+    return PPOConfig(**given), set(given)
+
+
+# ----------------------------------------------------------------------------------------------
+# Checks
+
+
+def check(config: PPOConfig) -> None:
+    """Refuse values that cannot work, before any model is touched. UserError names the flag and what is allowed."""
+    for name, kind in get_type_hints(PPOConfig).items():
+        check_type(name, kind, getattr(config, name))
+    if config.preset not in PRESETS:
+        raise UserError(f"--preset {config.preset} is unknown; choose one of {', '.join(PRESETS)}")
+    for field in dataclasses.fields(PPOConfig):
+        check_limits(field.name, field.metadata["help"], getattr(config, field.name))
+    if config.minibatch_size > config.batch_size:
+        sizes = f"--minibatch_size {config.minibatch_size} is larger than --batch_size {config.batch_size}"
+        raise UserError(sizes)
+    if config.run_name is not None and not re.fullmatch(r"[^\W_][\w.\-]*", config.run_name):
+        allowed = "letters, digits, '_', '-' and '.' only, a letter or digit first"
+        raise UserError(f"--run_name {config.run_name!r} is no plain name: {allowed}")
+    for name in ("model_name", "reward_model_name", "runs_dir"):
+        if not getattr(config, name).strip():
+            raise UserError(f"--{name} is empty")
+    read_prompts(config)
+    if config.reward is not None:
+        import_function(config.reward)
+    check_device(config.device)
+
+
+def check_type(name: str, kind, value) -> None:
+    """Refuse a value that is not of the field's type, as a script or an edited config.json may hold."""
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise UserError(f"--{name} {value} is unknown; choose one of {', '.join(get_args(kind))}")
+        return
+    if kind is float:
+        good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    elif kind is int:
+        good = isinstance(value, int) and not isinstance(value, bool)
+    elif get_origin(kind) is list:
+        good = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    else:  # str, bool, Optional[str]
+        good = isinstance(value, kind)
+    if not good:
+        raise UserError(f"{name} must be of type {getattr(kind, '__name__', kind)}, not {value!r}")
+
+
+def check_limits(name: str, limits: Sentence, value) -> None:
+    """Refuse a number outside the limits of its field."""
+    above, at_least, at_most = limits.above, limits.at_least, limits.at_most
+    if max(above, at_least) == -math.inf:
+        return
+    if not (above < value and at_least <= value <= at_most and math.isfinite(value)):
+        least = f"at least {at_least}" if above == -math.inf else f"above {above}"
+        most = f" and at most {at_most}" if at_most < math.inf else " and finite" if isinstance(value, float) else ""
+        raise UserError(f"--{name} must be {least}{most}, not {value}")
+
+
+def read_prompts(config: PPOConfig) -> list[str]:
+    """The prompts of this run, from --prompts or --prompts_file."""
+    if config.prompts_file is None:
+        prompts, source = config.prompts, "--prompts"
+    else:
+        source = f"--prompts_file {config.prompts_file}"
+        try:
+            prompts = Path(config.prompts_file).read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise UserError(f"{source} is not UTF-8 text; save it as UTF-8, one prompt a line")
+        except OSError as error:
+            raise UserError(f"{source} cannot be read: {error.strerror}")
+        while prompts and not prompts[-1].strip():
+            prompts.pop()
+    if not prompts:
+        raise UserError(f"{source} holds no prompt; give at least one")
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt.strip():
+            raise UserError(f"{source}: prompt {number} is empty; each needs at least one character")
+    return prompts
+
+
+def total_steps(config: PPOConfig) -> int:
+    """Steps of a run: episodes rounded up to whole batches."""
+    return math.ceil(config.episodes / config.batch_size)
+
+
+# ----------------------------------------------------------------------------------------------
+# config.json
+
+
+def load_config(path: Path, may_lack: set[str] = frozenset()) -> PPOConfig:
+    """The config that a run was started with; of the fields in `may_lack` the default where it has none.
+
+    UserError where the file is missing, broken or has other fields.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}")
+    except ValueError:
+        raise UserError(f"{path} is not JSON")
+    names = {f.name for f in dataclasses.fields(PPOConfig)}
+    if not isinstance(values, dict) or not set(values) <= names:
+        wrong = sorted(set(values) - names) if isinstance(values, dict) else [type(values).__name__]
+        raise UserError(f"{path} is no config of this program: it holds {wrong[0]!r}")
+    config = PPOConfig(**values)
+    check(dataclasses.replace(config, device="auto"))  # a run may go on where its device is not
+    if absent := sorted(names - set(values) - may_lack):
+        wrote = f"{path} was written by another version of this program and lacks {absent[0]!r}"
+        raise UserError(f"{wrote}; add it with the value that the run was made with")
+    return config
+
+
+def save_config(config: PPOConfig, path: Path) -> None:
+    partial = path.with_name(f".partial-{path.name}")
+    partial.write_text(json.dumps(dataclasses.asdict(config), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def changes(config: PPOConfig) -> dict[str, list]:
+    """Where a config differs from its preset as it was published: [published, now] by field."""
+    published = json.loads(SHIPPED.read_text(encoding="utf-8"))[config.preset]
+    now = dataclasses.asdict(config)
+    return {
+        name: [published[name], now[name]] for name in now if name not in NO_CHANGE and published[name] != now[name]
+    }
+
+
+def describe_changes(config: PPOConfig) -> list[str]:
+    """Lines that say where a run differs from what was published, and where a default in config.py is not used."""
+    lines, preset = [], config.preset
+    if changed := changes(config):
+        values = ", ".join(f"{name} {now} (published: {published})" for name, (published, now) in changed.items())
+        lines.append(f"not as the preset {preset}: {values}")
+    published = json.loads(SHIPPED.read_text(encoding="utf-8"))["default"]
+    defaults = dataclasses.asdict(PPOConfig())
+    for name, value in PRESETS[preset].items():
+        if defaults[name] != published[name] and getattr(config, name) == value:
+            lines.append(
+                f"{name} is {value}, as the preset {preset} has it; the {defaults[name]} in config.py is not used"
+            )
+    return lines
+
+
+def import_function(spec: str) -> Callable:
+    """The callable named by 'module:function', from the working directory or the Python path."""
+    module_name, _, function_name = spec.partition(":")
+    if not module_name or not function_name:
+        raise UserError(f"--reward {spec} must be module:function, for example my_reward:score")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last: a reward.py there must not hide this program's
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except Exception as error:
+        raise UserError(f"--reward {spec} cannot be imported ({type(error).__name__}: {error})")
+    if not callable(function):
+        raise UserError(f"--reward {spec} is no function but a {type(function).__name__}")
+    return function
