@@ -388,58 +388,58 @@ possible: [README](../README.md#how-to-read-the-result-the-gain).
 CHINESE = """\
 # 用数字看 PPO 的一步
 
-English: [one_step.md](one_step.md)。两页都由 `python -m tools.one_step` 从真实的一步写出;换一台机器,
+English: [one_step.md](one_step.md)。两页都由 `python -m tools.one_step` 从真实的一步写出；换一台机器，
 末位数字可能不同。
 
-演示用的 GPT-2(`--preset demo`,但 λ 和 `value_lr` 取预设 `default` 的值)已经走了 {warm_up} 步。
-这里是第 {step} 步:跟着一条好评和一条差评,
-从它们的分数一直看到新的策略;选这么早的一步,是因为再往后几乎全是好评。
-每列的表头写着公式和算出这一列的函数(都在 [ppo.py](../ppo.py) 里;价值出自
-[gpt2_value_head.py](../gpt2_value_head.py) 的 `ValueHead`);`PPOTrainer.step` 和 `PPOTrainer.loss`
+演示用的 GPT-2（`--preset demo`，但 λ 和 `value_lr` 取预设 `default` 的值）已经走了 {warm_up} 步。
+这里是第 {step} 步：跟着一条好评和一条差评，
+从它们的分数一直看到新的策略；选这么早的一步，是因为再往后几乎全是好评。
+每列的表头写着公式和算出这一列的函数（都在 [ppo.py](../ppo.py) 里；价值出自
+[gpt2_value_head.py](../gpt2_value_head.py) 的 `ValueHead`）；`PPOTrainer.step` 和 `PPOTrainer.loss`
 就按本页的顺序调用它们。
 
 | 符号 | 含义 | 这里的值 | 在 `config.py` 里 |
 | --- | --- | --- | --- |
-| π | 策略,即正在训练的模型;π<sub>old</sub> 是这一步开始时的它 | | |
-| π<sub>ref</sub> | 参考模型,即训练开始之前的同一个模型 | | |
-| β | 离开参考模型的代价,每 nat(自然对数的单位)扣多少奖励 | {beta:g} | `init_kl_coef` |
-| γ、λ | 后面的奖励算几成;后面的意外算几成(第 3 节) | {gamma:g}、{lam:g} | `gamma`、`lam` |
-| ε | 一步之内,概率最多被推高或压低几成 | {cliprange:g} | `cliprange` |
+| π | 策略，即正在训练的模型；π<sub>old</sub> 是这一步开始时的它 | | |
+| π<sub>ref</sub> | 参考模型，即训练开始之前的同一个模型 | | |
+| β | 离开参考模型的代价，每 nat（自然对数的单位）扣多少奖励 | {beta:g} | `init_kl_coef` |
+| γ、λ | 后面的奖励算几成；后面的意外算几成（第 3 节） | {gamma:g}、{lam:g} | `gamma`、`lam` |
+| ε | 一步之内，概率最多被推高或压低几成 | {cliprange:g} | `cliprange` |
 
 ## 1. 两条续写和它们的分数
 
-策略把提示续写 {batch} 次(`PPOTrainer.generate`)。分类器读完整条文本,给出一个数:
-它是好评的概率(`reward.py` 里的 `SentimentReward`)。平均是 {mean_score},{batch} 条里有 {n_unhappy} 条不到 0.1。
-取其中两条:
+策略把提示续写 {batch} 次（`PPOTrainer.generate`）。分类器读完整条文本，给出一个数：
+它是好评的概率（`reward.py` 里的 `SentimentReward`）。平均是 {mean_score}，{batch} 条里有 {n_unhappy} 条不到 0.1。
+取其中两条：
 
 | | 文本 | 分数 |
 | --- | --- | ---: |
 {completion_rows}
 
-(在有词元被第 4 节的截断碰到的续写里,取高于 0.9 分的最短一条和低于 0.1 分的最短一条。)一个分数评的是整条文本,
-训练却要给每个词元一个数:哪些字选得好?第 2、3 节就从前者走到后者。
+（在有词元被第 4 节的截断碰到的续写里，取高于 0.9 分的最短一条和低于 0.1 分的最短一条。）一个分数评的是整条文本，
+训练却要给每个词元一个数：哪些字选得好？第 2、3 节就从前者走到后者。
 
 ## 2. KL 惩罚和奖励
 
-策略和参考模型都把续写读一遍,说出每个词元在它的位置上有多大概率。策略比参考模型更偏爱的词元要扣分,
-不如参考模型偏爱的反而加分。这就是 KL 惩罚,离开原来语言的代价:没有它,策略最后会只写分类器最喜欢的那一句。
-分数加在最后一个词元上,通常是表示文本结束的 `[SEP]`。
+策略和参考模型都把续写读一遍，说出每个词元在它的位置上有多大概率。策略比参考模型更偏爱的词元要扣分，
+不如参考模型偏爱的反而加分。这就是 KL 惩罚，离开原来语言的代价：没有它，策略最后会只写分类器最喜欢的那一句。
+分数加在最后一个词元上，通常是表示文本结束的 `[SEP]`。
 
 | 词元 | log π<sub>old</sub><br><br>`logprobs_from_logits` | log π<sub>ref</sub><br><br>`logprobs_from_logits` \
 | KL 惩罚<br>-β (log π<sub>old</sub> - log π<sub>ref</sub>)<br>`compute_rewards` \
-| 奖励 r<br>惩罚;最后一个再加分数<br>`compute_rewards` |
+| 奖励 r<br>惩罚；最后一个再加分数<br>`compute_rewards` |
 | --- | ---: | ---: | ---: | ---: |
 {reward_rows}
 
-看什么:好评里扣得最多的是「{dear}」,因为前 {warm_up} 步已经让它更容易出现;差评里加得最多的是「{cheap}」,
-因为它变得更少见了。整条续写的惩罚之和,好评是 {happy_penalty},差评是 {unhappy_penalty},与 0 到 1 的分数相比很小:
-离参考模型近,代价就低;走得越远,代价越高。去掉 -β 再求和,就是距离本身,即 KL:整批平均每条 {kl} nats。
+看什么：好评里扣得最多的是「{dear}」，因为前 {warm_up} 步已经让它更容易出现；差评里加得最多的是「{cheap}」，
+因为它变得更少见了。整条续写的惩罚之和，好评是 {happy_penalty}，差评是 {unhappy_penalty}，与 0 到 1 的分数相比很小：
+离参考模型近，代价就低；走得越远，代价越高。去掉 -β 再求和，就是距离本身，即 KL：整批平均每条 {kl} nats。
 
-## 3. 从一个分数到每个词元:优势(advantage)
+## 3. 从一个分数到每个词元：优势（advantage）
 
-价值头是策略网络的第二个输出:在每个词元出现之前,它先猜后面还能得到多少奖励,这就是 V。两条续写的第一个 V 相同,
-都是 {first_value}:提示一样,别的还什么都没读。此后每读一个字,猜测就变一次。公式里 ′ 指下一个词元;
-最后一个词元之后,V′ 和 A′ 都是 0。
+价值头是策略网络的第二个输出：在每个词元出现之前，它先猜后面还能得到多少奖励，这就是 V。两条续写的第一个 V 相同，
+都是 {first_value}：提示一样，别的还什么都没读。此后每读一个字，猜测就变一次。公式里 ′ 指下一个词元；
+最后一个词元之后，V′ 和 A′ 都是 0。
 
 | 词元 | 价值 V<br><br>`ValueHead` | 奖励 r<br><br>`compute_rewards` \
 | 意外 δ<br>r + γ V′ - V<br>`compute_advantages` | 优势 A<br>δ + γ λ A′<br>`compute_advantages` \
@@ -447,32 +447,32 @@ English: [one_step.md](one_step.md)。两页都由 `python -m tools.one_step` �
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |
 {advantage_rows}
 
-默认 γ = 1、λ = 1,一切就变得简单:
+默认 γ = 1、λ = 1，一切就变得简单：
 
-- δ = r + V′ - V 是一个词元带来的意外:它自己的奖励,加上它让猜测改变了多少。
-- A 是从这个词元到结尾的意外之和。除第一个以外,所有的猜测都互相抵消,剩下 A = G - V:**结局比在这里预料的好多少**。
-- G = r + r′ + r″ + … 是从这个词元到结尾的奖励之和,里面没有任何猜测。
+- δ = r + V′ - V 是一个词元带来的意外：它自己的奖励，加上它让猜测改变了多少。
+- A 是从这个词元到结尾的意外之和。除第一个以外，所有的猜测都互相抵消，剩下 A = G - V：**结局比在这里预料的好多少**。
+- G = r + r′ + r″ + … 是从这个词元到结尾的奖励之和，里面没有任何猜测。
 
-所以几乎整个分数都传到了每一个词元。才训练了 {warm_up} 步,猜测还很粗糙,一个字一个样;G 却不受它影响。(文章用 λ = 0.95:
-越靠后的意外越不算数,G 里也就掺进了猜测。)
+所以几乎整个分数都传到了每一个词元。才训练了 {warm_up} 步，猜测还很粗糙，一个字一个样；G 却不受它影响。
+（文章用 λ = 0.95：越靠后的意外越不算数，G 里也就掺进了猜测。）
 
-在第一个词元处,预料的是 {first_value}。好评实得 {happy_return},优势是 {happy_advantage};差评实得 {unhappy_return},
-优势是 {unhappy_advantage}。不过价值头 {warm_up} 步之前才从零开始学,还是猜得太低:整批的 V 平均 {mean_value},
-G 平均 {mean_return},于是大多数词元都显得好于预料。因此要把优势白化:
-减去整批 {n_tokens:,} 个词元的均值 {mean_advantage},再除以标准差。这样,每个词元就是在和整批相比:
-好评的 {happy_tokens} 个词元里,Â 为正的有 {happy_positive} 个;差评的 {unhappy_tokens} 个里有 {unhappy_positive} 个。
-好评里如果有负的,那是因为该处的猜测本来就高,剩下能赢的不多。(文章在每条续写内部做白化,两条的均值就都成了 0:谁比谁好,
-再也看不出来。)
+在第一个词元处，预料的是 {first_value}。好评实得 {happy_return}，优势是 {happy_advantage}；差评实得 {unhappy_return}，
+优势是 {unhappy_advantage}。不过价值头 {warm_up} 步之前才从零开始学，还是猜得太低：整批的 V 平均 {mean_value}，
+G 平均 {mean_return}，于是大多数词元都显得好于预料。因此要把优势白化：
+减去整批 {n_tokens:,} 个词元的均值 {mean_advantage}，再除以标准差。这样，每个词元就是在和整批相比：
+好评的 {happy_tokens} 个词元里，Â 为正的有 {happy_positive} 个；差评的 {unhappy_tokens} 个里有 {unhappy_positive} 个。
+好评里如果有负的，那是因为该处的猜测本来就高，剩下能赢的不多。
+（文章在每条续写内部做白化，两条的均值就都成了 0：谁比谁好，再也看不出来。）
 
-## 4. 四个 epoch:比值和截断
+## 4. 四个 epoch：比值和截断
 
-到这里才真正开始训练:同一批数据用 {epochs} 遍,即 {epochs} 个 epoch,每遍优化一次。一个词元的损失是
+到这里才真正开始训练：同一批数据用 {epochs} 遍，即 {epochs} 个 epoch，每遍优化一次。一个词元的损失是
 
     max(-Â ratio, -Â clip(ratio, 1 - ε, 1 + ε))        ratio = π / π_old = exp(log π - log π_old)
 
-Â 为正时,概率升高,损失就降低;Â 为负时,概率降低,损失才降低。但是,一旦 Â 为正而比值高于 {high:g},
-或者 Â 为负而比值低于 {low:g},第二项就成了较大的一项,而且是个常数:这个词元被截断(**粗体**),不再使劲。
-优势是按 π<sub>old</sub> 算的,策略走远了,它就说明不了什么;有了截断,同一批续写才能用 {epochs} 遍。
+Â 为正时，概率升高，损失就降低；Â 为负时，概率降低，损失才降低。但是，一旦 Â 为正而比值高于 {high:g}，
+或者 Â 为负而比值低于 {low:g}，第二项就成了较大的一项，而且是个常数：这个词元被截断（**粗体**），不再使劲。
+优势是按 π<sub>old</sub> 算的，策略走远了，它就说明不了什么；有了截断，同一批续写才能用 {epochs} 遍。
 
 | 词元 | Â<br><br>`whiten` | π<sub>old</sub><br><br>`logprobs_from_logits` | 之后的 π<br><br>`logprobs_from_logits` \
 | epoch 1<br>π / π<sub>old</sub><br>`policy_loss` | epoch 2<br>π / π<sub>old</sub><br>`policy_loss` \
@@ -481,14 +481,14 @@ G 平均 {mean_return},于是大多数词元都显得好于预料。因此要把
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 {epoch_rows}
 
-看什么:epoch 1 里所有的比值都是 1,因为策略还没有动。到最后一个 epoch,好评里的「{happy_clipped}」涨得太多,
-差评里的「{unhappy_clipped}」跌得太多,都被截断了。可是比值此后仍会接着变:截断不是一堵墙,它只是让这一个词元不再使劲,
-而别的续写还在推动同一组权重。有些词元会逆着自己的 Â 漂移,也是这个缘故。至于本来就几乎必然出现的词元,
-比如一个词的后半个字,已经没有上涨的余地了。
+看什么：epoch 1 里所有的比值都是 1，因为策略还没有动。到最后一个 epoch，好评里的「{happy_clipped}」涨得太多，
+差评里的「{unhappy_clipped}」跌得太多，都被截断了。可是比值此后仍会接着变：截断不是一堵墙，它只是让这一个词元不再使劲，
+而别的续写还在推动同一组权重。有些词元会逆着自己的 Â 漂移，也是这个缘故。至于本来就几乎必然出现的词元，
+比如一个词的后半个字，已经没有上涨的余地了。
 
 ## 5. 两个损失
 
-策略损失是第 4 节的式子对整批所有词元的平均。价值头同时学着猜 G;它的损失也是在普通的和截断的两者之中取较大的一个。
+策略损失是第 4 节的式子对整批所有词元的平均。价值头同时学着猜 G；它的损失也是在普通的和截断的两者之中取较大的一个。
 
 | epoch | 策略损失<br>平均 max(-Â ratio, -Â clip(ratio))<br>`policy_loss` \
 | 价值损失<br>½ 平均 max((V - G)², (clip(V) - G)²)<br>`value_loss` \
@@ -496,24 +496,24 @@ G 平均 {mean_return},于是大多数词元都显得好于预料。因此要把
 | --- | ---: | ---: | ---: | ---: |
 {loss_rows}
 
-clip(V) 与第 3 节的 V 相差不超过 {cliprange_value:g}(`cliprange_value`);{vf_coef:g} 就是 `vf_coef`。
-最后一行是各 epoch 的平均,也就是 `PPOTrainer.step` 返回、`metrics.csv` 记下的数。
+clip(V) 与第 3 节的 V 相差不超过 {cliprange_value:g}（`cliprange_value`）；{vf_coef:g} 就是 `vf_coef`。
+最后一行是各 epoch 的平均，也就是 `PPOTrainer.step` 返回、`metrics.csv` 记下的数。
 
-看什么:epoch 1 的策略损失是 0,并不等于没有东西可学。比值全是 1 时,它就是 -Â 的均值,而白化已经让这个均值等于 0;
-要紧的是坡度。损失果然一路下降,被截断的词元也越来越多。价值损失同样在下降:
-第一个词元处的 V 从 {first_value} 变成了 {new_first_value},正向回报靠拢。
+看什么：epoch 1 的策略损失是 0，并不等于没有东西可学。比值全是 1 时，它就是 -Â 的均值，而白化已经让这个均值等于 0；
+要紧的是坡度。损失果然一路下降，被截断的词元也越来越多。价值损失同样在下降：
+第一个词元处的 V 从 {first_value} 变成了 {new_first_value}，正向回报靠拢。
 
 ## 6. KL 系数
 
 最后定下一步的代价。默认的 `fixed` 控制器让 β 保持不变。
-文章的 `adaptive` 则以每条续写 {target:g} nats 的 KL 为目标(`target`);这一批只有 {kl},它会把代价调低一点。
+文章的 `adaptive` 则以每条续写 {target:g} nats 的 KL 为目标（`target`）；这一批只有 {kl}，它会把代价调低一点。
 
 | 控制器 | 下一步的 β | |
 | --- | --- | ---: |
 | `FixedKLController` | β | {fixed} |
 | `AdaptiveKLController` | β (1 + clip(KL / {target:g} - 1, -0.2, 0.2) · {batch} / {horizon:,}) | {adaptive} |
 
-第 {step} 步到此为止,新的策略接着写下一批 {batch} 条。它最后能有多好,离极限还有多远:
+第 {step} 步到此为止，新的策略接着写下一批 {batch} 条。它最后能有多好，离极限还有多远：
 见 [README](../README.zh.md#怎样读结果gain)。
 """
 
