@@ -374,6 +374,15 @@ def test_a_download_that_stalls_is_given_up_after_its_time(hub, cache, variable,
     assert given_up(hub, cache, seconds, lambda: other.write_bytes(b"bytes"), variable, after=5)
 
 
+def test_a_file_that_grows_is_something_that_comes_in(tmp_path):
+    watch, file = Watch(tmp_path, 1, 1), tmp_path / "of another process.incomplete"
+    states = [watch.received()]
+    for content in (b"two", b"longer"):
+        file.write_bytes(content)
+        states.append(watch.received())
+    assert len(set(states)) == 3
+
+
 def given_up(hub, cache, seconds: int, at_fault, variables: dict, after=0) -> bool:
     """Whether the program waits 0.1 s less than `seconds` from `after` the fault on, and no longer than 0.1 s more."""
     came = threading.Event()
