@@ -5,19 +5,21 @@ In these points it departs from textbook PPO or from the article's code (README 
  1. One action is one token, and the score stands on a completion's last: what a whole text is worth, each token earns.
  2. The reward has a price on the distance from the reference, per token: without it happy words crowd out language.
  3. Advantages are whitened over the whole batch, not inside one sequence: else which completion was better is lost.
- 4. Lambda is 1: values explain little of one score at the end, so what a smaller lambda cuts off is signal.
+ 4. Lambda is 1: values explain little of one score at the end, so what a smaller lambda cuts off is signal (in the
+    demo they explain more: 0.95).
  5. A minibatch is the whole batch, one optimiser step an epoch: many steps on a few completions each waste KL.
  6. The value head's gradient stops at the head, which has a learning rate of its own: in many small minibatches,
     learning values disturbs the policy.
  7. The lower blocks are frozen, and reference and policy share them: no less gain, for half the work.
- 8. Old log-probabilities come from the same pass as the new, not from sampling: the first ratio is 1.
+ 8. Old log-probabilities are worked out as the new ones are, not kept from sampling: the first ratio is 1.
  9. The KL coefficient is fixed: the adaptive controller's target of 6 nats is never met, so it only ever fell.
 10. Saved is an average of the weights over the steps: it averages out the noise of single steps.
 11. Adam's epsilon is 1e-5: with 1e-8, weights whose gradient is rounding error move as fast as all others.
 12. An optimiser step without a finite gradient is left out and counted, not taken.
 
 Shapes: n completions, T tokens (completions are right-padded to the longest), V vocabulary entries. A mask is True
-or 1 at a completion's real tokens, its final [SEP] included, and 0 at the padding.
+or 1 at a completion's real tokens, its final [SEP] included, and 0 at the padding. Logits and values at t are those
+before token t: they have seen the prompt and the tokens before t, and say how likely t is and what is still to come.
 
 Sources, by the names used below:
     PPO       Schulman et al. 2017, "Proximal policy optimization algorithms", arXiv:1707.06347
@@ -233,6 +235,12 @@ class Experience:
         return Experience(self.completions.select(rows), *tensors)
 
 
+def logprobs_values_entropy(ids: torch.Tensor, logits_and_values: tuple[torch.Tensor, torch.Tensor]):
+    """What a model says of completions: of their ids (n, T), with logits (n, T, V) and values (n, T); all (n, T)."""
+    logits, values = logits_and_values
+    return logprobs_from_logits(logits, ids), values, entropy_from_logits(logits)
+
+
 class PPOTrainer:
     """Trains a policy, one batch of completions at a time.
 
@@ -290,7 +298,7 @@ class PPOTrainer:
         mask, n = completions.mask, len(completions)
 
         # 1. What policy and reference think of the completions before this step's update
-        completions = engine.share_trunk(completions)
+        completions = engine.share_trunk(completions)  # through the frozen blocks, once for both (point 7)
         logprobs, values, entropy = engine.evaluate(logprobs_values_entropy, completions, self.model)
         ref_logprobs, *_ = engine.evaluate(logprobs_values_entropy, completions, self.ref_model)
 
@@ -306,6 +314,7 @@ class PPOTrainer:
         for epoch in range(config.ppo_epochs):
             order = np.random.default_rng([config.seed, self.n_steps, epoch]).permutation(n)
             for rows in torch.from_numpy(order).split(config.minibatch_size):
+                # zero_grad, loss, backward, clip_grad_norm_, optimizer.step
                 updates.append(engine.optimise(experience.select(rows), self.loss))
         self.n_steps, self.n_drawn = self.n_steps + 1, 0
         engine.average(self.n_steps)
@@ -351,9 +360,3 @@ class PPOTrainer:
             "policy/clipfrac": pg_clipfrac,
             "val/clipfrac": vf_clipfrac,
         }
-
-
-def logprobs_values_entropy(ids: torch.Tensor, policy: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """What `Engine.evaluate` works out of some completions' ids (n, T), logits (n, T, V) and values; all (n, T)."""
-    logits, values = policy
-    return logprobs_from_logits(logits, ids), values, entropy_from_logits(logits)

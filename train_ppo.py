@@ -2,7 +2,7 @@
 
     python train_ppo.py                                  the article's job, on a GPU
     python train_ppo.py --preset article                 the same with the article's own settings
-    python train_ppo.py --preset demo                    tiny models made on the spot, two minutes on a laptop
+    python train_ppo.py --preset demo                    tiny models made on the spot, a minute or two on a laptop
     python train_ppo.py --model_name DIR --reward_model_name DIR --lr 2e-5 --prompts "衣服" "这本书"
     python train_ppo.py --reward my_reward:score         your own function of texts
     python train_ppo.py --resume runs/NAME               go on after a stop
@@ -28,6 +28,7 @@ from support.settings import total_steps
 
 def train(config: PPOConfig, run_dir: Path, resume: bool) -> int:
     """Train a policy, judge it before and after; the exit code. On several processes all of them run this."""
+    # Imported here, since --help and what is refused at once need no torch
     from reward import score_texts
     from support.evaluation import evaluate
     from support.run_folder import RunFolder
@@ -76,7 +77,7 @@ def train(config: PPOConfig, run_dir: Path, resume: bool) -> int:
                 break
     if trainer.n_steps < total_steps(config):
         print(f"stopped after step {trainer.n_steps}; go on with: python train_ppo.py --resume {run_dir}")
-        return 128 + stopped
+        return 128 + stopped  # a shell's code for what ended by this signal
     stop.release()
 
     # 4. The trained model, how good it is now, and the pictures; --resume makes what is missing of them

@@ -40,7 +40,7 @@ def polynomial_average(averages: list[torch.Tensor], weights: list[torch.Tensor]
     Power 0 is the plain mean.
     """
     share = (power + 1) / (power + step)
-    torch._foreach_lerp_(averages, weights, share)  # as `_foreach_copy_` below
+    torch._foreach_lerp_(averages, weights, share)  # private, as `_foreach_copy_`
 
 
 def observed(method):
@@ -175,7 +175,7 @@ class Engine:
         return [slice(first, min(first + size, mine.stop)) for first in range(mine.start, mine.stop, size)]
 
     def logits_and_values(self, passes, completions: Completions) -> tuple[torch.Tensor, torch.Tensor]:
-        """Restricted logits (n, T, V) and values (n, T), float32: the one forward pass of old, new and reference."""
+        """Restricted logits (n, T, V) and values (n, T), float32: the way of old, new and reference alike."""
         logits, values = passes(completions)
         return restrict_logits(logits, self.restriction, self.config.temperature), values.float()
 

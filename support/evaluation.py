@@ -218,11 +218,12 @@ def summary(evaluation: dict) -> str:
 
 
 def commonest(evaluation: dict) -> str:
-    """The ten commonest completions before and after; where none makes up 1% of all, a few random ones instead."""
+    """The ten commonest completions before and after; where none makes up 1% of all and comes three times, a few random
+    ones instead."""
     lines = []
     for when in ("before", "after"):
         judged = evaluation[when]
-        if judged["commonest"][0][1] >= 0.01 * judged["n"]:
+        if judged["commonest"][0][1] >= max(3, 0.01 * judged["n"]):
             lines.append(f"commonest completions {when}, of {judged['n']}:")
             lines += [f"  {count:4d}  {text}" for text, count in judged["commonest"]]
         else:

@@ -328,3 +328,11 @@ def test_an_evaluation_is_written_whole_and_in_readable_chinese(tmp_path):
     assert "感觉" in text and text.endswith("\n") and len(text.splitlines()) > 1000
     assert json.loads(text) == results
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_among_few_completions_one_or_two_of_a_kind_are_not_common():
+    samples = [["a", f"text{i}", 0.5] for i in range(9)]
+    for count, common in ((1, False), (2, False), (3, True)):
+        judged = {"n": 64, "commonest": [["ax", count]] * 10, "samples": samples}
+        text = evaluation.commonest({"before": judged, "after": judged})
+        assert text.startswith("commonest completions before, of 64:" if common else "random completions before:")

@@ -5,6 +5,7 @@
 `tests/test_bad_inputs.py` runs every case: exit code 2, one line, no traceback, no file harmed.
 """
 
+import argparse
 import contextlib
 import io
 import json
@@ -314,5 +315,6 @@ def print_table() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     sys.stdout.reconfigure(encoding="utf-8")
     print_table()

@@ -6,6 +6,7 @@ A real step on the demo models, on the CPU in float32. Every number comes from t
 no formula is worked out here. `tests/test_one_step.py` works all of them out once more.
 """
 
+import argparse
 import copy
 import math
 from dataclasses import dataclass
@@ -521,6 +522,7 @@ TEXTS = {"en": (ENGLISH, "happy", "unhappy", "mean"), "zh": (CHINESE, "好评", 
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     config = demo_config()
     policy, tokenizer, reward, (prompt,) = load(config)
     step = take_step(TextPPOTrainer(config, policy, copy.deepcopy(policy), tokenizer), reward, prompt)

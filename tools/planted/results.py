@@ -101,7 +101,7 @@ BUGS = [  # (file, what stands there, the bug)
         "{result['J']:>10.3f}{result['J_before']:>10.3f}",
     ),
     ("support/evaluation.py", 'if "J" in result:', 'if result["gain"] is not None:'),
-    ("support/evaluation.py", '>= 0.01 * judged["n"]', '> 0.01 * judged["n"]'),
+    ("support/evaluation.py", '>= max(3, 0.01 * judged["n"])', '> max(3, 0.01 * judged["n"])'),
     ("support/evaluation.py", "judged = evaluation[when]", 'judged = evaluation["after"]'),
     (
         "support/evaluation.py",
