@@ -53,7 +53,7 @@ BUGS = [  # (file, what stands there, the bug)
         '("before", trainer.ref_model), ("after", saved)',
         '("before", saved), ("after", trainer.ref_model)',
     ),
-    ("train_ppo.py", "        return 130  #", "        return 1\n"),
+    ("train_ppo.py", "        return 130\n", "        return 1\n"),
     ("train_ppo.py", 'train(config, run_dir, mode == "resume")', "train(config, run_dir, False)"),
     ("train_ppo.py", "stream.reconfigure(errors=", "stream.reconfigure(newline=None) or dict(errors="),
     ("support/run_folder.py", "exist_ok=resume or meeting.restart_count() > 0", "exist_ok=True"),
