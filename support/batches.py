@@ -102,7 +102,7 @@ class Collator:
     def __init__(self, tokenizer, gpt2_config, device):
         self.pad_token_id, self.sep_token_id = tokenizer.pad_token_id, tokenizer.sep_token_id
         self.vocab_size, self.n_positions = gpt2_config.vocab_size, gpt2_config.n_positions
-        self.never_sampled = never_sampled_ids(tokenizer, gpt2_config.vocab_size)
+        self.never_sampled = set(never_sampled_ids(tokenizer, gpt2_config.vocab_size))
         self.token_names = tokenizer.convert_ids_to_tokens
         self.device = device
 

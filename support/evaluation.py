@@ -34,9 +34,10 @@ def evaluate(trainer: TextPPOTrainer, model, reward, prompts: list[str]) -> dict
     vocabulary at each token: the same expectation as the sampled log-ratios, with less noise.
     """
     n = trainer.config.eval_samples
-    prompt_index, responses, completions, rewards = sample_and_score(trainer, model, reward, prompts, n, SEED, 0)
-    queries = trainer.encode(prompts)
-    kl, ref_logprobs, mask = kl_to_reference(trainer, model, [queries[i] for i in prompt_index], responses)
+    prompt_index, query_tensors, responses, completions, rewards = sample_and_score(
+        trainer, model, reward, prompts, n, SEED, 0
+    )
+    kl, ref_logprobs, mask = kl_to_reference(trainer, model, query_tensors, responses)
 
     ended = [bool(response[-1] == trainer.sep_token_id) for response in responses]
     return {
@@ -59,12 +60,13 @@ def evaluate(trainer: TextPPOTrainer, model, reward, prompts: list[str]) -> dict
 
 
 def sample_and_score(trainer: TextPPOTrainer, model, reward, prompts: list[str], n: int, seed: int, step: int):
-    """n completions, the prompts in turn: which prompt each continues, tokens, texts, and rewards (n,) float32."""
+    """n completions, the prompts in turn: which prompt each continues, queries, responses, texts, and rewards (n,)."""
     prompt_index, queries = [i % len(prompts) for i in range(n)], trainer.encode(prompts)
-    responses = trainer.generate([queries[i] for i in prompt_index], model, seed, step)
+    query_tensors = [queries[i] for i in prompt_index]
+    responses = trainer.generate(query_tensors, model, seed, step)
     completions = trainer.decode(responses)
     rewards = score_texts(reward, [prompts[i] + text for i, text in zip(prompt_index, completions)])
-    return prompt_index, responses, completions, rewards
+    return prompt_index, query_tensors, responses, completions, rewards
 
 
 def kl_to_reference(

@@ -197,25 +197,27 @@ def save_config(config: PPOConfig, path: Path) -> None:
     partial.replace(path)
 
 
+def published(preset: str) -> dict:
+    """Every value of a preset as it was published."""
+    return json.loads(SHIPPED.read_text(encoding="utf-8"))[preset]
+
+
 def changes(config: PPOConfig) -> dict[str, list]:
     """Where a config differs from its preset as it was published: [published, now] by field."""
-    published = json.loads(SHIPPED.read_text(encoding="utf-8"))[config.preset]
+    shipped = published(config.preset)
     now = dataclasses.asdict(config)
-    return {
-        name: [published[name], now[name]] for name in now if name not in NO_CHANGE and published[name] != now[name]
-    }
+    return {name: [shipped[name], now[name]] for name in now if name not in NO_CHANGE and shipped[name] != now[name]}
 
 
 def describe_changes(config: PPOConfig) -> list[str]:
     """Lines that say where a run differs from what was published, and where a default in config.py is not used."""
     lines, preset = [], config.preset
     if changed := changes(config):
-        values = ", ".join(f"{name} {now} (published: {published})" for name, (published, now) in changed.items())
+        values = ", ".join(f"{name} {now} (published: {shipped})" for name, (shipped, now) in changed.items())
         lines.append(f"not as the preset {preset}: {values}")
-    published = json.loads(SHIPPED.read_text(encoding="utf-8"))["default"]
-    defaults = dataclasses.asdict(PPOConfig())
+    shipped, defaults = published("default"), dataclasses.asdict(PPOConfig())
     for name, value in PRESETS[preset].items():
-        if defaults[name] != published[name] and getattr(config, name) == value:
+        if defaults[name] != shipped[name] and getattr(config, name) == value:
             lines.append(
                 f"{name} is {value}, as the preset {preset} has it; the {defaults[name]} in config.py is not used"
             )

@@ -35,13 +35,15 @@ def main() -> None:
     config = load_config(args.run_dir / "config.json")
     policy, tokenizer, reward, prompts = load(config)
     trainer = TextPPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
-    engine, queries = trainer.engine, trainer.encode(prompts)
+    engine = trainer.engine
     saved = args.run_dir / "model"
     policy = trainer.ref_model if args.reference else load_policy(saved, load_gpt2_config(saved), engine.device)
     beta = config.init_kl_coef
 
-    drawn, responses, _, scores = sample_and_score(trainer, policy, reward, prompts, args.samples, config.seed, 2**32)
-    drawn, batch = torch.tensor(drawn), [queries[i] for i in drawn]
+    drawn, batch, responses, _, scores = sample_and_score(
+        trainer, policy, reward, prompts, args.samples, config.seed, 2**32
+    )
+    drawn = torch.tensor(drawn)
     completions = engine.collator.completions(batch, responses)
     logprobs, ref_logprobs = (
         engine.evaluate(logprobs_values_entropy, completions, model)[0] for model in (policy, trainer.ref_model)

@@ -6,9 +6,13 @@ NEAREST = {  # file: the tests nearest to it
 }
 BUGS = [  # (file, what stands there, the bug)
     ("support/evaluation.py", "kl.where(mask, 0).sum(-1), ref_logprobs, mask", "kl.sum(-1), ref_logprobs, mask"),
-    ("support/evaluation.py", "prompts, n, SEED, 0)", "prompts, n, trainer.config.seed, 0)"),
-    ("support/evaluation.py", "kl_to_reference(trainer, model, [", "kl_to_reference(trainer, trainer.model, ["),
-    ("support/evaluation.py", "[queries[i] for i in prompt_index], responses)\n\n", "[queries[0]] * n, responses)\n\n"),
+    ("support/evaluation.py", "prompts, n, SEED, 0\n", "prompts, n, trainer.config.seed, 0\n"),
+    (
+        "support/evaluation.py",
+        "kl_to_reference(trainer, model, query_tensors",
+        "kl_to_reference(trainer, trainer.model, query_tensors",
+    ),
+    ("support/evaluation.py", "model, query_tensors, responses)\n\n", "model, query_tensors[:1] * n, responses)\n\n"),
     ("support/evaluation.py", "bool(response[-1] == trainer.sep_token_id)", "len(response) < trainer.config.gen_len"),
     ("support/evaluation.py", "1.96 * rewards.std().item() / math.sqrt(n)", "1.96 * rewards.std().item()"),
     ("support/evaluation.py", "len(set(zip(prompt_index, completions))) / n", "len(set(completions)) / n"),
@@ -31,8 +35,8 @@ BUGS = [  # (file, what stands there, the bug)
     ),
     (
         "support/evaluation.py",
-        "trainer.generate([queries[i] for i in prompt_index], model, seed, step)",
-        "trainer.generate([queries[i] for i in prompt_index], None, seed, step)",
+        "trainer.generate(query_tensors, model, seed, step)",
+        "trainer.generate(query_tensors, None, seed, step)",
     ),
     ("support/evaluation.py", "score_texts(reward, [prompts[i] + text for i", "score_texts(reward, [text for i"),
     (
