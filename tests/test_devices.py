@@ -11,6 +11,7 @@ from support.devices import check_device, pick_device, pick_dtype, pick_micro_ba
 from support.errors import UserError
 from support.settings import check
 from support.text_trainer import TextPPOTrainer
+from tests.test_step_edges import rows_at_once
 
 
 @pytest.fixture
@@ -159,15 +160,6 @@ def test_attention_is_never_cudnn_s():
 
 
 # --- how many completions at once
-
-
-def rows_at_once(trainer, work):
-    """The numbers of completions of which the policy makes logits at once while `work()` is done."""
-    rows = []
-    hook = trainer.model.lm_head.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
-    work()
-    hook.remove()
-    return rows
 
 
 def test_no_more_than_micro_batch_size_completions_go_through_at_once(gpt2_folder):

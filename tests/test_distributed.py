@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import csv
 import functools
 import json
 import os
@@ -30,6 +29,7 @@ from support.models import encode_prompt, load_gpt2_config, load_policy, load_to
 from support.settings import save_config
 from tests.conftest import ROOT, write_gpt2
 from tests.ranks import STEP, Ranks, agents_store, program
+from tests.test_train import rows
 from train_ppo import main
 
 PROMPTS = ["刚收到货,感觉", "衣服", "这本书很好"]
@@ -303,11 +303,6 @@ def test_the_interface_between_the_machines_is_found(machines):
 
 # ----------------------------------------------------------------------------------------------
 # Whole runs below torchrun
-
-
-def rows(run_dir):
-    with (run_dir / "metrics.csv").open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def same_curve(one, other):
