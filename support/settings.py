@@ -144,7 +144,7 @@ def read_prompts(config: PPOConfig) -> list[str]:
     else:
         source = f"--prompts_file {config.prompts_file}"
         try:
-            prompts = Path(config.prompts_file).read_text(encoding="utf-8-sig").splitlines()
+            prompts = Path(config.prompts_file).read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError:
             raise UserError(f"{source} is not UTF-8 text; save it as UTF-8, one prompt a line")
         except OSError as error:

@@ -183,6 +183,7 @@ def test_an_empty_name_is_refused(name):
         ("\ufeff刚收到货,感觉\r\n这部电影很\r\n", ["刚收到货,感觉", "这部电影很"]),
         ("a\nb\na\n\n  \n\n", ["a", "b", "a"]),
         (" I went \n", [" I went "]),
+        ("a\u2028b\x0bc\nd\x85\n", ["a\u2028b\x0bc", "d\x85"]),
     ],
 )
 def test_a_prompts_file_holds_a_prompt_a_line(tmp_path, content, prompts):

@@ -20,6 +20,7 @@ BUGS = [  # (file, what stands there, the bug)
         'values | PRESETS.get(str(values.get("preset")), {})',
     ),
     ("config.py", 'PRESETS.get(str(values.get("preset")), {})', 'PRESETS.get(values.get("preset"), {})'),
+    ("support/settings.py", '.split("\\n")', ".splitlines()"),
     ("support/settings.py", "if not (above < value and", "if not (above <= value and"),
     ("support/settings.py", "and math.isfinite(value)):", "and not math.isnan(value)):"),
     ("support/settings.py", 'r"[^\\W_][\\w.\\-]*"', 'r"[\\w.\\-]*"'),
