@@ -10,10 +10,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, pipeline
 
 from support import collectives
-from support.errors import UserError
+from support.errors import UserError, first_line, is_out_of_memory
 from support.models import (
     clean_text,
-    first_line,
     is_bert,
     load_tokenizer,
     load_weights,
@@ -155,6 +154,10 @@ def checked_scores(reward: Callable[[list[str]], object], texts: list[str]) -> t
 
 def failed_call(reward: Callable, texts: list[str], error: Exception) -> RewardError:
     """What to say of an exception inside a reward function: which, where, and for which text."""
+    whole = "".join(traceback.format_exception(error))
+    if is_out_of_memory(error):  # of no text's making, and to score each again would not help
+        lower = "--gen_len, or how many texts the reward takes at once"
+        return RewardError(f"out of memory in the reward function ({first_line(error)}); lower {lower}", whole)
     frame = traceback.extract_tb(error.__traceback__)[-1]
     culprit = texts[0]
     for text in texts:
@@ -164,7 +167,4 @@ def failed_call(reward: Callable, texts: list[str], error: Exception) -> RewardE
             culprit = text
             break
     where = f"({frame.filename}, line {frame.lineno}) for {culprit!r}"
-    return RewardError(
-        f"the reward function raised {first_line(error)} {where}",
-        "".join(traceback.format_exception(error)),
-    )
+    return RewardError(f"the reward function raised {first_line(error)} {where}", whole)

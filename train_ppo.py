@@ -21,7 +21,7 @@ from pathlib import Path
 from config import PPOConfig
 from support import collectives, meeting
 from support.command_line import how_to_go_on, read_command_line
-from support.errors import UserError
+from support.errors import UserError, first_line, is_out_of_memory
 from support.load import load
 from support.settings import total_steps
 
@@ -142,13 +142,13 @@ def main(argv: list[str] | None = None) -> int:
         print("\nstopped", file=sys.stderr)
         return 130
     except Exception as error:
+        if is_out_of_memory(error):
+            lower = "lower --micro_batch_size, also with --resume, or in a new run --gen_len or the models"
+            meeting.say_why(f"out of memory ({first_line(error)}); {lower}")
+            return 2
         if lost := meeting.lost_process(error):
             meeting.say_why(f"{lost}; {how_to_go_on(run_dir if mode != 'eval_only' else None)}")
             return 1
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported yet
-            message = "the device is out of memory; lower --micro_batch_size (or --gen_len)"
-            print(f"train_ppo.py: error: {message}", file=sys.stderr)
-            return 2
         raise
 
 

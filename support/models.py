@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from gpt2_value_head import GPT2HeadWithValueModel
 from support.batches import never_sampled_ids
-from support.errors import UserError
+from support.errors import UserError, first_line, is_out_of_memory
 from support.hub import has_vocabulary
 
 SPECIAL_TOKENS = re.compile(r"\[(PAD|UNK|CLS|SEP|MASK)\]")
@@ -174,13 +174,10 @@ def load_weights(model_class, folder: Path, config) -> tuple[nn.Module, set[str]
                 folder, config=config, dtype=torch.float32, output_loading_info=True
             )
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"the weights in {folder} cannot be loaded ({first_line(error)}); is the file complete?")
     return model, set(info["missing_keys"])
-
-
-def first_line(error: Exception) -> str:
-    """An exception as one line."""
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
 
 
 @contextlib.contextmanager

@@ -5,13 +5,14 @@ import json
 import resource
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 import train_ppo
 from ppo import PPOTrainer
 from support.engine import MAX_SKIPPED
-from support.errors import UserError
+from support.errors import UserError, is_out_of_memory
 from tests.test_train import rows, small_run
 from tests.test_trainer import batch_of, make
 from tools.stress_resume import differences
@@ -157,7 +158,7 @@ def test_ten_skipped_steps_in_a_row_end_the_run(policy):
     ("error", "said"),
     [
         (FloatingPointError("the gradient of 10"), "try a lower --lr"),
-        (torch.OutOfMemoryError("CUDA"), "lower --micro_batch_size"),
+        (torch.OutOfMemoryError("CUDA"), "lower --micro_batch_size, also with --resume"),
     ],
 )
 def test_a_failing_step_is_one_line_and_keeps_the_checkpoint(tmp_path, demo, monkeypatch, capsys, error, said):
@@ -173,6 +174,37 @@ def test_a_failing_step_is_one_line_and_keeps_the_checkpoint(tmp_path, demo, mon
     assert code == 2 and said in capsys.readouterr().err.splitlines()[-1]
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
     assert len(rows(run_dir)) == 2
+
+
+def raised(function, *arguments) -> Exception:
+    with pytest.raises(Exception) as error:
+        function(*arguments)
+    return error.value
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (raised(torch.empty, 1 << 60), True),
+        (raised(np.empty, 1 << 50), True),
+        (raised(bytearray, 1 << 60), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), True),
+        (
+            RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"),
+            True,
+        ),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9.04 GB, max allowed: 9.07 GB)."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("Expected all tensors to be on the same device"), False),
+        (KeyError("memory"), False),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_memory_that_ran_out_is_known_under_all_its_names(error, expected):
+    assert is_out_of_memory(error) is expected
 
 
 def test_a_real_bug_keeps_its_traceback(tmp_path, demo, monkeypatch):

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from config import PPOConfig
 from support import models
-from support.errors import UserError
+from support.errors import UserError, first_line
 from support.text_trainer import TextPPOTrainer, read_policy_folder
 from tests.conftest import write_gpt2
 
@@ -206,9 +206,15 @@ def test_unusable_tokenizers_are_named(gpt2_folder, tmp_path):
 
 
 def test_an_error_is_one_short_line():
-    assert models.first_line(KeyError("\n  missing \n more")) == "KeyError: '\\n  missing \\n more'"
-    assert models.first_line(ValueError(" first\nsecond")) == "ValueError: first"
-    assert models.first_line(ValueError("x" * 500)) == "ValueError: " + "x" * 188
+    assert first_line(KeyError("\n  missing \n more")) == "KeyError: '\\n  missing \\n more'"
+    assert first_line(ValueError(" first\nsecond")) == "ValueError: first"
+    assert first_line(ValueError("x" * 500)) == "ValueError: " + "x" * 188
+
+
+def test_weights_that_do_not_fit_into_memory_are_not_called_damaged(gpt2_folder, monkeypatch):
+    monkeypatch.setattr(models.GPT2HeadWithValueModel, "from_pretrained", lambda *args, **options: torch.empty(1 << 60))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        load(gpt2_folder)
 
 
 def test_the_first_weight_that_lacks_is_named(tmp_path):

@@ -320,6 +320,21 @@ def test_a_function_that_fails_for_all_texts_together_is_named_with_the_first():
         score_texts(reward, ["好评", "差评"])
 
 
+def test_a_reward_that_runs_out_of_memory_is_not_asked_again_and_no_text_is_blamed():
+    asked = []
+
+    def reward(texts):
+        asked.append(texts)
+        torch.empty(1 << 60)
+
+    with pytest.raises(
+        RewardError, match=r"^out of memory in the reward function \(RuntimeError: .*\); lower "
+    ) as error:
+        score_texts(reward, ["好评", "差评"])
+    assert asked == [["好评", "差评"]] and "好评" not in str(error.value)
+    assert "\n" not in str(error.value) and "in reward\n" in error.value.traceback
+
+
 def test_what_a_reward_says_itself_stays():
     def reward(texts):
         raise RewardError("no key for the judge")

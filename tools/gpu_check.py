@@ -51,10 +51,9 @@ from support.demo_models import (
     write_vocab,
 )
 from support.devices import check_device, pick_device, pick_dtype
-from support.errors import UserError
+from support.errors import UserError, first_line
 from support.models import (
     encode_prompt,
-    first_line,
     load_gpt2_config,
     load_policy,
     load_tokenizer,
