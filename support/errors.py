@@ -14,5 +14,5 @@ def first_line(error: Exception) -> str:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether a GPU's or this machine's memory ran out, in the words of torch, cuBLAS, cuDNN, numpy, Python or C++."""
-    words = r"MemoryError|out.of.memory|not enough memory|can('|no)t allocate memory|ALLOC_FAILED|bad_alloc"
+    words = r"MemoryError|out.of.memory|not enough memory|cannot allocate memory|ALLOC_FAILED|bad_alloc"
     return re.search(words, f"{type(error).__name__}: {error}", re.IGNORECASE) is not None

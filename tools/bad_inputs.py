@@ -205,7 +205,7 @@ BROKEN = [  # (what was done, how, command, part of the line)
         "reward function that runs out of memory",
         write("r7.py", "import torch\ndef f(texts): return torch.empty(1 << 60)\n"),
         f"{NEW} --reward r7:f",
-        "step 1: out of memory in the reward function",
+        "evaluation: out of memory in the reward function",
     ),
     ("run config is no JSON", write("run/config.json", "{"), "--resume run", "is not JSON"),
     (

@@ -66,7 +66,7 @@ BUGS = [  # (file, what stands there, the bug)
     ("reward.py", '            function_to_apply="softmax",\n', ""),
     ("reward.py", "    if is_out_of_memory(error):  # of no text's", "    if False:  # of no text's"),
     ("support/models.py", "        if is_out_of_memory(error):\n            raise\n", ""),
-    ("support/errors.py", r"can('|no)t allocate memory", "Cannot allocate memory"),
+    ("support/errors.py", "|cannot allocate memory", ""),
     ("support/errors.py", "out.of.memory", "CUDA out of memory"),
     ("support/errors.py", 'f"{type(error).__name__}: {error}", re.I', "str(error), re.I"),
     ("reward.py", "max_length=min(positions, tokenizer.model_max_length)", "max_length=tokenizer.model_max_length"),
