@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from support.errors import UserError
+from support.streams import hold_streams
 
 PANELS = [  # (title, columns drawn as lines, y axis)
     ("KL to the reference", ["objective/kl"], "nats a completion"),
@@ -233,4 +234,5 @@ def draw_histogram(axes, evaluation: dict, colour: str) -> None:
 
 
 if __name__ == "__main__":
+    hold_streams()
     sys.exit(main())

@@ -24,6 +24,7 @@ from support.command_line import how_to_go_on, read_command_line
 from support.errors import UserError, first_line, is_out_of_memory
 from support.load import load
 from support.settings import total_steps
+from support.streams import hold_streams
 
 
 def train(config: PPOConfig, run_dir: Path, resume: bool) -> int:
@@ -153,6 +154,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a console without some character must not end a run
+    hold_streams()
     meeting.exit_process(main())

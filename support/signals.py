@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM."""
 
+import contextlib
 import os
 import signal
 
@@ -21,7 +22,8 @@ class StopSignal:
         if self.received:
             os._exit(128 + number)
         self.received = number
-        os.write(2, b"\nstopping after this step; once more leaves at once\n")
+        with contextlib.suppress(OSError):  # nobody may read it any more
+            os.write(2, b"\nstopping after this step; once more leaves at once\n")
 
     def release(self) -> None:
         """Let signals end the process again, where nothing can be lost by it."""

@@ -1,9 +1,14 @@
 """What goes wrong from outside: kills, damaged files, full disks, second processes, gradients that are not finite."""
 
 import fcntl
+import io
 import json
+import os
 import resource
 import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +18,10 @@ import train_ppo
 from ppo import PPOTrainer
 from support.engine import MAX_SKIPPED
 from support.errors import UserError, is_out_of_memory
-from tests.test_train import rows, small_run
+from support.signals import StopSignal
+from support.streams import Lasting
+from tests.conftest import ROOT
+from tests.test_train import SMALL, rows, small_run
 from tests.test_trainer import batch_of, make
 from tools.stress_resume import differences
 
@@ -135,6 +143,42 @@ def test_room_needed_is_named_when_the_disk_is_full(tmp_path, monkeypatch):
             raise RuntimeError("a bug")
 
 
+# --- the terminal
+
+
+@pytest.mark.parametrize("buffering", [-1, 0])
+def test_what_a_broken_stream_cannot_take_is_lost(buffering):
+    """The disk behind it is full, with a buffer between or, as with python -u, without."""
+    stream = io.TextIOWrapper(open("/dev/full", "wb", buffering), encoding="ascii", write_through=not buffering)
+    held = io.TextIOWrapper(io.BufferedWriter(Lasting(stream)), "utf-8", line_buffering=True)
+    del stream
+    print("感觉\n" * 10_000, file=held)
+    held.close()
+
+
+def test_a_run_outlasts_its_terminal(finished, tmp_path, demo):
+    """Who reads stdout is gone, as after `| head -1`, and stderr is closed from the start: all files are those of a run
+    that was watched, and nothing that is printed goes into one of them."""
+    program = [sys.executable, "-u", ROOT / "train_ppo.py", *SMALL, *"--save_every 1 --keep_checkpoints 5".split()]
+    command = ["sh", "-c", 'exec "$@" 2>&-', "sh", *program, "--log_samples_every", "1", "--run_name", "run"]
+    reader, broken = os.pipe()
+    os.close(reader)
+    assert subprocess.run(command, cwd=tmp_path, stdout=broken).returncode == 0
+    os.close(broken)
+    assert differences(finished, tmp_path / "runs" / "run") == []
+
+
+def test_a_signal_is_heeded_though_nobody_reads_what_is_said(signals_restored, monkeypatch):
+    reader, broken = os.pipe()
+    os.close(reader)
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(broken, data))
+    stop = StopSignal()
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.close(broken)
+    assert stop.received == signal.SIGTERM
+
+
 def test_a_non_finite_gradient_is_skipped_and_counted(policy):
     trainer = make(policy, ppo_epochs=2)
     batch = batch_of(trainer, policy)
@@ -216,7 +260,6 @@ def test_a_real_bug_keeps_its_traceback(tmp_path, demo, monkeypatch):
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_loading_a_checkpoint_runs_nothing(finished, tmp_path):
     """A pickle in the optimizer's place that would run code is not run, even with a matching checksum."""
-    import os
     import pickle
 
     from support.checkpoint import FILES, sha256

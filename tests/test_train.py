@@ -304,4 +304,4 @@ def test_the_program_does_without_what_windows_and_plain_consoles_lack():
         [sys.executable, "-W", "ignore", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert result.returncode == 2, result.stderr
-    assert result.stderr.startswith("train_ppo.py: error: --run_name '?' is no plain name")
+    assert result.stderr.startswith("train_ppo.py: error: --run_name '\\U0001f600' is no plain name")

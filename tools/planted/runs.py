@@ -5,7 +5,8 @@ NEAREST = {  # file: the tests nearest to it
     "support/run_folder.py": "run_recounted resume train faults",
     "support/checkpoint.py": "checkpoint faults resume run_recounted",
     "support/command_line.py": "resume train faults",
-    "support/signals.py": "train resume",
+    "support/signals.py": "train resume faults",
+    "support/streams.py": "faults train",
 }
 BUGS = [  # (file, what stands there, the bug)
     (
@@ -55,7 +56,14 @@ BUGS = [  # (file, what stands there, the bug)
     ),
     ("train_ppo.py", "        return 130\n", "        return 1\n"),
     ("train_ppo.py", 'train(config, run_dir, mode == "resume")', "train(config, run_dir, False)"),
-    ("train_ppo.py", "stream.reconfigure(errors=", "stream.reconfigure(newline=None) or dict(errors="),
+    ("train_ppo.py", "    hold_streams()\n", ""),
+    ("support/streams.py", '"backslashreplace", ', '"strict", '),
+    ("support/streams.py", "    while os.open(os.devnull, os.O_RDWR) <= 2:\n        pass\n", ""),
+    ("support/streams.py", 'getattr(stream.buffer, "raw", stream.buffer)', "stream.buffer.raw"),
+    ("support/streams.py", "        self.stream = stream  #", "        #"),
+    ("support/streams.py", "except OSError:", "except BrokenPipeError:"),
+    ("support/streams.py", '((1, "stdout"), (2, "stderr"))', '((1, "stdout"),)'),
+    ("support/signals.py", "with contextlib.suppress(OSError):", "with contextlib.suppress(ValueError):"),
     ("support/run_folder.py", "exist_ok=resume or meeting.restart_count() > 0", "exist_ok=True"),
     (
         "support/run_folder.py",
@@ -157,8 +165,8 @@ BUGS = [  # (file, what stands there, the bug)
     ),
     (
         "support/signals.py",
-        "        self.received = number\n        os.write",
-        "        self.received = 1\n        os.write",
+        "        self.received = number\n        with",
+        "        self.received = 1\n        with",
     ),
 ]
 SAME = [  # (file, what stands there, what may as well stand there, why it is the same program)
