@@ -1,7 +1,7 @@
 """Draw the curves of one or more runs.
 
 python plot_rewards.py                              the newest run below runs/, into its folder as rewards.png
-python plot_rewards.py runs/a runs/b --out FILE     several runs over each other
+python plot_rewards.py runs/a runs/b                several over each other, into compare.png here, or into --out FILE
 """
 
 import argparse
@@ -14,6 +14,7 @@ import numpy as np
 
 from support.errors import UserError
 from support.streams import hold_streams
+from support.writing import whole
 
 PANELS = [  # (title, columns drawn as lines, y axis)
     ("KL to the reference", ["objective/kl"], "nats a completion"),
@@ -42,11 +43,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "runs", nargs="*", type=Path, metavar="RUN", help="run folders; the newest below runs/ unless given"
     )
-    parser.add_argument("--out", type=Path, help="picture to write (default: rewards.png in the first run's folder)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="picture to write (default: rewards.png in the run's folder; of several runs, compare.png here)",
+    )
     args = parser.parse_args(argv)
     try:
         runs = args.runs or [newest_run(Path("runs"))]
-        out = args.out or runs[0] / "rewards.png"
+        out = args.out or (runs[0] / "rewards.png" if len(runs) == 1 else Path("compare.png"))
         draw(runs, out)
     except UserError as error:
         print(f"plot_rewards.py: error: {error}", file=sys.stderr)
@@ -140,12 +145,12 @@ def draw(runs: list[Path], out: Path) -> None:
             axes.set_ylabel("mean reward")
         names = [Line2D([], [], color=f"C{i % 10}", linewidth=3, label=shown(run[0])) for i, run in enumerate(data)]
         fig.legend(handles=names, loc="outside upper left", ncols=min(4, len(names)), frameon=False)
-        try:
-            fig.savefig(out, dpi=100, format=out.suffix[1:] or "png")
-        except (OSError, ValueError) as error:
-            raise UserError(f"the picture {out} cannot be written: {getattr(error, 'strerror', None) or error}")
-        finally:
-            plt.close(fig)
+        plt.close(fig)  # which needs no window to be saved
+        ending = out.suffix[1:].lower() or "png"
+        if ending not in fig.canvas.get_supported_filetypes():
+            raise UserError(f"{out} cannot be written: no picture ends in .{ending}; take .png, .pdf or .svg")
+        with whole(out) as partial:
+            fig.savefig(partial, dpi=100, format=ending)
 
 
 def changes(columns: list[str], runs: list[dict]) -> bool:

@@ -12,7 +12,6 @@ A checkpoint is written under a temporary name, flushed to disk and then renamed
 import contextlib
 import hashlib
 import json
-import os
 import pickle
 import random
 import shutil
@@ -20,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from support import collectives
 from support.errors import UserError
+from support.writing import whole
 
 FILES = ("policy.safetensors", "average.safetensors", "optimizer.pt")
 UNUSABLE = (OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError)  # what a damaged checkpoint raises
@@ -37,28 +36,19 @@ def save_checkpoint(trainer, folder: Path, keep: int) -> Path:
     with earlier checkpoints as they were, where the disk is full or the folder cannot be written.
     """
     final = folder / f"step-{trainer.n_steps:06d}"
-    partial = folder / f".partial-{final.name}"
     weights = 4 * sum(parameter.numel() for parameter in trainer.model.parameters())
     with contextlib.suppress(*UNUSABLE):
         read_state(final)
         return final
-    try:
-        with disk_errors(final, 4 * weights):  # policy, average, and Adam's two moments
-            write_checkpoint(trainer, partial)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            flush(folder)
-    except UserError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with whole(final, 4 * weights) as partial:  # policy, average, and Adam's two moments
+        write_checkpoint(trainer, partial)
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return final
 
 
 def write_checkpoint(trainer, partial: Path) -> None:
-    """All files of a checkpoint, flushed to disk."""
-    shutil.rmtree(partial, ignore_errors=True)
+    """All files of a checkpoint."""
     partial.mkdir(parents=True)
     engine = trainer.engine.state_dict()
     save_file(engine["policy"], partial / FILES[0], {"format": "pt"})
@@ -71,8 +61,6 @@ def write_checkpoint(trainer, partial: Path) -> None:
         "sha256": {name: sha256(partial / name) for name in FILES},
     }
     (partial / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
-    for path in (*partial.iterdir(), partial):
-        flush(path)
 
 
 def load_checkpoint(trainer, folder: Path) -> None:
@@ -147,44 +135,3 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Wait until a file or folder is on disk; a folder only where the system opens one (Windows does not)."""
-    try:
-        descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-    except PermissionError:
-        if path.is_dir():
-            return
-        raise
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a text file at one stroke: a reader sees the old one or the new one. UserError as in disk_errors."""
-    partial = path.with_name(f".partial-{path.name}")
-    with disk_errors(path, len(text.encode())):
-        partial.write_text(text, encoding="utf-8", newline="")
-        flush(partial)
-        partial.replace(path)
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path, needed: int = 0):
-    """What goes wrong with the disk, in any library's words, as a UserError with the path and the room needed."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        place = next(parent for parent in (path, *path.parents) if parent.exists())
-        free = shutil.disk_usage(place).free
-        reason = getattr(error, "strerror", None) or str(error)
-        if free < needed or "No space left" in reason:
-            room = f"it needs about {max(needed, 1 << 20) / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free"
-            raise UserError(f"no room to write {path}: {room}")
-        of_disk = (
-            isinstance(error, OSError) or "os error" in reason or "inline_container" in reason
-        )  # safetensors, torch
-        if not of_disk:
-            raise
-        raise UserError(f"{path} cannot be written: {reason.splitlines()[0]}")

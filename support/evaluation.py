@@ -19,8 +19,8 @@ import torch
 
 from ppo import kl_from_logits, logprobs_from_logits, masked_mean
 from reward import score_texts
-from support.checkpoint import write_whole
 from support.text_trainer import TextPPOTrainer
+from support.writing import write_whole
 
 SEED = 20_170_707  # of the evaluation alone: every policy of every run is judged on the same draws
 BETAS = [0.05 * 1.25**i for i in range(22)]  # of the frontier, up to 5.4

@@ -14,7 +14,6 @@ runs/<name>/
 import contextlib
 import csv
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,10 +25,11 @@ from config import PPOConfig
 from plot_rewards import draw
 from reward import RewardError
 from support import collectives, evaluation, meeting
-from support.checkpoint import disk_errors, load_checkpoint, save_checkpoint, write_whole
+from support.checkpoint import load_checkpoint, save_checkpoint
 from support.command_line import FINAL, JOB_FILE
 from support.errors import UserError
 from support.settings import changes, describe_changes, save_config, total_steps
+from support.writing import disk_errors, whole, write_whole
 
 
 class RunFolder:
@@ -117,15 +117,10 @@ class RunFolder:
         self.saved_at = time.monotonic()
 
     def save_model(self, trainer) -> None:
-        """Replace model/ by the policy that training ended with; it is there whole or not at all."""
-        if not self.writes:
-            return
-        model, partial = self.path / "model", self.path / ".partial-model"
-        with disk_errors(model, 4 * trainer.model.num_parameters()):
-            shutil.rmtree(partial, ignore_errors=True)
-            trainer.save(partial)
-            shutil.rmtree(model, ignore_errors=True)
-            partial.rename(model)
+        """Replace model/ by the policy that training ended with."""
+        if self.writes:
+            with whole(self.path / "model", 4 * trainer.model.num_parameters()) as partial:
+                trainer.save(partial)
 
     def read_evaluation(self) -> dict:
         """evaluation.json, or nothing where there is none yet."""
@@ -165,7 +160,7 @@ class RunFolder:
             if not error.traceback:
                 raise UserError(f"{where}: {error}")
             if self.writes:
-                (self.path / "error.log").write_text(error.traceback, encoding="utf-8")
+                write_whole(self.path / "error.log", error.traceback)
             raise UserError(f"{where}: {error}; the traceback is in {self.path / 'error.log'}")
         except FloatingPointError as error:
             hint = "try a lower --lr, or --dtype float32. The last good checkpoint is kept"

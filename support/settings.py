@@ -16,6 +16,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from config import PRESETS, PPOConfig, Sentence
 from support.devices import check_device
 from support.errors import UserError
+from support.writing import write_whole
 
 SHIPPED = Path(__file__).with_name("shipped.json")  # every value of each preset as published: tools/ship.py writes it
 NO_CHANGE = {"preset", "run_name", "runs_dir", "resume", "eval_only"}  # what `changes` does not speak of
@@ -192,9 +193,7 @@ def load_config(path: Path, may_lack: set[str] = frozenset()) -> PPOConfig:
 
 
 def save_config(config: PPOConfig, path: Path) -> None:
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(json.dumps(dataclasses.asdict(config), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(dataclasses.asdict(config), ensure_ascii=False, indent=2) + "\n")
 
 
 def published(preset: str) -> dict:

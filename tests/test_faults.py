@@ -125,7 +125,7 @@ def test_a_full_disk_names_the_path_and_keeps_earlier_checkpoints(finished, tmp_
 
 
 def test_a_file_that_torch_cannot_finish_is_named(tmp_path, file_limit):
-    from support.checkpoint import disk_errors
+    from support.writing import disk_errors
 
     file_limit(1 << 20)
     with pytest.raises(UserError, match="optimizer.pt cannot be written"), disk_errors(tmp_path / "optimizer.pt"):
@@ -133,7 +133,7 @@ def test_a_file_that_torch_cannot_finish_is_named(tmp_path, file_limit):
 
 
 def test_room_needed_is_named_when_the_disk_is_full(tmp_path, monkeypatch):
-    from support.checkpoint import disk_errors
+    from support.writing import disk_errors
 
     with pytest.raises(UserError, match=r"no room to write .*model: it needs about 5 MiB, \d+ MiB are free"):
         with disk_errors(tmp_path / "model", 5 << 20):

@@ -64,11 +64,16 @@ def write_evaluation(folder, **evaluation):
 
 @pytest.fixture
 def figures(monkeypatch) -> list:
-    """The figures that are drawn, which are not rendered, and the arguments of `savefig`."""
+    """The figures that are drawn, which are not rendered but leave an empty file; and the options of `savefig`."""
     from matplotlib.figure import Figure
 
     drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **options: drawn.append((self, args, options)))
+
+    def savefig(self, out, **options):
+        out.touch()
+        drawn.append((self, options))
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
     return drawn
 
 
@@ -131,13 +136,13 @@ def test_each_panel_draws_its_columns_over_the_steps(tmp_path, figures):
 
 def test_panels_stand_four_in_a_row_below_reward_plane_and_histogram(tmp_path, figures):
     draw([write_run(tmp_path / "run")], tmp_path / "x.png")
-    (figure, (out,), options) = figures[0]
+    figure, options = figures[0]
     places = [axes.get_subplotspec() for axes in figure.axes]
     cells = [(spec.rowspan.start, spec.colspan.start, spec.colspan.stop) for spec in places]
     assert cells[:3] == [(0, 0, 4), (1, 0, 2), (1, 2, 4)]
     assert cells[3:] == [(2 + i // 4, i % 4, i % 4 + 1) for i in range(8)]
     assert figure.get_size_inches() == pytest.approx([13, 8 + 2 * 2.6])
-    assert (out, options["dpi"]) == (tmp_path / "x.png", 100)
+    assert options["dpi"] == 100
     assert {tuple(axes.title.get_fontfamily()) for axes in figure.axes} == {tuple(plot_rewards.fonts())}
 
 
@@ -408,12 +413,15 @@ def test_the_run_that_wrote_metrics_last_is_drawn_into_its_folder(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     assert main([]) == 0
     assert capsys.readouterr().out == f"wrote {os.path.join('runs', 'new', 'rewards.png')}\n"
-    assert main([str(runs[2]), str(runs[0])]) == 0
-    assert capsys.readouterr().out == f"wrote {runs[2] / 'rewards.png'}\n"
-    assert [args for _, args, _ in figures] == [
-        (runs[1].relative_to(tmp_path) / "rewards.png",),
-        (runs[2] / "rewards.png",),
-    ]
+    assert list(tmp_path.rglob("*.png")) == [runs[1] / "rewards.png"]
+
+
+def test_a_comparison_takes_no_runs_picture(tmp_path, monkeypatch, capsys, figures):
+    runs = [write_run(tmp_path / "runs" / name, 2) for name in "ab"]
+    monkeypatch.chdir(tmp_path)
+    assert main([str(run) for run in runs]) == 0
+    assert capsys.readouterr().out == "wrote compare.png\n"
+    assert list(tmp_path.rglob("*.png")) == [tmp_path / "compare.png"]
 
 
 def test_a_picture_without_an_ending_is_written_where_it_is_wanted(tmp_path, capsys):
@@ -484,10 +492,30 @@ def test_a_picture_that_cannot_be_written_is_one_line_and_leaves_no_figure(tmp_p
     missing = tmp_path / "missing" / "x.png"
     with pytest.raises(UserError) as error:
         draw([run], missing)
-    assert str(error.value) == f"the picture {missing} cannot be written: No such file or directory"
+    assert str(error.value) == f"{missing} cannot be written: No such file or directory"
     assert main([str(run), "--out", str(tmp_path / "x.unknown")]) == 2
-    assert "x.unknown cannot be written: Format 'unknown' is not supported" in capsys.readouterr().err
+    assert (
+        "x.unknown cannot be written: no picture ends in .unknown; take .png, .pdf or .svg\n" in capsys.readouterr().err
+    )
     assert plt.get_fignums() == []
+
+
+def test_what_stops_the_drawing_leaves_the_earlier_picture(tmp_path, monkeypatch):
+    """A full disk after the first bytes; a kill leaves what the next picture removes."""
+    from matplotlib.figure import Figure
+
+    run = write_run(tmp_path / "run", 2)
+    (run / "rewards.png").write_bytes(b"earlier")
+
+    def savefig(self, out, **options):
+        Path(out).write_bytes(b"\x89PNG")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    with pytest.raises(UserError, match="no room to write .*rewards.png"):
+        draw([run], run / "rewards.png")
+    assert (run / "rewards.png").read_bytes() == b"earlier"
+    assert sorted(path.name for path in run.iterdir()) == ["metrics.csv", "rewards.png"]
 
 
 def test_a_chinese_name_is_written_without_boxes(tmp_path, monkeypatch, recwarn):

@@ -115,7 +115,12 @@ BUGS = [  # (file, what stands there, the bug)
     ("support/evaluation.py", '" ".join(text.split())', "text.strip()"),
     ("support/evaluation.py", "ensure_ascii=False, indent=1", "indent=1"),
     ("support/evaluation.py", "write_whole(path, json", "path.write_text(json"),
-    ("plot_rewards.py", 'args.out or runs[0] / "rewards.png"', 'args.out or Path("rewards.png")'),
+    ("plot_rewards.py", '(runs[0] / "rewards.png" if len(runs) == 1 else', '(runs[0] / "rewards.png" if runs else'),
+    (
+        "plot_rewards.py",
+        "        with whole(out) as partial:\n            fig.savefig(partial",
+        "        if True:\n            fig.savefig(out",
+    ),
     ("plot_rewards.py", 'text[: text.rfind("\\n") + 1].splitlines()', "text.splitlines()"),
     (
         "plot_rewards.py",
@@ -172,9 +177,9 @@ BUGS = [  # (file, what stands there, the bug)
         '(("after", dict(histtype="step", linewidth=1.5)), ("before", dict(alpha=0.45)))',
     ),
     ("plot_rewards.py", "n_rows = -(-len(panels) // 4)", "n_rows = len(panels) // 4"),
-    ("plot_rewards.py", "            plt.close(fig)", "            pass"),
+    ("plot_rewards.py", "        plt.close(fig)", "        pass"),
     ("plot_rewards.py", 'matplotlib.use("Agg")', "pass"),
-    ("plot_rewards.py", 'format=out.suffix[1:] or "png"', 'format="png"'),
+    ("plot_rewards.py", 'ending = out.suffix[1:].lower() or "png"', 'ending = "png"'),
     ("plot_rewards.py", "name if len(fonts()) > 1 else name", "name if len(fonts()) > 0 else name"),
 ]
 SAME = [  # (file, what stands there, what may as well stand there, why it is the same program)

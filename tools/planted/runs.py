@@ -7,6 +7,7 @@ NEAREST = {  # file: the tests nearest to it
     "support/command_line.py": "resume train faults",
     "support/signals.py": "train resume faults",
     "support/streams.py": "faults train",
+    "support/writing.py": "writing faults resume plot",
 }
 BUGS = [  # (file, what stands there, the bug)
     (
@@ -91,12 +92,6 @@ BUGS = [  # (file, what stands there, the bug)
     ("support/run_folder.py", "return step == total_steps(self.config) or (", "return ("),
     ("support/run_folder.py", "(every > 0 and step % every == 0)", "(every > 0 and step % every == 1)"),
     ("support/run_folder.py", "self.config.keep_checkpoints)", "PPOConfig.keep_checkpoints)"),
-    (
-        "support/run_folder.py",
-        "            shutil.rmtree(model, ignore_errors=True)\n            partial.rename(model)\n",
-        "            if not model.exists():\n                partial.rename(model)\n",
-    ),
-    ("support/run_folder.py", "            shutil.rmtree(partial, ignore_errors=True)\n", ""),
     ("support/run_folder.py", "prompts, self.config.init_kl_coef)", "prompts, PPOConfig.init_kl_coef)"),
     ("support/run_folder.py", "            self.write_evaluation(results)\n", ""),
     ("support/run_folder.py", 'line.endswith(b"\\n") and step_of(line)', "step_of(line)"),
@@ -126,7 +121,6 @@ BUGS = [  # (file, what stands there, the bug)
     ("support/checkpoint.py", '    for partial in folder.glob(".partial-*"):\n        shutil.rmtree(partial)\n', ""),
     ("support/checkpoint.py", "in reversed(checkpoints(folder))", "in checkpoints(folder)"),
     ("support/checkpoint.py", "    if checkpoints(folder):\n        raise", "    if False:\n        raise"),
-    ("support/checkpoint.py", "        shutil.rmtree(partial, ignore_errors=True)\n        raise\n", "        raise\n"),
     ("support/checkpoint.py", 'f"step-{trainer.n_steps:06d}"', 'f"step-{trainer.n_steps + 1:06d}"'),
     ("support/command_line.py", '"keep_checkpoints"}', "}"),
     (
@@ -155,6 +149,26 @@ BUGS = [  # (file, what stands there, the bug)
     ("support/command_line.py", "if run_dir.exists() and not goes_on(run_dir):", "if False:"),
     ("support/command_line.py", "for name in given & allowed})\n    check(config)", "for name in given & allowed})"),
     ("support/signals.py", "os._exit(128 + number)", "os._exit(number)"),
+    (
+        "support/writing.py",
+        '            for written in (*partial.rglob("*"), partial):\n                flush(written)\n',
+        "",
+    ),
+    ("support/writing.py", '(*partial.rglob("*"), partial)', "(partial,)"),
+    ("support/writing.py", "                target.rename(old)\n", "                remove(target)\n"),
+    ("support/writing.py", "            flush(target.parent)\n", ""),
+    ("support/writing.py", "target = path.resolve()", "target = path.absolute()"),
+    ("support/writing.py", "if path.exists() and not path.is_file() and not path.is_dir():", "if False:"),
+    (
+        "support/writing.py",
+        "        finally:\n            for leftover in (partial, old):\n                remove(leftover)\n",
+        "        finally:\n            pass\n",
+    ),
+    (
+        "support/writing.py",
+        "            for leftover in (partial, old):\n                remove(leftover)\n            yield",
+        "            yield",
+    ),
     ("support/signals.py", "(signal.SIGINT, signal.SIGTERM):", "(signal.SIGINT,):"),
     ("support/signals.py", "if meeting.below_torchrun():", "if False:"),
     ("support/signals.py", "        if self.received:\n", "        if self.received == number:\n"),
