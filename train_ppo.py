@@ -20,7 +20,7 @@ from pathlib import Path
 
 from config import PPOConfig
 from support import collectives, meeting
-from support.command_line import how_to_go_on, read_command_line
+from support.command_line import flags_to_go_on, how_to_go_on, read_command_line
 from support.errors import UserError, first_line, is_out_of_memory
 from support.load import load
 from support.settings import total_steps
@@ -77,7 +77,8 @@ def train(config: PPOConfig, run_dir: Path, resume: bool) -> int:
             if stopped:
                 break
     if trainer.n_steps < total_steps(config):
-        print(f"stopped after step {trainer.n_steps}; go on with: python train_ppo.py --resume {run_dir}")
+        flags = flags_to_go_on(run_dir, config)
+        print(f"stopped after step {trainer.n_steps}; go on with: python train_ppo.py {flags}")
         return 128 + stopped  # a shell's code for what ended by this signal
     stop.release()
 
@@ -126,7 +127,7 @@ def judge_again(config: PPOConfig, run_dir: Path) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program; the exit code."""
-    run_dir = mode = None
+    config = run_dir = mode = None
     try:
         meeting.init_process_group()
         config, run_dir, mode = collectives.broadcast_from_rank_0(
@@ -148,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
             meeting.say_why(f"out of memory ({first_line(error)}); {lower}")
             return 2
         if lost := meeting.lost_process(error):
-            meeting.say_why(f"{lost}; {how_to_go_on(run_dir if mode != 'eval_only' else None)}")
+            meeting.say_why(f"{lost}; {how_to_go_on(run_dir if mode != 'eval_only' else None, config)}")
             return 1
         raise
 

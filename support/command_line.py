@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shlex
 import socket
 from datetime import datetime
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from config import PPOConfig
 from support import collectives, meeting
 from support.errors import UserError
-from support.settings import check, load_config, parse_args
+from support.settings import check, import_function, load_config, parse_args
 
 # Settings that may differ when a run goes on, since none of them changes what it computes (but for how long); and
 # when a saved run is judged again.
@@ -26,9 +27,9 @@ def read_command_line(argv: list[str]) -> tuple[PPOConfig, Path, str]:
     """The config, the run folder, and 'train', 'resume', 'eval_only' or 'nothing'. UserError for bad input."""
     config, given = parse_args(argv)
     if config.eval_only is not None:
-        run_dir = find_run_folder(config, config.eval_only)
-        return saved_config(run_dir, config, given - {"eval_only"}, FOR_JUDGING), run_dir, "eval_only"
-    if config.resume is not None:
+        run_dir, mode = find_run_folder(config, config.eval_only), "eval_only"
+        config = saved_config(run_dir, config, given - {"eval_only"}, FOR_JUDGING)
+    elif config.resume is not None:
         run_dir, mode = find_run_folder(config, config.resume), "resume"
     else:
         check(config)
@@ -39,11 +40,16 @@ def read_command_line(argv: list[str]) -> tuple[PPOConfig, Path, str]:
             print(f"THIS JOB HAS BEEN STARTED BEFORE, BUT ITS RUN FOLDER IS NOT HERE: IT BEGINS AT STEP 1 ({here})")
     if mode == "resume":
         config = saved_config(run_dir, config, given - {"resume"}, HARMLESS)
-        if is_finished(run_dir) and (given <= {"resume"} or meeting.restart_count()):
+        if is_finished(run_dir) and (given <= {"resume", "reward"} or meeting.restart_count()):
             print(f"{run_dir} is finished already, nothing is missing")
             mode = "nothing"
+    if config.reward is not None and mode != "nothing":
+        if "reward" not in given:
+            own = f"{run_dir} has a reward of its own, {config.reward}, and code runs only where you name it"
+            raise UserError(f"{own}: python train_ppo.py {flags_to_go_on(run_dir, config, mode)}")
+        import_function(config.reward)  # before anything is fetched
     for name in ("batch_size", "minibatch_size"):
-        if getattr(config, name) % collectives.world_size():
+        if mode != "eval_only" and getattr(config, name) % collectives.world_size():
             share = f"the {collectives.world_size()} processes, each of which takes an equal share"
             raise UserError(f"--{name} {getattr(config, name)} does not divide by {share}")
     return config, run_dir, mode
@@ -67,7 +73,8 @@ def new_run_folder(config: PPOConfig) -> Path:
     run_dir = runs / config.run_name
     if run_dir.exists() and not goes_on(run_dir):
         raise UserError(
-            f"--run_name {config.run_name}: {run_dir} exists already; choose another name, or --resume {run_dir}"
+            f"--run_name {config.run_name}: {run_dir} exists already; choose another name, or "
+            + flags_to_go_on(run_dir, config)
         )
     return run_dir
 
@@ -112,7 +119,12 @@ def saved_config(run_dir: Path, config: PPOConfig, given: set[str], allowed: set
     return config
 
 
-def how_to_go_on(run_dir: Path | None) -> str:
+def flags_to_go_on(run_dir: Path, config: PPOConfig, mode: str = "resume") -> str:
+    """What to type behind `python train_ppo.py` for a run that is there: a reward of one's own is named again."""
+    return shlex.join([f"--{mode}", run_dir.as_posix(), *(["--reward", config.reward] if config.reward else [])])
+
+
+def how_to_go_on(run_dir: Path | None, config: PPOConfig) -> str:
     """What to do after another process or machine is gone, and the newest checkpoint where this machine has any."""
     if run_dir is None:
         return "start the run again"
@@ -121,4 +133,5 @@ def how_to_go_on(run_dir: Path | None) -> str:
         newest = f"the first machine has the checkpoints of {run_dir}"
     else:
         newest = f"the newest checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
-    return f"{newest}; when all machines are there again, go on with --resume {run_dir} in place of the other flags"
+    flags = f"{flags_to_go_on(run_dir, config)} in place of the other flags"
+    return f"{newest}; when all machines are there again, go on with {flags}"

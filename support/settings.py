@@ -104,8 +104,8 @@ def check(config: PPOConfig) -> None:
         if not getattr(config, name).strip():
             raise UserError(f"--{name} is empty")
     read_prompts(config)
-    if config.reward is not None:
-        import_function(config.reward)
+    if config.reward is not None and not re.fullmatch(r"[\w.]+:\w+", config.reward):
+        raise UserError(f"--reward {config.reward!r} must be module:function, for example my_reward:score")
     check_device(config.device)
 
 
@@ -224,10 +224,8 @@ def describe_changes(config: PPOConfig) -> list[str]:
 
 
 def import_function(spec: str) -> Callable:
-    """The callable named by 'module:function', from the working directory or the Python path."""
-    module_name, _, function_name = spec.partition(":")
-    if not module_name or not function_name:
-        raise UserError(f"--reward {spec} must be module:function, for example my_reward:score")
+    """The callable named by 'module:function', from the working directory or the Python path: this runs its code."""
+    module_name, function_name = spec.split(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last: a reward.py there must not hide this program's
     try:

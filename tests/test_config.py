@@ -354,10 +354,6 @@ def test_files_beside_a_reward_of_ones_own_do_not_hide_the_programs(working_fold
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ("nothing", "must be module:function, for example my_reward:score"),
-        (":f", "must be module:function"),
-        ("math:", "must be module:function"),
-        ("", "must be module:function"),
         ("no_such_module:f", "cannot be imported (ModuleNotFoundError: No module named 'no_such_module')"),
         ("math:no_such", "cannot be imported (AttributeError: "),
         ("broken_reward:f", "cannot be imported (ZeroDivisionError: division by zero)"),
@@ -366,7 +362,19 @@ def test_files_beside_a_reward_of_ones_own_do_not_hide_the_programs(working_fold
 )
 def test_a_function_that_is_not_there_is_refused(working_folder, spec, said):
     (working_folder / "broken_reward.py").write_text("1 / 0\n")
-    assert refusal(reward=spec).startswith(f"--reward {spec} {said}")
+    with pytest.raises(UserError) as error:
+        import_function(spec)
+    assert str(error.value).startswith(f"--reward {spec} {said}")
+
+
+@pytest.mark.parametrize("spec", ["nothing", ":f", "math:", "", "a b:f", "math:sqrt; rm -rf ~", "math:pi\n", "a:b:c"])
+def test_a_reward_that_is_no_name_of_a_function_is_refused(spec):
+    assert refusal(reward=spec) == f"--reward {spec!r} must be module:function, for example my_reward:score"
+
+
+def test_a_check_runs_no_reward(working_folder):
+    (working_folder / "broken_reward.py").write_text("1 / 0\n")
+    check(PPOConfig(reward="broken_reward:f"))
 
 
 # --- config.json

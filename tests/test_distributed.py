@@ -176,13 +176,13 @@ def test_a_checkpoint_is_due_by_time_too(tmp_path, monkeypatch):
 
 def test_the_way_on_names_the_newest_checkpoint_where_there_is_one(tmp_path):
     run_dir = tmp_path / "run"
-    assert "the first machine has the checkpoints" in how_to_go_on(run_dir)
+    assert "the first machine has the checkpoints" in how_to_go_on(run_dir, PPOConfig())
     run_dir.mkdir()
-    assert "there is no checkpoint yet" in how_to_go_on(run_dir)
+    assert "there is no checkpoint yet" in how_to_go_on(run_dir, PPOConfig())
     for step in ("step-000002", "step-000010"):
         (run_dir / "checkpoints" / step).mkdir(parents=True)
-    said = how_to_go_on(run_dir)
-    assert f"{run_dir}/checkpoints/step-000010; " in said and f"--resume {run_dir}" in said
+    said = how_to_go_on(run_dir, PPOConfig(reward="mine:score"))
+    assert f"{run_dir}/checkpoints/step-000010; " in said and f"--resume {run_dir} --reward mine:score in" in said
 
 
 def test_a_run_goes_on_with_other_waits_and_where_an_older_program_knew_none(tmp_path):

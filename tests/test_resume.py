@@ -3,15 +3,18 @@
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
 
+import plot_rewards
 from config import PPOConfig
 from ppo import PPOTrainer
-from support.command_line import read_command_line
+from support.command_line import flags_to_go_on, read_command_line
 from support.errors import UserError
 from support.run_folder import RunFolder
 from tests.test_train import rows, small_run, weights
@@ -142,6 +145,65 @@ def test_runs_that_begin_at_the_same_time_do_not_share_a_folder(tmp_path):
     folder = RunFolder(tmp_path, PPOConfig())
     with pytest.raises(UserError, match="cannot be written: File exists"):
         folder.open(SimpleNamespace(n_steps=0), resume=False)
+
+
+# --- a stranger's run folder
+
+
+@pytest.mark.parametrize("mode", ["resume", "eval_only"])
+@pytest.mark.parametrize("reward", ["subprocess:getoutput", "run.inside:score"])
+def test_a_run_folder_runs_no_code_that_was_not_named_here(finished, tmp_path, monkeypatch, mode, reward, capsys):
+    """Neither a function of any library, as a shell, nor a file that lies in the folder."""
+    run_dir = copy_of(finished, tmp_path, reward=reward, prompts=["touch ran #"])
+    (run_dir / "inside.py").write_text("open('ran', 'w')\nscore = len\n")
+    (run_dir / "before_after.md").unlink()  # not finished
+    monkeypatch.chdir(tmp_path)
+    before = contents(tmp_path)
+    for given in ([], ["--save_every" if mode == "resume" else "--eval_samples", "5"]):
+        assert main([f"--{mode}", "run", *given]) == 2
+        own = f"run has a reward of its own, {reward}, and code runs only where you name it"
+        said = f"train_ppo.py: error: {own}: python train_ppo.py --{mode} run --reward {reward}\n"
+        assert capsys.readouterr().err == said
+    assert main([f"--{mode}", "run", "--reward", "builtins:len"]) == 2
+    assert f"--reward builtins:len would change the result of run, which was started with {reward}" in (
+        capsys.readouterr().err
+    )
+    assert plot_rewards.main(["run", "--out", "run/rewards.png"]) == 0
+    before[tmp_path / "run" / "rewards.png"] = (run_dir / "rewards.png").read_bytes()
+    assert contents(tmp_path) == before
+
+
+def test_a_reward_that_is_named_again_goes_on_and_judges(finished, tmp_path, monkeypatch):
+    """What is finished needs no name, since nothing runs."""
+    run_dir = copy_of(finished, tmp_path, reward="own_reward:score")
+    (tmp_path / "own_reward.py").write_text("def score(texts):\n    return [0.25] * len(texts)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for given in ([], ["--reward", "own_reward:score"]):
+        assert read_command_line(["--resume", "run", *given])[2] == "nothing"
+    assert main(["--resume", "run", "--reward", "own_reward:score", "--episodes", "64"]) == 0
+    assert rows(run_dir)[-1]["env/reward_mean"] == "0.25"
+    assert main(["--eval_only", "run", "--reward", "own_reward:score"]) == 0
+    assert settings(run_dir)["reward"] == "own_reward:score"
+
+
+@pytest.mark.parametrize("reward", ["a:b; touch ran", "a b:c", "my_reward:score\n", "nothing", ""])
+def test_a_reward_in_a_run_folder_that_is_no_name_is_not_offered(finished, tmp_path, reward, capsys):
+    run_dir = copy_of(finished, tmp_path, reward=reward)
+    assert main(["--resume", str(run_dir)]) == 2
+    assert f"--reward {reward!r} must be module:function" in capsys.readouterr().err
+
+
+def test_any_number_of_processes_judges(finished, monkeypatch):
+    monkeypatch.setattr("support.collectives.world_size", lambda: 3)
+    assert read_command_line(["--eval_only", str(finished)])[2] == "eval_only"
+    with pytest.raises(UserError, match="--batch_size 16 does not divide by the 3 processes"):
+        read_command_line(["--resume", str(finished), "--episodes", "64"])
+
+
+def test_the_way_on_can_be_pasted(tmp_path):
+    said = flags_to_go_on(tmp_path / "my run", PPOConfig(reward="my_reward:score"))
+    assert shlex.split(said) == ["--resume", str(tmp_path / "my run"), "--reward", "my_reward:score"]
 
 
 # --- stopped at any moment

@@ -168,7 +168,7 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(in_folder, demo, number
     stopped, run_dir = small_run(in_folder, "--reward", reward)
     out, err = capfd.readouterr()
     assert stopped == code and "\nstopping after this step; once more leaves at once\n" in err
-    assert out.endswith(f"stopped after step 2; go on with: python train_ppo.py --resume {run_dir}\n")
+    assert out.endswith(f"stopped after step 2; go on with: python train_ppo.py --resume {run_dir} --reward {reward}\n")
     assert [row["step"] for row in rows(run_dir)] == ["1", "2"]
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-000002"]
     assert not (run_dir / "model").exists()

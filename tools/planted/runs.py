@@ -10,6 +10,19 @@ NEAREST = {  # file: the tests nearest to it
     "support/writing.py": "writing faults resume plot",
 }
 BUGS = [  # (file, what stands there, the bug)
+    ("support/command_line.py", '        if "reward" not in given:\n', '        if given <= {"resume"}:\n'),
+    (
+        "support/command_line.py",
+        '    if config.reward is not None and mode != "nothing":\n',
+        "    if config.reward is not None:\n",
+    ),
+    ("support/command_line.py", 'given <= {"resume", "reward"} or', 'given <= {"resume"} or'),
+    (
+        "support/command_line.py",
+        '*(["--reward", config.reward] if config.reward else [])',
+        "",
+    ),
+    ("support/command_line.py", '        if mode != "eval_only" and getattr', "        if getattr"),
     (
         "train_ppo.py",
         "drawn = draw_prompts(len(prompts), config.seed, step, config.batch_size)",

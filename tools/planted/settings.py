@@ -12,6 +12,12 @@ NEAREST = {  # file: the tests nearest to it
     "support/devices.py": "devices config loading processes",
 }
 BUGS = [  # (file, what stands there, the bug)
+    (
+        "support/settings.py",
+        "    check_device(config.device)\n\n\n",
+        "    import_function(config.reward) if config.reward else check_device(config.device)\n\n\n",
+    ),
+    ("support/settings.py", 're.fullmatch(r"[\\w.]+:\\w+", config.reward)', 're.match(r"[\\w.]+:\\w+", config.reward)'),
     ("config.py", "value_lr: float = option(\n        1e-3,", "value_lr: float = option(\n        4e-5,"),
     ("config.py", "max_grad_norm: float = option(1.0,", "max_grad_norm: float = option(0.5,"),
     ("config.py", "default_factory=default.copy", "default_factory=lambda: default"),
