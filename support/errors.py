@@ -2,9 +2,20 @@
 
 import re
 
+# What steers a terminal, breaks a line or turns its direction, and halves of characters
+STEERING = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 class UserError(ValueError):
     """A mistake that the user can mend: printed as one line on stderr, exit code 2, no traceback."""
+
+    def __init__(self, message: str):
+        super().__init__(escaped(message))
+
+
+def escaped(text: str, but: str = "") -> str:
+    """A text whose STEERING characters, but those named, stand as their codes: names and files may be a stranger's."""
+    return STEERING.sub(lambda found: found[0] if found[0] in but else ascii(found[0])[1:-1], text)
 
 
 def first_line(error: Exception) -> str:

@@ -4,6 +4,8 @@ import io
 import os
 import sys
 
+from support.errors import escaped
+
 
 class Lasting(io.RawIOBase):
     """What is below a text stream, where that may break: `| head -1`, a closed terminal, a full disk behind `>`.
@@ -29,6 +31,14 @@ class Lasting(io.RawIOBase):
         return self.raw.isatty()
 
 
+class Plain(io.TextIOWrapper):
+    """A text stream in which nothing printed steers the terminal, but for tqdm's returns to the start of a line."""
+
+    def write(self, text: str) -> int:
+        super().write("\r" * text.startswith("\r") + escaped(text.removeprefix("\r"), but="\n\t"))
+        return len(text)
+
+
 def hold_streams() -> None:
     """Have nothing that befalls stdout or stderr end this process: neither what breaks them, nor a character that a
     console lacks, nor that one is closed from the start, where the next file opened would receive what is printed."""
@@ -37,4 +47,4 @@ def hold_streams() -> None:
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name) or open(descriptor, "w", encoding="utf-8")
         held = io.BufferedWriter(Lasting(stream))
-        setattr(sys, name, io.TextIOWrapper(held, stream.encoding, "backslashreplace", line_buffering=True))
+        setattr(sys, name, Plain(held, stream.encoding, "backslashreplace", line_buffering=True))

@@ -7,11 +7,14 @@ NEAREST = {  # file: the tests nearest to it
     "support/text_trainer.py": "python_api loading",
     "support/demo_models.py": "demo_models",
     "support/load.py": "load",
-    "support/errors.py": "faults loading reward",
-    "support/settings.py": "config presets load python_api train",
+    "support/errors.py": "strangers faults loading reward",
+    "support/settings.py": "config presets strangers load python_api train",
     "support/devices.py": "devices config loading processes",
 }
 BUGS = [  # (file, what stands there, the bug)
+    ("support/errors.py", "\\x7f-\\x9f", "\\x7f"),
+    ("support/errors.py", "        super().__init__(escaped(message))", "        super().__init__(message)"),
+    ("support/errors.py", "\\u2028-\\u202e", "\\u2028-\\u202d"),
     (
         "support/settings.py",
         "    check_device(config.device)\n\n\n",
