@@ -1,6 +1,6 @@
 """The reward: text -> number. The article's sentiment classifier, or any function of yours."""
 
-import math
+import json
 import re
 import traceback
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from support.models import (
     quiet_transformers,
     read_model_config,
 )
+from support.user_code import apart, listed, to_float32
 
 
 class SentimentReward:
@@ -96,11 +97,8 @@ def find_positive_label(labels: list[str], wanted: str | None) -> str:
 # Any other reward
 
 
-LARGEST = torch.finfo(torch.float32).max
-
-
 class RewardError(UserError):
-    """A reward function failed; `traceback` is its own, for error.log."""
+    """A reward function failed; `traceback` is its own, with the texts, for error.log."""
 
     def __init__(self, message: str, traceback: str = ""):
         super().__init__(message)
@@ -121,50 +119,44 @@ def score_texts(reward: Callable[[list[str]], object], texts: list[str]) -> torc
 def checked_scores(reward: Callable[[list[str]], object], texts: list[str]) -> torch.Tensor:
     """The rewards of some texts, each a finite number, in float32 too.
 
-    RewardError, which shows the text, where the callable raises or returns another count, a non-number, NaN or
-    infinity.
+    RewardError where the callable raises, be it SystemExit, or returns another count, a non-number, NaN or infinity;
+    KeyboardInterrupt passes.
     """
     if not texts:
         return torch.zeros(0)
     try:
-        scores = reward(texts)
-    except RewardError:
+        with apart():
+            return read_scores(reward(list(texts)), texts)
+    except (RewardError, KeyboardInterrupt):
         raise
-    except Exception as error:
-        raise failed_call(reward, texts, error)
-    try:
-        scores = list(scores.tolist() if hasattr(scores, "tolist") else scores)
-    except TypeError:
-        raise RewardError(
-            f"the reward function returned a {type(scores).__name__}, not a list of numbers, for {texts[0]!r}"
-        )
+    except BaseException as error:
+        raise failed_call(texts, error)
+
+
+def read_scores(returned, texts: list[str]) -> torch.Tensor:
+    """What a reward function returned for some texts, (len(texts),) float32. RewardError, with the text, where it is no
+    finite number for each."""
+    if (scores := listed(returned)) is None:
+        kind = type(returned).__name__
+        raise RewardError(f"the reward function returned a {kind}, not a list of numbers, for {texts[0]!r}")
     if len(scores) != len(texts):
         raise RewardError(
             f"the reward function returned {len(scores)} numbers for {len(texts)} texts; "
             f"the first text was {texts[0]!r}"
         )
-    numbers = []
-    for score, text in zip(scores, texts):
-        score = score.item() if hasattr(score, "item") and math.prod(score.shape) == 1 else score
-        if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) <= LARGEST:
-            raise RewardError(f"the reward function returned {score!r}, no finite number, for {text!r}")
-        numbers.append(float(score))
-    return torch.tensor(numbers)
+    numbers, wrong = to_float32(scores)
+    for i, score in wrong:
+        raise RewardError(f"the reward function returned {score}, no finite number, for {texts[i]!r}")
+    return numbers
 
 
-def failed_call(reward: Callable, texts: list[str], error: Exception) -> RewardError:
-    """What to say of an exception inside a reward function: which, where, and for which text."""
-    whole = "".join(traceback.format_exception(error))
-    if is_out_of_memory(error):  # of no text's making, and to score each again would not help
+def failed_call(texts: list[str], error: BaseException) -> RewardError:
+    """What to say of an exception inside a reward function: which, and where; for error.log its traceback and texts."""
+    whole = "".join(traceback.format_exception(error)).encode(errors="backslashreplace").decode()
+    whole += f"\nIt was called with these texts:\n{json.dumps(texts, ensure_ascii=False, indent=1)}\n"
+    if is_out_of_memory(error):
         lower = "--gen_len, or how many texts the reward takes at once"
         return RewardError(f"out of memory in the reward function ({first_line(error)}); lower {lower}", whole)
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    culprit = texts[0]
-    for text in texts:
-        try:
-            reward([text])
-        except Exception:
-            culprit = text
-            break
-    where = f"({frame.filename}, line {frame.lineno}) for {culprit!r}"
-    return RewardError(f"the reward function raised {first_line(error)} {where}", whole)
+    where = f"{frame.filename}, line {frame.lineno}"
+    return RewardError(f"the reward function raised {first_line(error)} ({where})", whole)

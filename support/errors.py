@@ -18,12 +18,12 @@ def escaped(text: str, but: str = "") -> str:
     return STEERING.sub(lambda found: found[0] if found[0] in but else ascii(found[0])[1:-1], text)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """An exception as one line."""
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200].removesuffix(": ")
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU's or this machine's memory ran out, in the words of torch, cuBLAS, cuDNN, numpy, Python or C++."""
     words = r"MemoryError|out.of.memory|not enough memory|cannot allocate memory|ALLOC_FAILED|bad_alloc"
     return re.search(words, f"{type(error).__name__}: {error}", re.IGNORECASE) is not None

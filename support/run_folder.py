@@ -7,7 +7,7 @@ runs/<name>/
     samples.jsonl     one line a completion
     evaluation.json   how good the policy was before and after
     checkpoints/      see checkpoint.py
-    error.log         the traceback of a reward function that failed
+    error.log         the traceback of a reward function that failed, and its texts
     model/  rewards.png  before_after.md      what the end of a run writes
 """
 
@@ -161,7 +161,7 @@ class RunFolder:
                 raise UserError(f"{where}: {error}")
             if self.writes:
                 write_whole(self.path / "error.log", error.traceback)
-            raise UserError(f"{where}: {error}; the traceback is in {self.path / 'error.log'}")
+            raise UserError(f"{where}: {error}; the traceback and the texts are in {self.path / 'error.log'}")
         except FloatingPointError as error:
             hint = "try a lower --lr, or --dtype float32. The last good checkpoint is kept"
             raise UserError(f"step {trainer.n_steps + 1}: {error}; {hint}")

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import importlib
+import inspect
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from config import PRESETS, PPOConfig, Sentence
 from support.devices import check_device
-from support.errors import UserError
+from support.errors import UserError, first_line
 from support.writing import write_whole
 
 SHIPPED = Path(__file__).with_name("shipped.json")  # every value of each preset as published: tools/ship.py writes it
@@ -224,14 +225,27 @@ def describe_changes(config: PPOConfig) -> list[str]:
 
 
 def import_function(spec: str) -> Callable:
-    """The callable named by 'module:function', from the working directory or the Python path: this runs its code."""
+    """The callable named by 'module:function', from the working directory or the Python path: this runs its code.
+
+    UserError where its module cannot be imported, be it that it ends the program, or where it is nothing to call.
+    """
     module_name, function_name = spec.split(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last: a reward.py there must not hide this program's
+    from support.user_code import apart
+
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:
-        raise UserError(f"--reward {spec} cannot be imported ({type(error).__name__}: {error})")
-    if not callable(function):
-        raise UserError(f"--reward {spec} is no function but a {type(function).__name__}")
+        with apart():
+            function = getattr(importlib.import_module(module_name), function_name)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise UserError(f"--reward {spec} cannot be imported ({first_line(error)})")
+    kinds = {
+        "class; name an instance of it": inspect.isclass(function),
+        "coroutine function; a plain one may call asyncio.run": inspect.iscoroutinefunction(function),
+        type(function).__name__: not callable(function),
+    }
+    for kind in (kind for kind, is_it in kinds.items() if is_it):
+        raise UserError(f"--reward {spec} is no function but a {kind}")
     return function

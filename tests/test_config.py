@@ -8,10 +8,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import transformers
 from packaging.version import Version
 
 from config import PPOConfig
+from support import user_code
 from support.errors import UserError
 from support.settings import check, import_function, load_config, parse_args, read_prompts, save_config
 from tests.conftest import ROOT
@@ -340,7 +342,53 @@ def test_a_function_is_imported_from_the_working_folder(working_folder):
     for _ in range(2):
         assert import_function("my_own_reward:score")(["a", "b"]) == [0.5, 0.5]
     assert sys.path.count(str(working_folder)) == 1
-    assert import_function("collections.abc:Sized")  # a class, in a package
+    assert import_function("os.path:join")  # in a package
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        ("import sys; sys.exit()", "cannot be imported (SystemExit)"),
+        ("raise BaseException('enough\\nof it')", "cannot be imported (BaseException: enough)"),
+        ("import no_such_thing", "cannot be imported (ModuleNotFoundError: No module named 'no_such_thing')"),
+        ("def score(texts) 1", "cannot be imported (SyntaxError: expected ':' (broken_reward.py, line 1))"),
+        ("scores = []", "cannot be imported (AttributeError: module 'broken_reward' has no attribute 'score')"),
+        ("score = []", "is no function but a list"),
+        ("class score(list): pass", "is no function but a class; name an instance of it"),
+        ("async def score(texts): pass", "is no function but a coroutine function; a plain one may call asyncio.run"),
+    ],
+)
+def test_a_reward_that_cannot_be_had_is_one_line(working_folder, module, said):
+    (working_folder / "broken_reward.py").write_text(module)
+    with pytest.raises(UserError) as error:
+        import_function("broken_reward:score")
+    assert str(error.value) == f"--reward broken_reward:score {said}"
+
+
+def test_ctrl_c_while_a_reward_is_imported_is_ctrl_c(working_folder):
+    (working_folder / "slow_reward.py").write_text("raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        import_function("slow_reward:score")
+
+
+def test_a_reward_s_module_sees_no_flags_and_sets_nothing_for_the_program(working_folder, monkeypatch):
+    """Also not the second time that it is asked for, when Python has it already."""
+    monkeypatch.setattr(user_code, "its_own", {})
+    monkeypatch.setattr(sys, "argv", ["train_ppo.py", "--preset", "demo"])
+    (working_folder / "own_flags.py").write_text(
+        "import argparse, torch\n"
+        "parser = argparse.ArgumentParser()\n"
+        "parser.add_argument('--judge', default='me')\n"
+        "judge = parser.parse_args().judge\n"
+        "torch.set_grad_enabled(False)\n"
+        "def score(texts):\n    return [judge, torch.is_grad_enabled()]\n"
+    )
+    for _ in range(2):
+        score = import_function("own_flags:score")
+        assert torch.is_grad_enabled() and sys.argv == ["train_ppo.py", "--preset", "demo"]
+    with user_code.apart():
+        assert score([]) == ["me", False]
+    assert torch.is_grad_enabled()
 
 
 def test_files_beside_a_reward_of_ones_own_do_not_hide_the_programs(working_folder):

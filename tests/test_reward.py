@@ -1,8 +1,12 @@
 """The sentiment reward and rewards of one's own."""
 
+import contextlib
 import functools
 import json
 import math
+import os
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ from transformers import (
 )
 
 from reward import RewardError, SentimentReward, find_positive_label, read_classifier_config, score_texts
+from support import user_code
 from support.demo_models import NEGATIVE, POSITIVE
 from support.errors import UserError
 from tests.conftest import VOCAB, write_classifier, write_gpt2, write_model
@@ -242,6 +247,11 @@ def test_a_classifier_of_another_family_has_its_own_tokenizer(tmp_path):
         [np.float32(0.5), np.int64(1)],
         [torch.tensor(0.5), torch.tensor(1)],
         [torch.tensor([0.5]), np.array([[1.0]])],
+        [Decimal("0.5"), Fraction(2, 2)],
+        [0.5, True],
+        [np.float64(0.5), np.bool_(True)],
+        torch.tensor([0.5, 1.0], dtype=torch.float64, requires_grad=True) * 1,
+        np.array([0.5, Decimal(1)], dtype=object),
     ],
     ids=str,
 )
@@ -253,6 +263,8 @@ def test_any_list_of_numbers_will_do(result):
 def test_whole_and_large_numbers_will_do():
     assert score_texts(lambda texts: np.array([-3, 0]), ["a", "b"]).tolist() == [-3, 0]
     assert score_texts(lambda texts: [3e38, -(10**38)], ["a", "b"]).tolist() == pytest.approx([3e38, -1e38])
+    with pytest.raises(RewardError, match="returned inf, no finite number, for 'b'"):
+        score_texts(lambda texts: [3e38, 10**5000], ["a", "b"])  # of more digits than Python writes
 
 
 @pytest.mark.parametrize(
@@ -261,25 +273,30 @@ def test_whole_and_large_numbers_will_do():
         ([0.5, math.nan], "nan, no finite number, for '差评'"),
         ([0.5, -math.inf], "-inf, no finite number, for '差评'"),
         ([0.5, 1e39], "1e+39, no finite number, for '差评'"),
-        ([0.5, 10**400], "1000"),
+        (np.array([0.5, 1e300]), "1e+300, no finite number, for '差评'"),
+        ([0.5, 10**400], "inf, no finite number, for '差评'"),
+        ([0.5, Decimal("-Infinity")], "-inf, no finite number, for '差评'"),
+        ([0.5, Decimal("NaN")], "Decimal('NaN'), no finite number, for '差评'"),
         (torch.tensor([math.nan, 0.5]), "nan, no finite number, for '好评'"),
         ([0.5, "good"], "'good', no finite number, for '差评'"),
         ([0.5, "1"], "'1', no finite number, for '差评'"),
         ([0.5, None], "None, no finite number, for '差评'"),
         ([0.5, 1j], "1j, no finite number, for '差评'"),
         ([0.5, [0.5]], "[0.5], no finite number, for '差评'"),
-        ([True, 0.5], "True, no finite number, for '好评'"),
-        (np.array([True, False]), "True, no finite number, for '好评'"),
-        ([0.5, np.bool_(True)], "True, no finite number, for '差评'"),
-        ([0.5, torch.tensor(True)], "True, no finite number, for '差评'"),
         ([torch.zeros(2), 0.5], "tensor([0., 0.]), no finite number, for '好评'"),
         (torch.zeros(2, 2), "[0.0, 0.0], no finite number, for '好评'"),
         ([0.5], "1 numbers for 2 texts; the first text was '好评'"),
+        ([np.zeros((9, 9)), 0.5], "array([[0., 0."),
+        ([0.5, "很好" * 100], "'很好很好很好"),
         ([0.5] * 3, "3 numbers for 2 texts; the first text was '好评'"),
         ([], "0 numbers for 2 texts; the first text was '好评'"),
         (0.5, "a float, not a list of numbers, for '好评'"),
         (None, "a NoneType, not a list of numbers, for '好评'"),
         (np.mean([0.5]), "a float64, not a list of numbers, for '好评'"),
+        (np.array(0.5), "a ndarray, not a list of numbers, for '好评'"),
+        ({0: 0.5, 1: 1.0}, "a dict, not a list of numbers, for '好评'"),
+        ({0.5, 1.0}, "a set, not a list of numbers, for '好评'"),
+        ("12", "a str, not a list of numbers, for '好评'"),
         (torch.tensor(0.5), "a Tensor, not a list of numbers, for '好评'"),
     ],
     ids=lambda value: str(value)[:40],
@@ -288,6 +305,7 @@ def test_rubbish_is_refused_and_the_text_shown(result, said):
     with pytest.raises(RewardError) as error:
         score_texts(lambda texts: result, ["好评", "差评"])
     assert str(error.value).startswith(f"the reward function returned {said}") and "\n" not in str(error.value)
+    assert len(str(error.value)) < 150
     assert error.value.traceback == ""
 
 
@@ -295,29 +313,127 @@ def test_no_texts_need_no_reward():
     assert score_texts(lambda texts: 1 / 0, []).shape == (0,)
 
 
-def test_a_raising_function_is_named_with_file_line_and_text():
-    def reward(texts):
-        return [1 / (text not in ("差评", "很差")) for text in texts]
-
+def raised_by(reward, texts=("好评", "差评")) -> RewardError:
     with pytest.raises(RewardError) as error:
-        score_texts(reward, ["好评", "差评", "很差"])
-    line = reward.__code__.co_firstlineno + 1
-    said = f"the reward function raised ZeroDivisionError: division by zero ({__file__}, line {line}) for '差评'"
-    assert str(error.value) == said
-    assert error.value.traceback.startswith("Traceback (most recent call last):\n")
-    assert error.value.traceback.endswith("ZeroDivisionError: division by zero\n")
+        score_texts(reward, list(texts))
+    assert "\n" not in str(error.value)
+    return error.value
 
 
-def test_a_function_that_fails_for_all_texts_together_is_named_with_the_first():
-    """And with the first line of what it says."""
+def test_a_raising_function_is_named_with_file_and_line_and_its_traceback_and_texts_are_kept():
+    calls = []
 
     def reward(texts):
-        if len(texts) > 1:
-            raise RuntimeError("one at a time\nplease")
-        return [0.5]
+        calls.append(texts)
+        return [1 / (text != "差评") for text in texts]
 
-    with pytest.raises(RewardError, match="^the reward function raised RuntimeError: one at a time .* for '好评'$"):
-        score_texts(reward, ["好评", "差评"])
+    error = raised_by(reward)
+    line = reward.__code__.co_firstlineno + 2
+    assert str(error) == f"the reward function raised ZeroDivisionError: division by zero ({__file__}, line {line})"
+    assert error.traceback.startswith("Traceback (most recent call last):\n")
+    said, texts = error.traceback.split("\nIt was called with these texts:\n")
+    assert said.endswith("ZeroDivisionError: division by zero\n") and json.loads(texts) == ["好评", "差评"]
+    assert len(calls) == 1  # a call may take minutes, or cost money
+
+
+class Stopped(BaseException):
+    pass
+
+
+ENDS = [SystemExit(), SystemExit(0), Stopped("enough\nof it"), GeneratorExit(), StopIteration()]
+
+
+@pytest.mark.parametrize("what", ENDS, ids=repr)
+def test_whatever_a_reward_raises_is_said(what):
+    def reward(texts):
+        raise what
+
+    def while_read(texts):
+        yield 0.5
+        raise what
+
+    class Array:
+        def tolist(self):
+            raise what
+
+    name = type(what).__name__
+    for function in (reward, while_read, lambda texts: Array()):
+        said = "RuntimeError: " if function is while_read and name == "StopIteration" else name
+        assert str(raised_by(function)).startswith(f"the reward function raised {said}")
+    assert "of it" not in str(raised_by(reward))
+
+
+def test_ctrl_c_in_a_reward_is_ctrl_c():
+    def reward(texts):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score_texts(reward, ["好评"])
+
+
+def test_a_reward_may_do_with_its_texts_what_it_likes():
+    texts = ["好评", "差评"]
+    assert score_texts(lambda own: [own.pop() == "好评" for _ in range(2)], texts).tolist() == [0, 1]
+    assert texts == ["好评", "差评"]
+    assert "'好评'" in str(raised_by(lambda own: own.clear() or [0.5]))
+
+
+# --- what it sets
+
+
+def settings() -> list:
+    return [read() for read, _ in user_code.SETTINGS]
+
+
+def set_everything(folder):
+    torch.set_grad_enabled(False)
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    os.chdir(folder)
+
+
+@pytest.fixture
+def nothing_set(monkeypatch):
+    monkeypatch.setattr(user_code, "its_own", {})
+    before = settings()
+    yield before
+    for value, (read, write) in zip(before, user_code.SETTINGS):
+        if read() != value:
+            write(value)
+
+
+@pytest.mark.parametrize("result", [[0.5], SystemExit()], ids=repr)
+def test_what_a_reward_sets_holds_for_itself_alone(tmp_path, nothing_set, result):
+    """And still holds when it is called again, also where it has failed."""
+    seen = []
+
+    def reward(texts):
+        seen.append(settings())
+        if len(seen) == 1:
+            set_everything(tmp_path)
+            seen.append(settings())
+        if isinstance(result, SystemExit):
+            raise result
+        return result
+
+    for _ in range(3):
+        with contextlib.suppress(RewardError):
+            scores = score_texts(reward, ["好评"])
+            assert scores.dtype == torch.float32 and scores.device.type == "cpu"
+        assert settings() == nothing_set
+    start, changed, *later = seen
+    assert start == nothing_set and all(now != before for now, before in zip(changed, start))
+    assert later == [changed] * 2
+
+
+def test_a_reward_draws_from_the_random_generators_that_checkpoints_keep():
+    """So it draws anew at each call, and the same again after a resume."""
+    torch.manual_seed(1)
+    drawn = [score_texts(lambda texts: torch.rand(2), ["好评", "差评"]).tolist() for _ in range(2)]
+    torch.manual_seed(1)
+    assert drawn == [torch.rand(2).tolist(), torch.rand(2).tolist()] and drawn[0] != drawn[1]
 
 
 def test_a_reward_that_runs_out_of_memory_is_not_asked_again_and_no_text_is_blamed():

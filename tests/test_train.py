@@ -142,9 +142,10 @@ def test_a_reward_that_raises_keeps_the_run(tmp_path, demo, reward_module, capsy
     err = capsys.readouterr().err.splitlines()[-1]
     assert code == 2
     assert all(
-        part in err for part in ("step 2", "KeyError", "no such word", "my_test_reward.py", "line 7", "刚收到货,感觉")
+        part in err for part in ("step 2", "KeyError", "no such word", "my_test_reward.py", "line 7", "error.log")
     )
-    assert "Traceback" in (run_dir / "error.log").read_text(encoding="utf-8")
+    log = (run_dir / "error.log").read_text(encoding="utf-8")
+    assert "Traceback" in log and log.count("刚收到货,感觉") == 16
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-000001"]
 
 

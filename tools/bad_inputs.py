@@ -207,6 +207,37 @@ BROKEN = [  # (what was done, how, command, part of the line)
         f"{NEW} --reward r7:f",
         "evaluation: out of memory in the reward function",
     ),
+    (
+        "reward function ends the program",
+        write("r13.py", "import sys\ndef f(texts): sys.exit()\n"),
+        f"{NEW} --reward r13:f",
+        "raised SystemExit",
+    ),
+    (
+        "reward module ends the program",
+        write("r8.py", "raise SystemExit(0)\n"),
+        f"{NEW} --reward r8:f",
+        "cannot be imported (SystemExit",
+    ),
+    (
+        "reward function is a generator that breaks",
+        write("r9.py", "def f(texts):\n    yield 0.5\n    raise KeyError('no such word')\n"),
+        f"{NEW} --reward r9:f",
+        "raised KeyError: 'no such word'",
+    ),
+    (
+        "reward function returns what float32 cannot hold",
+        write("r10.py", "def f(texts): return [1e300] * len(texts)\n"),
+        f"{NEW} --reward r10:f",
+        "1e+300, no finite number",
+    ),
+    ("reward is a class", write("r11.py", "class F: pass\n"), f"{NEW} --reward r11:F", "is no function but a class"),
+    (
+        "reward is a coroutine function",
+        write("r12.py", "async def f(texts): pass\n"),
+        f"{NEW} --reward r12:f",
+        "is no function but a coroutine function",
+    ),
     ("run config is no JSON", write("run/config.json", "{"), "--resume run", "is not JSON"),
     (
         "run config of another program",
