@@ -77,7 +77,7 @@ def train(config: PPOConfig, run_dir: Path, resume: bool) -> int:
             if stopped:
                 break
     if trainer.n_steps < total_steps(config):
-        flags = flags_to_go_on(run_dir, config)
+        flags = flags_to_go_on(folder.path, config)
         print(f"stopped after step {trainer.n_steps}; go on with: python train_ppo.py {flags}")
         return 128 + stopped  # a shell's code for what ended by this signal
     stop.release()
@@ -86,6 +86,7 @@ def train(config: PPOConfig, run_dir: Path, resume: bool) -> int:
     folder.save_model(trainer)
     with folder.errors_explained(trainer):
         results["after"] = evaluate(trainer, trainer.policy_for_saving, reward, prompts)
+    results["steps"] = trainer.n_steps
     folder.report(results, prompts)
     folder.finish(results)
     return 0
@@ -109,6 +110,10 @@ def judge_again(config: PPOConfig, run_dir: Path) -> int:
     from support.run_folder import RunFolder
     from support.text_trainer import TextPPOTrainer
 
+    folder = RunFolder(run_dir, config)
+    folder.hold()
+    results = folder.read_evaluation()
+    earlier = results.get("after", {"n": 0})["n"]
     policy, tokenizer, reward, prompts = load(config)
     trainer = TextPPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
     weights = collectives.broadcast_from_rank_0(
@@ -116,12 +121,14 @@ def judge_again(config: PPOConfig, run_dir: Path) -> int:
     )
     saved = copy.deepcopy(policy)
     saved.load_state_dict(weights)
-    folder = RunFolder(run_dir, config)
-    results = {}
     with folder.errors_explained(trainer):
         for when, model in (("before", trainer.ref_model), ("after", saved)):
             results[when] = evaluate(trainer, model, reward, prompts)
     folder.report(results, prompts)
+    if config.eval_samples < earlier:
+        print(f"{run_dir} keeps its judgement by {earlier} samples, more than these {config.eval_samples}")
+    else:
+        folder.finish(results)
     return 0
 
 

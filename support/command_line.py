@@ -9,9 +9,10 @@ from datetime import datetime
 from pathlib import Path
 
 from config import PPOConfig
+from plot_rewards import read_evaluation
 from support import collectives, meeting
 from support.errors import UserError
-from support.settings import check, import_function, load_config, parse_args
+from support.settings import check, import_function, load_config, parse_args, total_steps
 
 # Settings that may differ when a run goes on, since none of them changes what it computes (but for how long); and
 # when a saved run is judged again.
@@ -40,8 +41,9 @@ def read_command_line(argv: list[str]) -> tuple[PPOConfig, Path, str]:
             print(f"THIS JOB HAS BEEN STARTED BEFORE, BUT ITS RUN FOLDER IS NOT HERE: IT BEGINS AT STEP 1 ({here})")
     if mode == "resume":
         config = saved_config(run_dir, config, given - {"resume"}, HARMLESS)
-        if is_finished(run_dir) and (given <= {"resume", "reward"} or meeting.restart_count()):
-            print(f"{run_dir} is finished already, nothing is missing")
+        if is_finished(run_dir, config):
+            more = "; more --episodes would go on, and --eval_only judges it again" if given - {"resume"} else ""
+            print(f"{run_dir} is finished already, nothing is missing{more}")
             mode = "nothing"
     if config.reward is not None and mode != "nothing":
         if "reward" not in given:
@@ -56,40 +58,41 @@ def read_command_line(argv: list[str]) -> tuple[PPOConfig, Path, str]:
 
 
 def new_run_folder(config: PPOConfig) -> Path:
-    """Where a new run will live; nothing is written yet. UserError where the name is taken.
+    """Where a new run will live; nothing is written yet. UserError where a name that was given is taken.
 
     Without --run_name a run is called after the time. Below torchrun its processes may be restarted and must find the
     folder again, so there it is called after torchrun's --rdzv-id, or, where torchrun knows none, after torchrun's
     process number. A later run of the same name is NAME-2; one that goes on takes the last that is there.
     """
-    runs = Path(config.runs_dir)
-    if config.run_name is None:
+    runs, name = Path(config.runs_dir), config.run_name
+    if name is None:
         name = os.environ.get("TORCHELASTIC_RUN_ID", datetime.now().strftime("%Y%m%d-%H%M%S"))
         name = f"torchrun-{os.getppid()}" if name == "none" else re.sub(r"[^\w.\-]", "-", name)
         names = [name]
         while (runs / names[-1]).exists():
             names.append(f"{name}-{len(names) + 1}")
-        config.run_name = names[-2] if len(names) > 1 and goes_on(runs / names[-2]) else names[-1]
-    run_dir = runs / config.run_name
-    if run_dir.exists() and not goes_on(run_dir):
+        name = names[-2] if len(names) > 1 and goes_on(runs / names[-2], config) else names[-1]
+    run_dir = runs / name
+    if run_dir.exists() and not goes_on(run_dir, config):
         raise UserError(
-            f"--run_name {config.run_name}: {run_dir} exists already; choose another name, or "
-            + flags_to_go_on(run_dir, config)
+            f"--run_name {name}: {run_dir} exists already; choose another name, or " + flags_to_go_on(run_dir, config)
         )
     return run_dir
 
 
-def goes_on(run_dir: Path) -> bool:
+def goes_on(run_dir: Path, config: PPOConfig) -> bool:
     """Whether this start goes on with a run folder that is there: torchrun has restarted the processes, or the run is
     not finished and has torchrun's job written in it, as where a machine joins or comes back."""
     if meeting.restart_count():
         return True
     owner = run_dir / JOB_FILE
-    return owner.exists() and owner.read_text(encoding="utf-8") == meeting.job() and not is_finished(run_dir)
+    return owner.exists() and owner.read_text(encoding="utf-8") == meeting.job() and not is_finished(run_dir, config)
 
 
-def is_finished(run_dir: Path) -> bool:
-    return all((run_dir / name).exists() for name in FINAL)
+def is_finished(run_dir: Path, config: PPOConfig) -> bool:
+    """Whether a run has done the steps of its config, and all that its end writes is there."""
+    judged_after = read_evaluation(run_dir).get("steps", 0)
+    return judged_after >= total_steps(config) and all((run_dir / name).exists() for name in FINAL)
 
 
 def find_run_folder(config: PPOConfig, name: str) -> Path:
@@ -114,6 +117,8 @@ def saved_config(run_dir: Path, config: PPOConfig, given: set[str], allowed: set
             raise UserError(f"{change}; start a new run for that")
         if name == "episodes" and new < old:
             raise UserError(f"--episodes {new} is fewer than the {old} of {run_dir}; they can only be raised")
+        if name == "episodes" and new > old:
+            print(f"{new - old:,} completions more: {old:,} -> {new:,}")
     config = dataclasses.replace(saved, **{name: getattr(config, name) for name in given & allowed})
     check(config)
     return config

@@ -26,7 +26,7 @@ from plot_rewards import draw
 from reward import RewardError
 from support import collectives, evaluation, meeting
 from support.checkpoint import load_checkpoint, save_checkpoint
-from support.command_line import FINAL, JOB_FILE
+from support.command_line import FINAL, JOB_FILE, new_run_folder
 from support.errors import UserError
 from support.settings import changes, describe_changes, save_config, total_steps
 from support.writing import disk_errors, whole, write_whole
@@ -45,20 +45,16 @@ class RunFolder:
         self.writes = collectives.rank() == 0
 
     def open(self, trainer, resume: bool) -> None:
-        """Make the folder or, to resume, put its newest checkpoint into the trainer; hold its lock; start its log."""
-        if self.writes:
-            with disk_errors(self.path):
-                self.path.mkdir(parents=True, exist_ok=resume or meeting.restart_count() > 0)
-                self.lock = lock_folder(self.path)
-                if meeting.job():
-                    write_whole(self.path / JOB_FILE, meeting.job())
+        """Make the folder or, to resume, put its newest checkpoint into the trainer; start its log."""
+        if not resume:
+            collectives.broadcast_from_rank_0(self.make)
+        self.hold()
         if resume:
             load_checkpoint(trainer, self.path / "checkpoints")
         if self.writes:
-            with disk_errors(self.path / "config.json"):
-                if trainer.n_steps < total_steps(self.config):  # a raised run is not finished before its new end
-                    (self.path / FINAL[-1]).unlink(missing_ok=True)
-                save_config(self.config, self.path / "config.json")
+            if meeting.job():
+                write_whole(self.path / JOB_FILE, meeting.job())
+            save_config(self.config, self.path / "config.json")
             write_whole(self.path / "changes.json", json.dumps(changes(self.config), ensure_ascii=False) + "\n")
             self.run_log = RunLog(self.path, trainer.n_steps)
         self.saved_at = time.monotonic()
@@ -67,6 +63,32 @@ class RunFolder:
         print(f"run folder {self.path}, {total_steps(self.config)} steps of {self.config.batch_size} completions")
         several = f"{collectives.world_size()} processes, each " if collectives.world_size() > 1 else ""
         print(f"{several}on {trainer.engine.device} in {str(trainer.engine.dtype)[6:]}")
+
+    def make(self) -> None:
+        """Make the folder of a new run; one that has no name of its own gives way to another of the same second."""
+        with disk_errors(self.path):
+            while True:
+                try:
+                    self.path.mkdir(parents=True, exist_ok=meeting.restart_count() > 0)
+                    break
+                except FileExistsError:  # since the command line was read
+                    if self.config.run_name is not None or meeting.below_torchrun():
+                        raise
+                    self.path = new_run_folder(self.config)
+        self.config.run_name = self.path.name
+
+    def hold(self) -> None:
+        """Lock the folder for this process, however it dies. UserError, on all, where another holds it."""
+
+        def lock() -> None:
+            self.lock = FileLock(self.path / ".lock")
+            with disk_errors(self.path):
+                try:
+                    self.lock.acquire(blocking=False)
+                except Timeout:
+                    raise UserError(f"another process is at work in {self.path}; wait for it, or stop it")
+
+        collectives.broadcast_from_rank_0(lock)
 
     def steps(self, trainer) -> Iterator[int]:
         """The numbers of the steps still to do, from 1, with a progress bar."""
@@ -134,16 +156,18 @@ class RunFolder:
             evaluation.write_json(self.path / "evaluation.json", results)
 
     def report(self, results: dict, prompts: list[str]) -> None:
-        """Work out the gain, print the table, write evaluation.json."""
+        """Work out the gain, print the table."""
         if self.writes:
             evaluation.add_yardsticks(results, prompts, self.config.init_kl_coef)
-            self.write_evaluation(results)
             print(f"\n{evaluation.commonest(results)}\n\n{evaluation.summary(results)}")
 
     def finish(self, results: dict) -> None:
-        """The pictures, and the table of completions before and after."""
+        """Write evaluation.json, the pictures, and the table of completions before and after."""
         if self.writes:
-            draw([self.path], self.path / "rewards.png")
+            (self.path / FINAL[-1]).unlink(missing_ok=True)  # until it belongs to what is written here
+            self.write_evaluation(results)
+            if (self.path / "metrics.csv").exists():
+                draw([self.path], self.path / "rewards.png")
             table = evaluation.before_after_table(results)
             write_whole(self.path / "before_after.md", table + "\n")
             print(f"\n{table}\n\nmodel, metrics and pictures are in {self.path}")
@@ -165,16 +189,6 @@ class RunFolder:
         except FloatingPointError as error:
             hint = "try a lower --lr, or --dtype float32. The last good checkpoint is kept"
             raise UserError(f"step {trainer.n_steps + 1}: {error}; {hint}")
-
-
-def lock_folder(run_dir: Path) -> FileLock:
-    """Hold a run folder for this process; the lock ends with it, however it dies. UserError where another holds it."""
-    lock = FileLock(run_dir / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise UserError(f"another process is at work in {run_dir}; wait for it, or stop it")
-    return lock
 
 
 class RunLog:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM."""
+"""Ctrl-C, SIGTERM and, of a terminal that goes away, SIGHUP."""
 
 import contextlib
 import os
@@ -6,14 +6,19 @@ import signal
 
 from support import meeting
 
+STOPS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}  # with their usual meaning
+if hasattr(signal, "SIGHUP"):  # which Windows lacks
+    STOPS[signal.SIGHUP] = signal.SIG_DFL
+
 
 class StopSignal:
-    """Ctrl-C and SIGTERM ask the loop to stop after its step; a second one leaves at once."""
+    """These signals ask the loop to stop after its step; a second one leaves at once."""
 
     def __init__(self):
         self.received = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
+        for number in STOPS:
+            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # as below nohup
+                signal.signal(number, self.receive)
 
     def receive(self, number, frame) -> None:
         if meeting.below_torchrun():  # which passes on what the terminal has sent already
@@ -27,5 +32,6 @@ class StopSignal:
 
     def release(self) -> None:
         """Let signals end the process again, where nothing can be lost by it."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, usual in STOPS.items():
+            if signal.getsignal(number) == self.receive:
+                signal.signal(number, usual)

@@ -121,8 +121,9 @@ def without_pictures(monkeypatch):
 
 @pytest.fixture
 def signals_restored():
-    """Ctrl-C and SIGTERM mean what they mean to a new process, and afterwards what they meant before."""
+    """Signals mean what they mean to a new process, and afterwards what they meant before."""
     defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    defaults[signal.SIGHUP] = signal.SIG_DFL
     handlers = {number: signal.signal(number, default) for number, default in defaults.items()}
     yield
     for number, handler in handlers.items():

@@ -145,6 +145,7 @@ def test_a_machine_that_joins_finds_the_folder_of_its_job(tmp_path, monkeypatch)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a/job")
     for name in FINAL:
         (tmp_path / "a-job" / name).touch()
+    (tmp_path / "a-job" / "evaluation.json").write_text('{"steps": 157}')  # 20,000 completions
     assert new_run_folder(PPOConfig(runs_dir=str(tmp_path))).name == "a-job-2"
 
 

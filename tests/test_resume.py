@@ -1,20 +1,21 @@
 """How a run goes on: what --resume and --eval_only take and refuse, and what a stop at any moment leaves behind."""
 
+import copy
 import dataclasses
+import fcntl
 import json
 import os
 import shlex
 import shutil
 import signal
 import sys
-from types import SimpleNamespace
 
 import pytest
 
 import plot_rewards
 from config import PPOConfig
 from ppo import PPOTrainer
-from support.command_line import flags_to_go_on, read_command_line
+from support.command_line import flags_to_go_on, new_run_folder, read_command_line
 from support.errors import UserError
 from support.run_folder import RunFolder
 from tests.test_train import rows, small_run, weights
@@ -84,7 +85,7 @@ def test_fewer_episodes_and_both_modes_at_once_are_refused(finished, capsys):
         (["--resume", str(finished), "--save_every", "-1"], "--save_every must be at least 0"),
     ):
         assert main(given) == 2 and said in capsys.readouterr().err
-    assert read_command_line(["--resume", str(finished), "--episodes", "48"])[2] == "resume"
+    assert read_command_line(["--resume", str(finished), "--episodes", "48"])[2] == "nothing"
 
 
 def test_a_run_goes_on_with_all_settings_that_do_not_decide_its_result(finished, tmp_path):
@@ -109,12 +110,53 @@ def test_a_run_is_judged_with_other_settings_and_left_as_it_is(finished, tmp_pat
     before = contents(run_dir)
     assert main(["--eval_only", str(run_dir), *flags(WHEN_JUDGING)]) == 0
     after = contents(run_dir)
-    assert {path.name for path in before | after if before.get(path) != after.get(path)} == {"evaluation.json"}
+    changed = {path.name for path in before | after if before.get(path) != after.get(path)}
+    assert {"evaluation.json"} <= changed <= {"evaluation.json", "before_after.md"}
     was, now = (
         json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["after"] for folder in (finished, run_dir)
     )
     assert (was["n"], now["n"]) == (16, 20)
     assert max(abs(a - b) for a, b in zip(was["kls"], now["kls"])) > 1e-4  # bfloat16's rounding
+
+
+def test_a_judgement_by_fewer_samples_is_printed_and_replaces_none(finished, tmp_path, capsys):
+    run_dir = copy_of(finished, tmp_path)
+    before = contents(run_dir)
+    assert main(["--eval_only", str(run_dir), "--eval_samples", "4"]) == 0
+    out = capsys.readouterr().out
+    assert f"{run_dir} keeps its judgement by 16 samples, more than these 4\n" in out and "mean reward" in out
+    assert contents(run_dir) == before
+
+
+def test_a_judgement_is_shown_by_all_files_that_hold_one(finished, tmp_path, monkeypatch):
+    """By as many samples as the earlier one; a folder that was copied without its curves has no picture."""
+    run_dir, drawn = copy_of(finished, tmp_path), []
+    monkeypatch.setattr("support.run_folder.draw", lambda runs, out: drawn.append(out))
+    (run_dir / "before_after.md").write_text("stale")
+    assert main(["--eval_only", str(run_dir)]) == 0
+    assert (run_dir / "before_after.md").read_bytes() == (finished / "before_after.md").read_bytes()
+    assert drawn == [run_dir / "rewards.png"]
+    (run_dir / "metrics.csv").unlink()
+    assert main(["--eval_only", str(run_dir)]) == 0
+    assert len(drawn) == 1 and read_command_line(["--resume", str(run_dir)])[2] == "nothing"
+
+
+def test_no_run_is_judged_while_another_process_is_at_work_there(finished, tmp_path, capsys):
+    run_dir = copy_of(finished, tmp_path)
+    before = contents(run_dir)
+    with (run_dir / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["--eval_only", str(run_dir)]) == 2
+    out, err = capsys.readouterr()
+    assert "another process is at work in" in err and "parameters train" not in out
+    assert contents(run_dir) == before
+
+
+def test_a_finished_run_is_left_alone_whatever_else_is_asked(finished, capsys):
+    before = contents(finished)
+    assert main(["--resume", str(finished), *flags(WHEN_GOING_ON - {"episodes"})]) == 0
+    said = "is finished already, nothing is missing; more --episodes would go on, and --eval_only judges it again\n"
+    assert capsys.readouterr().out == f"{finished} {said}" and contents(finished) == before
 
 
 def test_latest_is_the_run_that_was_started_last(finished, tmp_path, monkeypatch, capsys):
@@ -124,6 +166,7 @@ def test_latest_is_the_run_that_was_started_last(finished, tmp_path, monkeypatch
         run_dir.mkdir(parents=True)
         shutil.copy(finished / "config.json", run_dir)
         os.utime(run_dir / "config.json", (time, time))
+        (run_dir / "evaluation.json").write_text('{"steps": 3}')
         for output in ("model", "rewards.png", "before_after.md"):
             (run_dir / output).touch()
     (tmp_path / "runs" / "d").mkdir()
@@ -131,20 +174,32 @@ def test_latest_is_the_run_that_was_started_last(finished, tmp_path, monkeypatch
     assert capsys.readouterr().out == "runs/b is finished already, nothing is missing\n"
 
 
-@pytest.mark.parametrize("missing", ["model", "rewards.png", "before_after.md"])
-def test_a_run_is_finished_only_with_all_that_its_end_writes(finished, tmp_path, missing):
+@pytest.mark.parametrize("missing", ["model", "rewards.png", "before_after.md", "evaluation.json", "its step 3"])
+def test_a_run_is_finished_only_with_its_steps_and_all_that_its_end_writes(finished, tmp_path, missing):
     for name in {"model", "rewards.png", "before_after.md"} - {missing}:
         (tmp_path / name).touch()
+    if missing != "evaluation.json":
+        (tmp_path / "evaluation.json").write_text(json.dumps({"steps": 2 if missing == "its step 3" else 3}))
     shutil.copy(finished / "config.json", tmp_path)
     assert read_command_line(["--resume", str(tmp_path)])[2] == "resume"
-    (tmp_path / missing).touch()
+    (tmp_path / "evaluation.json").write_text('{"steps": 3}')
+    if missing in ("model", "rewards.png", "before_after.md"):
+        (tmp_path / missing).touch()
     assert read_command_line(["--resume", str(tmp_path)])[2] == "nothing"
+    assert read_command_line(["--resume", str(tmp_path), "--episodes", "49"])[2] == "resume"
 
 
 def test_runs_that_begin_at_the_same_time_do_not_share_a_folder(tmp_path):
-    folder = RunFolder(tmp_path, PPOConfig())
-    with pytest.raises(UserError, match="cannot be written: File exists"):
-        folder.open(SimpleNamespace(n_steps=0), resume=False)
+    """One with a name of its own is refused, and one without takes another name."""
+    named, unnamed = PPOConfig(runs_dir=str(tmp_path), run_name="mine"), PPOConfig(runs_dir=str(tmp_path))
+    with pytest.raises(UserError, match="mine cannot be written: File exists"):
+        for folder in [RunFolder(new_run_folder(named), named) for _ in range(2)]:
+            folder.make()
+    folders = [RunFolder(new_run_folder(config), config) for config in [copy.copy(unnamed) for _ in range(3)]]
+    for folder in folders:
+        folder.make()
+    assert len({folder.path for folder in folders}) == len(list(tmp_path.iterdir())) - 1 == 3
+    assert [folder.config.run_name for folder in folders] == [folder.path.name for folder in folders]
 
 
 # --- a stranger's run folder
@@ -306,8 +361,11 @@ def test_a_raised_run_that_was_stopped_is_not_finished(finished, tmp_path, monke
 
     monkeypatch.setattr(PPOTrainer, "step", stopped_step)
     assert main(["--resume", str(run_dir), "--episodes", "80"]) == 130
-    assert f"stopped after step 4; go on with: python train_ppo.py --resume {run_dir}" in capsys.readouterr().out
-    assert weights(run_dir) == weights(finished)
+    out = capsys.readouterr().out
+    assert out.startswith("32 completions more: 48 -> 80\n")
+    assert f"stopped after step 4; go on with: python train_ppo.py --resume {run_dir}" in out
+    for name in ("model/model.safetensors", "evaluation.json", "before_after.md", "rewards.png"):
+        assert (run_dir / name).read_bytes() == (finished / name).read_bytes()
     monkeypatch.setattr(PPOTrainer, "step", step)
     assert main(["--resume", str(run_dir)]) == 0
     assert len(rows(run_dir)) == 5 and weights(run_dir) != weights(finished)

@@ -163,7 +163,7 @@ def reward_with_signal(folder, call: int, number: int) -> str:
     return "sends_signal:score"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_stops_after_the_step_with_a_checkpoint(in_folder, demo, number, code, capfd):
     reward = reward_with_signal(in_folder, 3, number)
     stopped, run_dir = small_run(in_folder, "--reward", reward)
@@ -187,7 +187,7 @@ def test_ctrl_c_ends_an_evaluation_at_once(in_folder, demo, call, capfd):
 def test_after_the_loop_signals_end_the_process_again(in_folder, demo):
     assert small_run(in_folder, "--episodes", "16")[0] == 0
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize(
@@ -205,10 +205,22 @@ def test_a_second_signal_leaves_at_once(first, second, code):
     assert result.stderr == "\nstopping after this step; once more leaves at once\n"
 
 
+def test_below_nohup_a_terminal_that_goes_away_stops_nothing(signals_restored, capfd):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopSignal()
+    signal.raise_signal(signal.SIGHUP)
+    stop.release()
+    assert not stop.received and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for what a script starts with &
+    stop = StopSignal()
+    signal.raise_signal(signal.SIGINT)
+    assert stop.received == signal.SIGINT
+
+
 def test_below_torchrun_which_passes_signals_on_a_second_changes_nothing(monkeypatch, signals_restored, capfd):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     stop = StopSignal()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.raise_signal(number)
         assert stop.received == number
     assert capfd.readouterr().err == ""

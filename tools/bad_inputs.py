@@ -262,13 +262,13 @@ BROKEN = [  # (what was done, how, command, part of the line)
     (
         "all checkpoints cut off",
         in_all_checkpoints(lambda c: cut(c / "policy.safetensors")()),
-        "--resume run --save_every 1",
+        "--resume run --episodes 64",
         "no usable checkpoint",
     ),
     (
         "all checkpoints without state",
         in_all_checkpoints(lambda c: os.remove(c / "state.json")),
-        "--resume run --save_every 1",
+        "--resume run --episodes 64",
         "no usable checkpoint",
     ),
     ("metrics file missing", lambda: os.remove("run/metrics.csv"), "plot run", "cannot be read: No such file"),
