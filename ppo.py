@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from support.batches import Completions, select_rows
-from support.engine import Engine
+from support.engine import Engine, one_at_a_time
 
 # ----------------------------------------------------------------------------------------------
 # Probabilities
@@ -82,12 +82,16 @@ def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) ->
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """1 - variance(returns - values) / variance(returns) over the unmasked tokens: 1 is perfect, 0 no help."""
+    """1 - variance(returns - values) / variance(returns) over the unmasked tokens: 1 is perfect, 0 no help.
+
+    0 also where all returns are equal: there is nothing to explain.
+    """
 
     def variance(x):
         return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
 
-    return 1 - variance(returns - values) / variance(returns)
+    unexplained = variance(returns - values) / variance(returns)
+    return (1 - unexplained).where(variance(returns) > 0, 0)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -266,6 +270,7 @@ class PPOTrainer:
         """The policy with an average of its weights over the steps, see `polynomial_average` in support/engine.py."""
         return self.engine.averaged if self.n_steps else self.model
 
+    @one_at_a_time
     def generate(self, query_tensors: list[torch.Tensor], model=None, seed=None, step=None) -> list[torch.Tensor]:
         """Continue each query (1-d int64, or a list of ids): the responses, 1-d int64 on the CPU, [SEP] included.
 
@@ -274,14 +279,15 @@ class PPOTrainer:
         where a query leaves no room for `gen_len` tokens.
         """
         query_tensors = self.engine.collator.queries(query_tensors, self.config.gen_len)
-        first = 0
-        if step is None:
-            first, self.n_drawn = self.n_drawn, self.n_drawn + len(query_tensors)
         model = self.model if model is None else model
         seed = self.config.seed if seed is None else seed
-        step = self.n_steps + 1 if step is None else step
-        return self.engine.generate(query_tensors, model, seed, step, first)
+        if step is not None:
+            return self.engine.generate(query_tensors, model, seed, step, 0)
+        responses = self.engine.generate(query_tensors, model, seed, self.n_steps + 1, self.n_drawn)
+        self.n_drawn += len(responses)
+        return responses
 
+    @one_at_a_time
     def step(
         self, query_tensors: list[torch.Tensor], response_tensors: list[torch.Tensor], rewards
     ) -> dict[str, float]:

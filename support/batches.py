@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from support.user_code import listed, shown, to_float32, to_ids
+
 
 @dataclass
 class Prompts:
@@ -108,12 +110,16 @@ class Collator:
 
     def token_ids(self, what: str, sequences) -> list[torch.Tensor]:
         """Token ids, tensors or lists, as 1-d int64 tensors on the CPU. ValueError where one is empty or unknown."""
-        tensors = [torch.as_tensor(ids).cpu() for ids in sequences]
-        for i, ids in enumerate(tensors):
+        tensors = []
+        for i, given in enumerate(entries(what, sequences)):
+            if (ids := to_ids(given)) is None:
+                wanted = f"a 1-d tensor or a list of token ids, not {shown(given)}"
+                raise ValueError(f"{what} {i} must be {wanted}; a single {what} goes into a list, too")
             if not len(ids):
                 raise ValueError(f"{what} {i} is empty; it needs at least one token")
             if ids.min() < 0 or ids.max() >= self.vocab_size:
                 raise ValueError(f"{what} {i} holds an id outside the vocabulary of {self.vocab_size} tokens")
+            tensors.append(ids)
         return tensors
 
     def queries(self, query_tensors, gen_len: int) -> list[torch.Tensor]:
@@ -150,14 +156,20 @@ class Collator:
 
     def with_scores(self, query_tensors, response_tensors, scores) -> tuple[Completions, torch.Tensor]:
         """As `completions`, and the responses' scores, a list or tensor of n finite numbers, as (n,) float32."""
-        if not len(query_tensors) == len(response_tensors) == len(scores) > 0:
-            counts = f"{len(query_tensors)} queries, {len(response_tensors)} responses and {len(scores)} rewards"
+        queries, responses = entries("query", query_tensors), entries("response", response_tensors)
+        scores = entries("reward", scores)
+        if not len(queries) == len(responses) == len(scores) > 0:
+            counts = f"{len(queries)} queries, {len(responses)} responses and {len(scores)} rewards"
             raise ValueError(f"step() needs one response and one reward for each query, not {counts}")
-        completions = self.completions(query_tensors, response_tensors)
-        scores, n = torch.as_tensor(scores, dtype=torch.float32).cpu(), len(completions)
-        if scores.shape != (n,):
-            raise ValueError(f"rewards must have the shape ({n},), one number a response, not {tuple(scores.shape)}")
-        if not scores.isfinite().all():
-            i = int((~scores.isfinite()).nonzero()[0])
-            raise ValueError(f"reward {i} is {float(scores[i])}: rewards must be finite numbers")
+        completions = self.completions(queries, responses)
+        scores, wrong = to_float32(scores)
+        for i, score in wrong:
+            raise ValueError(f"reward {i} is {score}: rewards must be finite numbers, one for each response")
         return completions, scores.to(self.device, non_blocking=True)
+
+
+def entries(what: str, values) -> list:
+    """The queries, responses or rewards of a batch. ValueError where they are no list or the like."""
+    if (found := listed(values)) is None:
+        raise ValueError(f"one {what} for each completion is needed, in a list or a tensor, not {shown(values)}")
+    return found

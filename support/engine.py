@@ -15,6 +15,7 @@ each in one place:
 import contextlib
 import copy
 import functools
+import inspect
 from dataclasses import replace
 
 import torch
@@ -55,6 +56,30 @@ def observed(method):
     return call
 
 
+def one_at_a_time(method):
+    """A trainer's method that one thread at a time may be in. What it cannot take is said with what it can."""
+    signature = inspect.signature(method)
+    taken = ", ".join(list(signature.parameters)[1:])
+
+    @functools.wraps(method)
+    def call(self, *args, **named):
+        try:
+            signature.bind(self, *args, **named)
+        except TypeError as error:
+            how = "how completions are drawn is the config's: gen_len, temperature, seed"
+            raise TypeError(f"{method.__name__}() takes {taken}: {error}; {how}") from None
+        try:
+            self.engine.turn.pop()
+        except IndexError:
+            raise ValueError("another thread is in step() or generate() of this trainer: one at a time") from None
+        try:
+            return method(self, *args, **named)
+        finally:
+            self.engine.turn.append("free")
+
+    return call
+
+
 class Engine:
     """Two models, the optimiser, and the average of the policy's weights over the steps.
 
@@ -66,6 +91,9 @@ class Engine:
 
     def __init__(self, config, model, ref_model, tokenizer):
         self.config = config
+        self.turn = ["free"]  # until a thread takes it: as safe as a lock, and a trainer can be copied
+        if any(weight.is_inference() for weight in model.parameters()):
+            raise ValueError("a model that was made in torch.inference_mode() cannot be trained; load it outside")
         self.device = model.device
         self.dtype = pick_dtype(config.dtype, self.device)
         self.micro_batch_size = pick_micro_batch_size(config, model.config.vocab_size, self.device)
@@ -107,6 +135,8 @@ class Engine:
 
     def collate(self, query_tensors, response_tensors, scores) -> tuple[Completions, torch.Tensor]:
         """A batch, as completions and scores (n,) float32. ValueError where it cannot be trained on."""
+        if torch.is_inference_mode_enabled():
+            raise ValueError("nothing can be trained in torch.inference_mode(); leave it before step()")
         completions, scores = self.collator.with_scores(query_tensors, response_tensors, scores)
         if len(completions) % collectives.world_size():
             raise ValueError(f"{len(completions)} completions do not divide by {collectives.world_size()} processes")
@@ -196,6 +226,7 @@ class Engine:
         return self.logits_and_values(self.trained_policy, completions)
 
     @observed
+    @torch.enable_grad()
     def optimise(self, batch, loss_of) -> dict[str, torch.Tensor]:
         """One optimiser step. Its statistics, whose means over the processes are those of the batch: see `means`.
 

@@ -21,6 +21,7 @@ from support.devices import pick_device
 from support.hub import model_folder
 from support.models import decode, encode_prompt, load_policy, read_policy_folder, save_policy
 from support.settings import check
+from support.user_code import listed, shown
 
 
 class TextPPOTrainer(PPOTrainer):
@@ -50,12 +51,18 @@ class TextPPOTrainer(PPOTrainer):
 
     def encode(self, prompts: list[str]) -> list[torch.Tensor]:
         """The prompts as queries for `generate` and `step`: 1-d int64, with a [CLS] before and nothing after."""
-        return [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        texts = listed(prompts)
+        if texts is None or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"encode() takes a list of texts, as in encode(['刚收到货']), not {shown(prompts)}")
+        return [encode_prompt(self.tokenizer, text) for text in texts]
 
     def decode(self, *parts: list[torch.Tensor]) -> list[str]:
         """Texts without special tokens: of queries and responses, as a reward reads them, or of responses alone."""
-        texts = zip(*parts, strict=True)
-        return decode(self.tokenizer, [torch.cat([torch.as_tensor(ids).cpu() for ids in text]) for text in texts])
+        parts = [self.engine.collator.token_ids("sequence", part) for part in parts]
+        if len({len(part) for part in parts}) > 1:
+            counts = " and ".join(str(len(part)) for part in parts)
+            raise ValueError(f"decode() needs one response for each query, not {counts}")
+        return decode(self.tokenizer, [torch.cat(text) for text in zip(*parts)])
 
     def save(self, folder: str | Path) -> None:
         """Write the trained policy (the average of its weights, see `policy_for_saving`) with its tokenizer.

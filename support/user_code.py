@@ -68,6 +68,16 @@ def to_float(value) -> float:
         return math.inf
 
 
+def to_ids(values) -> torch.Tensor | None:
+    """Whole numbers, in a list or 1-d in a tensor or array, as int64 on the CPU; None of anything else."""
+    try:
+        ids = torch.as_tensor(values, device="cpu")
+    except Exception:  # texts, None, lists of unequal lists: torch has many words for what it cannot read
+        return None
+    whole = ids.dtype != torch.bool and torch.can_cast(ids.dtype, torch.int64)
+    return ids.long() if ids.dim() == 1 and (whole or not len(ids)) else None
+
+
 def shown(value) -> str:
     """A value of any kind and size as a few words on one line."""
     return " ".join(reprlib.repr(value).split())

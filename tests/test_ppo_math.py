@@ -225,6 +225,8 @@ def test_explained_variance_by_hand():
     assert ppo.explained_variance(returns / 2, returns, mask).item() == 0.75
     assert ppo.explained_variance(returns + 5, returns, mask).item() == 1.0  # a variance knows no offset
     assert ppo.explained_variance(-returns, returns, mask).item() == -3.0
+    for values in (returns, torch.full((1, 4), 0.5)):  # nothing to explain
+        assert ppo.explained_variance(values, torch.full((1, 4), 0.5), mask).item() == 0.0
 
 
 # --- the KL coefficient

@@ -2,7 +2,12 @@
 
 import copy
 import json
+import math
+import random
 import re
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -41,25 +46,214 @@ def test_judging_draws_do_not_count(policy):
 
 
 QUERY, RESPONSE = [2, 5, 6], [7, 8, 3]
+IDS = "a 1-d tensor or a list of token ids"
+
+
+def step(queries=(QUERY, QUERY), responses=(RESPONSE, RESPONSE), rewards=(0.5, 0.1)):
+    return lambda trainer: trainer.step(queries, responses, rewards)
+
+
+def inside(context, call):
+    def called(trainer):
+        with context():
+            call(trainer)
+
+    return called
+
+
+REFUSED = [  # (call, what is said)
+    (step(rewards=[0.5, math.nan]), "reward 1 is nan: rewards must be finite numbers, one for each response"),
+    (step(rewards=[math.inf, 0.5]), "reward 0 is inf"),
+    (step(rewards=[0.5, 1e39]), "reward 1 is 1e+39"),
+    (step(rewards=[0.5, 10**5000]), "reward 1 is inf"),
+    (step(rewards=["good", 0.5]), "reward 0 is 'good'"),
+    (step(rewards=[0.5, None]), "reward 1 is None"),
+    (step(rewards=torch.zeros(2, 1)), "reward 0 is [0.0]"),
+    (step(rewards=[torch.zeros(2)] * 2), "reward 0 is tensor([0., 0.])"),
+    (step(rewards=[0.5]), "2 queries, 2 responses and 1 rewards"),
+    (step([QUERY]), "1 queries, 2 responses and 2 rewards"),
+    (step([], [], []), "0 queries, 0 responses and 0 rewards"),
+    (step(rewards=0.5), "one reward for each completion is needed, in a list or a tensor, not 0.5"),
+    (step(rewards=None), "one reward for each completion is needed, in a list or a tensor, not None"),
+    (step(rewards=torch.tensor(0.5)), "one reward for each completion is needed"),
+    (step(rewards={0: 0.5, 1: 0.1}), "one reward for each completion is needed"),
+    (step(None), "one query for each completion is needed, in a list or a tensor, not None"),
+    (step("衣服"), "one query for each completion is needed, in a list or a tensor, not '衣服'"),
+    (step(responses={"input_ids": [RESPONSE] * 2}), "one response for each completion is needed"),
+    (step(["衣服", "书"]), f"query 0 must be {IDS}, not '衣服'; a single query goes into a list, too"),
+    (step([QUERY, None]), f"query 1 must be {IDS}, not None"),
+    (step(QUERY[:2]), f"query 0 must be {IDS}, not 2; a single query goes into a list, too"),
+    (step(responses=[RESPONSE, [7.0, 8.5]]), f"response 1 must be {IDS}, not [7.0, 8.5]"),
+    (step(responses=[RESPONSE, torch.tensor([7.0, 3.0], requires_grad=True)]), f"response 1 must be {IDS}"),
+    (step(responses=torch.tensor([RESPONSE, RESPONSE]) == 3), f"response 0 must be {IDS}, not [False, False, True]"),
+    (step([[QUERY], [QUERY]]), f"query 0 must be {IDS}, not [[2, 5, 6]]"),
+    (step([torch.tensor([QUERY])] * 2), f"query 0 must be {IDS}, not tensor([[2, 5, 6]])"),
+    (step([[2, [5]], QUERY]), f"query 0 must be {IDS}, not [2, [5]]"),
+    (step([QUERY, []]), "query 1 is empty; it needs at least one token"),
+    (step([QUERY, [2, 999]]), "query 1 holds an id outside the vocabulary of 43"),
+    (step(responses=[[-1], RESPONSE]), "response 0 holds an id outside"),
+    (step(responses=[[2**70], RESPONSE]), f"response 0 must be {IDS}, not [1180591620717411303424]"),
+    (step(responses=[RESPONSE, [7, 0, 3]]), "response 1 holds [PAD] before its end, a token that is never sampled"),
+    (step([QUERY, [5] * 46]), "query 1 and its response have 46 and 3 tokens, and the model 48 positions"),
+    (inside(torch.inference_mode, step()), "nothing can be trained in torch.inference_mode(); leave it before step()"),
+    (lambda trainer: trainer.step([QUERY], [RESPONSE]), "missing a required argument: 'rewards'"),
+    (lambda trainer: trainer.generate(torch.tensor(QUERY)), f"query 0 must be {IDS}, not 2; a single query goes into"),
+    (lambda trainer: trainer.generate(["衣服"]), f"query 0 must be {IDS}, not '衣服'"),
+    (lambda trainer: trainer.generate(None), "one query for each completion is needed"),
+    (lambda trainer: trainer.generate([QUERY, [2] * 46]), "query 1 has 46 tokens, with gen_len 3 more than"),
+    (lambda trainer: trainer.generate([QUERY, []]), "query 1 is empty"),
+    (
+        lambda trainer: trainer.generate([QUERY], max_new_tokens=8, top_k=0.0),
+        "generate() takes query_tensors, model, seed, step: got an unexpected keyword argument 'max_new_tokens'; "
+        "how completions are drawn is the config's: gen_len, temperature, seed",
+    ),
+    (lambda trainer: trainer.encode("衣服"), "encode() takes a list of texts, as in encode(['刚收到货']), not '衣服'"),
+    (lambda trainer: trainer.encode(["衣服", None]), "encode() takes a list of texts"),
+    (lambda trainer: trainer.encode([["衣服"]]), "encode() takes a list of texts"),
+    (lambda trainer: trainer.encode(None), "encode() takes a list of texts"),
+    (
+        lambda trainer: trainer.decode(torch.tensor(RESPONSE)),
+        f"sequence 0 must be {IDS}, not 7; a single",
+    ),
+    (lambda trainer: trainer.decode(["很好"]), f"sequence 0 must be {IDS}, not '很好'"),
+    (
+        lambda trainer: trainer.decode([QUERY] * 2, [RESPONSE]),
+        "needs one response for each query, not 2 and 1",
+    ),
+    (lambda trainer: trainer.decode([[999]]), "sequence 0 holds an id outside the vocabulary of 43"),
+]
+
+
+def everything(trainer) -> list:
+    """All that a call could have moved, as it is now."""
+    state = copy.deepcopy(trainer.engine.state_dict())
+    weights = [*state["policy"].values(), *state["average"].values(), *trainer.ref_model.parameters()]
+    moments = [tensor for of_weight in state["optimizer"]["state"].values() for tensor in of_weight.values()]
+    counters = trainer.n_steps, trainer.n_drawn, trainer.kl_controller.value, state["skipped_in_a_row"]
+    generators = repr(random.getstate()), repr(np.random.get_state()), *torch.get_rng_state().tolist()
+    return [*(tensor.tolist() for tensor in weights + moments), counters, generators]
+
+
+def test_what_is_refused_is_said_and_leaves_the_trainer_as_it_was(gpt2_folder):
+    """And what it draws next."""
+    config = PPOConfig(device="cpu", dtype="float32", gen_len=3, frozen_share=0.5)
+    trainer, twin = (TextPPOTrainer.from_pretrained(gpt2_folder, config) for _ in range(2))
+    for one in (trainer, twin):
+        one.step([QUERY] * 2, one.generate([QUERY] * 2), [0.1, 0.9])
+        one.generate([QUERY])
+    before = everything(trainer)
+    for call, said in REFUSED:
+        with pytest.raises((ValueError, TypeError)) as error:
+            call(trainer)
+        assert said in str(error.value) and "\n" not in str(error.value), said
+    assert everything(trainer) == before
+    assert trainer.generate([QUERY] * 9)[-1].tolist() == twin.generate([QUERY] * 9)[-1].tolist()
+
+
+def test_a_call_that_fails_draws_nothing(policy, monkeypatch):
+    trainer, twin = make(policy), make(policy)
+    with monkeypatch.context() as patched:
+        patched.setattr("support.engine.sample", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trainer.generate([QUERY] * 4)
+    assert all(map(torch.equal, trainer.generate([QUERY] * 4), twin.generate([QUERY] * 4)))
 
 
 @pytest.mark.parametrize(
-    ("queries", "responses", "rewards", "said"),
+    "rewards",
     [
-        ([QUERY] * 2, [RESPONSE] * 2, [0.5, float("nan")], "reward 1 is nan"),
-        ([QUERY] * 2, [RESPONSE] * 2, [float("inf"), 0.5], "reward 0 is inf"),
-        ([QUERY] * 2, [RESPONSE] * 2, torch.zeros(2, 1), r"shape \(2,\), one number a response, not \(2, 1\)"),
-        ([QUERY, []], [RESPONSE] * 2, [0.5, 0.1], "query 1 is empty"),
-        ([QUERY, [2, 999]], [RESPONSE] * 2, [0.5, 0.1], "query 1 holds an id outside the vocabulary of 43"),
-        ([QUERY] * 2, [[-1], RESPONSE], [0.5, 0.1], "response 0 holds an id outside"),
-        ([QUERY, [5] * 46], [RESPONSE] * 2, [0.5, 0.1], "query 1 and its response have 46 and 3 tokens.* 48 positions"),
+        (0.5, 1),
+        np.array([0.5, 1.0]),
+        np.array([0.5, 1.0], dtype=np.float16),
+        [np.float32(0.5), np.int64(1)],
+        [Decimal("0.5"), Fraction(1)],
+        [0.5, True],
+        torch.tensor([0.5, 1.0], dtype=torch.bfloat16),
+        torch.tensor([0.5, 1.0], dtype=torch.float64, requires_grad=True),
+        torch.tensor([0.25, 0.5], requires_grad=True) * 2,
+        [torch.tensor(0.5), torch.tensor([1.0], requires_grad=True)],
+        (reward for reward in (0.5, 1.0)),
+    ],
+    ids=str,
+)
+def test_rewards_are_numbers_of_any_kind(policy, rewards):
+    """Twice: what has a graph of its own is not gone back through."""
+    trainer, twin = make(policy), make((copy.deepcopy(policy[0]), policy[1]))
+    rewards = list(rewards) if hasattr(rewards, "send") else rewards
+    for _ in range(2):
+        stats = trainer.step([QUERY] * 2, [[5, 6], [7]], rewards)
+        assert stats == twin.step([QUERY] * 2, [[5, 6], [7]], [0.5, 1.0])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        list,
+        lambda batch: [np.array(ids, dtype=np.int16) for ids in batch],
+        lambda batch: [torch.tensor(ids, dtype=torch.int32) for ids in batch],
+        lambda batch: [list(torch.tensor(ids)) for ids in batch],
+        lambda batch: (ids for ids in batch),
+        torch.tensor,
+        np.array,
+        lambda batch: inference(batch),
     ],
 )
-def test_what_cannot_be_trained_on_is_refused_before_anything_moves(policy, queries, responses, rewards, said):
+def test_token_ids_come_in_any_form(policy, kind):
+    trainer, twin = make(policy), make((copy.deepcopy(policy[0]), policy[1]))
+    queries, responses = [QUERY, [2, 9, 8]], [[5, 6], [7, 3]]
+    assert all(map(torch.equal, trainer.generate(kind(queries)), twin.generate(queries)))
+    stats = trainer.step(kind(queries), kind(responses), [0.5, 1.0])
+    assert stats == twin.step(
+        [torch.tensor(ids) for ids in queries], [torch.tensor(ids) for ids in responses], [0.5, 1]
+    )
+
+
+def inference(batch):
+    with torch.inference_mode():
+        return [torch.tensor(ids) for ids in batch]
+
+
+def test_a_loop_may_be_written_below_no_grad(policy):
+    """What generate gives in inference mode can be trained on outside."""
+    trainer, twin = make(policy), make((copy.deepcopy(policy[0]), policy[1]))
+    with torch.inference_mode():
+        responses = trainer.generate([QUERY] * 4)
+    with torch.no_grad():
+        stats = trainer.step([QUERY] * 4, responses, [0.1, 0.9, 0.5, 0.3])
+    assert stats == twin.step([QUERY] * 4, twin.generate([QUERY] * 4), [0.1, 0.9, 0.5, 0.3])
+
+
+def test_a_model_made_in_inference_mode_is_refused_at_once(gpt2_folder):
+    with torch.inference_mode(), pytest.raises(ValueError, match="made in torch.inference_mode.. cannot be trained"):
+        TextPPOTrainer.from_pretrained(gpt2_folder, PPOConfig(device="cpu"))
+
+
+@pytest.mark.parametrize("call", [step(), lambda trainer: trainer.generate([QUERY])])
+def test_one_thread_at_a_time(policy, call):
+    """The second is refused while the first is at work, and the first ends as if it had been alone; so may the next."""
+    trainer, twin = make(policy), make((copy.deepcopy(policy[0]), policy[1]))
+    refusals = []
+
+    def second_thread(*args):
+        with ThreadPoolExecutor(1) as pool:
+            refusals.append(pool.submit(call, trainer).exception())
+
+    hook = trainer.model.transformer.h[1].register_forward_hook(second_thread)
+    stats = trainer.step([QUERY] * 2, [[5, 6], [7, 3]], [0.5, 0.1])
+    hook.remove()
+    assert refusals and {(type(error), str(error)) for error in refusals} == {
+        (ValueError, "another thread is in step() or generate() of this trainer: one at a time")
+    }
+    assert stats == twin.step([QUERY] * 2, [[5, 6], [7, 3]], [0.5, 0.1])
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(call, trainer).exception() is None
+
+
+def test_a_trainer_can_be_copied(policy):
     trainer = make(policy)
-    with pytest.raises(ValueError, match=said):
-        trainer.step(queries, responses, rewards)
-    assert trainer.n_steps == 0
+    twin = copy.deepcopy(trainer)
+    stats = trainer.step([QUERY] * 2, [[5, 6], [7, 3]], [0.5, 0.1])
+    assert twin.step([QUERY] * 2, [[5, 6], [7, 3]], [0.5, 0.1]) == stats
 
 
 def test_lists_of_ids_are_taken(policy):
