@@ -49,6 +49,16 @@ class Prompts:
         ids, mask, hidden_states = select_rows(used, self.ids, self.mask, self.hidden_states)
         return Prompts(ids, mask, index, hidden_states)
 
+    def spread(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor (prompts, ...) of the distinct prompts as one of each completion's prompt, (n, ...).
+
+        It is a product with a one-hot matrix for the sake of the gradient. That of picking by index adds up the
+        completions of a prompt one by one in the tensor's dtype, on a GPU in another order each time; that of a product
+        adds up in float32, in one order.
+        """
+        one_hot = self.rows[:, None] == torch.arange(len(tensor), device=tensor.device)
+        return (one_hot.to(tensor.dtype) @ tensor.flatten(1)).unflatten(1, tensor.shape[1:])
+
     def mask_with(self, n_tokens: int) -> torch.Tensor | None:
         """Attention mask (n, P + n_tokens) of each completion's prompt followed by n_tokens of its own."""
         if self.mask is None:

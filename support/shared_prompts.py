@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from gpt2_value_head import position_ids
+from gpt2_value_head import attention_bias, position_ids
 from support.batches import Completions, Prompts
 
 
@@ -51,7 +51,7 @@ class SharedPrompts(nn.Module):
         gpt2, prompts = self.model.transformer, completions.prompts
         blocks = gpt2.h[self.model.n_frozen :]
         prompt_states, states = run_blocks(blocks, prompts, prompts.hidden_states, completions.hidden_states)
-        last_of_prompts = prompt_states[:, -1:].index_select(0, prompts.rows)
+        last_of_prompts = prompts.spread(prompt_states[:, -1:])
         hidden_states = gpt2.ln_f(torch.cat([last_of_prompts, states], dim=1))
         value = self.model.v_head(hidden_states.detach() if self.detach_value else hidden_states)
         return self.model.lm_head(hidden_states), value
@@ -61,32 +61,17 @@ def run_blocks(blocks, prompts: Prompts, prompt_states: torch.Tensor, states: to
     """Hidden states of the distinct prompts (prompts, P, hidden) and of the completions without their last token
     (n, T - 1, hidden), through some of the blocks.
 
-    A completion reads the keys and values of its prompt, which are worked out once for all that share it. These are
-    picked by `index_select` (`reorder_cache` does that): `tensor[index]` adds up gradients in the threads' order.
+    A completion reads the keys and values of its prompt, which are worked out once for all that share it.
     """
-    cache = DynamicCache()
-    bias = attention_bias(prompts.mask, prompt_states, prompt_states.shape[1])
+    (n_prompt, seq), cache = (prompt_states.shape[1], states.shape[1]), DynamicCache()
+    bias = attention_bias(prompts.mask, n_prompt, n_prompt, prompt_states)
     for block in blocks:
-        prompt_states = block(prompt_states, cache, bias)
-    if states.shape[1]:
-        cache.reorder_cache(prompts.rows)
-        bias = attention_bias(prompts.mask_with(states.shape[1]), states, prompt_states.shape[1] + states.shape[1])
+        prompt_states = block(prompt_states, cache, attention_mask=bias)
+    if seq:
+        for layer in cache.layers:
+            if layer.is_initialized:  # those below the blocks are not
+                layer.keys, layer.values = prompts.spread(layer.keys), prompts.spread(layer.values)
+        bias = attention_bias(prompts.mask_with(seq), n_prompt + seq, seq, states)
         for block in blocks:
-            states = block(states, cache, bias)
+            states = block(states, cache, attention_mask=bias)
     return prompt_states, states
-
-
-def attention_bias(mask: torch.Tensor | None, states: torch.Tensor, n_keys: int) -> torch.Tensor:
-    """What is added to attention scores: 0 where a token may look, the dtype's lowest number elsewhere.
-
-    states (batch, seq, hidden) are of the last tokens of n_keys. mask (batch, n_keys) is 0 at the padding, or None.
-    Returns (batch, 1, seq, n_keys), or (1, 1, seq, n_keys) without padding, in the states' dtype. In memory a row is a
-    multiple of 8 numbers long: CUDA's kernels would copy the bias, in every block, to make it so.
-    """
-    seq, lowest = states.shape[1], torch.finfo(states.dtype).min
-    wide = torch.full((seq, -(-n_keys // 8) * 8), lowest, dtype=states.dtype, device=states.device)
-    bias = wide.triu(n_keys - seq + 1)[None, None]
-    if mask is not None:
-        padding = torch.nn.functional.pad(mask == 0, (0, bias.shape[-1] - n_keys))
-        bias = bias.masked_fill(padding[:, None, None], lowest)
-    return bias[..., :n_keys]
