@@ -1,14 +1,13 @@
 """The policy: GPT-2 with its language-model head and a value head, and sampling from it."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2Model, GPT2PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.utils import ModelOutput
 
 from support.batches import Prompts, never_sampled_ids
 
@@ -30,18 +29,17 @@ class ValueHead(nn.Module):
         return self.summary(hidden_states.to(self.summary.weight.dtype)).squeeze(-1)
 
 
-@dataclass
-class CausalLMOutputWithValue(ModelOutput):
+class CausalLMOutputWithValue(NamedTuple):
     """What a forward pass returns.
 
     logits (batch, seq, vocab): of the next token, unrestricted and without temperature.
     value (batch, seq): the value head's estimate at each token.
-    past_key_values: the key/value cache, or None where `use_cache` is off.
+    past_key_values: the key/value cache, or None where there is none.
     """
 
-    logits: torch.Tensor | None = None
-    value: torch.Tensor | None = None
-    past_key_values: Cache | None = None
+    logits: torch.Tensor
+    value: torch.Tensor
+    past_key_values: Cache | None
 
 
 class GPT2HeadWithValueModel(GPT2PreTrainedModel):
@@ -87,21 +85,37 @@ class GPT2HeadWithValueModel(GPT2PreTrainedModel):
         input_ids (batch, seq) int64. attention_mask (batch, past + seq) with 0 at the padding, which may stand left
         or right; positions count real tokens only. None means that nothing is padding.
         """
-        positions = None if attention_mask is None else position_ids(attention_mask)[:, -input_ids.shape[1] :]
-        output = self.transformer(
-            input_ids,
-            attention_mask=attention_mask,
-            position_ids=positions,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-        )
+        cache = DynamicCache() if use_cache and past_key_values is None else past_key_values
+        positions = bias = None
+        if attention_mask is not None:
+            positions = position_ids(attention_mask)[:, -input_ids.shape[1] :]
+            bias = attention_bias(attention_mask, attention_mask.shape[1], input_ids.shape[1], self.lm_head.weight)
+        # The cache's name differs between versions of the library, its place does not
+        output = self.transformer(input_ids, cache, attention_mask=bias, position_ids=positions, use_cache=use_cache)
         hidden_states = output.last_hidden_state[:, -logits_to_keep:]
-        return CausalLMOutputWithValue(self.lm_head(hidden_states), self.v_head(hidden_states), output.past_key_values)
+        return CausalLMOutputWithValue(self.lm_head(hidden_states), self.v_head(hidden_states), cache)
 
 
 def position_ids(mask: torch.Tensor) -> torch.Tensor:
     """Positions that count real tokens only: 0 at the first, whatever padding stands before it. mask (batch, seq)."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def attention_bias(mask: torch.Tensor | None, n_keys: int, seq: int, like: torch.Tensor) -> torch.Tensor:
+    """What is added to attention scores: 0 where a token may look, the dtype's lowest number elsewhere.
+
+    It is of the last `seq` of n_keys tokens. mask (batch, n_keys) is 0 at the padding, or None. Returns
+    (batch, 1, seq, n_keys), or (1, 1, seq, n_keys) without padding, in the dtype of `like`; the library takes four
+    dimensions as they are, and would ask the GPU whether a mask hides anything, at every token. In memory a row is a
+    multiple of 8 numbers long: CUDA's kernels would copy the bias, in every block, to make it so.
+    """
+    lowest = torch.finfo(like.dtype).min
+    wide = torch.full((seq, -(-n_keys // 8) * 8), lowest, dtype=like.dtype, device=like.device)
+    bias = wide.triu(n_keys - seq + 1)[None, None]
+    if mask is not None:
+        padding = torch.nn.functional.pad(mask == 0, (0, bias.shape[-1] - n_keys))
+        bias = bias.masked_fill(padding[:, None, None], lowest)
+    return bias[..., :n_keys]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -166,6 +180,7 @@ def sample(
     responses = torch.full((n, gen_len), pad_token_id, device=device)
     running = torch.ones(n, dtype=torch.bool, device=device)
 
+    n_prompt, mask = prompts.ids.shape[1], prompts.mask_with(gen_len)
     cache = DynamicCache()
     logits = model(prompts.ids, prompts.mask, cache, use_cache=True, logits_to_keep=1).logits[prompts.rows, -1]
     cache.batch_select_indices(prompts.rows)
@@ -180,7 +195,8 @@ def sample(
         running = running & (tokens != sep_token_id)
         if t + 1 == gen_len or (t % ASK_EVERY == ASK_EVERY - 1 and not running.any()):
             break
-        logits = model(tokens[:, None], prompts.mask_with(t + 1), cache, use_cache=True).logits[:, -1]
+        seen = None if mask is None else mask[:, : n_prompt + t + 1]
+        logits = model(tokens[:, None], seen, cache, use_cache=True).logits[:, -1]
     if (responses == len(restriction)).any():
         raise FloatingPointError("the model's logits are not finite")
     return responses

@@ -25,6 +25,7 @@ from gpt2_value_head import completion_uniforms, restrict_logits, restriction, s
 from support import collectives
 from support.batches import Collator, Completions, completion_mask
 from support.devices import pick_dtype, pick_micro_batch_size
+from support.self_check import check_passes
 from support.shared_prompts import SharedPrompts
 
 MAX_SKIPPED = 10  # optimiser steps in a row without a finite gradient: then training has failed
@@ -130,6 +131,7 @@ class Engine:
         self.averaged = copy.deepcopy(model)
         self.averages = [weight for weight in self.averaged.parameters() if weight.requires_grad]
         self.trained_policy = SharedPrompts(self.compute_model, config.detach_value)
+        check_passes(self.compute_model)
         if collectives.world_size() > 1:
             self.trained_policy = DistributedDataParallel(self.trained_policy, gradient_as_bucket_view=True)
 
