@@ -1,11 +1,14 @@
-"""What is required, what is tested and what the READMEs say of both agree."""
+"""What is required, what is tested and what the READMEs say of both agree; and the tool that tries other versions."""
 
 import re
+import subprocess
+from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
 from tests.conftest import ROOT
+from tools import versions
 
 
 def lines(name: str) -> dict[str, Requirement]:
@@ -36,3 +39,32 @@ def test_a_readme_names_the_lowest_versions_and_the_file_of_those_tested(name):
         if line.name in ("torch", "transformers"):
             for limit in line.specifier:
                 assert re.search(rf"\b{re.escape(limit.version)}\b", text)
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_a_row_of_the_table_says_what_was_measured_or_that_it_is_not_served(monkeypatch, capsys, tmp_path, served):
+    said = {
+        "pip": "ERROR: No matching distribution found for torch==2.6\n",
+        "-c": "a warning\n3.11.7 2.6.0+cpu 5.4.0\n",
+        "train_ppo.py": "",
+        "pytest": "F..\n1 failed, 1011 passed, 2 warnings in 130.00s (0:02:10)\n",
+    }
+    asked = []
+
+    def run(command, stdout, env, **options):
+        (program,) = set(command) & set(said)
+        asked.append((program, Path(env["PIP_CONSTRAINT"]).read_text().splitlines()))
+        stdout.write(said[program] if program != "pip" or not served else "")
+        if program == "train_ppo.py":
+            folder = Path(command[command.index("--runs_dir") + 1], command[command.index("--run_name") + 1])
+            folder.mkdir()
+            (folder / "evaluation.json").write_text('{"gain": {"gain": 0.8234}}')
+        return subprocess.CompletedProcess(command, {"pip": int(not served), "pytest": 1}.get(program, 0))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(versions.venv, "create", lambda folder, with_pip: None)
+    assert versions.main([str(tmp_path), "lowest"]) == 1
+    row = capsys.readouterr().out.splitlines()[-1]
+    measured = "3.11.7 | 2.6.0+cpu | 5.4.0 | 1 failed, 1011 passed | 0.82"
+    assert row == f"| lowest | {measured if served else 'not served: No matching distribution found for torch==2.6'} |"
+    assert {"torch==2.6", "transformers==5.4", "numpy==1.26"} <= set(asked[0][1])
