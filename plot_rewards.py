@@ -5,14 +5,13 @@ python plot_rewards.py runs/a runs/b                several over each other, int
 """
 
 import argparse
-import csv
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 
 from support.errors import UserError
+from support.reading import MEND_LINE, read_evaluation, whole_lines
 from support.streams import hold_streams
 from support.writing import whole
 
@@ -26,6 +25,11 @@ PANELS = [  # (title, columns drawn as lines, y axis)
     ("completion length", ["tokens/completion_length"], "tokens"),
     ("time", ["time/sample", "time/score", "time/ppo"], "seconds a step"),
 ]
+REQUIRED = ["step", "episodes", "env/reward_mean", "objective/kl"]  # columns of metrics.csv
+AT = {"kl": float, "reward": float}  # what is drawn of evaluation.json, where it is there
+JUDGED = {**AT, "samples": [(str, str, float)]}
+DRAWN = {"before?": JUDGED, "after?": JUDGED, "frontier?": [AT], "best_of_n?": [{**AT, "n": int}]}
+DRAWN |= {"gain?": {"limit?": AT}}
 CHINESE_FONTS = [
     "Noto Sans CJK SC",
     "Source Han Sans SC",
@@ -68,33 +72,44 @@ def newest_run(runs_dir: Path) -> Path:
     return files[-1].parent
 
 
+def read_rows(path: Path) -> list[tuple[str, dict[str, float]]]:
+    """The lines of a metrics.csv that are whole, each with its numbers by column; the first, the names, has none.
+
+    UserError, with the line, where one cannot be read without doubt.
+    """
+    rows, names = [], []
+    for number, line in enumerate(whole_lines(path), 1):
+        cells = [cell.strip('" \r') for cell in line.split(",")]
+        try:
+            if number == 1:
+                names = cells
+                if missing := [name for name in REQUIRED if name not in names]:
+                    raise ValueError(f"it names no column {missing[0]}")
+                rows.append((line, {}))
+            elif line.strip():
+                if len(cells) != len(names):
+                    raise ValueError(f"{len(cells)} values below {len(names)} names")
+                rows.append((line, dict(zip(names, map(float, cells)))))
+        except ValueError as error:
+            form = "numbers have points, and commas between them"
+            raise UserError(f"{path} is damaged in line {number}: {error}; {form}; {MEND_LINE}")
+    return rows
+
+
 def read_metrics(run: Path) -> dict[str, np.ndarray]:
     """The columns of a run's metrics.csv, (steps,) float64 each; a half-written last line is left out."""
-    path = run / "metrics.csv"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}")
-    whole_lines = text[: text.rfind("\n") + 1].splitlines()
-    reader = csv.DictReader(whole_lines)
-    if not {"step", "episodes", "env/reward_mean", "objective/kl"} <= set(reader.fieldnames or []):
-        raise UserError(
-            f"{path} holds no metrics of a run" if whole_lines else f"{path} is empty: the run has not finished a step"
-        )
-    try:
-        rows = [{name: float(value) for name, value in row.items()} for row in reader]
-    except (TypeError, ValueError):
-        raise UserError(f"{path} is damaged in line {reader.line_num}: a value there is no number")
+    rows = [row for _, row in read_rows(run / "metrics.csv")[1:]]
     if not rows:
-        raise UserError(f"{path} has no step yet: the run has not finished one")
-    return {name: np.array([row[name] for row in rows]) for name in reader.fieldnames}
+        raise UserError(f"{run / 'metrics.csv'} has no step yet: the run has not finished one")
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
-def read_evaluation(run: Path) -> dict:
-    """A run's evaluation.json, or nothing where it is not there or not whole yet."""
+def judged(run: Path) -> dict:
+    """A run's evaluation.json, or nothing where it is not there yet or damaged, which is said."""
     try:
-        return json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_evaluation(run, DRAWN, "the run is drawn without it")
+    except UserError as error:
+        print(f"warning: {error}", file=sys.stderr)
         return {}
 
 
@@ -107,7 +122,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 def draw(runs: list[Path], out: Path) -> None:
     """Draw the runs over each other into `out`. UserError where a run or `out` cannot be used; no display is needed."""
-    data = [(run.resolve().name, read_metrics(run), read_evaluation(run)) for run in runs]
+    data = [(run.resolve().name, read_metrics(run), judged(run)) for run in runs]
     panels = [panel for panel in PANELS if changes(panel[1], [metrics for _, metrics, _ in data])]
     import matplotlib
 
@@ -209,16 +224,16 @@ def draw_plane(axes, metrics: dict, evaluation: dict, colour: str, key: dict[str
     What stands for all runs, the frontier and best-of-n, is the first's that has it. `key` gathers the legend.
     """
     axes.scatter(metrics["objective/kl"], metrics["env/reward_mean"], s=10, color=colour, alpha=0.4, linewidth=0)
-    points = evaluation.get("frontier", [])
+    points = evaluation.get("frontier")
     if points and "best possible" not in key:
         axes.plot([p["kl"] for p in points], [p["reward"] for p in points], color="black", linewidth=1.5)
         key["best possible"] = dict(linewidth=1.5)
-    best = evaluation.get("best_of_n", [])
+    best = evaluation.get("best_of_n")
     if best and not any(what.endswith("drafts") for what in key):
         axes.plot([p["kl"] for p in best], [p["reward"] for p in best], "x", color="black")
         key[f"best of {', '.join(str(p['n']) for p in best)} drafts"] = dict(marker="x", linestyle="")
     for when, marker in (("before", "o"), ("after", "*")):
-        if when in evaluation:
+        if evaluation.get(when):
             at = evaluation[when]["kl"], evaluation[when]["reward"]
             axes.scatter(*at, s=170, marker=marker, color=colour, edgecolor="black", zorder=3)
             key[when] = dict(marker=marker, linestyle="", markersize=9)
@@ -231,7 +246,7 @@ def draw_plane(axes, metrics: dict, evaluation: dict, colour: str, key: dict[str
 def draw_histogram(axes, evaluation: dict, colour: str) -> None:
     """Distribution of rewards before (outline) and after (filled) training."""
     for when, options in (("before", dict(histtype="step", linewidth=1.5)), ("after", dict(alpha=0.45))):
-        if when in evaluation:
+        if evaluation.get(when):
             scores = np.array([score for *_, score in evaluation[when]["samples"]])
             weights = np.full(len(scores), 1 / len(scores))
             edges = np.linspace(min(0, scores.min()), max(1, scores.max()), 41)

@@ -45,7 +45,7 @@ def train(config: PPOConfig, run_dir: Path, resume: bool) -> int:
     folder.open(trainer, resume)
 
     # 2. How good the policy is before training; measured once
-    results = folder.read_evaluation()
+    results = folder.read_evaluation(prompts)
     if not results:
         with folder.errors_explained(trainer):
             results["before"] = evaluate(trainer, reference, reward, prompts)
@@ -112,9 +112,9 @@ def judge_again(config: PPOConfig, run_dir: Path) -> int:
 
     folder = RunFolder(run_dir, config)
     folder.hold()
-    results = folder.read_evaluation()
-    earlier = results.get("after", {"n": 0})["n"]
     policy, tokenizer, reward, prompts = load(config)
+    results = folder.read_evaluation(prompts)
+    earlier = (results.get("after") or {"n": 0})["n"]
     trainer = TextPPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
     weights = collectives.broadcast_from_rank_0(
         lambda: load_policy(run_dir / "model", load_gpt2_config(run_dir / "model")).state_dict()

@@ -9,9 +9,9 @@ from datetime import datetime
 from pathlib import Path
 
 from config import PPOConfig
-from plot_rewards import read_evaluation
 from support import collectives, meeting
 from support.errors import UserError
+from support.reading import read_evaluation
 from support.settings import check, import_function, load_config, parse_args, total_steps
 
 # Settings that may differ when a run goes on, since none of them changes what it computes (but for how long); and
@@ -91,7 +91,7 @@ def goes_on(run_dir: Path, config: PPOConfig) -> bool:
 
 def is_finished(run_dir: Path, config: PPOConfig) -> bool:
     """Whether a run has done the steps of its config, and all that its end writes is there."""
-    judged_after = read_evaluation(run_dir).get("steps", 0)
+    judged_after = read_evaluation(run_dir, {"steps?": int}).get("steps") or 0
     return judged_after >= total_steps(config) and all((run_dir / name).exists() for name in FINAL)
 
 

@@ -19,6 +19,8 @@ import torch
 
 from ppo import kl_from_logits, logprobs_from_logits, masked_mean
 from reward import score_texts
+from support.errors import UserError
+from support.reading import read_evaluation
 from support.text_trainer import TextPPOTrainer
 from support.writing import write_whole
 
@@ -243,6 +245,17 @@ def before_after_table(evaluation: dict) -> str:
         prompt, old, new = (re.sub(r"([\\|])", r"\\\1", " ".join(text.split())) for text in (prompt, old, new))
         lines.append(f"| {prompt} | {old} | {old_score:.2f} | {new} | {new_score:.2f} |")
     return "\n".join(lines)
+
+
+def read(run_dir: Path, prompts: list[str]) -> dict:
+    """A run's evaluation.json, or nothing where there is none yet. UserError where the model before training is not
+    judged in it, or on other prompts."""
+    before = {"n": int, **{key: float for _, key, _ in ROWS}, "commonest": [(str, int)], "samples": [(str, str, float)]}
+    results = read_evaluation(run_dir, {"before": before, "after?": {"n": int}})
+    judged = {prompt for prompt, *_ in results["before"]["samples"]} if results else set()
+    if others := judged - set(prompts):
+        raise UserError(f"{run_dir / 'evaluation.json'} is of another prompt, {min(others)!r}; is it another run's?")
+    return results
 
 
 def write_json(path: Path, evaluation: dict) -> None:

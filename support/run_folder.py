@@ -22,12 +22,13 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from config import PPOConfig
-from plot_rewards import draw
+from plot_rewards import draw, read_rows
 from reward import RewardError
 from support import collectives, evaluation, meeting
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.command_line import FINAL, JOB_FILE, new_run_folder
 from support.errors import UserError
+from support.reading import MEND_LINE, parse_json, whole_lines
 from support.settings import changes, describe_changes, save_config, total_steps
 from support.writing import disk_errors, whole, write_whole
 
@@ -52,11 +53,11 @@ class RunFolder:
         if resume:
             load_checkpoint(trainer, self.path / "checkpoints")
         if self.writes:
+            self.run_log = RunLog(self.path, trainer.n_steps)
             if meeting.job():
                 write_whole(self.path / JOB_FILE, meeting.job())
             save_config(self.config, self.path / "config.json")
             write_whole(self.path / "changes.json", json.dumps(changes(self.config), ensure_ascii=False) + "\n")
-            self.run_log = RunLog(self.path, trainer.n_steps)
         self.saved_at = time.monotonic()
         for line in describe_changes(self.config):
             print(line)
@@ -144,12 +145,9 @@ class RunFolder:
             with whole(self.path / "model", 4 * trainer.model.num_parameters()) as partial:
                 trainer.save(partial)
 
-    def read_evaluation(self) -> dict:
+    def read_evaluation(self, prompts: list[str]) -> dict:
         """evaluation.json, or nothing where there is none yet."""
-        path = self.path / "evaluation.json"
-        return collectives.broadcast_from_rank_0(
-            lambda: json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        )
+        return collectives.broadcast_from_rank_0(lambda: evaluation.read(self.path, prompts))
 
     def write_evaluation(self, results: dict) -> None:
         if self.writes:
@@ -201,17 +199,20 @@ class RunLog:
         self.samples = (run_dir / "samples.jsonl").open("a", encoding="utf-8")
 
     def drop_after(self, last_step: int) -> None:
-        """Remove what was logged after the checkpoint that the run goes on from, and a line that is not whole."""
-        for name, step_of in (
-            ("metrics.csv", lambda line: 0 if line.startswith(b"step,") else int(line.split(b",")[0])),
-            ("samples.jsonl", lambda line: json.loads(line)["step"]),
-        ):
-            path = self.run_dir / name
-            if not path.exists():
-                continue
-            lines = path.read_bytes().splitlines(keepends=True)  # of a text they could end at U+2028, or in half of one
-            kept = [line for line in lines if line.endswith(b"\n") and step_of(line) <= last_step]
-            write_whole(path, b"".join(kept).decode())
+        """Remove what was logged after the checkpoint that the run goes on from, and a line that is not whole.
+
+        UserError, with both files as they were, where a line of one is damaged.
+        """
+        steps_of_lines = {
+            "metrics.csv": lambda path: [(line, row.get("step", 0)) for line, row in read_rows(path)],
+            "samples.jsonl": lambda path: [
+                (line, parse_json(line, {"step": int}, f"line {number} of {path}", MEND_LINE)["step"])
+                for number, line in enumerate(whole_lines(path), 1)
+            ],
+        }
+        paths = [self.run_dir / name for name in steps_of_lines if (self.run_dir / name).exists()]
+        for path, lines in [(path, steps_of_lines[path.name](path)) for path in paths]:
+            write_whole(path, "".join(f"{line}\n" for line, step in lines if step <= last_step))
 
     def write(self, row: dict, samples: list[dict]) -> None:
         writer = csv.DictWriter(self.metrics, row.keys())

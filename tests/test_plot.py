@@ -379,13 +379,51 @@ def test_rewards_outside_0_to_1_have_bars_too(tmp_path, figures):
     assert {i: height for i, height in enumerate(heights) if height} == {0: 0.25, 12: 0.25, 25: 0.25, 39: 0.25}
 
 
-def test_an_evaluation_that_is_not_whole_is_left_out(tmp_path, figures):
-    runs = [write_run(tmp_path / name, 2) for name in "abc"]
-    for run, content in zip(runs, (b"", b'{"before": {"rew', b"\xff\xfe")):
-        (run / "evaluation.json").write_bytes(content)
-    draw(runs, tmp_path / "x.png")
+WHOLE = {"before": judged(0.5, 0, [0.2, 0.8]), "gain": {"gain": 0.5, "limit": {"kl": 1, "reward": 2}}}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "it is no JSON (Expecting value: line 1 column 1 (char 0))"),
+        ('{"before": {"rew', "it is no JSON (Unterminated string starting at: line 1 column 13 (char 12))"),
+        ("[" * 100_000, "it is no JSON (maximum recursion depth exceeded"),
+        (b"\xff\xfe", "in line 1: it is no UTF-8 text"),
+        ([1], "it is missing, or not what it should be"),
+        ({"before": {"kl": 0.0}}, "before.reward is missing, or not what it should be"),
+        (WHOLE | {"before": judged(0.5, 0, [0.2, "good"])}, "before.samples.1.2 is missing"),
+        (WHOLE | {"before": judged(0.5, 10**400, [0.2])}, "before.kl is missing"),
+        (WHOLE | {"before": judged(0.5, True, [0.2])}, "before.kl is missing"),
+        (WHOLE | {"after": judged(0.5, 0, [])}, "after.samples is missing"),
+        (WHOLE | {"frontier": [{"kl": 1, "reward": 1}, {"kl": 1}]}, "frontier.1.reward is missing"),
+        (WHOLE | {"best_of_n": [{"kl": 1, "reward": 1, "n": 2.5}]}, "best_of_n.0.n is missing"),
+        (WHOLE | {"gain": {"limit": [1, 2]}}, "gain.limit is missing"),
+        (WHOLE | {"before": {"kl": 0, "reward": 0, "samples": [["p", "x", 0.5, 1]]}}, "before.samples.0 is missing"),
+        (WHOLE | {"more": "\ud800"}, "it holds half a character"),
+    ],
+)
+def test_a_damaged_evaluation_is_told_and_the_run_is_drawn_without_it(tmp_path, figures, content, said, capsys):
+    """Beside another, which is drawn whole."""
+    runs = [write_run(tmp_path / name, 2) for name in "ab"]
+    write_evaluation(runs[1], **WHOLE)
+    content = content if isinstance(content, (str, bytes)) else json.dumps(content)
+    (runs[0] / "evaluation.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert main([*map(str, runs), "--out", str(tmp_path / "x.png")]) == 0
+    err = capsys.readouterr().err
+    assert err.startswith(f"warning: {runs[0] / 'evaluation.json'} is damaged") and said in err
+    assert err.endswith("; the run is drawn without it\n") and err.count("\n") == 1
     drawn = titles(figures[0][0])
-    assert not drawn[HISTOGRAM_TITLE].patches and len(drawn[PLANE_TITLE].collections) == 3
+    assert len(drawn[HISTOGRAM_TITLE].patches) == 1 and len(drawn[PLANE_TITLE].collections) == 4
+
+
+def test_of_an_evaluation_is_drawn_what_is_there(tmp_path, figures, capsys):
+    """A byte order mark does not count; what an earlier version or a growing run lacks may be absent or empty."""
+    run = write_run(tmp_path / "run", 2)
+    parts = WHOLE | {"after": None, "frontier": [], "best_of_n": []}
+    (run / "evaluation.json").write_text(json.dumps(parts), encoding="utf-8-sig")
+    draw([run], tmp_path / "x.png")
+    assert capsys.readouterr().err == ""
+    assert len(titles(figures[0][0])[HISTOGRAM_TITLE].patches) == 1
 
 
 # ----------------------------------------------------------------------------------------------
@@ -450,16 +488,20 @@ HEADER = f"step,episodes,{MEAN},{STD},objective/kl"
     ("content", "said"),
     [
         (None, "cannot be read: No such file or directory"),
-        (b"\xff\xfe\x00", "cannot be read: it is no text"),
-        (b"", "is empty: the run has not finished a step"),
-        (b"step,epi", "is empty: the run has not finished a step"),
+        (b"", "has no step yet: the run has not finished one"),
+        (b"step,epi", "has no step yet: the run has not finished one"),
         (f"{HEADER}\n".encode(), "has no step yet: the run has not finished one"),
         (f"{HEADER}\n1,128,0.5,".encode(), "has no step yet: the run has not finished one"),
-        (b"a,b\n1,2\n", "holds no metrics of a run"),
-        (f"step,{MEAN},{STD}\n1,0.5,0.1\n".encode(), "holds no metrics of a run"),
-        (f"{HEADER}\n1,128,high,0,0\n2,256,0,0,0\n".encode(), "is damaged in line 2: a value there is no number"),
-        (f"{HEADER}\n1,128,0,0,0\n2,256\n".encode(), "is damaged in line 3: a value there is no number"),
-        (f"{HEADER}\n1,128,0,0,0,0\n".encode(), "is damaged in line 2: a value there is no number"),
+        (f"{HEADER}\n".encode("utf-16"), "is damaged in line 1: it is no UTF-8 text; {mend}"),
+        (f"{HEADER}\n1,128,0,0,0\n2,感\n".encode("gbk"), "is damaged in line 3: it is no UTF-8 text; {mend}"),
+        (b"a,b\n1,2\n", "is damaged in line 1: it names no column step; {form}; {mend}"),
+        (f"step,{MEAN},{STD}\n".encode(), "is damaged in line 1: it names no column episodes; {form}; {mend}"),
+        (f"# mine\n{HEADER}\n".encode(), "is damaged in line 1: it names no column step; {form}; {mend}"),
+        (f"{HEADER.replace(',', ';')}\n".encode(), "is damaged in line 1: it names no column step; {form}; {mend}"),
+        (f"{HEADER}\n1,128,high,0,0\n".encode(), "line 2: could not convert string to float: 'high'; {form}; {mend}"),
+        (f"{HEADER}\n\n1,128,\0,0,0\n".encode(), "line 3: could not convert string to float: '\\x00'; {form}; {mend}"),
+        (f"{HEADER}\n1,128,0,0,0\n2,256\n".encode(), "line 3: 2 values below 5 names; {form}; {mend}"),
+        (f'{HEADER}\n1,128,"0,5","0,1",0\n'.encode(), "line 2: 7 values below 5 names; {form}; {mend}"),
     ],
 )
 def test_missing_or_damaged_runs_are_one_line(tmp_path, content, said, capsys):
@@ -468,8 +510,40 @@ def test_missing_or_damaged_runs_are_one_line(tmp_path, content, said, capsys):
     if content is not None:
         (run / "metrics.csv").write_bytes(content)
     assert main([str(run)]) == 2
+    said = said.format(form="numbers have points, and commas between them", mend="mend that line, or remove it")
+    said = f"is damaged in {said}" if said.startswith("line") else said
     assert capsys.readouterr() == ("", f"plot_rewards.py: error: {run / 'metrics.csv'} {said}\n")
     assert not (run / "rewards.png").exists()
+
+
+def test_a_metrics_file_in_a_folders_place_is_one_line(tmp_path, capsys):
+    (tmp_path / "run" / "metrics.csv").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    assert main([str(tmp_path / "run")]) == main([str(tmp_path / "file")]) == 2
+    error = f"plot_rewards.py: error: {tmp_path}"
+    assert capsys.readouterr().err.splitlines() == [
+        f"{error}/run/metrics.csv cannot be read: Is a directory",
+        f"{error}/file/metrics.csv cannot be read: Not a directory",
+    ]
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        lambda text: "\ufeff" + text,
+        lambda text: text.replace("\r\n", "\n"),
+        lambda text: text.replace("\r\n", "\r\n\r\n") + "\r\n",
+        lambda text: '"' + text.replace(",", '","').replace("\r\n", '"\r\n"')[:-1],
+        lambda text: text.replace(",", ", "),
+    ],
+    ids=["byte order mark", "line feeds alone", "empty lines", "quotes", "spaces"],
+)
+def test_metrics_that_another_program_saved_are_read_where_no_doubt_is_left(tmp_path, saved):
+    run = write_run(tmp_path / "run", 5)
+    whole, file = read_metrics(run), run / "metrics.csv"
+    file.write_bytes(saved(file.read_bytes().decode()).encode())
+    again = read_metrics(run)
+    assert list(again) == list(whole) and all(again[name].tolist() == whole[name].tolist() for name in whole)
 
 
 def test_a_shortened_flag_is_refused(capsys):

@@ -99,6 +99,11 @@ def edit(path: str, **values):
     return lambda: Path(path).write_text(json.dumps(json.loads(Path(path).read_text()) | values))
 
 
+def edit_evaluation_prompts() -> None:
+    before = json.loads(Path("run/evaluation.json").read_text())["before"]
+    edit("run/evaluation.json", before=before | {"samples": [["好", text, 0.5] for _, text, _ in before["samples"]]})()
+
+
 NEW = (
     "--preset demo --model_name gpt2 --reward_model_name sentiment "
     "--episodes 16 --batch_size 16 --minibatch_size 16 --eval_samples 4 --run_name new"
@@ -272,13 +277,38 @@ BROKEN = [  # (what was done, how, command, part of the line)
         "no usable checkpoint",
     ),
     ("metrics file missing", lambda: os.remove("run/metrics.csv"), "plot run", "cannot be read: No such file"),
-    ("metrics file empty", write("run/metrics.csv", ""), "plot run", "is empty"),
-    ("metrics file of something else", write("run/metrics.csv", "a,b\n1,2\n"), "plot run", "holds no metrics of a run"),
+    ("metrics file empty", write("run/metrics.csv", ""), "plot run", "has no step yet"),
+    ("metrics file of something else", write("run/metrics.csv", "a,b\n1,2\n"), "plot run", "it names no column step"),
     (
         "metrics file with a word for a number",
         write("run/metrics.csv", "step,episodes,env/reward_mean,env/reward_std,objective/kl\n1,16,high,0,0\n"),
         "plot run",
-        "damaged in line 2",
+        "damaged in line 2: could not convert string to float: 'high'",
+    ),
+    (
+        "metrics file that a spreadsheet saved with semicolons",
+        lambda: write("run/metrics.csv", Path("run/metrics.csv").read_bytes().replace(b",", b";"))(),
+        "--resume run --episodes 64",
+        "damaged in line 1: it names no column step",
+    ),
+    (
+        "a line of the samples that is no JSON",
+        write("run/samples.jsonl", '{"step": 1}\nnice!\n'),
+        "--resume run --episodes 64",
+        "line 2 of run/samples.jsonl is damaged: it is no JSON",
+    ),
+    ("evaluation cut off", cut("run/evaluation.json"), "--resume run --episodes 64", "is damaged: it is no JSON"),
+    (
+        "evaluation without the model before training",
+        edit("run/evaluation.json", before=None),
+        "--resume run --episodes 64",
+        "before is missing, or not what it should be; remove it: --resume makes it again",
+    ),
+    (
+        "evaluation of another run",
+        edit_evaluation_prompts,
+        "--resume run --episodes 64",
+        "is of another prompt, '好'; is it another run's?",
     ),
     ("picture into a missing folder", lambda: None, "plot run --out nowhere/x.png", "cannot be written"),
 ]
@@ -295,7 +325,7 @@ def relabel(*labels: str) -> None:
 
 
 def try_out(command: str, change=lambda: None) -> tuple[int, str, bool]:
-    """Exit code, stderr, and whether every file in the working folder but the run's logs was left as it was."""
+    """Exit code, stderr, and whether every file in the working folder but the run's settings was left as it was."""
     change()
     before = {path: path.read_bytes() for path in Path(".").rglob("*") if path.is_file()}
     words, err = command.split(), io.StringIO()
@@ -305,7 +335,7 @@ def try_out(command: str, change=lambda: None) -> tuple[int, str, bool]:
     unharmed = all(
         path.exists() and path.read_bytes() == content
         for path, content in before.items()
-        if path.name not in (".lock", "config.json")
+        if path.name not in (".lock", "config.json", "changes.json")
     )
     return code, err.getvalue(), unharmed
 

@@ -1,8 +1,9 @@
 """Bugs in judging and drawing."""
 
 NEAREST = {  # file: the tests nearest to it
-    "support/evaluation.py": "evaluation judging train",
+    "support/evaluation.py": "evaluation judging train bad_inputs",
     "plot_rewards.py": "plot",
+    "support/reading.py": "plot faults resume",
 }
 BUGS = [  # (file, what stands there, the bug)
     ("support/evaluation.py", "kl.where(mask, 0).sum(-1), ref_logprobs, mask", "kl.sum(-1), ref_logprobs, mask"),
@@ -121,15 +122,28 @@ BUGS = [  # (file, what stands there, the bug)
         "        with whole(out) as partial:\n            fig.savefig(partial",
         "        if True:\n            fig.savefig(out",
     ),
-    ("plot_rewards.py", 'text[: text.rfind("\\n") + 1].splitlines()', "text.splitlines()"),
+    ("plot_rewards.py", '"episodes", "env/reward_mean", "objective/kl"]', '"env/reward_mean"]'),
+    ("plot_rewards.py", "                if len(cells) != len(names):", "                if len(cells) < len(names):"),
+    ("plot_rewards.py", "cell.strip('\" \\r')", 'cell.strip("\\r")'),
+    ("plot_rewards.py", "            elif line.strip():", "            else:"),
+    ("plot_rewards.py", '{**AT, "samples": [(str, str, float)]}', '{"samples": [(str, str, float)]}'),
+    ("plot_rewards.py", '{"limit?": AT}', '{"limit": AT}'),
     (
         "plot_rewards.py",
-        "except (OSError, UnicodeDecodeError) as error:\n        raise",
-        "except OSError as error:\n        raise",
+        "        if evaluation.get(when):\n            at",
+        "        if when in evaluation:\n            at",
     ),
-    ("plot_rewards.py", '"episodes", "env/reward_mean", "objective/kl"} <=', '"env/reward_mean"} <='),
-    ("plot_rewards.py", "except (TypeError, ValueError):", "except ValueError:"),
-    ("plot_rewards.py", "except (OSError, ValueError):\n        return {}", "except OSError:\n        return {}"),
+    ("support/reading.py", ".rfind(b", ".find(b"),
+    ("support/reading.py", 'content.decode("utf-8-sig")', "content.decode()"),
+    ("support/reading.py", '.split("\\n")[:-1]', ".splitlines()"),
+    ("support/reading.py", "except (ValueError, RecursionError)", "except ValueError"),
+    ("support/reading.py", "type(value) is shape or", "isinstance(value, shape) or"),
+    ("support/reading.py", " or (shape is float and type(value) is int)", ""),
+    ("support/reading.py", "abs(value) < 2**63", "abs(value) < 2**9999"),
+    ("support/reading.py", "        if len(value) != len(shape):", "        if len(value) < len(shape):"),
+    ("support/reading.py", "shape * max(1, len(value))", "shape * len(value)"),
+    ("support/reading.py", "json.dumps(value, ensure_ascii=False)", "json.dumps(value)"),
+    ("support/evaluation.py", "if others := judged - set(prompts):", "if others := set(prompts) - judged:"),
     ("plot_rewards.py", "max(1, len(values) // 20)", "max(1, len(values) // 5)"),
     ("plot_rewards.py", "min(half, i, last - i)", "min(half, i)"),
     (

@@ -1,0 +1,79 @@
+"""Files that a person, a spreadsheet or a bad disk may have changed: read, or refused in one line with the place."""
+
+import json
+from pathlib import Path
+
+from support.errors import UserError
+
+MEND_LINE = "mend that line, or remove it"
+
+
+def read_text(path: Path, remedy: str, only_whole_lines: bool = False) -> str:
+    """A UTF-8 text file, perhaps without a last line that has no end yet; a byte order mark does not count."""
+    try:
+        content = path.read_bytes()
+        if only_whole_lines:
+            content = content[: content.rfind(b"\n") + 1]
+        return content.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path} is damaged in line {line}: it is no UTF-8 text; {remedy}")
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a text file that are whole. They end at a line feed alone: texts may hold U+2028."""
+    return read_text(path, MEND_LINE, only_whole_lines=True).split("\n")[:-1]
+
+
+def read_json(path: Path, shape, remedy: str):
+    """What a JSON file holds, which can be written again. UserError, with the remedy, where it is not of the shape."""
+    value = parse_json(read_text(path, remedy), shape, path, remedy)
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{path} is damaged: it holds half a character; {remedy}")
+    return value
+
+
+def read_evaluation(run_dir: Path, shape: dict, remedy: str = "remove it: --resume makes it again") -> dict:
+    """A run's evaluation.json, or nothing where there is none yet. UserError as in read_json."""
+    path = run_dir / "evaluation.json"
+    return read_json(path, shape, remedy) if path.exists() else {}
+
+
+def parse_json(text: str, shape, name, remedy: str):
+    """The value of a JSON text that is called `name`. UserError where it is none, or not of the shape, see `misfit`."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name} is damaged: it is no JSON ({error}); {remedy}")
+    if (place := misfit(value, shape)) is not None:
+        raise UserError(f"{name} is damaged: {place or 'it'} is missing, or not what it should be; {remedy}")
+    return value
+
+
+def misfit(value, shape, place: str = "") -> str | None:
+    """The first part of a JSON value that is not of a shape, as 'before.samples.3'; None where all of it is.
+
+    A shape is a type, where float takes whole numbers too; a list, for one or more of its only item; a tuple, for just
+    these items; or a dict, for an object with at least these names, of which one with a '?' may be missing or empty.
+    """
+    if isinstance(shape, type):
+        fits = type(value) is shape or (shape is float and type(value) is int)
+        return None if fits and (type(value) is not int or abs(value) < 2**63) else place
+    if type(value) is not (dict if isinstance(shape, dict) else list):
+        return place
+    if isinstance(value, list):
+        shape = shape if isinstance(shape, tuple) else shape * max(1, len(value))
+        if len(value) != len(shape):
+            return place
+        value, shape = ({str(i): item for i, item in enumerate(items)} for items in (value, shape))
+    for name, part in shape.items():
+        if name.endswith("?") and not value.get(name[:-1]):
+            continue
+        name = name.rstrip("?")
+        if (found := misfit(value.get(name), part, f"{place}.{name}".lstrip("."))) is not None:
+            return found
+    return None
