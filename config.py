@@ -150,8 +150,8 @@ class PPOConfig:
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm at most.", above=0)
     micro_batch_size: int = option(
         0,
-        "Completions that go through a model at once, which bounds memory and changes nothing else; 0 for 64 or, on a "
-        "CUDA GPU, as many as an eighth of its memory holds the logits of.",
+        "Completions that go through a model at once, which bounds memory and changes nothing else; 0 for as many as "
+        "an eighth of a CUDA GPU's memory holds, or elsewhere for 64, or for fewer where they would need over 2 GiB.",
         at_least=0,
     )
 

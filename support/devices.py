@@ -58,20 +58,24 @@ def pick_dtype(dtype: str, device):
     return torch.bfloat16 if native else torch.float32
 
 
-def pick_micro_batch_size(config: PPOConfig, vocab_size: int, device) -> int:
-    """How many completions go through a model at once, as --micro_batch_size says.
+def pick_micro_batch_size(config: PPOConfig, gpt2_config, device, n_prompt: int, n_tokens: int, drawing=False) -> int:
+    """How many completions of n_tokens after prompts of n_prompt go through a model at once.
 
-    Logits take most of the memory: some six passes over them in float32 live at the same time, 24 bytes a token and
-    vocabulary entry. A GPU is idle between small micro-batches, so there they are as large as an eighth of it holds.
+    As --micro_batch_size says; unless given, as many as an eighth of a GPU's memory holds, which is idle between small
+    ones, and elsewhere 2 GiB, but 64 at most. Logits take most of the memory: some six passes over them in float32
+    live at the same time, 24 bytes a token and vocabulary entry. Of keys and values two copies do, 16 bytes a token,
+    block and unit of width. There is room for four times as many while drawing, which has one token's logits at a time.
     """
+    more = 4 if drawing else 1
     if config.micro_batch_size:
-        return config.micro_batch_size
-    if device.type != "cuda":
-        return 64
+        return more * config.micro_batch_size
     import torch
 
-    memory = torch.cuda.get_device_properties(device).total_memory
-    return max(1, memory // 8 // (24 * config.gen_len * vocab_size))
+    logits = 24 * n_tokens * gpt2_config.vocab_size // more
+    cache = 16 * (n_prompt + n_tokens) * gpt2_config.n_layer * gpt2_config.n_embd
+    if device.type == "cuda":
+        return max(1, torch.cuda.get_device_properties(device).total_memory // 8 // (logits + cache))
+    return min(64 * more, max(1, 2**31 // (logits + cache)))
 
 
 def keep_freed_memory() -> None:

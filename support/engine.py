@@ -97,7 +97,6 @@ class Engine:
             raise ValueError("a model that was made in torch.inference_mode() cannot be trained; load it outside")
         self.device = model.device
         self.dtype = pick_dtype(config.dtype, self.device)
-        self.micro_batch_size = pick_micro_batch_size(config, model.config.vocab_size, self.device)
         self.collator = Collator(tokenizer, model.config, self.device)
         self.restriction = restriction(tokenizer, model.config.vocab_size, self.device)
 
@@ -154,11 +153,12 @@ class Engine:
         model = self.in_compute_dtype(model)
         sep_token_id, pad_token_id = self.collator.sep_token_id, self.collator.pad_token_id
         rows = range(len(query_tensors))[collectives.rows_of_rank(len(query_tensors))]
-        at_once = 4 * self.micro_batch_size  # no gradients are kept: there is room for more
-        tokens = torch.zeros(len(query_tensors), self.config.gen_len, dtype=torch.int64)
+        longest, gen_len = max(len(query) for query in query_tensors), self.config.gen_len
+        at_once = pick_micro_batch_size(self.config, model.config, self.device, longest, gen_len, drawing=True)
+        tokens = torch.zeros(len(query_tensors), gen_len, dtype=torch.int64)
         for part in (rows[i : i + at_once] for i in range(0, len(rows), at_once)):
             prompts = self.collator.prompts([query_tensors[i] for i in part])
-            uniforms = completion_uniforms(seed, step, [first + i for i in part], self.config.gen_len)
+            uniforms = completion_uniforms(seed, step, [first + i for i in part], gen_len)
             drawn = sample(
                 model, prompts, uniforms, self.restriction, sep_token_id, pad_token_id, self.config.temperature
             )
@@ -192,7 +192,7 @@ class Engine:
     @torch.no_grad()
     def over_micro_batches(self, function, completions: Completions) -> torch.Tensor:
         """function(micro-batch) -> k tensors (rows, ...), for the rows of every process: (k, n, ...)."""
-        parts = [completions.select(rows) for rows in self.micro_batches(len(completions))]
+        parts = [completions.select(rows) for rows in self.micro_batches(completions)]
         computed = torch.cat([torch.stack(function(part), dim=1) for part in parts])
         if collectives.world_size() > 1:
             rows = computed.new_zeros(len(completions), *computed.shape[1:])
@@ -200,10 +200,11 @@ class Engine:
             computed = collectives.all_reduce_sum(rows)
         return computed.movedim(1, 0).contiguous()
 
-    def micro_batches(self, n: int) -> list[slice]:
-        """The rows, of n, that this process sends through a model, a micro-batch at a time."""
-        mine = range(n)[collectives.rows_of_rank(n)]
-        size = self.micro_batch_size
+    def micro_batches(self, completions: Completions) -> list[slice]:
+        """The rows that this process sends through a model, a micro-batch at a time."""
+        n_prompt, n_tokens = completions.prompts.ids.shape[1], completions.ids.shape[1]
+        size = pick_micro_batch_size(self.config, self.model.config, self.device, n_prompt, n_tokens)
+        mine = range(len(completions))[collectives.rows_of_rank(len(completions))]
         return [slice(first, min(first + size, mine.stop)) for first in range(mine.start, mine.stop, size)]
 
     def logits_and_values(self, passes, completions: Completions) -> tuple[torch.Tensor, torch.Tensor]:
@@ -232,13 +233,13 @@ class Engine:
     def optimise(self, batch, loss_of) -> dict[str, torch.Tensor]:
         """One optimiser step. Its statistics, whose means over the processes are those of the batch: see `means`.
 
-        batch: anything with a mask (n, T), a length, and select(rows). loss_of(micro-batch) returns a loss and a dict
-        of statistics, each a mean over the micro-batch's tokens. A step whose gradient is not finite is not taken.
+        batch: anything with completions, their mask (n, T), and select(rows). loss_of(micro-batch) returns a loss and a
+        dict of statistics, each a mean over the micro-batch's tokens. A step whose gradient is not finite is not taken.
         """
         self.in_compute_dtype(self.model).zero_grad()
         n_tokens = batch.mask.sum()
         means = {}
-        for rows in (parts := self.micro_batches(len(batch))):
+        for rows in (parts := self.micro_batches(batch.completions)):
             micro_batch = batch.select(rows)
             # Means over a micro-batch's tokens add up to the mean over all by their share of the tokens; what a process
             # adds up is then divided by the number of processes, where gradients and statistics are averaged over them

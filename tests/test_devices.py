@@ -188,21 +188,29 @@ def test_micro_batches_change_nothing_but_memory(gpt2_folder):
 
 
 @pytest.mark.parametrize(
-    ("device", "size", "gen_len", "vocab_size", "expected"),
+    ("device", "size", "n_prompt", "n_tokens", "drawing", "expected"),
     [
-        ("cpu", 0, 16, 21_128, 64),
-        ("mps", 0, 256, 50_257, 64),
-        ("cuda", 0, 16, 21_128, 1_058),  # 64 GiB / 8 / (24 bytes * 16 * 21,128) = 1058.8
-        ("cuda", 0, 32, 21_128, 529),
-        ("cuda", 0, 16, 50_257, 445),
-        ("cuda", 0, 10**6, 50_257, 1),
-        ("cuda", 7, 16, 21_128, 7),
-        ("cpu", 1, 16, 21_128, 1),
-        ("cpu", 500, 16, 21_128, 500),
+        ("cuda", 0, 8, 16, False, 737),  # 8 GiB / (24 * 16 * 21,128 of logits + 16 * 24 * 12 * 768 of keys and values)
+        ("cuda", 0, 8, 16, True, 1_542),  # and with a quarter of the logits
+        ("cuda", 0, 1_000, 16, False, 54),
+        ("cuda", 0, 8, 10**6, False, 1),
+        ("cuda", 7, 8, 16, False, 7),
+        ("cpu", 0, 8, 16, False, 64),  # 184 would fit into 2 GiB
+        ("cpu", 0, 8, 16, True, 256),
+        ("mps", 0, 8, 100, False, 32),  # 2 GiB / (24 * 100 * 21,128 + 16 * 108 * 12 * 768)
+        ("cpu", 0, 1_000, 16, False, 13),
+        ("cpu", 0, 1_000, 16, True, 14),
+        ("cpu", 0, 8, 10**6, False, 1),
+        ("cpu", 1, 1_000, 16, False, 1),
+        ("cpu", 500, 8, 16, True, 2_000),
     ],
 )
-def test_unless_given_an_eighth_of_a_gpu_holds_the_logits(monkeypatch, device, size, gen_len, vocab_size, expected):
+def test_unless_given_as_many_go_through_as_memory_holds(
+    monkeypatch, device, size, n_prompt, n_tokens, drawing, expected
+):
+    """Of the article's GPT-2, on a GPU of 64 GiB."""
     memory = types.SimpleNamespace(total_memory=64 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
-    config = PPOConfig(micro_batch_size=size, gen_len=gen_len)
-    assert pick_micro_batch_size(config, vocab_size, torch.device(device)) == expected
+    gpt2_config = types.SimpleNamespace(vocab_size=21_128, n_layer=12, n_embd=768)
+    config, device = PPOConfig(micro_batch_size=size), torch.device(device)
+    assert pick_micro_batch_size(config, gpt2_config, device, n_prompt, n_tokens, drawing) == expected

@@ -242,6 +242,23 @@ def test_a_micro_batch_is_64_completions_unless_given(policy):
     assert rows == [64, 6, 64, 6]
 
 
+def test_micro_batches_are_picked_for_the_longest_prompt_and_response(policy, monkeypatch):
+    picked = []
+
+    def pick(config, gpt2_config, device, n_prompt, n_tokens, drawing=False):
+        picked.append((gpt2_config.n_layer, n_prompt, n_tokens, drawing))
+        return 2
+
+    trainer = make(policy, ppo_epochs=1, minibatch_size=3, gen_len=4)
+    monkeypatch.setattr("support.engine.pick_micro_batch_size", pick)
+    queries = [[2, 5], [2, 6, 7], [2, 8]]
+    trainer.generate(queries)
+    trainer.step(queries, [[6], [6, 7], [6]], [0.1] * 3)
+    layers = len(policy[0].transformer.h)
+    assert picked == [(layers, 3, 4, True)] + [(layers, 3, 2, False)] * (len(picked) - 1)
+    assert len(picked) >= 4
+
+
 # --- generate
 
 

@@ -64,13 +64,13 @@ BUGS = [  # (file, what stands there, the bug)
     ("support/devices.py", "is_bf16_supported(including_emulation=False)", "is_bf16_supported()"),
     (
         "support/devices.py",
-        "    if config.micro_batch_size:\n        return config.micro_batch_size\n    if device.type",
-        "    if device.type",
+        "        return more * config.micro_batch_size\n",
+        "        return config.micro_batch_size\n",
     ),
     (
         "support/devices.py",
-        "memory // 8 // (24 * config.gen_len * vocab_size)",
-        "memory // (24 * config.gen_len * vocab_size)",
+        "total_memory // 8 // (logits + cache)",
+        "total_memory // 8 // logits",
     ),
     ("support/settings.py", "sys.path.append(os.getcwd())", "sys.path.insert(0, os.getcwd())"),
     ("reward.py", '            function_to_apply="softmax",\n', ""),
