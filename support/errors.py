@@ -1,6 +1,7 @@
 """What ends a run in one line."""
 
 import re
+import traceback
 
 # What steers a terminal, breaks a line or turns its direction, and halves of characters
 STEERING = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -18,12 +19,17 @@ def escaped(text: str, but: str = "") -> str:
     return STEERING.sub(lambda found: found[0] if found[0] in but else ascii(found[0])[1:-1], text)
 
 
+def words(error: BaseException) -> str:
+    """An exception's type and message, also where its own str() fails."""
+    return f"{type(error).__name__}: {str(traceback.TracebackException.from_exception(error)).strip()}"
+
+
 def first_line(error: BaseException) -> str:
     """An exception as one line."""
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200].removesuffix(": ")
+    return words(error).splitlines()[0][:200].removesuffix(": ")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU's or this machine's memory ran out, in the words of torch, cuBLAS, cuDNN, numpy, Python or C++."""
-    words = r"MemoryError|out.of.memory|not enough memory|cannot allocate memory|ALLOC_FAILED|bad_alloc"
-    return re.search(words, f"{type(error).__name__}: {error}", re.IGNORECASE) is not None
+    names = r"MemoryError|out.of.memory|not enough memory|cannot allocate memory|ALLOC_FAILED|bad_alloc"
+    return re.search(names, words(error), re.IGNORECASE) is not None

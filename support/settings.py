@@ -237,15 +237,15 @@ def import_function(spec: str) -> Callable:
     try:
         with apart():
             function = getattr(importlib.import_module(module_name), function_name)
+            kinds = {
+                "class; name an instance of it": inspect.isclass(function),
+                "coroutine function; a plain one may call asyncio.run": inspect.iscoroutinefunction(function),
+                type(function).__name__: not callable(function),
+            }
     except KeyboardInterrupt:
         raise
     except BaseException as error:
         raise UserError(f"--reward {spec} cannot be imported ({first_line(error)})")
-    kinds = {
-        "class; name an instance of it": inspect.isclass(function),
-        "coroutine function; a plain one may call asyncio.run": inspect.iscoroutinefunction(function),
-        type(function).__name__: not callable(function),
-    }
     for kind in (kind for kind, is_it in kinds.items() if is_it):
         raise UserError(f"--reward {spec} is no function but a {kind}")
     return function

@@ -32,15 +32,16 @@ def apart():
     global its_own
     ours, argv = {write: read() for read, write in SETTINGS}, sys.argv
     sys.argv = argv[:1]
-    for write, value in its_own.items():
-        write(value)
-    try:
-        yield
-    finally:
-        its_own = {write: value for read, write in SETTINGS if (value := read()) != ours[write]}
-        for write in its_own:
-            write(ours[write])
-        sys.argv = argv
+    with torch.inference_mode(False):  # at its end also what was switched on inside is off
+        for write, value in its_own.items():
+            write(value)
+        try:
+            yield
+        finally:
+            its_own = {write: value for read, write in SETTINGS if (value := read()) != ours[write]}
+            for write in its_own:
+                write(ours[write])
+            sys.argv = argv
 
 
 def listed(values) -> list | None:

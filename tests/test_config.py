@@ -352,7 +352,7 @@ def test_a_function_is_imported_from_the_working_folder(working_folder):
         ("raise BaseException('enough\\nof it')", "cannot be imported (BaseException: enough)"),
         ("import no_such_thing", "cannot be imported (ModuleNotFoundError: No module named 'no_such_thing')"),
         ("def score(texts) 1", "cannot be imported (SyntaxError: expected ':' (broken_reward.py, line 1))"),
-        ("scores = []", "cannot be imported (AttributeError: module 'broken_reward' has no attribute 'score')"),
+        ("other = []", "cannot be imported (AttributeError: module 'broken_reward' has no attribute 'score')"),
         ("score = []", "is no function but a list"),
         ("class score(list): pass", "is no function but a class; name an instance of it"),
         ("async def score(texts): pass", "is no function but a coroutine function; a plain one may call asyncio.run"),

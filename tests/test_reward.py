@@ -340,7 +340,12 @@ class Stopped(BaseException):
     pass
 
 
-ENDS = [SystemExit(), SystemExit(0), Stopped("enough\nof it"), GeneratorExit(), StopIteration()]
+class Unspeakable(Exception):
+    def __str__(self):
+        return self.missing
+
+
+ENDS = [SystemExit(), SystemExit(0), Stopped("enough\nof it"), GeneratorExit(), StopIteration(), Unspeakable()]
 
 
 @pytest.mark.parametrize("what", ENDS, ids=repr)
@@ -386,6 +391,7 @@ def settings() -> list:
 
 
 def set_everything(folder):
+    torch.inference_mode().__enter__()
     torch.set_grad_enabled(False)
     torch.set_default_dtype(torch.float64)
     torch.set_default_device("meta")
@@ -422,7 +428,7 @@ def test_what_a_reward_sets_holds_for_itself_alone(tmp_path, nothing_set, result
         with contextlib.suppress(RewardError):
             scores = score_texts(reward, ["好评"])
             assert scores.dtype == torch.float32 and scores.device.type == "cpu"
-        assert settings() == nothing_set
+        assert settings() == nothing_set and not torch.is_inference_mode_enabled()
     start, changed, *later = seen
     assert start == nothing_set and all(now != before for now, before in zip(changed, start))
     assert later == [changed] * 2
