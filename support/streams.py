@@ -32,11 +32,15 @@ class Lasting(io.RawIOBase):
 
 
 class Plain(io.TextIOWrapper):
-    """A text stream in which nothing printed steers the terminal, but for tqdm's returns to the start of a line."""
+    """A text stream in which nothing printed steers the terminal, but for tqdm's returns to the start of a line, and
+    which a reward's own code cannot close."""
 
     def write(self, text: str) -> int:
         super().write("\r" * text.startswith("\r") + escaped(text.removeprefix("\r"), but="\n\t"))
         return len(text)
+
+    def close(self) -> None:
+        self.flush()
 
 
 def hold_streams() -> None:

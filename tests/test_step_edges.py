@@ -160,28 +160,7 @@ def test_what_follows_the_end_of_a_response_is_not_read(policy):
     assert trainer.step(queries, dirty, scores) == pytest.approx(twin.step(queries, clean, scores), rel=1e-4, abs=1e-6)
 
 
-# --- what is refused
-
-
-@pytest.mark.parametrize(
-    ("queries", "responses", "rewards", "said"),
-    [
-        ([], [], [], "0 queries, 0 responses and 0 rewards"),
-        ([[2, 5]] * 2, [[6]], [0.5, 0.5], "2 queries, 1 responses and 2 rewards"),
-        ([[2, 5]], [[6]] * 2, [0.5] * 2, "1 queries, 2 responses and 2 rewards"),
-        ([[2, 5]], [[43]], [0.5], "response 0 holds an id outside the vocabulary of 43 tokens"),
-        ([[-1]], [[6]], [0.5], "query 0 holds an id outside"),
-        ([[2, 5]] * 2, [[3], [5, 0, 3]], [0.5] * 2, r"response 1 holds \[PAD\] before its end, a token that is never"),
-        ([[2, 5]], [[6]], [float("-inf")], "reward 0 is -inf: rewards must be finite numbers"),
-    ],
-)
-def test_refused_batches_move_nothing(policy, queries, responses, rewards, said):
-    trainer = make(policy)
-    before = copy.deepcopy(trainer.model.state_dict())
-    with pytest.raises(ValueError, match=said):
-        trainer.step(queries, responses, rewards)
-    assert all(weight.equal(before[name]) for name, weight in trainer.model.state_dict().items())
-    assert trainer.policy_for_saving is trainer.model
+# --- what is refused (more in test_python_api.py)
 
 
 def test_the_first_and_the_last_token_of_the_vocabulary_may_be_asked_about(policy):
@@ -299,13 +278,6 @@ def test_a_bfloat16_run_draws_from_the_distribution_that_it_trains(policy):
     drawn, of_copy = trainer.generate(queries), trainer.generate(queries, copy.deepcopy(policy[0]).bfloat16(), step=1)
     exact = make((copy.deepcopy(policy[0]), policy[1])).generate(queries)
     assert all(map(torch.equal, drawn, of_copy)) and not all(map(torch.equal, drawn, exact))
-
-
-def test_generate_refuses_what_is_no_query(policy):
-    with pytest.raises(ValueError, match="query 1 is empty; it needs at least one token"):
-        make(policy).generate([[2], []])
-    with pytest.raises(ValueError, match="query 0 holds an id outside the vocabulary of 43 tokens"):
-        make(policy).generate([[43]])
 
 
 # --- what is saved, and in which dtype values are

@@ -30,6 +30,7 @@ def test_an_error_is_one_line_of_plain_text():
 
 
 def test_what_is_printed_steers_no_terminal_but_a_progress_bar_stays_one():
+    """And nobody closes the streams."""
     code = (
         "import sys\n"
         "from support.streams import hold_streams\n"
@@ -37,6 +38,7 @@ def test_what_is_printed_steers_no_terminal_but_a_progress_bar_stays_one():
         "hold_streams()\n"
         "for number in tqdm(range(2), desc='bar\\x1b[0m', mininterval=0):\n"
         "    tqdm.write(sys.argv[1] + 'a\\tb\\rc')\n"
+        "    sys.stdout.close(), sys.stderr.close()\n"
         "raise KeyError(ValueError(sys.argv[1]))\n"
     )
     printed = "".join(STEERING) + HARMLESS

@@ -230,10 +230,3 @@ def test_impossible_responses_are_refused_by_name(policy, response, said):
     responses[2] = torch.tensor(response, dtype=torch.long)
     with pytest.raises(ValueError, match=f"response 2.*{said}"):
         trainer.step(queries, responses, scores)
-
-
-def test_lists_that_do_not_fit_are_refused(policy):
-    trainer = make(policy)
-    queries, responses, scores = batch_of(trainer, policy)
-    with pytest.raises(ValueError, match="6 queries, 6 responses and 5 rewards"):
-        trainer.step(queries, responses, scores[:5])

@@ -81,6 +81,7 @@ BUGS = [  # (file, what stands there, the bug)
     ("support/streams.py", "        self.stream = stream  #", "        #"),
     ("support/streams.py", 'escaped(text.removeprefix("\\r"), but="\\n\\t")', 'text.removeprefix("\\r")'),
     ("support/streams.py", '"\\r" * text.startswith("\\r") + ', ""),
+    ("support/streams.py", "    def close(self) -> None:\n        self.flush()\n", ""),
     ("support/streams.py", "except OSError:", "except BrokenPipeError:"),
     ("support/streams.py", '((1, "stdout"), (2, "stderr"))', '((1, "stdout"),)'),
     ("support/signals.py", "with contextlib.suppress(OSError):", "with contextlib.suppress(ValueError):"),
