@@ -169,13 +169,12 @@ def sample(
 ) -> torch.Tensor:
     """Continue every prompt by pure ancestral sampling, with the key/value cache.
 
-    uniforms (n, gen_len) decide the draws: token t of row i is the first whose cumulative probability exceeds
-    uniforms[i, t] (inversion of the distribution function). Returns (n, gen_len) int64; what follows a [SEP] is
-    padding. The prefill runs once for each distinct prompt. FloatingPointError where logits are NaN.
+    uniforms (n, gen_len), where the prompts are, decide the draws: token t of row i is the first whose cumulative
+    probability exceeds uniforms[i, t] (inversion of the distribution function). Returns (n, gen_len) int64; after a
+    [SEP] comes padding. The prefill runs once for each distinct prompt. FloatingPointError where logits are NaN.
     """
     device = prompts.ids.device
     precise = torch.float32 if device.type == "mps" else torch.float64
-    uniforms = uniforms.to(device, non_blocking=True)
     n, gen_len = uniforms.shape
     responses = torch.full((n, gen_len), pad_token_id, device=device)
     running = torch.ones(n, dtype=torch.bool, device=device)

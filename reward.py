@@ -38,7 +38,7 @@ class SentimentReward:
         batch_size: int = 128,
     ):
         config, self.positive_label = read_classifier_config(folder, positive_label)
-        model, missing = load_weights(AutoModelForSequenceClassification, folder, config)
+        model, missing = load_weights(AutoModelForSequenceClassification, folder, config, device)
         if missing:
             raise UserError(f"the weights in {folder} lack {sorted(missing)[0]}: no classifier with a trained head")
         tokenizer = load_tokenizer(folder)

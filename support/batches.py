@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from support.devices import to_device
 from support.user_code import listed, shown, to_float32, to_ids
 
 
@@ -25,7 +26,7 @@ class Prompts:
     hidden_states: torch.Tensor | None = None
 
     def __post_init__(self):
-        self.rows = self.index.to(self.ids.device, non_blocking=True)
+        self.rows = to_device(self.index, self.ids.device)
 
     @classmethod
     def from_tensors(cls, query_tensors: list[torch.Tensor], pad_token_id: int, device) -> "Prompts":
@@ -38,7 +39,7 @@ class Prompts:
         mask = (torch.arange(longest) >= torch.tensor(padding)[:, None]).long() if any(padding) else None
         rows = {query: row for row, query in enumerate(distinct)}
         index = torch.tensor([rows[query] for query in queries])
-        ids, mask = (None if tensor is None else tensor.to(device, non_blocking=True) for tensor in (ids, mask))
+        ids, mask = (None if tensor is None else to_device(tensor, device) for tensor in (ids, mask))
         return cls(ids, mask, index)
 
     def select(self, rows: torch.Tensor | slice) -> "Prompts":
@@ -92,7 +93,7 @@ def select_rows(rows: torch.Tensor | slice, *tensors: torch.Tensor | None) -> li
     """Some rows of tensors on one device, None of None; rows, a tensor of them, on the CPU: nobody waits for a GPU."""
     if isinstance(rows, torch.Tensor):
         device = next((tensor.device for tensor in tensors if tensor is not None), rows.device)
-        rows = rows.to(device, non_blocking=True)
+        rows = to_device(rows, device)
     return [None if tensor is None else tensor[rows] for tensor in tensors]
 
 
@@ -161,7 +162,7 @@ class Collator:
         responses = torch.nn.utils.rnn.pad_sequence(response_tensors, batch_first=True, padding_value=self.pad_token_id)
         lengths = torch.tensor([len(response) for response in response_tensors])
         mask = completion_mask(responses, self.sep_token_id) & (torch.arange(responses.shape[1]) < lengths[:, None])
-        ids, mask = (tensor.to(self.device, non_blocking=True) for tensor in (responses, mask))
+        ids, mask = (to_device(tensor, self.device) for tensor in (responses, mask))
         return Completions(self.prompts(query_tensors), ids, mask)
 
     def with_scores(self, query_tensors, response_tensors, scores) -> tuple[Completions, torch.Tensor]:
@@ -175,7 +176,7 @@ class Collator:
         scores, wrong = to_float32(scores)
         for i, score in wrong:
             raise ValueError(f"reward {i} is {score}: rewards must be finite numbers, one for each response")
-        return completions, scores.to(self.device, non_blocking=True)
+        return completions, to_device(scores, self.device)
 
 
 def entries(what: str, values) -> list:

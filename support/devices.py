@@ -78,6 +78,12 @@ def pick_micro_batch_size(config: PPOConfig, gpt2_config, device, n_prompt: int,
     return min(64 * more, max(1, 2**31 // (logits + cache)))
 
 
+def to_device(tensor, device):
+    """A CPU tensor on a device. A CUDA GPU is not waited for: torch copies the tensor aside. An Apple GPU is: it would
+    read the tensor's memory when that may be another's (pytorch issue 189690)."""
+    return tensor.to(device, non_blocking=str(device).startswith("cuda"))
+
+
 def keep_freed_memory() -> None:
     """Have glibc keep large freed blocks. It hands them back otherwise, and each tensor of logits would come in anew,
     page fault by page fault: a sixth of a step on a CPU (docs/speed.md)."""

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gpt2_value_head import completion_uniforms, restrict_logits, restriction, sample
 from support import collectives
 from support.batches import Collator, Completions, completion_mask
-from support.devices import pick_dtype, pick_micro_batch_size
+from support.devices import pick_dtype, pick_micro_batch_size, to_device
 from support.self_check import check_passes
 from support.shared_prompts import SharedPrompts
 
@@ -158,7 +158,8 @@ class Engine:
         tokens = torch.zeros(len(query_tensors), gen_len, dtype=torch.int64)
         for part in (rows[i : i + at_once] for i in range(0, len(rows), at_once)):
             prompts = self.collator.prompts([query_tensors[i] for i in part])
-            uniforms = completion_uniforms(seed, step, [first + i for i in part], gen_len)
+            draws = completion_uniforms(seed, step, [first + i for i in part], gen_len)
+            uniforms = to_device(draws, self.device)
             drawn = sample(
                 model, prompts, uniforms, self.restriction, sep_token_id, pad_token_id, self.config.temperature
             )
@@ -299,5 +300,7 @@ class Engine:
     def load_state_dict(self, state: dict) -> None:
         for model, weights in ((self.model, state["policy"]), (self.averaged, state["average"])):
             model.load_state_dict(weights, strict=False)  # of tied weights it holds one, under either name
-        self.optimizer.load_state_dict(state["optimizer"])
+        fused = {"fused": self.optimizer.defaults["fused"]}  # as this device has it, not that of the checkpoint
+        groups = [group | fused for group in state["optimizer"]["param_groups"]]
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         self.skipped_in_a_row = self.most_skipped = self.skipped_in_a_row.new_tensor(float(state["skipped_in_a_row"]))

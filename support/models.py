@@ -115,7 +115,7 @@ def read_policy_folder(folder: Path):
 
 def load_policy(folder: Path, config: GPT2Config, device="cpu") -> GPT2HeadWithValueModel:
     """The policy in float32 from a plain GPT-2 checkpoint (a fresh value head at zero) or from a folder saved here."""
-    model, missing = load_weights(GPT2HeadWithValueModel, folder, config)
+    model, missing = load_weights(GPT2HeadWithValueModel, folder, config, device)
     value_head = {"v_head.summary.weight", "v_head.summary.bias"}
     if broken := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
         raise UserError(f"the weights in {folder} hold NaN or infinity, first in {broken[0]}: the model is broken")
@@ -164,8 +164,9 @@ def read_model_config(folder: Path):
         raise UserError(f"{folder / 'config.json'} is no readable model config ({first_line(error)})")
 
 
-def load_weights(model_class, folder: Path, config) -> tuple[nn.Module, set[str]]:
-    """`from_pretrained` in float32 without its alarms: the model and the names of weights the checkpoint lacks."""
+def load_weights(model_class, folder: Path, config, device) -> tuple[nn.Module, set[str]]:
+    """`from_pretrained` in float32 without its alarms: the model, for a device but not there yet, and the names of
+    weights that the checkpoint lacks."""
     if not [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]:
         raise UserError(f"no weights in {folder}: neither model.safetensors nor pytorch_model.bin is there")
     try:
@@ -177,6 +178,8 @@ def load_weights(model_class, folder: Path, config) -> tuple[nn.Module, set[str]
         if is_out_of_memory(error):
             raise
         raise UserError(f"the weights in {folder} cannot be loaded ({first_line(error)}); is the file complete?")
+    if torch.device(device).type == "mps":  # SDPA has been wrong there, see pytorch 181133, 184180, 195910
+        model.set_attn_implementation("eager")
     return model, set(info["missing_keys"])
 
 

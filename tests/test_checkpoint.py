@@ -44,6 +44,25 @@ def test_a_loaded_trainer_goes_on_as_the_saved_one(policy, tmp_path):
             assert torch.equal(weight, same)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_run_goes_on_on_a_device_with_another_kernel_for_adam(policy, fused):
+    """Fused or not is the device's: a checkpoint of an Apple GPU says False, one of a CPU or of CUDA True."""
+    trainer, batch = trained(policy)
+    state = copy.deepcopy(trainer.engine.state_dict())
+    for group in state["optimizer"]["param_groups"]:
+        group["fused"] = not fused
+    twin = make((copy.deepcopy(policy[0]), policy[1]))
+    if not fused:
+        groups = [{"params": group["params"], "lr": group["lr"]} for group in twin.engine.optimizer.param_groups]
+        twin.engine.optimizer = torch.optim.Adam(groups, eps=twin.config.adam_epsilon, fused=False)
+    twin.engine.load_state_dict(state)
+    twin.n_steps = trainer.n_steps
+    assert [group["fused"] for group in twin.engine.optimizer.param_groups] == [fused, fused]
+    assert twin.step(*batch) == pytest.approx(trainer.step(*batch), abs=1e-5)
+    for weight, same in zip(trainer.model.parameters(), twin.model.parameters()):
+        assert torch.allclose(weight, same, atol=1e-6)
+
+
 def test_an_output_projection_of_its_own_is_kept(tmp_path):
     """Untied and trained, it goes into the checkpoint and comes back, and so into the saved model."""
     folder = write_gpt2(tmp_path / "untied", tie_word_embeddings=False)

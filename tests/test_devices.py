@@ -7,8 +7,9 @@ import torch
 
 import train_ppo
 from config import PPOConfig
-from support.devices import check_device, pick_device, pick_dtype, pick_micro_batch_size
+from support.devices import check_device, pick_device, pick_dtype, pick_micro_batch_size, to_device
 from support.errors import UserError
+from support.load import PROGRAM
 from support.settings import check
 from support.text_trainer import TextPPOTrainer
 from tests.test_step_edges import rows_at_once
@@ -157,6 +158,22 @@ def test_attention_is_never_cudnn_s():
     torch.backends.cuda.enable_cudnn_sdp(True)
     pick_device("cpu")
     assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+# --- from the CPU to a device
+
+
+@pytest.mark.parametrize(("device", "aside"), [("cuda", True), ("cuda:1", True), ("mps", False), ("cpu", False)])
+def test_only_a_cuda_gpu_is_not_waited_for(device, aside):
+    calls = []
+    tensor = types.SimpleNamespace(to=lambda *args, **options: calls.append((*args, options)))
+    to_device(tensor, torch.device(device))
+    assert calls == [(torch.device(device), {"non_blocking": aside})]
+
+
+def test_nothing_goes_to_a_device_by_another_way():
+    files = [path for path in PROGRAM if "non_blocking" in path.read_text(encoding="utf-8")]
+    assert [path.name for path in files] == ["devices.py"]
 
 
 # --- how many completions at once

@@ -8,7 +8,13 @@ import pytest
 import safetensors.torch
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertTokenizer, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertTokenizer,
+    pipeline,
+)
 from transformers.utils import logging as transformers_logging
 
 from config import PPOConfig
@@ -86,6 +92,18 @@ def test_attention_is_the_faster_one_of_each_device(gpt2_folder):
     elsewhere = models.load_policy(gpt2_folder, models.load_gpt2_config(gpt2_folder), "meta")
     assert on_cpu.config._attn_implementation == "eager" and elsewhere.config._attn_implementation == "sdpa"
     assert elsewhere.device == torch.device("meta")
+
+
+@pytest.mark.parametrize(
+    "model_class", [models.GPT2HeadWithValueModel, AutoModelForSequenceClassification], ids=lambda kind: kind.__name__
+)
+@pytest.mark.parametrize(("device", "attention"), [("mps", "eager"), ("mps:0", "eager"), ("cuda", "sdpa")])
+def test_an_apple_gpu_s_own_attention_is_used_for_neither_model(
+    gpt2_folder, classifier_folder, model_class, device, attention
+):
+    folder = gpt2_folder if model_class is models.GPT2HeadWithValueModel else classifier_folder
+    model, _ = models.load_weights(model_class, folder, models.read_model_config(folder), torch.device(device))
+    assert model.config._attn_implementation == attention
 
 
 def test_loading_leaves_the_library_as_loud_as_it_was(gpt2_folder, tmp_path):

@@ -329,7 +329,13 @@ BUGS = [  # (file, what stands there, the bug)
         "torch.cat([last_of_prompts, states], dim=1)",
     ),
     ("support/shared_prompts.py", "replace(prompts, hidden_states=prompt_states)", "prompts"),
-    ("support/engine.py", 'self.optimizer.load_state_dict(state["optimizer"])', "pass"),
+    ("support/engine.py", 'self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})', "pass"),
+    ("support/engine.py", "[group | fused for group in", "[fused | group for group in"),
+    (
+        "support/engine.py",
+        'self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})',
+        'self.optimizer.load_state_dict(state["optimizer"])',
+    ),
     ("support/engine.py", '(self.averaged, state["average"])', '(self.averaged, state["policy"])'),
     (
         "support/engine.py",

@@ -75,6 +75,8 @@ BUGS = [  # (file, what stands there, the bug)
     ("support/settings.py", "sys.path.append(os.getcwd())", "sys.path.insert(0, os.getcwd())"),
     ("reward.py", '            function_to_apply="softmax",\n', ""),
     ("reward.py", "    if is_out_of_memory(error):", "    if False:"),
+    ("support/models.py", 'if torch.device(device).type == "mps":', 'if device == "mps":'),
+    ("support/devices.py", 'non_blocking=str(device).startswith("cuda")', "non_blocking=True"),
     ("support/models.py", "        if is_out_of_memory(error):\n            raise\n", ""),
     ("support/errors.py", "|cannot allocate memory", ""),
     ("support/errors.py", "out.of.memory", "CUDA out of memory"),
