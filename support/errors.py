@@ -1,6 +1,8 @@
 """What ends a run in one line."""
 
+import contextlib
 import re
+import sys
 import traceback
 
 # What steers a terminal, breaks a line or turns its direction, and halves of characters
@@ -12,6 +14,16 @@ class UserError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(escaped(message))
+
+
+@contextlib.contextmanager
+def in_one_line(program: str):
+    """A UserError inside ends the program, exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def escaped(text: str, but: str = "") -> str:

@@ -29,7 +29,7 @@ DESCRIPTION = """Train a Chinese GPT-2 with PPO towards texts that a reward like
 """
 
 
-def parse_args(argv: list[str]) -> tuple[PPOConfig, set[str]]:
+def parse_args(argv: list[str], program="python train_ppo.py", description=DESCRIPTION) -> tuple[PPOConfig, set[str]]:
     """The command line as a config, the preset's defaults overridden by the flags; and the names of the flags given.
 
     UserError, with the nearest name, for an unknown flag. --help shows the preset's defaults and leaves.
@@ -42,7 +42,7 @@ def parse_args(argv: list[str]) -> tuple[PPOConfig, set[str]]:
 
     class Parser(HfArgumentParser):
         def error(self, message):
-            raise UserError(f"{message}; python train_ppo.py --help lists the flags")
+            raise UserError(f"{message}; {program} --help lists the flags")
 
         group = None
 
@@ -58,8 +58,8 @@ def parse_args(argv: list[str]) -> tuple[PPOConfig, set[str]]:
 
     parser = Parser(
         PPOConfig,
-        usage="python train_ppo.py [--NAME VALUE ...]",
-        description=DESCRIPTION,
+        usage=f"{program} [--NAME VALUE ...]",
+        description=description,
         formatter_class=Formatter,
         allow_abbrev=False,
     )
@@ -71,7 +71,7 @@ def parse_args(argv: list[str]) -> tuple[PPOConfig, set[str]]:
     if unknown:
         flags = [f"--{f.name}" for f in dataclasses.fields(PPOConfig)]
         near = difflib.get_close_matches(unknown[0].split("=")[0].replace("-", "_").replace("__", "--", 1), flags, n=1)
-        hint = f"did you mean {near[0]}?" if near else "python train_ppo.py --help lists the flags"
+        hint = f"did you mean {near[0]}?" if near else f"{program} --help lists the flags"
         raise UserError(f"unknown argument {unknown[0]}; {hint}")
     preset = given.get("preset", PPOConfig.preset)
     if preset not in PRESETS:

@@ -4,6 +4,7 @@ import importlib.machinery
 import json
 import math
 import re
+import runpy
 import subprocess
 import sys
 
@@ -290,6 +291,22 @@ def test_a_flag_that_will_not_do_is_named(argv, said):
     with pytest.raises(UserError) as error:
         parse_args(argv)
     assert str(error.value).startswith(said)
+
+
+@pytest.mark.parametrize("tool", ["benchmark", "limit_text"])
+def test_a_tool_that_takes_these_flags_shows_its_own_use_and_ends_in_one_line(tool, monkeypatch, capsys):
+    def typed(*argv):
+        monkeypatch.setattr(sys, "argv", [tool, *argv])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / "tools" / f"{tool}.py"), run_name="__main__")
+        return stop.value.code, capsys.readouterr()
+
+    code, output = typed("--help")
+    assert code == 0 and output.out.startswith(f"usage: python -m tools.{tool} [--NAME VALUE ...]\n")
+    assert f"python -m tools.{tool} --model_name" in output.out and "train_ppo.py --preset" not in output.out
+    code, output = typed("--lr")
+    said = f"{tool}: error: argument --lr: expected one argument; python -m tools.{tool} --help lists the flags\n"
+    assert (code, output.out, output.err) == (2, "", said)
 
 
 def test_help_in_a_fresh_process_loads_no_model_library():

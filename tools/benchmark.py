@@ -23,7 +23,7 @@ import torch
 
 from config import PPOConfig
 from reward import score_texts
-from support.errors import UserError
+from support.errors import in_one_line
 from support.load import load
 from support.settings import check, parse_args
 from support.text_trainer import TextPPOTrainer
@@ -40,7 +40,7 @@ PHASES = {  # of a step, by what the engine or the loop does
 
 
 def main(argv: list[str]) -> None:
-    config, _ = parse_args(argv)
+    config, _ = parse_args(argv, "python -m tools.benchmark", __doc__)
     check(config)
     result = measure(config)
     step = result["seconds_per_step"]
@@ -179,7 +179,5 @@ def best_matrix_product(device: torch.device, dtype: torch.dtype) -> float:
 
 
 if __name__ == "__main__":
-    try:
+    with in_one_line("benchmark"):
         main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"benchmark: error: {error}")

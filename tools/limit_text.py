@@ -12,6 +12,7 @@ import sys
 
 import torch
 
+from support.errors import in_one_line
 from support.evaluation import SHOWN, distinct, sample_and_score
 from support.load import load
 from support.settings import check, parse_args
@@ -21,7 +22,7 @@ DRAWN = 4096  # completions of the reference at a time
 
 
 def main() -> None:
-    config, _ = parse_args(sys.argv[1:])
+    config, _ = parse_args(sys.argv[1:], "python -m tools.limit_text", __doc__)
     check(config)
     if config.init_kl_coef == 0:
         raise SystemExit("--init_kl_coef 0: without a KL penalty the best policy has no limit")
@@ -47,4 +48,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with in_one_line("limit_text"):
+        main()
