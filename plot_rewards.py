@@ -85,6 +85,8 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, float]]]:
                 names = cells
                 if missing := [name for name in REQUIRED if name not in names]:
                     raise ValueError(f"it names no column {missing[0]}")
+                if len(set(names)) < len(names):
+                    raise ValueError("it names a column twice")
                 rows.append((line, {}))
             elif line.strip():
                 if len(cells) != len(names):

@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
         return judge_again(config, run_dir) if mode == "eval_only" else train(config, run_dir, mode == "resume")
     except UserError as error:
         meeting.say_why(str(error))
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130

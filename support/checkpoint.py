@@ -14,23 +14,24 @@ import hashlib
 import json
 import pickle
 import random
-import shutil
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from support import collectives
-from support.errors import UserError
-from support.writing import whole
+from support.errors import UserError, first_line
+from support.writing import disk_errors, remove, whole
 
 FILES = ("policy.safetensors", "average.safetensors", "optimizer.pt")
-UNUSABLE = (OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError)  # what a damaged checkpoint raises
+UNUSABLE = (OSError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError, SafetensorError)  # if damaged
 
 
 def save_checkpoint(trainer, folder: Path, keep: int) -> Path:
-    """Write `folder`/step-NNNNNN for the trainer's present step, then remove all but the newest `keep`.
+    """Write `folder`/step-NNNNNN for the trainer's present step, then remove those older than the newest `keep`.
 
     A whole checkpoint of this step that is there already is as good, and is never taken away for a new one. UserError,
     with earlier checkpoints as they were, where the disk is full or the folder cannot be written.
@@ -41,15 +42,16 @@ def save_checkpoint(trainer, folder: Path, keep: int) -> Path:
         read_state(final)
         return final
     with whole(final, 4 * weights) as partial:  # policy, average, and Adam's two moments
+        folder.mkdir(exist_ok=True)
         write_checkpoint(trainer, partial)
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    with disk_errors(folder):
+        remove_older(folder, trainer.n_steps, keep)
     return final
 
 
 def write_checkpoint(trainer, partial: Path) -> None:
     """All files of a checkpoint."""
-    partial.mkdir(parents=True)
+    partial.mkdir()
     engine = trainer.engine.state_dict()
     save_file(engine["policy"], partial / FILES[0], {"format": "pt"})
     save_file(engine["average"], partial / FILES[1], {"format": "pt"})
@@ -63,42 +65,58 @@ def write_checkpoint(trainer, partial: Path) -> None:
     (partial / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
 
 
+def remove_older(folder: Path, step: int, keep: int) -> None:
+    """Remove the checkpoints that are older than the newest `keep` whole ones, of which that of `step` is the first."""
+    for path in reversed([path for path in checkpoints(folder) if step_of(path) < step]):
+        if keep == 1:
+            remove(path)
+        else:
+            with contextlib.suppress(*UNUSABLE):
+                read_state(path)
+                keep -= 1
+
+
 def load_checkpoint(trainer, folder: Path) -> None:
     """Put the newest usable checkpoint below `folder` into the trainer. A damaged one is named and passed over.
 
-    Where the run stopped before its first checkpoint the trainer stays as it is, at step 0. UserError where there are
-    checkpoints, but none can be used. On several processes only rank 0 needs to see the folder.
+    Where there is none the trainer stays as it is, at step 0. UserError where there are checkpoints, but none can be
+    used. On several processes only rank 0 needs to see the folder.
     """
-    found = collectives.broadcast_from_rank_0(lambda: newest_checkpoint(folder))
-    if found is None:
-        print(f"no checkpoint in {folder} yet: the run starts from the beginning")
-        return
-    state, policy, average, saved = found
+    found = collectives.broadcast_from_rank_0(lambda: checkpoints(folder))
+    for path in reversed(found):
+        try:
+            put_into(trainer, *collectives.broadcast_from_rank_0(lambda: read_checkpoint(path)))
+            return
+        except UNUSABLE as error:
+            reason = error if isinstance(error, UserError) else first_line(error)
+            print(f"warning: checkpoint {path} cannot be used ({reason})")
+    if found:
+        raise UserError(f"no usable checkpoint in {folder}; start the run again under another --run_name")
+
+
+def read_checkpoint(path: Path) -> tuple[dict, dict, dict, dict]:
+    """state.json, weights, averaged weights and the optimiser's file of a checkpoint. UserError where it is damaged."""
+    try:
+        state = read_state(path)
+        saved = torch.load(path / FILES[2], map_location="cpu", weights_only=True)
+        return state, load_file(path / FILES[0]), load_file(path / FILES[1]), saved
+    except UNUSABLE as error:
+        raise UserError(first_line(error))
+
+
+def put_into(trainer, state: dict, policy: dict, average: dict, saved: dict) -> None:
+    """Have a trainer go on from what `read_checkpoint` gave."""
     engine = {"policy": policy, "average": average, "optimizer": saved["optimizer"]}
     trainer.engine.load_state_dict({**engine, "skipped_in_a_row": state["skipped_in_a_row"]})
     set_random_state(saved["random"])
-    trainer.n_steps, trainer.kl_controller.value = state["step"], state["kl_coef"]
-
-
-def newest_checkpoint(folder: Path) -> tuple[dict, dict, dict, dict] | None:
-    """state.json, weights, averaged weights and the optimiser's file of the newest checkpoint that is whole."""
-    for partial in folder.glob(".partial-*"):
-        shutil.rmtree(partial)
-    for path in reversed(checkpoints(folder)):
-        try:
-            state = read_state(path)
-            saved = torch.load(path / FILES[2], map_location="cpu", weights_only=True)
-            return state, load_file(path / FILES[0]), load_file(path / FILES[1]), saved
-        except UNUSABLE as error:
-            print(f"warning: checkpoint {path} cannot be used ({str(error).splitlines()[0]})")
-    if checkpoints(folder):
-        raise UserError(f"no usable checkpoint in {folder}; start the run again under another --run_name")
-    return None
+    trainer.n_steps, trainer.kl_controller.value = state["step"], float(state["kl_coef"])
 
 
 def read_state(path: Path) -> dict:
     """A checkpoint's state.json, once every file was found whole. One of UNUSABLE where it is not."""
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if state["step"] != step_of(path):
+        raise ValueError(f"state.json is that of step {state['step']}")
     for name in FILES:
         if sha256(path / name) != state["sha256"][name]:
             raise ValueError(f"{name} is damaged")
@@ -106,8 +124,13 @@ def read_state(path: Path) -> dict:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints below a folder, oldest first."""
-    return sorted(folder.glob("step-*"))
+    """The checkpoints below a folder, oldest first; what has another name is the user's own."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-(\d{6}|[1-9]\d{6,})", path.name)]
+    return sorted([path for path in found if path.is_dir()], key=step_of)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def random_state() -> dict:

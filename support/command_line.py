@@ -133,10 +133,12 @@ def how_to_go_on(run_dir: Path | None, config: PPOConfig) -> str:
     """What to do after another process or machine is gone, and the newest checkpoint where this machine has any."""
     if run_dir is None:
         return "start the run again"
-    checkpoints = sorted((run_dir / "checkpoints").glob("step-*"))
+    from support.checkpoint import checkpoints  # whose torch --help does without
+
+    found = checkpoints(run_dir / "checkpoints")
     if not run_dir.exists():
         newest = f"the first machine has the checkpoints of {run_dir}"
     else:
-        newest = f"the newest checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
+        newest = f"the newest checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
     flags = f"{flags_to_go_on(run_dir, config)} in place of the other flags"
     return f"{newest}; when all machines are there again, go on with {flags}"

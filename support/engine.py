@@ -298,8 +298,14 @@ class Engine:
         }
 
     def load_state_dict(self, state: dict) -> None:
+        """Take what `state_dict` gave. ValueError where weights are missing, or are another model's."""
         for model, weights in ((self.model, state["policy"]), (self.averaged, state["average"])):
-            model.load_state_dict(weights, strict=False)  # of tied weights it holds one, under either name
+            own = dict(model.named_parameters(remove_duplicate=False))  # of tied weights `weights` holds one name
+            fitting = {name for name, weight in weights.items() if name in own and weight.shape == own[name].shape}
+            held = {id(own[name]) for name in fitting}
+            if wrong := [*(weights.keys() - fitting), *(name for name in own if id(own[name]) not in held)]:
+                raise ValueError(f"its weights are not those of this model, first in {min(wrong)}")
+            model.load_state_dict(weights, strict=False)
         fused = {"fused": self.optimizer.defaults["fused"]}  # as this device has it, not that of the checkpoint
         groups = [group | fused for group in state["optimizer"]["param_groups"]]
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})

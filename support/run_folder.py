@@ -14,6 +14,7 @@ runs/<name>/
 import contextlib
 import csv
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,11 +27,11 @@ from plot_rewards import draw, read_rows
 from reward import RewardError
 from support import collectives, evaluation, meeting
 from support.checkpoint import load_checkpoint, save_checkpoint
-from support.command_line import FINAL, JOB_FILE, new_run_folder
-from support.errors import UserError
+from support.command_line import FINAL, JOB_FILE, flags_to_go_on, new_run_folder
+from support.errors import FolderGone, UserError
 from support.reading import MEND_LINE, parse_json, whole_lines
 from support.settings import changes, describe_changes, save_config, total_steps
-from support.writing import disk_errors, whole, write_whole
+from support.writing import disk_errors, remove, whole, write_whole
 
 
 class RunFolder:
@@ -52,12 +53,9 @@ class RunFolder:
         self.hold()
         if resume:
             load_checkpoint(trainer, self.path / "checkpoints")
-        if self.writes:
-            self.run_log = RunLog(self.path, trainer.n_steps)
-            if meeting.job():
-                write_whole(self.path / JOB_FILE, meeting.job())
-            save_config(self.config, self.path / "config.json")
-            write_whole(self.path / "changes.json", json.dumps(changes(self.config), ensure_ascii=False) + "\n")
+        collectives.broadcast_from_rank_0(lambda: self.begin(trainer))
+        if resume and trainer.n_steps == 0:
+            print(f"no checkpoint in {self.path / 'checkpoints'} yet: the run starts from the beginning")
         self.saved_at = time.monotonic()
         for line in describe_changes(self.config):
             print(line)
@@ -91,6 +89,28 @@ class RunFolder:
 
         collectives.broadcast_from_rank_0(lock)
 
+    def begin(self, trainer) -> None:
+        """Start the log, or go on with what was logged up to the trainer's step; write down the settings.
+
+        UserError, with all files as they were, where a log is damaged, or where a run that has lost its checkpoints
+        would begin again over more than what it logged before the first of them.
+        """
+        folder, metrics = self.path / "checkpoints", self.path / "metrics.csv"
+        logged = metrics.exists() and metrics.read_bytes().count(b"\n") > 1
+        if trainer.n_steps == 0 and ((self.path / "model").exists() or (logged and not folder.exists())):
+            lost = f"{folder} holds no checkpoint to go on from, and step 1 would replace the logs and the model"
+            raise UserError(f"{lost} in {self.path}; start a new run under another --run_name")
+        with disk_errors(self.path):
+            self.run_log = RunLog(self.path, trainer.n_steps)
+            folder.mkdir(exist_ok=True)
+            for leftover in [*self.path.glob(".partial-*"), *folder.glob(".partial-*")]:
+                remove(leftover)  # of a kill
+            self.trainer, self.inode = trainer, self.path.stat().st_ino  # for look_for_folder
+        if meeting.job():
+            write_whole(self.path / JOB_FILE, meeting.job())
+        save_config(self.config, self.path / "config.json")
+        write_whole(self.path / "changes.json", json.dumps(changes(self.config), ensure_ascii=False) + "\n")
+
     def steps(self, trainer) -> Iterator[int]:
         """The numbers of the steps still to do, from 1, with a progress bar."""
         first, last = trainer.n_steps + 1, total_steps(self.config)
@@ -121,6 +141,7 @@ class RunFolder:
             {"step": step, "prompt": prompt, "completion": completion, "score": score}
             for prompt, completion, score in zip(prompts, completions, scores.tolist())
         ]
+        self.look_for_folder()
         with disk_errors(self.path / "metrics.csv"):
             self.run_log.write(row, samples)
         self.bar.set_postfix(reward=f"{row['env/reward_mean']:.3f}", kl=f"{stats['objective/kl']:.2f}")
@@ -136,8 +157,25 @@ class RunFolder:
 
     def save_checkpoint(self, trainer) -> None:
         if self.writes:
+            self.look_for_folder()
+            with disk_errors(self.path):
+                self.run_log.sync()
             save_checkpoint(trainer, self.path / "checkpoints", self.config.keep_checkpoints)
         self.saved_at = time.monotonic()
+
+    def look_for_folder(self) -> None:
+        """Where this is no more the folder that was opened, the state goes into a new one beside it; FolderGone."""
+        with contextlib.suppress(OSError):
+            if self.path.stat().st_ino == self.inode:
+                return
+        kept = self.path.with_name(f"{self.path.name}-step-{self.trainer.n_steps}")
+        with disk_errors(kept):
+            kept.mkdir(parents=True)
+        save_config(self.config, kept / "config.json")
+        save_checkpoint(self.trainer, kept / "checkpoints", keep=1)
+        gone = f"{self.path} was removed or renamed while the run was at work there"
+        flags = flags_to_go_on(kept, self.config)
+        raise FolderGone(f"{gone}; what a run needs to go on is in {kept}: python train_ppo.py {flags}")
 
     def save_model(self, trainer) -> None:
         """Replace model/ by the policy that training ended with."""
@@ -190,35 +228,48 @@ class RunFolder:
 
 
 class RunLog:
-    """metrics.csv, one row a step, and samples.jsonl, one line a completion; both flushed at every step."""
+    """metrics.csv, one row a step, and samples.jsonl, one line a completion; both reach the system at every step.
+
+    Of what is there, the steps after `last_step` are dropped, and a last line that is not whole: they are made again.
+    UserError, with the files as they were, where another line is damaged.
+    """
 
     def __init__(self, run_dir: Path, last_step: int):
-        self.run_dir = run_dir
-        self.drop_after(last_step)
-        self.metrics = (run_dir / "metrics.csv").open("a", encoding="utf-8", newline="")
-        self.samples = (run_dir / "samples.jsonl").open("a", encoding="utf-8")
-
-    def drop_after(self, last_step: int) -> None:
-        """Remove what was logged after the checkpoint that the run goes on from, and a line that is not whole.
-
-        UserError, with both files as they were, where a line of one is damaged.
-        """
-        steps_of_lines = {
-            "metrics.csv": lambda path: [(line, row.get("step", 0)) for line, row in read_rows(path)],
-            "samples.jsonl": lambda path: [
-                (line, parse_json(line, {"step": int}, f"line {number} of {path}", MEND_LINE)["step"])
-                for number, line in enumerate(whole_lines(path), 1)
-            ],
-        }
-        paths = [self.run_dir / name for name in steps_of_lines if (self.run_dir / name).exists()]
-        for path, lines in [(path, steps_of_lines[path.name](path)) for path in paths]:
-            write_whole(path, "".join(f"{line}\n" for line, step in lines if step <= last_step))
+        self.path, samples = run_dir / "metrics.csv", run_dir / "samples.jsonl"
+        rows = (
+            [(line, row) for line, row in read_rows(self.path) if row.get("step", 0) <= last_step]
+            if self.path.exists()
+            else []
+        )
+        lines = [
+            (line, parse_json(line, {"step": int}, f"line {number} of {samples}", MEND_LINE)["step"])
+            for number, line in enumerate(whole_lines(samples) if samples.exists() else [], 1)
+        ]
+        self.lines, self.columns = [line for line, _ in rows], list(rows[-1][1]) if rows else []
+        write_whole(self.path, "".join(f"{line}\n" for line in self.lines))
+        write_whole(samples, "".join(f"{line}\n" for line, step in lines if step <= last_step))
+        if last_step > (logged := int(rows[-1][1].get("step", 0)) if rows else 0):
+            print(f"warning: {self.path} ends with step {logged}; the steps up to {last_step} are lost from it")
+        self.metrics = self.path.open("a", encoding="utf-8", newline="")
+        self.samples = samples.open("a", encoding="utf-8", newline="")
 
     def write(self, row: dict, samples: list[dict]) -> None:
-        writer = csv.DictWriter(self.metrics, row.keys())
-        if self.metrics.tell() == 0:
-            writer.writeheader()
-        writer.writerow(row)
+        if new := [name for name in row if name not in self.columns]:
+            self.add_columns(new)
+        csv.DictWriter(self.metrics, self.columns, restval="nan").writerow(row)
         self.samples.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         self.metrics.flush()
         self.samples.flush()
+
+    def add_columns(self, new: list[str]) -> None:
+        """The header of a new table; or, of one that an earlier version of this program began, more columns, of nan."""
+        self.columns += new
+        table = [",".join(self.columns), *(line.rstrip("\r") + ",nan" * len(new) for line in self.lines[1:])]
+        self.metrics.close()
+        write_whole(self.path, "".join(f"{line}\r\n" for line in table))
+        self.metrics = self.path.open("a", encoding="utf-8", newline="")
+
+    def sync(self) -> None:
+        """Wait until both are on disk."""
+        for file in (self.metrics, self.samples):
+            os.fsync(file.fileno())

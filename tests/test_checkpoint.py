@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,94 @@ def test_a_damaged_checkpoint_is_passed_over_and_older_ones_are_removed(policy, 
     assert twin.n_steps == 3
 
 
+def whole_ones(policy, folder, *steps) -> None:
+    trainer = make((copy.deepcopy(policy[0]), policy[1]))
+    for trainer.n_steps in steps:
+        save_checkpoint(trainer, folder, keep=99)
+
+
+def damage(path: Path) -> None:
+    (path / "optimizer.pt").write_bytes(b"damaged")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_only_whole_checkpoints_are_counted_and_a_new_one_always_stays(policy, tmp_path):
+    """A damaged newer one takes nobody's place; damaged older ones go with those that are older than what is kept."""
+    whole_ones(policy, tmp_path, 1, 2, 3, 4, 9)
+    for step in (3, 9):
+        damage(tmp_path / f"step-00000{step}")
+    trainer = make((copy.deepcopy(policy[0]), policy[1]))
+    trainer.n_steps = 5
+    save_checkpoint(trainer, tmp_path, keep=3)
+    assert names(tmp_path) == [f"step-00000{step}" for step in (2, 3, 4, 5, 9)]
+    trainer.n_steps = 6
+    save_checkpoint(trainer, tmp_path, keep=1)
+    assert names(tmp_path) == ["step-000006", "step-000009"]
+    load_checkpoint(trainer, tmp_path)
+    assert trainer.n_steps == 6
+    trainer.n_steps = 9
+    save_checkpoint(trainer, tmp_path, keep=1)
+    load_checkpoint(trainer, tmp_path)
+    assert names(tmp_path) == ["step-000009"] and trainer.n_steps == 9
+
+
+def test_checkpoints_go_by_number_and_the_users_own_names_are_left_alone(policy, tmp_path):
+    whole_ones(policy, tmp_path, 999_999, 1_000_000)
+    own = ["step-000007-best", "step-7", "step-0000008", "mine"]
+    for name in own:
+        shutil.copytree(tmp_path / "step-999999", tmp_path / name)
+    (tmp_path / "step-000005").write_text("a note")
+    trainer = make((copy.deepcopy(policy[0]), policy[1]))
+    load_checkpoint(trainer, tmp_path)
+    assert trainer.n_steps == 1_000_000
+    trainer.n_steps += 1
+    save_checkpoint(trainer, tmp_path, keep=2)
+    assert names(tmp_path) == sorted([*own, "step-000005", "step-1000000", "step-1000001"])
+
+
+def rewritten(path: Path, change) -> None:
+    """A checkpoint whose weights were changed, with sums that say it is whole."""
+    state = json.loads((path / "state.json").read_text())
+    for name in ("policy.safetensors", "average.safetensors"):
+        weights = load_file(path / name)
+        change(weights)
+        save_file(weights, path / name)
+        state["sha256"][name] = hashlib.sha256((path / name).read_bytes()).hexdigest()
+    (path / "state.json").write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize(
+    ("change", "first"),
+    [
+        (lambda weights: weights.pop("transformer.ln_f.bias"), "transformer.ln_f.bias"),
+        (lambda weights: weights.pop("transformer.wte.weight"), "lm_head.weight"),
+        (lambda weights: weights.update({"transformer.h.2.ln_1.bias": torch.zeros(32)}), "transformer.h.2.ln_1.bias"),
+        (lambda weights: weights.update({"transformer.ln_f.bias": torch.zeros(33)}), "transformer.ln_f.bias"),
+    ],
+    ids=["one is missing", "the tied one is missing", "one more", "another shape"],
+)
+def test_a_checkpoint_of_other_weights_is_passed_over(policy, tmp_path, change, first, capsys):
+    whole_ones(policy, tmp_path, 1, 2)
+    rewritten(tmp_path / "step-000002", change)
+    trainer = make((copy.deepcopy(policy[0]), policy[1]))
+    load_checkpoint(trainer, tmp_path)
+    assert trainer.n_steps == 1
+    assert f"step-000002 cannot be used (ValueError: its weights are not those of this model, first in {first})" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_passed_over(policy, tmp_path):
+    whole_ones(policy, tmp_path, 1, 2)
+    shutil.copytree(tmp_path / "step-000001", tmp_path / "step-000005")
+    trainer = make((copy.deepcopy(policy[0]), policy[1]))
+    load_checkpoint(trainer, tmp_path)
+    assert trainer.n_steps == 2
+
+
 def test_a_step_with_an_infinite_gradient_is_not_taken(policy):
     trainer = make(policy, ppo_epochs=2)
     queries, responses, scores = batch_of(trainer, policy)
@@ -148,13 +237,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(policy, tmp_path):
     start = copy.deepcopy(policy[0])
     trainer, _ = trained(policy, frozen_share=0.0)
     path = save_checkpoint(trainer, tmp_path, keep=1)
-    state = json.loads((path / "state.json").read_text())
-    for name in ("policy.safetensors", "average.safetensors"):
-        weights = load_file(path / name)
-        weights["lm_head.weight"] = weights.pop("transformer.wte.weight")
-        save_file(weights, path / name)
-        state["sha256"][name] = hashlib.sha256((path / name).read_bytes()).hexdigest()
-    (path / "state.json").write_text(json.dumps(state))
+    rewritten(path, lambda weights: weights.update({"lm_head.weight": weights.pop("transformer.wte.weight")}))
     twin = make((start, policy[1]), frozen_share=0.0)
     load_checkpoint(twin, tmp_path)
     for mine, other in ((trainer.model, twin.model), (trainer.policy_for_saving, twin.policy_for_saving)):

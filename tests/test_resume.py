@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +18,7 @@ from config import PPOConfig
 from ppo import PPOTrainer
 from support.command_line import flags_to_go_on, new_run_folder, read_command_line
 from support.errors import UserError
-from support.run_folder import RunFolder
+from support.run_folder import RunFolder, RunLog
 from tests.test_train import rows, small_run, weights
 from tools.stress_resume import differences
 from train_ppo import main
@@ -340,6 +341,109 @@ def test_a_half_written_header_is_written_again(finished, tmp_path):
     (run_dir / "metrics.csv").write_bytes(b"step,epis")
     assert main(["--resume", str(run_dir)]) == 0
     assert differences(finished, run_dir) == []
+
+
+HEADER = "step,episodes,env/reward_mean,objective/kl"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("metrics.csv", f"{HEADER}\r\n1,16,0,0\r\nx,16,0,0\r\n", "metrics.csv is damaged in line 3: "),
+        ("metrics.csv", f"{HEADER}\n1,16,0,0\n2,32,0,0,0\n", "line 3: 5 values below 4 names"),
+        ("metrics.csv", f"{HEADER},step\n1,16,0,0,1\n", "line 1: it names a column twice"),
+        ("metrics.csv", "1,16,0,0\n", "line 1: it names no column step"),
+        ("samples.jsonl", '{"step": 1}\n[]\n', "line 2 of "),
+        ("samples.jsonl", '{"step": 1}\n{}\n', "step is missing"),
+    ],
+)
+def test_a_damaged_log_is_left_as_it_is_and_so_is_the_other(tmp_path, name, content, said):
+    (tmp_path / "metrics.csv").write_bytes(f"{HEADER}\n1,16,0,0\n9,16,0,0\n".encode())
+    (tmp_path / "samples.jsonl").write_bytes(b'{"step": 1}\n{"step": 9}\n')
+    (tmp_path / name).write_bytes(content.encode())
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=said):
+        RunLog(tmp_path, 3)
+    assert contents(tmp_path) == before
+
+
+def test_a_row_with_other_columns_than_the_table_gets_its_own_names(tmp_path, capsys):
+    """As where an earlier version of this program began the table; a mark that an editor put before it is no name."""
+    old = f"\ufeff{HEADER},old\r\n1,16,0.5,0,7\r\n2,32,0.25,0,7\r\n3,48,0,0,7\r\n"
+    (tmp_path / "metrics.csv").write_bytes(old.encode())
+    log = RunLog(tmp_path, 2)
+    for step in (3, 4):
+        log.write({"step": step, "new": 0.75, "episodes": 99, "newer": 1}, [])
+    assert (tmp_path / "metrics.csv").read_bytes().decode().split("\r\n") == [
+        f"{HEADER},old,new,newer", "1,16,0.5,0,7,nan,nan", "2,32,0.25,0,7,nan,nan",
+        "3,99,nan,nan,nan,0.75,1", "4,99,nan,nan,nan,0.75,1", "",
+    ]  # fmt: skip
+    assert capsys.readouterr().out == ""
+    RunLog(tmp_path, 7)
+    assert "metrics.csv ends with step 4; the steps up to 7 are lost from it" in capsys.readouterr().out
+
+
+def test_logs_are_on_disk_before_the_checkpoint_that_counts_on_them(tmp_path, monkeypatch):
+    order, fsync = [], os.fsync
+
+    def watched(descriptor):
+        order.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    folder = RunFolder(tmp_path / "run", PPOConfig(run_name="run"))
+    trainer = SimpleNamespace(n_steps=0, engine=SimpleNamespace(device="cpu", dtype="torch.float32"))
+    folder.open(trainer, resume=False)
+    monkeypatch.setattr(os, "fsync", watched)
+    monkeypatch.setattr("support.run_folder.save_checkpoint", lambda *_: order.append("checkpoint"))
+    folder.save_checkpoint(trainer)
+    assert order == ["metrics.csv", "samples.jsonl", "checkpoint"]
+
+
+@pytest.mark.parametrize("removed", [["checkpoints"], ["checkpoints/*"], ["checkpoints", "model"]])
+def test_without_its_checkpoints_a_run_does_not_begin_again(finished, tmp_path, removed, capsys):
+    run_dir = copy_of(finished, tmp_path)
+    for path in [path for name in removed for path in run_dir.glob(name)]:
+        shutil.rmtree(path)
+    before = contents(run_dir)
+    assert main(["--resume", str(run_dir), "--episodes", "64"]) == 2
+    assert "checkpoints holds no checkpoint to go on from, and step 1 would replace the logs" in capsys.readouterr().err
+    assert contents(run_dir) == before
+
+
+# --- the folder goes away
+
+
+@pytest.mark.parametrize(
+    ("gone", "at"),
+    [
+        ("renamed", "before a row"),
+        ("removed", "before a checkpoint"),
+        ("another in its place", "before the last checkpoint"),
+    ],
+)
+def test_a_run_whose_folder_goes_away_keeps_its_state(finished, tmp_path, monkeypatch, capsys, gone, at):
+    """It goes on from there to the same model."""
+    run_dir, calls = tmp_path / "run", {"before a row": 1, "before a checkpoint": 2, "before the last checkpoint": 3}
+    loser = (RunLog, "write") if at != "before a row" else (PPOTrainer, "step")
+    method, called = getattr(*loser), []
+
+    def losing(self, *args):
+        called.append(method(self, *args))
+        if len(called) == calls[at]:
+            shutil.rmtree(run_dir) if gone == "removed" else run_dir.rename(tmp_path / "renamed")
+            if gone == "another in its place":
+                run_dir.mkdir()
+        return called[-1]
+
+    monkeypatch.setattr(*loser, losing)
+    code, _ = small_run(tmp_path, "--save_every", "2")
+    monkeypatch.setattr(*loser, method)
+    kept = tmp_path / f"run-step-{calls[at]}"
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert code == 1 and f"{run_dir} was removed or renamed while the run was at work there; " in err
+    assert err.endswith(f"is in {kept}: python train_ppo.py --resume {kept}")
+    assert not run_dir.exists() or list(run_dir.iterdir()) == []
+    assert main(["--resume", str(kept)]) == 0 and weights(kept) == weights(finished)
 
 
 # --- raised
