@@ -113,7 +113,8 @@ class Collator:
     """Makes batches of token ids for a GPT-2 and its tokenizer. ValueError where they could not have been sampled."""
 
     def __init__(self, tokenizer, gpt2_config, device):
-        self.pad_token_id, self.sep_token_id = tokenizer.pad_token_id, tokenizer.sep_token_id
+        self.cls_token_id, self.sep_token_id = tokenizer.cls_token_id, tokenizer.sep_token_id
+        self.pad_token_id = tokenizer.pad_token_id
         self.vocab_size, self.n_positions = gpt2_config.vocab_size, gpt2_config.n_positions
         self.never_sampled = set(never_sampled_ids(tokenizer, gpt2_config.vocab_size))
         self.token_names = tokenizer.convert_ids_to_tokens
@@ -134,9 +135,12 @@ class Collator:
         return tensors
 
     def queries(self, query_tensors, gen_len: int) -> list[torch.Tensor]:
-        """Queries as `token_ids`. ValueError where one leaves no room for gen_len tokens."""
+        """Queries as `token_ids`. ValueError where one leaves no room for gen_len tokens, or ends a text."""
         query_tensors = self.token_ids("query", query_tensors)
         for i, query in enumerate(query_tensors):
+            if query[-1] == self.sep_token_id != self.cls_token_id:
+                end = self.token_names(self.sep_token_id)
+                raise ValueError(f"query {i} ends with {end}, after which nothing is to follow; encode() leaves it out")
             if len(query) + gen_len > self.n_positions:
                 more = f"with gen_len {gen_len} more than the model's {self.n_positions} positions"
                 raise ValueError(f"query {i} has {len(query)} tokens, {more}")

@@ -67,8 +67,8 @@ def one_at_a_time(method):
         try:
             signature.bind(self, *args, **named)
         except TypeError as error:
-            how = "how completions are drawn is the config's: gen_len, temperature, seed"
-            raise TypeError(f"{method.__name__}() takes {taken}: {error}; {how}") from None
+            elsewhere = "all else is set in the config, such as gen_len and temperature"
+            raise TypeError(f"{method.__name__}() takes {taken}: {error}; {elsewhere}") from None
         try:
             self.engine.turn.pop()
         except IndexError:

@@ -61,7 +61,7 @@ def encode_prompt(tokenizer, prompt: str) -> torch.Tensor:
 
 def decode(tokenizer, sequences: list[torch.Tensor]) -> list[str]:
     """Token ids as people write them. Half a character at the end of a byte-level text is left out."""
-    texts = tokenizer.batch_decode(sequences, skip_special_tokens=True)
+    texts = tokenizer.batch_decode(sequences, skip_special_tokens=True) if sequences else []
     return [clean_text(text) if is_bert(tokenizer) else text.rstrip("\ufffd") for text in texts]
 
 

@@ -102,10 +102,11 @@ REFUSED = [  # (call, what is said)
     (lambda trainer: trainer.generate(None), "one query for each completion is needed"),
     (lambda trainer: trainer.generate([QUERY, [2] * 46]), "query 1 has 46 tokens, with gen_len 3 more than"),
     (lambda trainer: trainer.generate([QUERY, []]), "query 1 is empty"),
+    (lambda trainer: trainer.generate([[2, 5, 3]]), "query 0 ends with [SEP], after which nothing is to follow"),
     (
         lambda trainer: trainer.generate([QUERY], max_new_tokens=8, top_k=0.0),
         "generate() takes query_tensors, model, seed, step: got an unexpected keyword argument 'max_new_tokens'; "
-        "how completions are drawn is the config's: gen_len, temperature, seed",
+        "all else is set in the config, such as gen_len and temperature",
     ),
     (lambda trainer: trainer.encode("衣服"), "encode() takes a list of texts, as in encode(['刚收到货']), not '衣服'"),
     (lambda trainer: trainer.encode(["衣服", None]), "encode() takes a list of texts"),
@@ -290,8 +291,7 @@ def test_texts_come_back_as_they_went_in(gpt2_folder):
     assert trainer.decode(queries, responses) == texts
     assert trainer.decode([query.tolist() for query in queries], responses) == texts
     assert trainer.decode(queries, [response.tolist() for response in responses]) == texts
-    with pytest.raises(ValueError):
-        trainer.decode(queries, responses[:1])
+    assert trainer.decode([]) == trainer.decode([], []) == []
 
 
 def test_what_trains_is_counted(demo, capsys):

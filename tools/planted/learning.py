@@ -258,6 +258,7 @@ BUGS = [  # (file, what stands there, the bug)
         "completion_mask(responses, self.sep_token_id) & (torch.arange(responses.shape[1]) < lengths[:, None])",
         "torch.arange(responses.shape[1]) < lengths[:, None]",
     ),
+    ("support/batches.py", "self.sep_token_id != self.cls_token_id:", "self.sep_token_id:"),
     ("support/batches.py", "ids.max() >= self.vocab_size", "ids.max() > self.vocab_size"),
     ("support/batches.py", "ids.min() < 0", "ids.min() <= 0"),
     ("support/batches.py", "len(scores) > 0:", "len(scores):"),
