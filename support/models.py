@@ -2,10 +2,13 @@
 
 import contextlib
 import json
+import math
 import re
+import zipfile
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BertTokenizer, GenerationConfig, GPT2Config
 from transformers.utils import logging as transformers_logging
@@ -13,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from gpt2_value_head import GPT2HeadWithValueModel
 from support.batches import never_sampled_ids
 from support.errors import UserError, first_line, is_out_of_memory
-from support.hub import has_vocabulary
+from support.hub import has_vocabulary, wanted_weights
 
 SPECIAL_TOKENS = re.compile(r"\[(PAD|UNK|CLS|SEP|MASK)\]")
 SPACE_BETWEEN_CHARACTERS = re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])")
@@ -33,8 +36,12 @@ def load_tokenizer(folder: Path):
     if not has_vocabulary(names):
         raise UserError(f"no tokenizer in {folder}: it needs vocab.txt, tokenizer.json, or vocab.json and merges.txt")
     try:
-        tokenizer = (BertTokenizer if is_bare_chinese_gpt2(folder) else AutoTokenizer).from_pretrained(folder)
-    except Exception as error:
+        kind = BertTokenizer if is_bare_chinese_gpt2(folder) else AutoTokenizer
+        tokenizer = kind.from_pretrained(folder, trust_remote_code=False)
+        tokenizer("a𪚥", truncation=True)  # a broken one may open, and fail at a character that it does not know
+    except BaseException as error:  # a panic of the Rust library is no Exception
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise UserError(f"the tokenizer in {folder} cannot be loaded ({first_line(error)})")
     for name, other in (("cls_token", "bos_token"), ("sep_token", "eos_token"), ("pad_token", "eos_token")):
         if getattr(tokenizer, name) is None:
@@ -55,8 +62,21 @@ def is_bare_chinese_gpt2(folder: Path) -> bool:
 
 
 def encode_prompt(tokenizer, prompt: str) -> torch.Tensor:
-    """[CLS] and the prompt's tokens, 1-d int64; no [SEP], which would end the text before it begins."""
-    return torch.tensor([tokenizer.cls_token_id] + tokenizer.encode(prompt, add_special_tokens=False))
+    """[CLS] and the prompt's tokens, 1-d int64; no [SEP], which would end the text before it begins.
+
+    UserError where one of them is a special token, be it [UNK] for a character: the model would see another prompt.
+    """
+    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    if special := set(tokenizer.all_special_ids).intersection(ids):
+        found = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+        spans = found.get("offset_mapping", [(0, len(prompt))] * len(ids))
+        start, end = next(span for token, span in zip(ids, spans) if token in special)
+        if (part := prompt[start:end]) in tokenizer.all_special_tokens:
+            raise UserError(f"the prompt {prompt!r} has {part} written out, which is no text here; leave it out")
+        cured = tokenizer.unk_token_id not in tokenizer.encode(prompt.lower(), add_special_tokens=False)
+        way_out = f"write {prompt.lower()!r}" if cured else "leave it out, or say it otherwise"
+        raise UserError(f"the vocabulary does not know {part!r} in the prompt {prompt!r}; {way_out}")
+    return torch.tensor([tokenizer.cls_token_id] + ids)
 
 
 def decode(tokenizer, sequences: list[torch.Tensor]) -> list[str]:
@@ -158,10 +178,15 @@ def read_model_config(folder: Path):
     if not (folder / "config.json").is_file():
         raise UserError(f"no model in {folder}: it has no config.json")
     try:
+        if (json.loads((folder / "config.json").read_text(encoding="utf-8")).get("num_labels") or 0) > 10**6:
+            raise ValueError("num_labels is over a million, for each of which the library makes a name")
         with quiet_transformers():
-            return AutoConfig.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"{folder / 'config.json'} is no readable model config ({first_line(error)})")
+    vars(config).pop("auto_map", None)  # code in the folder or on the hub, as an attention's kernel is
+    config._attn_implementation = None
+    return config
 
 
 def load_weights(model_class, folder: Path, config, device) -> tuple[nn.Module, set[str]]:
@@ -171,16 +196,47 @@ def load_weights(model_class, folder: Path, config, device) -> tuple[nn.Module, 
         raise UserError(f"no weights in {folder}: neither model.safetensors nor pytorch_model.bin is there")
     try:
         with quiet_transformers():
+            check_sizes(model_class, folder, config)
             model, info = model_class.from_pretrained(
                 folder, config=config, dtype=torch.float32, output_loading_info=True
             )
     except Exception as error:
-        if is_out_of_memory(error):
+        if isinstance(error, UserError) or is_out_of_memory(error):
             raise
-        raise UserError(f"the weights in {folder} cannot be loaded ({first_line(error)}); is the file complete?")
+        hint = "is the file whole, and nothing but weights?"
+        raise UserError(f"the weights in {folder} cannot be loaded ({first_line(error)}); {hint}")
     if torch.device(device).type == "mps":  # SDPA has been wrong there, see pytorch 181133, 184180, 195910
         model.set_attn_implementation("eager")
     return model, set(info["missing_keys"])
+
+
+def check_sizes(model_class, folder: Path, config) -> None:
+    """UserError where a config makes another model than the weights are, before it takes time and memory to build."""
+    shapes = weight_shapes(folder)
+    differ = f"{folder / 'config.json'} and the weights beside it do not belong together"
+    if (layers := getattr(config, "num_hidden_layers", 0)) > len(shapes):
+        raise UserError(f"{differ}: it has {layers} layers, they are {len(shapes)} tensors")
+    with torch.device("meta"):
+        model = getattr(model_class, "from_config", model_class)(config)
+    for name, weight in model.state_dict().items():
+        if (found := shapes.get(name, weight.shape)) != weight.shape:
+            raise UserError(f"{differ}: it makes {name} {tuple(weight.shape)}, they hold {tuple(found)}")
+    needed, found = model.num_parameters(), sum(map(math.prod, shapes.values()))
+    if needed > 2 * found:  # a head may be missing, which is told later
+        raise UserError(f"{differ}: it makes a model of {needed:,} numbers, they are {found:,}")
+
+
+def weight_shapes(folder: Path) -> dict[str, torch.Size]:
+    """The shape of every weight in a folder, from the heads of the files."""
+    shapes = {}
+    for path in (folder / name for name in wanted_weights([path.name for path in folder.iterdir()])):
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as weights:
+                shapes |= {name: torch.Size(weights.get_slice(name).get_shape()) for name in weights.keys()}
+        elif path.suffix == ".bin":
+            weights = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            shapes |= {name: weight.shape for name, weight in weights.items() if isinstance(weight, torch.Tensor)}
+    return shapes
 
 
 @contextlib.contextmanager

@@ -1,12 +1,21 @@
 """What comes from elsewhere, as names, model folders and prompts: it runs no code, steers no terminal, takes no memory
 for nothing, and is told in one line where it will not do."""
 
+import json
+import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from config import PPOConfig
+from reward import SentimentReward
+from support import models
 from support.errors import UserError
+from support.text_trainer import TextPPOTrainer
 from tests.conftest import ROOT
 from train_ppo import main
 
@@ -47,3 +56,173 @@ def test_what_is_printed_steers_no_terminal_but_a_progress_bar_stays_one():
     shown = "".join(ascii(name)[1:-1] for name in STEERING) + HARMLESS
     assert out == f"{shown}a\tb\\rc\n" * 2
     assert "\rbar\\x1b[0m: 100%" in err and "\x1b" not in err and "Traceback" in err and result.returncode == 1
+
+
+# --- model folders
+
+
+def edit(folder, file="config.json", **values):
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def load_gpt2(folder):
+    config, tokenizer = models.read_policy_folder(folder)
+    return models.load_policy(folder, config), tokenizer
+
+
+def load_classifier(folder):
+    return SentimentReward(folder, "cpu")
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+EVIL_CONFIG = {"auto_map": {"AutoConfig": "evil.C", "AutoModelForSequenceClassification": "evil.C"}}
+EVIL_TOKENIZER = {"auto_map": {"AutoTokenizer": ["evil.C", "evil.C"]}}
+
+
+@pytest.mark.parametrize(
+    ("load", "change", "said"),
+    [
+        (load_gpt2, lambda f: edit(f, **EVIL_CONFIG), None),
+        (load_gpt2, lambda f: edit(f, model_type="evil", **EVIL_CONFIG), "is no readable model config"),
+        (load_classifier, lambda f: edit(f, **EVIL_CONFIG), None),
+        (load_classifier, lambda f: edit(f, model_type="evil", **EVIL_CONFIG), "is no readable model config"),
+        (load_classifier, lambda f: edit(f, model_type="bert-generation", **EVIL_CONFIG), "cannot be loaded"),
+        (load_gpt2, lambda f: edit(f, "tokenizer_config.json", **EVIL_TOKENIZER), None),
+        (load_gpt2, lambda f: edit(f, "tokenizer_config.json", tokenizer_class="C", **EVIL_TOKENIZER), "the tokenizer"),
+        (load_gpt2, lambda f: edit(f, attn_implementation="evil/kernel"), None),
+        (load_classifier, lambda f: edit(f, _attn_implementation="evil/kernel"), None),
+        (load_gpt2, lambda f: torch.save({"a": Evil()}, f / "pytorch_model.bin"), "cannot be loaded"),
+        (load_classifier, lambda f: torch.save([Evil()], f / "pytorch_model.bin"), "cannot be loaded"),
+    ],
+)
+def test_a_model_folder_runs_no_code_and_asks_nothing(
+    gpt2_folder, classifier_folder, tmp_path, monkeypatch, load, change, said
+):
+    """Neither that in the folder, nor in its weights, nor an attention kernel of the hub."""
+    folder = shutil.copytree({load_gpt2: gpt2_folder, load_classifier: classifier_folder}[load], tmp_path / "model")
+    (folder / "evil.py").write_text("open('ran', 'w')\nclass C: pass\n")
+    change(folder)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *question: pytest.fail("asked whether to run code"))
+    if said is None:
+        load(folder)
+    else:
+        with pytest.raises(UserError, match=said):
+            load(folder)
+    assert os.listdir(tmp_path) == ["model"] and os.listdir(folder).count("__pycache__") == 0
+
+
+DIFFER = "config.json and the weights beside it do not belong together: it "
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize(
+    ("load", "change", "said"),
+    [
+        (load_gpt2, {"n_layer": 10**6}, "has 1000000 layers, they are 3. tensors"),
+        (load_gpt2, {"n_embd": 10**7}, r"makes transformer.wte.weight \(43, 10000000\), they hold \(43, 32\)"),
+        (load_gpt2, {"n_positions": 10**9}, r"makes transformer.wpe.weight \(1000000000, 32\), they hold \(48, 32\)"),
+        (load_gpt2, {"n_layer": 20}, "makes a model of 257,089 numbers, they are [0-9,]*"),
+        (load_classifier, {"num_hidden_layers": 10**6}, "has 1000000 layers, they are 25 tensors"),
+        (load_classifier, {"hidden_size": 10**7}, r"makes bert.embeddings.word_embeddings.weight \(43, 10000000\), .*"),
+        (load_classifier, {"vocab_size": 10**11}, r"makes bert.embeddings.word_embeddings.weight .* \(43, 16\)"),
+    ],
+)
+def test_a_config_that_its_weights_belie_is_told_before_the_model_is_built(
+    gpt2_folder, classifier_folder, tmp_path, monkeypatch, load, change, said, kind
+):
+    folder = shutil.copytree({load_gpt2: gpt2_folder, load_classifier: classifier_folder}[load], tmp_path / "model")
+    if kind == "safetensors":
+        weights = torch.load(folder / "pytorch_model.bin")
+        save_file({name: weight.clone() for name, weight in weights.items()}, folder / "model.safetensors")
+        (folder / "pytorch_model.bin").write_bytes(b"")
+    edit(folder, **change)
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *_, **__: pytest.fail("too late"))
+    with pytest.raises(UserError, match=f"{DIFFER}{said}$"):
+        load(folder)
+
+
+def test_a_million_labels_are_not_counted_out(classifier_folder, tmp_path):
+    folder = shutil.copytree(classifier_folder, tmp_path / "model")
+    edit(folder, num_labels=10**30)
+    with pytest.raises(UserError, match="num_labels is over a million"):
+        load_classifier(folder)
+
+
+def test_weights_of_torch_s_first_format_open(gpt2_folder, tmp_path):
+    folder = shutil.copytree(gpt2_folder, tmp_path / "model")
+    weights = torch.load(folder / "pytorch_model.bin")
+    torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert torch.equal(load_gpt2(folder)[0].transformer.wpe.weight, weights["transformer.wpe.weight"])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda f: (f / "vocab.txt").write_text("\n".join("[PAD] [CLS] [SEP] [MASK] a".split())),
+        lambda f: edit(f, "tokenizer_config.json", model_max_length="long"),
+        lambda f: edit(f, "tokenizer_config.json", model_max_length=-1),
+        lambda f: edit(f, "tokenizer_config.json", cls_token=["[CLS]"]),
+        lambda f: (f / "tokenizer_config.json").write_text("[" * 100_000),
+    ],
+)
+def test_a_tokenizer_that_would_fail_later_is_told_when_it_is_loaded(gpt2_folder, tmp_path, damage):
+    folder = shutil.copytree(gpt2_folder, tmp_path / "model")
+    damage(folder)
+    with pytest.raises(UserError, match=f"^the tokenizer in {folder} cannot be loaded"):
+        models.load_tokenizer(folder)
+
+
+# --- prompts
+
+
+@pytest.fixture
+def lower(gpt2_folder, tmp_path):
+    """A trainer whose tokenizer keeps capitals, which its vocabulary does not know, as that of published models."""
+    folder = shutil.copytree(gpt2_folder, tmp_path / "model")
+    edit(folder, "tokenizer_config.json", do_lower_case=False)
+    return TextPPOTrainer.from_pretrained(folder, PPOConfig(device="cpu"))
+
+
+WRITTEN = " written out, which is no text here; leave it out"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("衣服Good", "the vocabulary does not know 'Good' in the prompt '衣服Good'; write '衣服good'"),
+        (
+            "衣服goodx",
+            "the vocabulary does not know 'goodx' in the prompt '衣服goodx'; leave it out, or say it otherwise",
+        ),
+        ("衣服 oo", "the vocabulary does not know 'oo' in the prompt '衣服 oo'; leave it out, or say it otherwise"),
+        ("good很👍", "the vocabulary does not know '👍' in the prompt 'good很👍'; leave it out, or say it otherwise"),
+        ("衣服[SEP]", "the prompt '衣服[SEP]' has [SEP]" + WRITTEN),
+        ("[CLS]衣服", "the prompt '[CLS]衣服' has [CLS]" + WRITTEN),
+        ("衣服[UNK]", "the prompt '衣服[UNK]' has [UNK]" + WRITTEN),
+        ("[MASK]", "the prompt '[MASK]' has [MASK]" + WRITTEN),
+    ],
+)
+def test_a_prompt_that_the_model_would_see_as_another_is_refused(lower, prompt, said):
+    """From Python, too."""
+    with pytest.raises(ValueError) as error:
+        lower.encode(["衣服", prompt])
+    assert str(error.value) == said
+
+
+def test_a_tokenizer_that_lower_cases_takes_capitals(gpt2_folder):
+    assert models.encode_prompt(models.load_tokenizer(gpt2_folder), "衣服GOOD").tolist() == [2, 30, 31, 41]
+
+
+def test_a_run_tells_an_unknown_character_before_any_weights(gpt2_folder, tmp_path, capsys):
+    folder = shutil.copytree(gpt2_folder, tmp_path / "model")
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    given = ["--preset", "demo", "--model_name", str(folder), "--runs_dir", str(tmp_path / "runs"), "--device", "cpu"]
+    assert main([*given, "--prompts", "刚收到货", "这台5G手机"]) == 2
+    assert "the vocabulary does not know '台' in the prompt '这台5G手机'" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
