@@ -377,7 +377,7 @@ def test_a_byte_level_tokenizer_starts_and_ends_texts_with_its_own_token(tmp_pat
         "刚收到货,感觉很",
     )  # half a character
 
-    responses = trainer.generate(queries * 2)
+    responses = trainer.generate(queries * 2 + trainer.encode([""]))
     assert all((response[:-1] != end).all() for response in responses)
     assert all(len(response) == 24 or response[-1] == end for response in responses)
     stats = trainer.step(queries[:1] * 3, [good[0], good[0][:-1], good[1][:2]], [0.1, 0.5, 0.9])

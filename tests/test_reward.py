@@ -390,8 +390,12 @@ def settings() -> list:
     return [read() for read, _ in user_code.SETTINGS]
 
 
+KEPT = []  # what ends when nobody holds it any more
+
+
 def set_everything(folder):
-    torch.inference_mode().__enter__()
+    KEPT.append(torch.inference_mode())
+    KEPT[-1].__enter__()
     torch.set_grad_enabled(False)
     torch.set_default_dtype(torch.float64)
     torch.set_default_device("meta")
