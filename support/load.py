@@ -6,7 +6,7 @@ from pathlib import Path
 
 from config import PPOConfig
 from support import collectives
-from support.devices import keep_freed_memory, pick_device, pick_dtype
+from support.devices import environment, in_one_line, keep_freed_memory, pick_device, pick_dtype
 from support.errors import UserError
 from support.hub import model_folder
 from support.settings import import_function, read_prompts
@@ -24,6 +24,8 @@ def load(config: PPOConfig):
     from reward import read_classifier_config
     from support.models import read_policy_folder
 
+    device = collectives.on_all_ranks(lambda: pick_device(config.device))
+    print(in_one_line(environment(device)))
     looks = {"model_name": read_policy_folder}
     if not config.reward:
         looks["reward_model_name"] = lambda folder: read_classifier_config(folder, config.positive_label)
@@ -32,18 +34,17 @@ def load(config: PPOConfig):
         for flag in looks
     ]
     keep_freed_memory()
-    loaded = collectives.on_all_ranks(lambda: load_folders(config, *folders))
+    loaded = collectives.on_all_ranks(lambda: load_folders(config, device, *folders))
     if collectives.world_size() > 1:
         check_same(config, *loaded)
     return loaded
 
 
-def load_folders(config: PPOConfig, policy_folder: Path, reward_folder: Path | None = None):
+def load_folders(config: PPOConfig, device, policy_folder: Path, reward_folder: Path | None = None):
     """As `load`, in this process alone, from local folders."""
     from reward import SentimentReward
     from support.models import encode_prompt, load_policy, read_policy_folder
 
-    device = pick_device(config.device)
     gpt2_config, tokenizer = read_policy_folder(policy_folder)
     prompts = read_prompts(config)
     longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)

@@ -3,6 +3,7 @@
 runs/<name>/
     config.json       the settings that the run was started with
     changes.json      where these differ from the preset as published: [published, here]
+    environment.jsonl one line a start: its first step, versions, device, dtype, processes
     metrics.csv       one row a step
     samples.jsonl     one line a completion
     evaluation.json   how good the policy was before and after
@@ -28,6 +29,7 @@ from reward import RewardError
 from support import collectives, evaluation, meeting
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.command_line import FINAL, JOB_FILE, flags_to_go_on, new_run_folder
+from support.devices import environment
 from support.errors import FolderGone, UserError
 from support.reading import MEND_LINE, parse_json, whole_lines
 from support.settings import changes, describe_changes, save_config, total_steps
@@ -90,7 +92,8 @@ class RunFolder:
         collectives.broadcast_from_rank_0(lock)
 
     def begin(self, trainer) -> None:
-        """Start the log, or go on with what was logged up to the trainer's step; write down the settings.
+        """Start the log, or go on with what was logged up to the trainer's step; note settings, versions
+        and device.
 
         UserError, with all files as they were, where a log is damaged, or where a run that has lost its checkpoints
         would begin again over more than what it logged before the first of them.
@@ -110,6 +113,10 @@ class RunFolder:
             write_whole(self.path / JOB_FILE, meeting.job())
         save_config(self.config, self.path / "config.json")
         write_whole(self.path / "changes.json", json.dumps(changes(self.config), ensure_ascii=False) + "\n")
+        start = {"step": trainer.n_steps + 1, **environment(trainer.engine.device)}
+        start |= {"dtype": str(trainer.engine.dtype)[6:], "processes": collectives.world_size()}
+        with disk_errors(self.path), (self.path / "environment.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(start) + "\n")
 
     def steps(self, trainer) -> Iterator[int]:
         """The numbers of the steps still to do, from 1, with a progress bar."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from config import PRESETS, PPOConfig, Sentence
-from support.devices import check_device
+from support.devices import check_device, check_versions
 from support.errors import UserError, first_line
 from support.writing import write_whole
 
@@ -34,6 +34,7 @@ def parse_args(argv: list[str], program="python train_ppo.py", description=DESCR
 
     UserError, with the nearest name, for an unknown flag. --help shows the preset's defaults and leaves.
     """
+    check_versions()
     from transformers import HfArgumentParser
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -89,6 +90,7 @@ def parse_args(argv: list[str], program="python train_ppo.py", description=DESCR
 
 def check(config: PPOConfig) -> None:
     """Refuse values that cannot work, before any model is touched. UserError names the flag and what is allowed."""
+    check_versions()
     for name, kind in get_type_hints(PPOConfig).items():
         check_type(name, kind, getattr(config, name))
     if config.preset not in PRESETS:

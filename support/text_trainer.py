@@ -44,9 +44,10 @@ class TextPPOTrainer(PPOTrainer):
         """
         config = PPOConfig() if config is None else config
         check(config)
+        device = pick_device(config.device)
         folder = model_folder(str(name), "--model_name", read_policy_folder)
         gpt2_config, tokenizer = read_policy_folder(folder)
-        policy = load_policy(folder, gpt2_config, pick_device(config.device))
+        policy = load_policy(folder, gpt2_config, device)
         return cls(config, policy, copy.deepcopy(policy), tokenizer)
 
     def encode(self, prompts: list[str]) -> list[torch.Tensor]:

@@ -1,15 +1,30 @@
-"""Where a run computes, in which dtype, and how much at once; GPUs are pretended."""
+"""With which versions and where a run computes, in which dtype, and how much at once; GPUs are pretended."""
 
+import ctypes
+import sys
 import types
+from importlib import metadata
 
 import pytest
 import torch
 
 import train_ppo
 from config import PPOConfig
-from support.devices import check_device, pick_device, pick_dtype, pick_micro_batch_size, to_device
+from support import devices
+from support.devices import (
+    check_device,
+    check_versions,
+    environment,
+    in_one_line,
+    nvidia_driver,
+    pick_device,
+    pick_dtype,
+    pick_micro_batch_size,
+    runs_on,
+    to_device,
+)
 from support.errors import UserError
-from support.load import PROGRAM
+from support.load import PROGRAM, load
 from support.settings import check
 from support.text_trainer import TextPPOTrainer
 from tests.test_step_edges import rows_at_once
@@ -17,17 +32,85 @@ from tests.test_step_edges import rows_at_once
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Pretend a machine: machine(GPUs that torch counts, can it use them, is there an Apple GPU)."""
+    """Pretend a machine: machine(GPUs that torch counts, can it use them, is there an Apple GPU, GPUs that the driver
+    counts and its CUDA, torch's CUDA, each GPU's compute capability, what torch is built for)."""
 
-    def pretend(gpus=0, usable=True, mps=False):
+    def index(device):
+        return device if isinstance(device, int) else device.index or 0
+
+    def pretend(gpus=0, usable=True, mps=False, driver=(0, "none"), cuda="13.0", capabilities=((9, 0),) * 99):
+        monkeypatch.setattr(torch, "__version__", "2.13.0")
+        monkeypatch.setattr(torch.version, "cuda", cuda)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0 and usable)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[index(device)])
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90", "compute_120"] if gpus else [])
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(devices, "nvidia_driver", lambda: driver)
 
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     pretend()
     return pretend
+
+
+# --- versions
+
+
+@pytest.mark.parametrize(
+    ("versions", "said"),
+    [
+        ({"torch": "2.6.0+cu124", "transformers": "5.4.0"}, None),
+        ({"torch": "2.6.0a0+df5bbc09d1.nv24.12", "transformers": "5.10.0.dev0"}, None),
+        (
+            {"torch": "2.15.0", "transformers": "5.3.0"},
+            r"transformers 5\.3\.0 is installed, and transformers.* is needed",
+        ),
+        (
+            {"torch": "2.5.1+cu121", "transformers": "5.4.0"},
+            r"torch 2\.5\.1\+cu121 is installed, and torch>=2.6 is needed",
+        ),
+        (
+            {"torch": "2.13.0", "transformers": "5.40.1"},
+            r"transformers 5\.40\.1 is installed, and transformers.*<5.40.*",
+        ),
+        ({"torch": "2.13.0"}, "transformers is not installed, and "),
+        ({"transformers": "5.4.0"}, "torch is not installed, and "),
+    ],
+    ids=str,
+)
+def test_libraries_that_cannot_work_are_one_line(monkeypatch, tmp_path, capsys, versions, said):
+    def version(name):
+        if name not in versions:
+            raise metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(metadata, "version", version)
+    if said is None:
+        check_versions()
+        return
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"^{said}.*: python -m pip install -r requirements.txt$"):
+        TextPPOTrainer.from_pretrained("a/b")
+    assert train_ppo.main(["--preset", "demo"]) == train_ppo.main(["--help"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 2 and list(tmp_path.iterdir()) == []
+
+
+def test_an_environment_of_a_gpu_says_what_torch_makes_of_it(machine, monkeypatch):
+    machine(gpus=2, driver=(2, "13.1"), capabilities=((8, 0), (9, 0)))
+    found = environment(torch.device("cuda:1"))
+    assert found["device"] == "cuda:1 (Tesla V100)" and found["capability"] == "9.0"
+    assert (found["CUDA"], found["CUDA of the driver"]) == ("13.0", "13.1")
+    assert found["architectures"] == "sm_75 sm_90 compute_120" and found["float32 products"] == "highest"
+    assert in_one_line(found).endswith(", CUDA 13.0, device cuda:1 (Tesla V100)")
+    machine(gpus=1, cuda=None)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert environment(torch.device("cuda"))["CUDA"] == "ROCm 6.4"
+
+
+# --- devices
 
 
 @pytest.fixture
@@ -38,10 +121,31 @@ def chosen(monkeypatch):
     return chosen
 
 
+WITHOUT_CUDA = {"driver": (1, "12.4"), "cuda": None}
+OLD_DRIVER = {"gpus": 1, "usable": False, "driver": (1, "11.4")}
+OLD_GPU = {"gpus": 2, "capabilities": ((7, 0), (9, 0)), "driver": (2, "13.0")}
+NO_CUDA = (
+    "torch 2.13.0 is built without CUDA and cannot use the NVIDIA GPU here, whose driver is for CUDA 12.4; "
+    "https://pytorch.org/get-started/locally/ has one for CUDA 12.4 or older"
+)
+NO_KERNELS = (
+    "torch 2.13.0 has no kernels for the Tesla V100 of compute capability 7.0, only for sm_75 sm_90 compute_120"
+)
+
+
 @pytest.mark.parametrize(
     ("device", "there", "said"),
     [
         ("auto", {}, None),
+        ("auto", OLD_GPU, None),
+        ("cpu", WITHOUT_CUDA, None),
+        ("cuda:1", OLD_GPU, None),
+        ("cuda", WITHOUT_CUDA, f"--device cuda: {NO_CUDA}; try --device cpu"),
+        ("cuda:1", WITHOUT_CUDA, f"--device cuda:1: {NO_CUDA}"),
+        ("cuda", OLD_DRIVER, "--device cuda: torch 2.13.0 is built for CUDA 13.0 and cannot use the NVIDIA GPU here, "),
+        ("cuda", OLD_GPU, f"--device cuda: {NO_KERNELS}; https"),
+        ("cuda:0", OLD_GPU, f"--device cuda:0: {NO_KERNELS}; https"),
+        ("cuda:2", OLD_GPU, "--device cuda:2: torch sees 2 CUDA GPUs here"),
         ("cpu", {}, None),
         ("cuda", {"gpus": 1}, None),
         ("cuda:0", {"gpus": 1}, None),
@@ -88,6 +192,8 @@ def test_a_device_that_is_not_there_is_one_line(machine, tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("device", "there", "picked", "made_current"),
     [
+        ("auto", OLD_GPU, "cpu", []),
+        ("auto", WITHOUT_CUDA, "cpu", []),
         ("auto", {}, "cpu", []),
         ("auto", {"mps": True}, "mps", []),
         ("auto", {"gpus": 2, "mps": True}, "cuda", []),
@@ -104,6 +210,80 @@ def test_one_process_takes_the_device_that_was_named(machine, chosen, device, th
     assert chosen == made_current
 
 
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        ({}, None),
+        ({"mps": True}, None),
+        ({"gpus": 2}, None),
+        ({"gpus": 1, "cuda": None, "capabilities": ((7, 0),)}, None),  # ROCm counts otherwise
+        (WITHOUT_CUDA, NO_CUDA),
+        (
+            OLD_DRIVER,
+            "torch 2.13.0 is built for CUDA 13.0 and cannot use the NVIDIA GPU here, whose driver is for CUDA 11.4",
+        ),
+        (OLD_GPU, NO_KERNELS),
+    ],
+    ids=str,
+)
+def test_a_gpu_that_is_there_and_cannot_be_used_is_told_before_any_download(machine, monkeypatch, capsys, there, said):
+    def model_folder(*args):
+        raise UserError("asked")
+
+    monkeypatch.setattr("support.load.model_folder", model_folder)
+    monkeypatch.setattr("support.text_trainer.model_folder", model_folder)
+    machine(**there)
+    for start in (lambda: load(PPOConfig()), lambda: TextPPOTrainer.from_pretrained("a/b")):
+        with pytest.raises(UserError, match="asked"):
+            start()
+        warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+        assert len(warnings) == (said is not None)
+        assert not said or warnings[0].startswith(f"warning: this goes on without the GPU: {said}")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "runs", "does_not"),
+    [
+        ("sm_80", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0), (12, 0)]),
+        ("sm_86", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        ("sm_120", [(12, 0), (12, 1)], [(1, 2), (10, 0), (13, 0)]),
+        ("sm_90a", [(9, 0)], [(9, 1), (10, 0)]),
+        ("sm_100f", [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
+        ("compute_80", [(8, 0), (8, 6), (9, 0), (12, 0)], [(7, 5)]),
+        ("compute_90a", [(9, 0)], [(10, 0)]),
+        ("compute_100f", [(10, 3)], [(12, 0)]),
+    ],
+)
+def test_which_gpus_run_what_torch_is_built_for(architecture, runs, does_not):
+    assert all(runs_on(architecture, capability) for capability in runs)
+    assert not any(runs_on(architecture, capability) for capability in does_not)
+
+
+@pytest.mark.parametrize(("platform", "library"), [("linux", "libcuda.so.1"), ("win32", "nvcuda.dll")])
+def test_the_driver_is_asked_without_torch(monkeypatch, platform, library):
+    ready = []
+
+    def count(pointer):
+        if ready:
+            pointer._obj.value = 2
+
+    def version(pointer):
+        pointer._obj.value = 12040
+
+    calls = types.SimpleNamespace(cuInit=ready.append, cuDeviceGetCount=count, cuDriverGetVersion=version)
+    monkeypatch.setattr(ctypes, "CDLL", {library: calls}.__getitem__)
+    monkeypatch.setattr(sys, "platform", platform)
+    assert nvidia_driver() == (2, "12.4") and ready == [0]
+
+
+def test_a_machine_without_a_driver_has_no_nvidia_gpu(monkeypatch):
+    def absent(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", absent)
+    assert nvidia_driver() == (0, "none")
+
+
 @pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])
 def test_below_torchrun_each_process_takes_a_gpu_of_its_own(machine, chosen, monkeypatch, device):
     machine(gpus=2)
@@ -114,6 +294,14 @@ def test_below_torchrun_each_process_takes_a_gpu_of_its_own(machine, chosen, mon
     machine(gpus=1)
     with pytest.raises(UserError, match="--device cuda:1: torch sees 1 CUDA GPUs here"):
         pick_device(device)
+
+
+def test_below_torchrun_a_process_whose_own_gpu_cannot_be_used_is_refused(machine, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    machine(gpus=2, capabilities=((9, 0), (7, 0)))
+    with pytest.raises(UserError, match="--device cuda:1: torch 2.13.0 has no kernels for the Tesla V100"):
+        pick_device("auto")
 
 
 def test_below_torchrun_a_cpu_is_shared(machine, chosen, monkeypatch):

@@ -78,6 +78,19 @@ def test_a_finished_run_is_left_alone_and_missing_output_is_made_again(finished,
     assert differences(finished, run_dir) == [] and (run_dir / "rewards.png").exists()
 
 
+def test_a_run_keeps_where_each_of_its_parts_was_computed(finished, tmp_path, monkeypatch, capsys):
+    run_dir = shutil.copytree(finished, tmp_path / "run")
+    (run_dir / "before_after.md").unlink()
+    shutil.rmtree(run_dir / "checkpoints" / "step-000003")
+    monkeypatch.setattr("platform.python_version", lambda: "3.99")
+    assert train_ppo.main(["--resume", str(run_dir)]) == 0
+    starts = [json.loads(line) for line in (run_dir / "environment.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [start.pop("step") for start in starts] == [1, 3]
+    assert [start.pop("Python") for start in starts] == [".".join(map(str, sys.version_info[:3])), "3.99"]
+    assert starts[0] == starts[1] and (starts[0]["device"], starts[0]["dtype"]) == ("cpu", "float32")
+    assert capsys.readouterr().out.startswith(f"Python 3.99, torch {torch.__version__}, transformers ")
+
+
 @pytest.mark.parametrize("name", ["nothing", "latest"])
 def test_runs_that_cannot_be_resumed(tmp_path, name, capsys):
     assert train_ppo.main(["--resume", name, "--runs_dir", str(tmp_path)]) == 2

@@ -14,7 +14,7 @@ from support import collectives
 from support.demo_models import NEGATIVE
 from support.errors import UserError
 from support.load import PROGRAM, check_same, hash_of, load, load_folders
-from support.settings import check
+from support.settings import import_function
 from support.text_trainer import TextPPOTrainer
 from tests.conftest import ROOT, write_classifier, write_gpt2
 
@@ -55,13 +55,13 @@ def test_the_longest_prompt_and_its_completion_fit_the_model_to_the_last_positio
 ):
     config = settings(prompts=prompts, gen_len=gen_len)
     if leaves is None:
-        policy, tokenizer, *_ = load_folders(config, gpt2_folder, classifier_folder)
+        policy, tokenizer, *_ = load_folders(config, "cpu", gpt2_folder, classifier_folder)
         trainer = TextPPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
         (response,) = trainer.generate(trainer.encode(prompts))
         assert 1 <= len(response) <= gen_len
     else:
         with pytest.raises(UserError, match=f"^--gen_len {gen_len}: the longest prompt has {leaves}$"):
-            load_folders(config, gpt2_folder, classifier_folder)
+            load_folders(config, "cpu", gpt2_folder, classifier_folder)
 
 
 def test_what_is_quick_to_look_at_comes_first(tmp_path):
@@ -129,7 +129,7 @@ def compared(monkeypatch):
 
 @pytest.fixture
 def parts(gpt2_folder, classifier_folder):
-    return load_folders(settings(), gpt2_folder, classifier_folder)
+    return load_folders(settings(), "cpu", gpt2_folder, classifier_folder)
 
 
 def differing(first: dict, second: dict) -> list[str]:
@@ -208,7 +208,7 @@ def test_a_reward_s_file_is_compared_in_place_of_a_classifier(compared, parts, t
     (tmp_path / "judge.py").write_text("def score(texts):\n    return [0.5] * len(texts)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     config = settings(reward="judge:score")
-    check(config)
+    import_function(config.reward)
     found, _ = compared(config, *parts)
     assert not any("--reward_model_name" in name for name in found)
     (tmp_path / "judge.py").write_text("def score(texts):\n    return [0.6] * len(texts)\n")
