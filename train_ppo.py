@@ -22,7 +22,7 @@ from config import PPOConfig
 from support import collectives, meeting
 from support.command_line import flags_to_go_on, how_to_go_on, read_command_line
 from support.errors import UserError, first_line, is_out_of_memory
-from support.load import load
+from support.load import input_hashes, load
 from support.settings import total_steps
 from support.streams import hold_streams
 
@@ -42,6 +42,7 @@ def train(config: PPOConfig, run_dir: Path, resume: bool) -> int:
     trainer = TextPPOTrainer(config, policy, reference, tokenizer)
     queries = trainer.encode(prompts)
     folder = RunFolder(run_dir, config)
+    folder.inputs = input_hashes(config, policy, tokenizer, reward, prompts)
     folder.open(trainer, resume)
 
     # 2. How good the policy is before training; measured once
@@ -113,6 +114,8 @@ def judge_again(config: PPOConfig, run_dir: Path) -> int:
     folder = RunFolder(run_dir, config)
     folder.hold()
     policy, tokenizer, reward, prompts = load(config)
+    folder.inputs = input_hashes(config, policy, tokenizer, reward, prompts)
+    folder.compare_inputs()
     results = folder.read_evaluation(prompts)
     earlier = (results.get("after") or {"n": 0})["n"]
     trainer = TextPPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)

@@ -3,6 +3,8 @@
 runs/<name>/
     config.json       the settings that the run was started with
     changes.json      where these differ from the preset as published: [published, here]
+    inputs.json       hashes of the models, the prompts, the file of a reward of one's own, which --resume compares
+    inputs/           that file and the prompts' file, as they were
     environment.jsonl one line a start: its first step, versions, device, dtype, processes
     metrics.csv       one row a step
     samples.jsonl     one line a completion
@@ -31,9 +33,12 @@ from support.checkpoint import load_checkpoint, save_checkpoint
 from support.command_line import FINAL, JOB_FILE, flags_to_go_on, new_run_folder
 from support.devices import environment
 from support.errors import FolderGone, UserError
-from support.reading import MEND_LINE, parse_json, whole_lines
+from support.load import hash_of, own_files
+from support.reading import MEND_LINE, parse_json, read_json, whole_lines
 from support.settings import changes, describe_changes, save_config, total_steps
 from support.writing import disk_errors, remove, whole, write_whole
+
+INPUTS = "inputs.json"
 
 
 class RunFolder:
@@ -47,6 +52,21 @@ class RunFolder:
         self.path = path
         self.config = config
         self.writes = collectives.rank() == 0
+        self.inputs = {}  # what `input_hashes` gave
+
+    def compare_inputs(self) -> None:
+        """UserError where the run was started with other models, prompts or reward than these inputs."""
+        path = self.path / INPUTS
+        before = collectives.broadcast_from_rank_0(
+            lambda: read_json(path, {}, "remove it: it is made again") if path.exists() else {}
+        )
+        # The demo's models are made anew, and on another machine may differ in the last digits
+        now = {name: value for name, value in self.inputs.items() if not name.endswith("_name demo")}
+        other = [name for name in now if before.get(name, now[name]) != now[name]]
+        if other:
+            what = "; ".join(f"{name} is {now[name]} and was {before[name]}" for name in other)
+            way = f"put back what it was, start a new run, or remove {path} to go on with what is there now"
+            raise UserError(f"this is not what {self.path} was started with: {what}; {way}")
 
     def open(self, trainer, resume: bool) -> None:
         """Make the folder or, to resume, put its newest checkpoint into the trainer; start its log."""
@@ -54,6 +74,7 @@ class RunFolder:
             collectives.broadcast_from_rank_0(self.make)
         self.hold()
         if resume:
+            self.compare_inputs()
             load_checkpoint(trainer, self.path / "checkpoints")
         collectives.broadcast_from_rank_0(lambda: self.begin(trainer))
         if resume and trainer.n_steps == 0:
@@ -111,10 +132,21 @@ class RunFolder:
             self.trainer, self.inode = trainer, self.path.stat().st_ino  # for look_for_folder
         if meeting.job():
             write_whole(self.path / JOB_FILE, meeting.job())
+        self.write_settings()
+
+    def write_settings(self) -> None:
+        """What decides the run: settings, hashes of what was loaded, and the user's own files as they are now."""
         save_config(self.config, self.path / "config.json")
         write_whole(self.path / "changes.json", json.dumps(changes(self.config), ensure_ascii=False) + "\n")
-        start = {"step": trainer.n_steps + 1, **environment(trainer.engine.device)}
-        start |= {"dtype": str(trainer.engine.dtype)[6:], "processes": collectives.world_size()}
+        write_whole(self.path / INPUTS, json.dumps(self.inputs, ensure_ascii=False, indent=2) + "\n")
+        for file in own_files(self.config):
+            with disk_errors(self.path):
+                (self.path / "inputs").mkdir(exist_ok=True)
+                content = file.read_bytes()
+            with whole(self.path / "inputs" / f"{file.stem}-{hash_of(content)}{file.suffix}") as partial:
+                partial.write_bytes(content)
+        start = {"step": self.trainer.n_steps + 1, **environment(self.trainer.engine.device)}
+        start |= {"dtype": str(self.trainer.engine.dtype)[6:], "processes": collectives.world_size()}
         with disk_errors(self.path), (self.path / "environment.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(start) + "\n")
 
@@ -175,14 +207,14 @@ class RunFolder:
         with contextlib.suppress(OSError):
             if self.path.stat().st_ino == self.inode:
                 return
-        kept = self.path.with_name(f"{self.path.name}-step-{self.trainer.n_steps}")
-        with disk_errors(kept):
-            kept.mkdir(parents=True)
-        save_config(self.config, kept / "config.json")
-        save_checkpoint(self.trainer, kept / "checkpoints", keep=1)
-        gone = f"{self.path} was removed or renamed while the run was at work there"
-        flags = flags_to_go_on(kept, self.config)
-        raise FolderGone(f"{gone}; what a run needs to go on is in {kept}: python train_ppo.py {flags}")
+        lost, self.path = self.path, self.path.with_name(f"{self.path.name}-step-{self.trainer.n_steps}")
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True)
+        self.write_settings()
+        save_checkpoint(self.trainer, self.path / "checkpoints", keep=1)
+        gone = f"{lost} was removed or renamed while the run was at work there"
+        flags = flags_to_go_on(self.path, self.config)
+        raise FolderGone(f"{gone}; what it needs to go on is in {self.path}: python train_ppo.py {flags}")
 
     def save_model(self, trainer) -> None:
         """Replace model/ by the policy that training ended with."""

@@ -9,9 +9,11 @@ import shlex
 import shutil
 import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import plot_rewards
 from config import PPOConfig
@@ -408,6 +410,94 @@ def test_without_its_checkpoints_a_run_does_not_begin_again(finished, tmp_path, 
     assert main(["--resume", str(run_dir), "--episodes", "64"]) == 2
     assert "checkpoints holds no checkpoint to go on from, and step 1 would replace the logs" in capsys.readouterr().err
     assert contents(run_dir) == before
+
+
+# --- what was loaded is no more what it was
+
+
+def other_weights(path: Path) -> None:
+    weights = torch.load(path)
+    weights[min(weights)] += 1
+    torch.save(weights, path)
+
+
+CHANGES = {  # file, how, what is said to differ
+    "weights": ("gpt2/pytorch_model.bin", other_weights, "the hash of the weights of --model_name "),
+    "vocabulary": (
+        "gpt2/vocab.txt",
+        lambda path: path.write_text(path.read_text("utf-8").replace("书", "画"), "utf-8"),
+        "the hash of the tokenizer of --model_name ",
+    ),
+    "classifier": ("sentiment/pytorch_model.bin", other_weights, "the hash of the weights of --reward_model_name "),
+    "prompts": ("p.txt", lambda path: path.write_text("衣服\n这本书\n", "utf-8"), "the hash of the prompts is "),
+}
+
+
+@pytest.fixture(scope="module")
+def with_own_files(tmp_path_factory, gpt2_folder, classifier_folder) -> Path:
+    """A folder with two models, a prompts file, and a run of one step that was made with them."""
+    here = tmp_path_factory.mktemp("own")
+    shutil.copytree(gpt2_folder, here / "gpt2")
+    shutil.copytree(classifier_folder, here / "sentiment")
+    (here / "p.txt").write_text("衣服\n苹果\n", "utf-8")
+    flags = ["--model_name", here / "gpt2", "--reward_model_name", here / "sentiment", "--prompts_file", here / "p.txt"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("support.run_folder.draw", lambda runs, out: out.touch())
+        assert small_run(here, "--episodes", "16", *map(str, flags))[0] == 0
+    return here
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_changed_since_the_start_is_told_and_nothing_is_done(with_own_files, what, capsys):
+    name, change, said = CHANGES[what]
+    file, run_dir = with_own_files / name, with_own_files / "run"
+    original, before = file.read_bytes(), contents(run_dir)
+    change(file)
+    try:
+        for flags in (["--resume", str(run_dir), "--episodes", "32"], ["--eval_only", str(run_dir)]):
+            assert main(flags) == 2
+            err = capsys.readouterr().err
+            assert err.startswith(f"train_ppo.py: error: this is not what {run_dir} was started with: {said}")
+            assert f"remove {run_dir / 'inputs.json'} to go on with what is there now" in err
+    finally:
+        file.write_bytes(original)
+    assert contents(run_dir) == before
+
+
+def test_what_is_as_it_was_goes_on_in_another_dtype_too_and_so_does_an_older_run(with_own_files, tmp_path):
+    run_dir = shutil.copytree(with_own_files / "run", tmp_path / "run")
+    assert main(["--eval_only", str(run_dir), "--dtype", "bfloat16"]) == 0
+    known = (run_dir / "inputs.json").read_bytes()
+    (run_dir / "inputs.json").unlink()
+    assert main(["--resume", str(run_dir), "--episodes", "32"]) == 0
+    assert (run_dir / "inputs.json").read_bytes() == known and len(rows(run_dir)) == 2
+
+
+def test_a_run_keeps_the_users_own_files_as_they_were(with_own_files, tmp_path, demo, monkeypatch, capsys):
+    """Of a reward that was changed both, once the user has said to go on with it."""
+    (kept,) = (with_own_files / "run" / "inputs").iterdir()
+    assert kept.name.startswith("p-") and kept.read_text("utf-8") == "衣服\n苹果\n"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sources = [f"def score(texts):\n    return [0.{digit}] * len(texts)\n" for digit in (25, 375)]
+    (tmp_path / "judge_of_two.py").write_text(sources[0])
+    code, run_dir = small_run(tmp_path, "--episodes", "16", "--reward", "judge_of_two:score")
+    (tmp_path / "judge_of_two.py").write_text(sources[1])
+    del sys.modules["judge_of_two"]
+    go_on = ["--resume", str(run_dir), "--episodes", "32", "--reward", "judge_of_two:score"]
+    assert code == 0 and main(go_on) == 2
+    assert ": the hash of the file of --reward judge_of_two:score is " in capsys.readouterr().err
+    (run_dir / "inputs.json").unlink()
+    assert main(go_on) == 0 and [row["env/reward_mean"] for row in rows(run_dir)] == ["0.25", "0.375"]
+    assert sorted(path.read_text() for path in (run_dir / "inputs").glob("judge_of_two-*.py")) == sources
+
+
+def test_the_demos_models_may_differ_in_the_last_digits(finished, tmp_path):
+    run_dir = copy_of(finished, tmp_path)
+    hashes = json.loads((run_dir / "inputs.json").read_text())
+    (run_dir / "inputs.json").write_text(
+        json.dumps(dict.fromkeys(hashes, "another") | {"the hash of the prompts": hashes["the hash of the prompts"]})
+    )
+    assert main(["--resume", str(run_dir), "--episodes", "64"]) == 0
 
 
 # --- the folder goes away

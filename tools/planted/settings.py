@@ -214,9 +214,24 @@ BUGS = [  # (file, what stands there, the bug)
         "read_classifier_config(folder, None)",
     ),
     ("support/load.py", 'f"--dtype {config.dtype}": dtype', 'f"--dtype {config.dtype}": config.dtype'),
-    ("support/load.py", 'if getattr(config, flag) == "demo":', 'if config.model_name == "demo":'),
+    (
+        "support/load.py",
+        'if config.reward_model_name == "demo" and not config.reward:',
+        'if config.model_name == "demo":',
+    ),
+    ("support/load.py", "{name: weight.bfloat16() for", "{name: weight for"),
+    ("support/load.py", "hash_of([prompts, tokens])", "hash_of(tokens)"),
+    (
+        "support/load.py",
+        "(reward_file(config), config.prompts_file and Path(config.prompts_file))",
+        "(reward_file(config),)",
+    ),
     ("support/load.py", "hash_of(sorted(its_tokenizer.get_vocab().items()))", "hash_of(len(its_tokenizer))"),
-    ("support/load.py", "tensor.cpu().contiguous().flatten()", "tensor.cpu().flatten()[:8].contiguous()"),
+    (
+        "support/load.py",
+        "tensor.detach().cpu().contiguous().flatten()",
+        "tensor.detach().cpu().flatten()[:8].contiguous()",
+    ),
     (
         "support/text_trainer.py",
         "save_policy(self.policy_for_saving, self.tokenizer",
