@@ -178,10 +178,11 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(in_folder, demo, number
 @pytest.mark.parametrize("call", [1, 5])
 def test_ctrl_c_ends_an_evaluation_at_once(in_folder, demo, call, capfd):
     """The first lets nothing be lost, the last a trained model that is in its folder already."""
-    code, run_dir = small_run(in_folder, "--reward", reward_with_signal(in_folder, call, signal.SIGINT))
+    reward = reward_with_signal(in_folder, call, signal.SIGINT)
+    code, run_dir = small_run(in_folder, "--reward", reward)
     assert code == 130 and capfd.readouterr().err.endswith("\nstopped\n")
     assert (run_dir / "model").exists() == (call == 5) and not (run_dir / "before_after.md").exists()
-    assert call == 1 or main(["--resume", str(run_dir)]) == 0
+    assert call == 1 or main(["--resume", str(run_dir), "--reward", reward]) == 0
 
 
 def test_after_the_loop_signals_end_the_process_again(in_folder, demo):
