@@ -237,7 +237,9 @@ def on_two_hosts(rank):
     torch.__version__ = torch.__version__.removesuffix("-other")
 
     del os.environ["WORLD_SIZE"]  # the group is there already
-    results["code"] = main(["--eval_only", "runs/two", "--reward", "tests.ranks:killed"])  # a folder that the first machine alone has
+    results["code"] = main(
+        ["--eval_only", "runs/two", "--reward", "tests.ranks:killed"]
+    )  # a folder that the first machine alone has
 
     torch.save(results, "results.pt")
     meeting.exit_process(0)
@@ -410,7 +412,9 @@ def test_a_run_goes_on_with_another_number_of_processes(runs, tmp_path):
         shutil.rmtree(run / "model")
     alone = shutil.copytree(tmp_path / "runs" / "two", tmp_path / "runs" / "alone")
     assert main(["--resume", str(alone), "--episodes", "96", "--reward", "tests.ranks:killed"]) == 0
-    ranks = Ranks(tmp_path, program, ["--resume", "runs/one", "--reward", "tests.ranks:killed"], n=4, store=agents_store())
+    ranks = Ranks(
+        tmp_path, program, ["--resume", "runs/one", "--reward", "tests.ranks:killed"], n=4, store=agents_store()
+    )
     assert ranks.wait() == [0] * 4, ranks.err(0)
     for name in ("one", "alone"):
         assert [row["step"] for row in rows(tmp_path / "runs" / name)] == list("123456")

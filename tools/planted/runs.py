@@ -11,7 +11,7 @@ NEAREST = {  # file: the tests nearest to it
 }
 BUGS = [  # (file, what stands there, the bug)
     ("support/run_folder.py", '"environment.jsonl").open("a"', '"environment.jsonl").open("w"'),
-    ("support/run_folder.py", '"step": trainer.n_steps + 1, **env', '"step": 1, **env'),
+    ("support/run_folder.py", '"step": self.trainer.n_steps + 1, **env', '"step": 1, **env'),
     ("support/command_line.py", '        if "reward" not in given:\n', '        if given <= {"resume"}:\n'),
     (
         "support/command_line.py",
