@@ -429,9 +429,9 @@ def test_what_a_reward_sets_holds_for_itself_alone(tmp_path, nothing_set, result
         return result
 
     for _ in range(3):
-        with contextlib.suppress(RewardError):
+        with pytest.raises(RewardError) if isinstance(result, SystemExit) else contextlib.nullcontext():
             scores = score_texts(reward, ["好评"])
-            assert scores.dtype == torch.float32 and scores.device.type == "cpu"
+            assert scores.dtype == torch.float32 and scores.tolist() == result
         assert settings() == nothing_set and not torch.is_inference_mode_enabled()
     start, changed, *later = seen
     assert start == nothing_set and all(now != before for now, before in zip(changed, start))
