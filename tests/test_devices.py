@@ -72,8 +72,8 @@ def machine(monkeypatch):
             r"torch 2\.5\.1\+cu121 is installed, and torch>=2.6 is needed",
         ),
         (
-            {"torch": "2.13.0", "transformers": "5.40.1"},
-            r"transformers 5\.40\.1 is installed, and transformers.*<5.40.*",
+            {"torch": "2.13.0", "transformers": "6.0.1"},
+            r"transformers 6\.0\.1 is installed, and transformers.*<6.*",
         ),
         ({"torch": "2.13.0"}, "transformers is not installed, and "),
         ({"transformers": "5.4.0"}, "torch is not installed, and "),
