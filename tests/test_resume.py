@@ -393,7 +393,8 @@ def test_logs_are_on_disk_before_the_checkpoint_that_counts_on_them(tmp_path, mo
         fsync(descriptor)
 
     folder = RunFolder(tmp_path / "run", PPOConfig(run_name="run"))
-    trainer = SimpleNamespace(n_steps=0, engine=SimpleNamespace(device="cpu", dtype="torch.float32"))
+    engine = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+    trainer = SimpleNamespace(n_steps=0, engine=engine)
     folder.open(trainer, resume=False)
     monkeypatch.setattr(os, "fsync", watched)
     monkeypatch.setattr("support.run_folder.save_checkpoint", lambda *_: order.append("checkpoint"))
