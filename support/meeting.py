@@ -191,7 +191,10 @@ def say_why(line: str) -> None:
 
 
 def lost_process(error: Exception) -> str | None:
-    """In words: which wait an exception ended, where it says that another process is gone; else None."""
+    """In words: which wait an exception ended, where it says that another process is gone; else None.
+
+    Gloo raises. NCCL's watchdog aborts the process from a thread of its own unless TORCH_NCCL_BLOCKING_WAIT=1 is set.
+    """
     if process_group() is None or not isinstance(error, RuntimeError) or not re.search("gloo|NCCL", str(error)):
         return None
     here = Path(__file__)
@@ -201,7 +204,7 @@ def lost_process(error: Exception) -> str | None:
     file, function = [(file, name) for file, name in frames if file.parent in folders and file not in waits][-1]
     address = re.search(r"\[[\d.:a-f]+\]:\d+", str(error))
     how = "has closed its connection"
-    if timed_out := re.search(r"[Tt]imed out.*?(\d+) ?ms", str(error)):
+    if timed_out := re.search(r"(?:[Tt]imed out.*?(?=\d+ ?ms)|Timeout\(ms\)=)(\d+)", str(error)):  # Gloo, NCCL
         how = f"did not answer for {int(timed_out[1]) / 1000:g} s (--process_timeout)"
     who = f"another machine or process{f' ({address[0]})' if address else ''}"
     return f"{who} is gone: it {how}, for which this one waited in {function}() of {file.name}"

@@ -249,6 +249,10 @@ CLOSED = "[../third_party/gloo/gloo/transport/tcp/pair.cc:546] Connection closed
 CLOSED_6 = "[../gloo/transport/tcp/pair.cc:546] Connection closed by peer [fd00::2]:41873"
 SILENT = "[../gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1500ms for recv operation to complete"
 NCCL = "NCCL error: remote process exited or there was a network error"
+NCCL_SILENT = (
+    "[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE, NumelIn=3, "
+    "NumelOut=3, Timeout(ms)=2500) ran for 2504 milliseconds before timing out."
+)
 
 
 @pytest.fixture
@@ -294,6 +298,7 @@ def test_the_wait_is_named_by_the_programs_own_function(group, packages):
     [
         (CLOSED_6, "another machine or process ([fd00::2]:41873) is gone: it has closed its connection"),
         (SILENT, "another machine or process is gone: it did not answer for 1.5 s (--process_timeout)"),
+        (NCCL_SILENT, "another machine or process is gone: it did not answer for 2.5 s (--process_timeout)"),
         (NCCL, "another machine or process is gone: it has closed its connection"),
     ],
 )

@@ -110,6 +110,7 @@ BUGS = [  # (file, what stands there, the bug)
         "if file.is_relative_to(folders[1]) and file not in waits]",
     ),
     ("support/meeting.py", "and file not in waits][-1]", "and file not in waits][0]"),
+    ("support/meeting.py", r"|Timeout\(ms\)=)(\d+)", r")(\d+)"),
     ("support/meeting.py", "int(timed_out[1]) / 1000:g} s", "timed_out[1]} s"),
     ("support/meeting.py", "not isinstance(error, RuntimeError) or", ""),
     (
