@@ -24,9 +24,8 @@ def whole(path: Path, needed: int = 0):
     target = path.resolve()  # what a link leads to
     partial, old = target.with_name(f".partial-{target.name}"), target.with_name(f".partial-old-{target.name}")
     with disk_errors(path, needed):
+        clear(target, partial, old)
         try:
-            for leftover in (partial, old):
-                remove(leftover)
             yield partial
             for written in (*partial.rglob("*"), partial):
                 flush(written)
@@ -35,8 +34,15 @@ def whole(path: Path, needed: int = 0):
             partial.replace(target)
             flush(target.parent)
         finally:
-            for leftover in (partial, old):
-                remove(leftover)
+            clear(target, partial, old)
+
+
+def clear(target: Path, partial: Path, old: Path) -> None:
+    """Remove what a writing has left beside its target; the old stands again where the new never took its place."""
+    if old.exists() and not target.exists():
+        old.rename(target)
+    for leftover in (partial, old):
+        remove(leftover)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -1,6 +1,7 @@
 """What is written is there whole or not at all: files and folders, whatever ends the writing."""
 
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -51,8 +52,33 @@ def test_what_ends_the_writing_leaves_the_old_alone(tmp_path, kind, error):
     assert content(path) == "old" and [entry.name for entry in tmp_path.iterdir()] == ["it"]
 
 
+@pytest.mark.parametrize("ended", ["by an error", "by a kill"])
+def test_a_folder_whose_successor_does_not_come_stands_again(tmp_path, monkeypatch, ended):
+    """Between the two renames the old has another name and the new has not yet its own."""
+    path, replace = tmp_path / "it", Path.replace
+    write_folder(path, "old")
+
+    def failing(self, target):
+        if ended == "by an error":
+            raise OSError(5, "Input/output error")
+        shutil.copytree(tmp_path, tmp_path.with_name("killed"))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", failing)
+    if ended == "by an error":
+        with pytest.raises(UserError, match="it cannot be written: Input/output error"):
+            write_folder(path, "new")
+    else:
+        write_folder(path, "new")
+        path = tmp_path.with_name("killed") / "it"
+        with pytest.raises(KeyboardInterrupt), whole(path):
+            raise KeyboardInterrupt
+    assert content(path) == "old" and [entry.name for entry in path.parent.iterdir()] == ["it"]
+
+
 @pytest.mark.parametrize("kind", WRITERS)
 def test_what_a_kill_has_left_is_in_nobodys_way(tmp_path, kind):
+    WRITERS[kind](tmp_path / "it", "old")
     for name in (".partial-it", ".partial-old-it"):
         (tmp_path / name / "below" / "file").mkdir(parents=True)
     WRITERS[kind](tmp_path / "it", "new")

@@ -228,14 +228,11 @@ BUGS = [  # (file, what stands there, the bug)
     ("support/writing.py", "if path.exists() and not path.is_file() and not path.is_dir():", "if False:"),
     (
         "support/writing.py",
-        "        finally:\n            for leftover in (partial, old):\n                remove(leftover)\n",
+        "        finally:\n            clear(target, partial, old)\n",
         "        finally:\n            pass\n",
     ),
-    (
-        "support/writing.py",
-        "            for leftover in (partial, old):\n                remove(leftover)\n            yield",
-        "            yield",
-    ),
+    ("support/writing.py", "        clear(target, partial, old)\n        try", "        try"),
+    ("support/writing.py", "        old.rename(target)\n", "        pass\n"),
     ("support/signals.py", "signal.SIGTERM: signal.SIG_DFL}", "}"),
     ("support/signals.py", "    STOPS[signal.SIGHUP] = signal.SIG_DFL\n", "    pass\n"),
     ("support/signals.py", "if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:", "if True:"),
