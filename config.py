@@ -7,7 +7,10 @@ Change a default here, or override it by its name on the command line. A preset 
 """
 
 import math
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
+from decimal import Decimal
+from numbers import Real
 from typing import Literal, Optional
 
 
@@ -33,7 +36,16 @@ class PPOConfig:
         defaults = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(self)}
         if unknown := sorted(set(values) - set(defaults)):
             raise TypeError(f"PPOConfig has no field {unknown[0]!r}")
-        self.__dict__ |= defaults | PRESETS.get(str(values.get("preset")), {}) | values
+        for name, value in (defaults | PRESETS.get(str(values.get("preset")), {}) | values).items():
+            setattr(self, name, value)
+
+    def __setattr__(self, name, value):
+        """A number of another type, as Decimal or one of NumPy's, becomes the int or the float of its field."""
+        kind = type(getattr(PPOConfig, name, None))
+        if kind in (int, float) and isinstance(value, (Real, Decimal)) and not isinstance(value, bool):
+            with suppress(ArithmeticError, ValueError):  # of infinity or NaN, which the check refuses
+                value = kind(value) if kind is float or kind(value) == value else value
+        super().__setattr__(name, value)
 
     preset: str = option(
         "default",

@@ -11,7 +11,7 @@ from pathlib import Path
 from config import PPOConfig
 from support import collectives, meeting
 from support.errors import UserError
-from support.reading import read_evaluation
+from support.reading import path_errors, read_evaluation
 from support.settings import check, import_function, load_config, parse_args, total_steps
 
 # Settings that may differ when a run goes on, since none of them changes what it computes (but for how long); and
@@ -24,6 +24,7 @@ FINAL = ("model", "rewards.png", "before_after.md")  # what the end of a run wri
 JOB_FILE = ".torchrun-id"  # below torchrun the job that a run folder belongs to
 
 
+@path_errors()
 def read_command_line(argv: list[str]) -> tuple[PPOConfig, Path, str]:
     """The config, the run folder, and 'train', 'resume', 'eval_only' or 'nothing'. UserError for bad input."""
     config, given = parse_args(argv)

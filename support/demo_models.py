@@ -16,10 +16,12 @@ import tempfile
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer, GPT2Config, GPT2LMHeadModel
 
 from support.errors import UserError
+from support.writing import disk_errors, whole
 
 NEGATIVE, POSITIVE = "negative (stars 1, 2 and 3)", "positive (stars 4 and 5)"
 
@@ -66,6 +68,7 @@ def write_review(draw: random.Random) -> tuple[str, int]:
 
 REVIEWS, STEPS, BATCH, LR = 8_000, {"gpt2": 400, "sentiment": 120}, 64, 2e-3
 GPT2_SIZES = {"n_positions": 64, "n_embd": 96, "n_layer": 2, "n_head": 4}
+ROOM = 4 << 20  # bytes that both take, and some more
 CLASSIFIER_SIZES = {
     "max_position_embeddings": 64,
     "hidden_size": 64,
@@ -82,27 +85,27 @@ def demo_models() -> tuple[Path, Path]:
     folder = cache / f"demo-{hashlib.sha256(source).hexdigest()[:16]}"
     if not folder.exists():
         print(f"making the demo models in {folder} (once, under a minute)", flush=True)
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
-        try:
-            make_demo_models(partial)
-            partial.rename(folder)
-        except OSError:
-            if not folder.exists():  # another process may have been faster, which is as good
-                raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        with disk_errors(folder, ROOM), tempfile.TemporaryDirectory() as made:
+            make_demo_models(Path(made))
+            with FileLock(cache.with_name(f"{cache.name}.lock")):  # another process may be as far
+                for left in cache.glob(".partial-*"):  # by a start that was killed
+                    shutil.rmtree(left)
+                if not folder.exists():
+                    with whole(folder, ROOM) as partial:
+                        shutil.copytree(made, partial)
     return folder / "gpt2", folder / "sentiment"
 
 
 def cache_folder() -> Path:
     """The user's cache folder or, where that cannot be written, one beside temporary files."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # begins with ~ where there is no home
     for parent in (home, tempfile.gettempdir()):
         folder = Path(parent) / "ppo-chinese-gpt2"
         with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-            return folder
+            if folder.is_absolute():
+                folder.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+                return folder
     raise UserError(f"neither {home} nor {tempfile.gettempdir()} can be written; set XDG_CACHE_HOME to another folder")
 
 

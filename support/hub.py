@@ -3,8 +3,8 @@
 import contextlib
 import errno
 import http
-import json
 import logging
+import os
 import re
 import shutil
 import threading
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from support.errors import UserError
+from support.reading import path_errors, read_json
 
 NEEDED = "config.json"
 VOCABULARIES = (("vocab.txt",), ("tokenizer.json",), ("vocab.json", "merges.txt"))
@@ -21,6 +22,7 @@ SMALL = (NEEDED, *(file for vocabulary in VOCABULARIES for file in vocabulary), 
 WEIGHTS = (r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?")
 
 
+@path_errors()
 def model_folder(name: str, flag: str, check: Callable[[Path], None] = lambda folder: None) -> Path:
     """The local folder of a model: as given, made on the spot for 'demo', or from the hub (its cache first).
 
@@ -32,9 +34,9 @@ def model_folder(name: str, flag: str, check: Callable[[Path], None] = lambda fo
         from support.demo_models import demo_models
 
         return demo_models()[0 if flag == "--model_name" else 1]
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
+    folder = os.path.expanduser(name)
+    if os.path.isdir(folder):
+        return Path(folder)
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise UserError(f"{flag} {name}: there is no such folder, and it is no hub id (owner/model)")
     cached = cached_folder(name)
@@ -62,7 +64,7 @@ def is_complete(folder: Path) -> bool:
     names = {path.name for path in folder.iterdir() if path.exists()}
     weights = wanted_weights(names)
     for index in (name for name in weights if name.endswith(".index.json")):
-        shards = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
+        shards = read_json(folder / index, {"weight_map": dict}, "remove it")["weight_map"].values()
         weights = weights if names >= set(shards) else []
     return NEEDED in names and has_vocabulary(names) and bool(weights)
 
@@ -123,7 +125,8 @@ def fetch(name: str, flag: str, cached: Path | None, check: Callable[[Path], Non
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{flag} {name} cannot be fetched: {explain(error, name, flag, store)}")
+        reason = explain(error, name, flag, store)
+        raise UserError(f"{flag} {name} cannot be fetched: {reason}; and no folder here has that name")
 
 
 class Silence(Exception):
@@ -235,10 +238,7 @@ def explain(error: Exception, name: str, flag: str, store: Path) -> str:
     if "RevisionNotFoundError" in kinds:
         return f"{hub} no longer has the version that the cache began with; remove {store} and try again"
     if "RepositoryNotFoundError" in kinds or status == 404:
-        return (
-            f"{hub} knows no such public model ({status}), and there is no such folder here; check the name, and for a "
-            "private model set HF_TOKEN"
-        )
+        return f"{hub} knows no such public model ({status}); check the name, and for a private model set HF_TOKEN"
     if status in (401, 403):
         return f"{hub} refuses access ({status}); check the name, and set HF_TOKEN to a token that may read it"
     if status == 429:

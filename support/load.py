@@ -10,6 +10,7 @@ from support import collectives
 from support.devices import environment, in_one_line, keep_freed_memory, pick_device, pick_dtype
 from support.errors import UserError
 from support.hub import model_folder
+from support.reading import path_errors
 from support.settings import import_function, read_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +42,7 @@ def load(config: PPOConfig):
     return loaded
 
 
+@path_errors()
 def load_folders(config: PPOConfig, device, policy_folder: Path, reward_folder: Path | None = None):
     """As `load`, in this process alone, from local folders."""
     from reward import SentimentReward

@@ -1,6 +1,8 @@
 """Files that a person, a spreadsheet or a bad disk may have changed: read, or refused in one line with the place."""
 
+import contextlib
 import json
+from collections import Counter
 from pathlib import Path
 
 from support.errors import UserError
@@ -8,18 +10,35 @@ from support.errors import UserError
 MEND_LINE = "mend that line, or remove it"
 
 
-def read_text(path: Path, remedy: str, only_whole_lines: bool = False) -> str:
-    """A UTF-8 text file, perhaps without a last line that has no end yet; a byte order mark does not count."""
+@contextlib.contextmanager
+def path_errors():
+    """What the system says of any path, as that one may not look there or that its name is too long, in one line."""
     try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise UserError(f"{error.filename} cannot be used: {error.strerror}")
+
+
+def read_text(path: Path, remedy: str, only_whole_lines: bool = False, name: str = "") -> str:
+    """A UTF-8 text file, perhaps without a last line that has no end yet; a byte order mark does not count.
+
+    UserError, which calls it `name` or by its path, where it is none, or a device or a pipe, which may never end.
+    """
+    name = name or path
+    try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError(f"{name} is no file, but a device or a pipe; save what it gives in a file")
         content = path.read_bytes()
         if only_whole_lines:
             content = content[: content.rfind(b"\n") + 1]
         return content.decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}")
+        raise UserError(f"{name} cannot be read: {error.strerror}")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path} is damaged in line {line}: it is no UTF-8 text; {remedy}")
+        raise UserError(f"{name} is damaged in line {line}: it is no UTF-8 text; {remedy}")
 
 
 def whole_lines(path: Path) -> list[str]:
@@ -46,11 +65,19 @@ def read_evaluation(run_dir: Path, shape: dict, remedy: str = "remove it: --resu
 def parse_json(text: str, shape, name, remedy: str):
     """The value of a JSON text that is called `name`. UserError where it is none, or not of the shape, see `misfit`."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=once_each)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name} is damaged: it is no JSON ({error}); {remedy}")
     if (place := misfit(value, shape)) is not None:
         raise UserError(f"{name} is damaged: {place or 'it'} is missing, or not what it should be; {remedy}")
+    return value
+
+
+def once_each(pairs: list[tuple]) -> dict:
+    """The names and values of a JSON object. ValueError where a name stands there twice."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError(f"{Counter(name for name, _ in pairs).most_common(1)[0][0]!r} stands there twice")
     return value
 
 

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from config import PRESETS, PPOConfig, Sentence
 from support.devices import check_device, check_versions
 from support.errors import UserError, first_line
+from support.reading import read_json, read_text
 from support.writing import write_whole
 
 SHIPPED = Path(__file__).with_name("shipped.json")  # every value of each preset as published: tools/ship.py writes it
@@ -100,9 +102,10 @@ def check(config: PPOConfig) -> None:
     if config.minibatch_size > config.batch_size:
         sizes = f"--minibatch_size {config.minibatch_size} is larger than --batch_size {config.batch_size}"
         raise UserError(sizes)
-    if config.run_name is not None and not re.fullmatch(r"[^\W_][\w.\-]*", config.run_name):
-        allowed = "letters, digits, '_', '-' and '.' only, a letter or digit first"
-        raise UserError(f"--run_name {config.run_name!r} is no plain name: {allowed}")
+    name = config.run_name
+    if name is not None and not (re.fullmatch(r"[^\W_][\w.\-]*", name) and len(name.encode()) <= 200):
+        allowed = "letters, digits, '_', '-' and '.' only, a letter or digit first, 200 bytes at most"
+        raise UserError(f"--run_name {name!r} is no plain name: {allowed}")
     for name in ("model_name", "reward_model_name", "runs_dir"):
         if not getattr(config, name).strip():
             raise UserError(f"--{name} is empty")
@@ -113,9 +116,11 @@ def check(config: PPOConfig) -> None:
 
 
 def check_type(name: str, kind, value) -> None:
-    """Refuse a value that is not of the field's type, as a script or an edited config.json may hold."""
+    """Refuse a value that is not of the field's type, as a script or an edited config.json may hold; and half
+    characters, which stand for bytes of a command line that is no UTF-8."""
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
+            value = value if isinstance(value, str) else reprlib.repr(value)
             raise UserError(f"--{name} {value} is unknown; choose one of {', '.join(get_args(kind))}")
         return
     if kind is float:
@@ -127,7 +132,10 @@ def check_type(name: str, kind, value) -> None:
     else:  # str, bool, Optional[str]
         good = isinstance(value, kind)
     if not good:
-        raise UserError(f"{name} must be of type {getattr(kind, '__name__', kind)}, not {value!r}")
+        raise UserError(f"{name} must be of type {getattr(kind, '__name__', kind)}, not {reprlib.repr(value)}")
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and re.search("[\0\ud800-\udfff]", text):
+            raise UserError(f"--{name} {text} is no text in UTF-8")
 
 
 def check_limits(name: str, limits: Sentence, value) -> None:
@@ -135,10 +143,12 @@ def check_limits(name: str, limits: Sentence, value) -> None:
     above, at_least, at_most = limits.above, limits.at_least, limits.at_most
     if max(above, at_least) == -math.inf:
         return
+    if isinstance(value, int) and value >= 2**63:  # which neither torch nor NumPy counts
+        at_most = min(at_most, 2**63 - 1)
     if not (above < value and at_least <= value <= at_most and math.isfinite(value)):
         least = f"at least {at_least}" if above == -math.inf else f"above {above}"
         most = f" and at most {at_most}" if at_most < math.inf else " and finite" if isinstance(value, float) else ""
-        raise UserError(f"--{name} must be {least}{most}, not {value}")
+        raise UserError(f"--{name} must be {least}{most}, not {reprlib.repr(value)}")
 
 
 def read_prompts(config: PPOConfig) -> list[str]:
@@ -147,12 +157,8 @@ def read_prompts(config: PPOConfig) -> list[str]:
         prompts, source = config.prompts, "--prompts"
     else:
         source = f"--prompts_file {config.prompts_file}"
-        try:
-            prompts = Path(config.prompts_file).read_text(encoding="utf-8-sig").split("\n")
-        except UnicodeDecodeError:
-            raise UserError(f"{source} is not UTF-8 text; save it as UTF-8, one prompt a line")
-        except OSError as error:
-            raise UserError(f"{source} cannot be read: {error.strerror}")
+        text = read_text(Path(config.prompts_file), "save it as UTF-8, one prompt a line", name=source)
+        prompts = text.replace("\r\n", "\n").split("\n")
         while prompts and not prompts[-1].strip():
             prompts.pop()
     if not prompts:
@@ -177,19 +183,14 @@ def load_config(path: Path, may_lack: set[str] = frozenset()) -> PPOConfig:
 
     UserError where the file is missing, broken or has other fields.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}")
-    except ValueError:
-        raise UserError(f"{path} is not JSON")
-    names = {f.name for f in dataclasses.fields(PPOConfig)}
-    if not isinstance(values, dict) or not set(values) <= names:
-        wrong = sorted(set(values) - names) if isinstance(values, dict) else [type(values).__name__]
-        raise UserError(f"{path} is no config of this program: it holds {wrong[0]!r}")
+    values, kinds = read_json(path, dict, "a run cannot go on without its settings"), get_type_hints(PPOConfig)
+    for name in sorted(values):
+        if name not in kinds:
+            raise UserError(f"{path} is no config of this program: it holds {reprlib.repr(name)}")
+        check_type(name, kinds[name], values[name])
     config = PPOConfig(**values)
     check(dataclasses.replace(config, device="auto"))  # a run may go on where its device is not
-    if absent := sorted(names - set(values) - may_lack):
+    if absent := sorted(set(kinds) - set(values) - may_lack):
         wrote = f"{path} was written by another version of this program and lacks {absent[0]!r}"
         raise UserError(f"{wrote}; add it with the value that the run was made with")
     return config

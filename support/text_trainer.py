@@ -11,6 +11,7 @@ trainer.save("my_model")
 """
 
 import copy
+import os
 from pathlib import Path
 
 import torch
@@ -20,8 +21,10 @@ from ppo import PPOTrainer
 from support.devices import pick_device
 from support.hub import model_folder
 from support.models import decode, encode_prompt, load_policy, read_policy_folder, save_policy
+from support.reading import path_errors
 from support.settings import check
 from support.user_code import listed, shown
+from support.writing import disk_errors
 
 
 class TextPPOTrainer(PPOTrainer):
@@ -36,6 +39,7 @@ class TextPPOTrainer(PPOTrainer):
         print(f"{trained / 1e6:.1f} of {total / 1e6:.1f} million parameters train")
 
     @classmethod
+    @path_errors()
     def from_pretrained(cls, name: str | Path, config: PPOConfig | None = None) -> "TextPPOTrainer":
         """Policy, reference, tokenizer and trainer from a hub id, a local folder, or a folder that `save` wrote.
 
@@ -70,4 +74,7 @@ class TextPPOTrainer(PPOTrainer):
 
         The folder opens here by `from_pretrained`, value head included, and in plain `transformers`.
         """
-        save_policy(self.policy_for_saving, self.tokenizer, Path(folder), self.config.temperature)
+        if not str(folder).strip() or os.path.isfile(folder):
+            raise ValueError(f"save() takes the name of a folder, not {str(folder)!r}")
+        with disk_errors(Path(folder), 4 * self.model.num_parameters()):
+            save_policy(self.policy_for_saving, self.tokenizer, Path(folder), self.config.temperature)

@@ -79,7 +79,7 @@ def disk_errors(path: Path, needed: int = 0):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        place = next(parent for parent in (path, *path.parents) if parent.exists())
+        place = next(parent for parent in (path, *path.parents) if os.path.exists(parent))
         free = shutil.disk_usage(place).free
         reason = getattr(error, "strerror", None) or str(error)
         if free < needed or "No space left" in reason:

@@ -3,11 +3,16 @@
 import importlib.machinery
 import json
 import math
+import os
 import re
 import runpy
 import subprocess
 import sys
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -145,6 +150,33 @@ def test_a_value_of_another_type_is_refused(name):
         check(PPOConfig(**{name: 1}))  # a whole number is one, too
 
 
+@pytest.mark.parametrize("name", ["prompts", "model_name", "run_name", "prompts_file", "runs_dir", "positive_label"])
+def test_half_a_character_is_refused(name):
+    """As Python reads bytes of a command line that are no UTF-8."""
+    text = "a\udcff"
+    assert refusal(**{name: [text] if name == "prompts" else text}).endswith("a\\udcff is no text in UTF-8")
+
+
+@pytest.mark.parametrize("number", [Decimal("2"), np.float32(2), np.float64(2), np.int64(2), np.uint8(2), Fraction(2)])
+def test_a_number_of_any_library_is_one(tmp_path, number):
+    config = PPOConfig(target=number, ppo_epochs=number)
+    config.batch_size = config.minibatch_size = number
+    check(config)
+    for value in (config.ppo_epochs, config.batch_size, config.minibatch_size):
+        assert type(value) is int and value == 2
+    assert type(config.target) is float and config.target == 2.0
+    save_config(config, tmp_path / "config.json")
+    assert load_config(tmp_path / "config.json") == config
+
+
+def test_a_number_that_is_none_for_its_field_is_still_refused():
+    assert refusal(ppo_epochs=Decimal("1.5")) == "ppo_epochs must be of type int, not Decimal('1.5')"
+    assert refusal(ppo_epochs=np.float32("nan")).startswith("ppo_epochs must be of type int, not ")
+    assert refusal(lr=Decimal("Infinity")) == "--lr must be above 0 and finite, not inf"
+    assert refusal(detach_value=np.int64(1)).startswith("detach_value must be of type bool, not ")
+    assert PPOConfig(lr=Decimal("0.1")).lr == 0.1
+
+
 def test_a_type_is_called_by_its_name():
     assert refusal(lr="fast") == "lr must be of type float, not 'fast'"
     assert refusal(batch_size=1.5) == "batch_size must be of type int, not 1.5"
@@ -158,15 +190,17 @@ def test_a_minibatch_is_at_most_a_batch():
     assert refusal(batch_size=64, minibatch_size=65) == said
 
 
-@pytest.mark.parametrize("name", ["run", "a_b-c.d", "7", "感觉", "2024-01-01.x", "a."])
+@pytest.mark.parametrize("name", ["run", "a_b-c.d", "7", "感觉", "2024-01-01.x", "a.", "a" * 200, "感" * 66])
 def test_a_plain_run_name_is_taken(name):
     check(PPOConfig(run_name=name))
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "-x", "_x", "a/b", "a\\b", "a b", "a:b", "a\n", "/a", "~"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", ".hidden", "-x", "_x", "a/b", "a\\b", "a b", "a:b", "a\n", "/a", "~", "a" * 201, "感" * 67]
+)
 def test_a_run_name_that_is_no_plain_name_is_refused(name):
-    said = f"--run_name {name!r} is no plain name: letters, digits, '_', '-' and '.' only, a letter or digit first"
-    assert refusal(run_name=name) == said
+    allowed = "letters, digits, '_', '-' and '.' only, a letter or digit first, 200 bytes at most"
+    assert refusal(run_name=name) == f"--run_name {name!r} is no plain name: {allowed}"
 
 
 @pytest.mark.parametrize("name", ["model_name", "reward_model_name", "runs_dir"])
@@ -204,13 +238,23 @@ def test_a_prompts_file_holds_a_prompt_a_line(tmp_path, content, prompts):
         (b" \n\n", " holds no prompt; give at least one"),
         ("好\n\n坏\n".encode(), ": prompt 2 is empty; each needs at least one character"),
         (b"\n\na\n", ": prompt 1 is empty; each needs at least one character"),
-        ("感觉".encode("gbk"), " is not UTF-8 text; save it as UTF-8, one prompt a line"),
+        ("好\n感觉".encode()[:-1], " is damaged in line 2: it is no UTF-8 text; save it as UTF-8, one prompt a line"),
+        ("感觉".encode("gbk"), " is damaged in line 1: it is no UTF-8 text; save it as UTF-8, one prompt a line"),
     ],
 )
 def test_a_prompts_file_that_will_not_do_is_named(tmp_path, content, said):
     file = tmp_path / "prompts.txt"
     file.write_bytes(content)
     assert refusal(prompts_file=str(file)) == f"--prompts_file {file}{said}"
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "link to a device"])
+def test_a_prompts_file_that_may_never_end_is_not_read(tmp_path, kind):
+    file = tmp_path / "prompts.txt"
+    os.mkfifo(file) if kind == "pipe" else file.symlink_to("/dev/zero")
+    file = Path("/dev/zero") if kind == "device" else file
+    said = f"--prompts_file {file} is no file, but a device or a pipe; save what it gives in a file"
+    assert refusal(prompts_file=str(file)) == said
 
 
 def test_a_prompts_file_that_cannot_be_read_is_named(tmp_path):
@@ -456,6 +500,14 @@ def test_a_config_survives_its_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_config_that_an_editor_has_marked_is_read(tmp_path):
+    """A byte order mark before it, and lines that end as Windows ends them."""
+    path = tmp_path / "config.json"
+    save_config(PPOConfig(lr=1e-3), path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert load_config(path) == PPOConfig(lr=1e-3)
+
+
 def test_a_config_opens_where_its_device_is_not(tmp_path):
     save_config(PPOConfig(device="cuda:99"), tmp_path / "config.json")
     assert load_config(tmp_path / "config.json").device == "cuda:99"
@@ -476,9 +528,23 @@ def test_a_config_may_lack_what_was_added_later_and_changes_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"{", " is not JSON"),
-        (b"\xff\xfe", " is not JSON"),
-        (b"[]", " is no config of this program: it holds 'list'"),
+        (b"{", " is damaged: it is no JSON (Expecting property name"),
+        (b"{\n\xff\xfe", " is damaged in line 2: it is no UTF-8 text; a run cannot go on without its settings"),
+        (b"[]", " is damaged: it is missing, or not what it should be; a run cannot go on without its settings"),
+        (b"[" * 10_000, " is damaged: it is no JSON (maximum recursion depth exceeded"),
+        (b'{"lr":' * 10_000, " is damaged: it is no JSON (maximum recursion depth exceeded"),
+        (b'{"lr": ' + b"[" * 500 + b"]" * 500 + b"}", "lr must be of type float, not [[[[[[[...]]]]]]]"),
+        (b'{"preset": ' + b"[" * 500 + b"]" * 500 + b"}", "preset must be of type str, not [[[[[[[...]]]]]]]"),
+        (b'{"dtype": ' + b"[" * 500 + b"]" * 500 + b"}", "--dtype [[[[[[[...]]]]]]] is unknown"),
+        (b'{"lr": 1e-5, "seed": 1, "lr": 2e-5}', " is damaged: it is no JSON ('lr' stands there twice)"),
+        (b'{"lr": 1' + b"0" * 5000 + b"}", " is damaged: it is no JSON (Exceeds the limit"),
+        (b'{"lr": 1' + b"0" * 400 + b"}", "--lr must be above 0 and at most 9223372036854775807, not 1000000000000"),
+        (
+            b'{"batch_size": 9223372036854775808}',
+            "--batch_size must be at least 1 and at most 9223372036854775807, not",
+        ),
+        (b'{"prompts": ["\\ud800"]}', " is damaged: it holds half a character"),
+        (b'{"runs_dir": "a\\u0000b"}', "--runs_dir a\\x00b is no text in UTF-8"),
         (b'{"lr": 1e-5, "mood": 1, "zeal": 2}', " is no config of this program: it holds 'mood'"),
         (b'{"lr": "big"}', "lr must be of type float, not 'big'"),
         (b'{"lr": Infinity}', "--lr must be above 0 and finite, not inf"),

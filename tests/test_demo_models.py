@@ -2,10 +2,11 @@
 
 import errno
 import json
+import os
 import random
 import re
 import shutil
-from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -106,8 +107,20 @@ def test_models_are_made_anew_by_another_source_or_torch(makes, tmp_path, monkey
 
 def test_without_a_cache_s_name_it_is_below_home(makes, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path.replace("~", str(tmp_path / "home")))
     assert demo_models.demo_models()[0].parent.parent == tmp_path / "home" / ".cache" / "ppo-chinese-gpt2"
+
+
+@pytest.mark.parametrize("cache", ["", "relative"])
+def test_without_a_home_it_is_beside_temporary_files(makes, tmp_path, monkeypatch, cache):
+    """And in no folder called ~ or so where the program was started."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", cache)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    assert demo_models.demo_models()[0].parent.parent == tmp_path / "temporary" / "ppo-chinese-gpt2"
+    assert os.listdir(tmp_path) == ["temporary"]
 
 
 def test_another_process_may_be_faster(makes, monkeypatch):
@@ -123,16 +136,37 @@ def test_another_process_may_be_faster(makes, monkeypatch):
     assert (gpt2 / "theirs").exists() and len(list(gpt2.parent.parent.iterdir())) == 1
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError, OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 def test_what_is_half_made_is_removed(makes, tmp_path, monkeypatch, error):
     def fail(out):
         (out / "gpt2").mkdir()
         raise error
 
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(demo_models, "make_demo_models", fail)
     with pytest.raises(error):
         demo_models.demo_models()
-    assert list((tmp_path / "cache" / "ppo-chinese-gpt2").iterdir()) == []
+    assert list((tmp_path / "cache" / "ppo-chinese-gpt2").iterdir()) == os.listdir(tmp_path / "temporary") == []
+
+
+def test_what_killed_starts_left_is_removed(makes, tmp_path):
+    left = tmp_path / "cache" / "ppo-chinese-gpt2" / ".partial-abc" / "gpt2"
+    left.mkdir(parents=True)
+    (left / "vocab.txt").touch()
+    gpt2, _ = demo_models.demo_models()
+    assert list(gpt2.parent.parent.iterdir()) == [gpt2.parent]
+
+
+@pytest.mark.parametrize("at", ["while it is made", "while it is put in its place"])
+def test_a_full_disk_is_one_line(makes, tmp_path, monkeypatch, at):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    target, name = (demo_models, "make_demo_models") if at == "while it is made" else (shutil, "copytree")
+    monkeypatch.setattr(target, name, Mock(side_effect=full))
+    cache = tmp_path / "cache" / "ppo-chinese-gpt2"
+    with pytest.raises(UserError, match=f"^no room to write {cache}/demo-.*: it needs about 4 MiB, "):
+        demo_models.demo_models()
+    assert list(cache.iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written_is_beside_temporary_files(makes, tmp_path, monkeypatch):

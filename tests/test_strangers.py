@@ -1,11 +1,13 @@
 """What comes from elsewhere, as names, model folders and prompts: it runs no code, steers no terminal, takes no memory
 for nothing, and is told in one line where it will not do."""
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -226,3 +228,75 @@ def test_a_run_tells_an_unknown_character_before_any_weights(gpt2_folder, tmp_pa
     assert main([*given, "--prompts", "刚收到货", "这台5G手机"]) == 2
     assert "the vocabulary does not know '台' in the prompt '这台5G手机'" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+# --- places
+
+
+LONG = "a" * 300
+DEMO = ["--preset", "demo", "--device", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([*DEMO, "--run_name", LONG], f"--run_name {LONG!r} is no plain name"),
+        ([*DEMO, "--runs_dir", LONG, "--run_name", "run"], f"{LONG}/run cannot be used: File name too long"),
+        ([*DEMO, "--prompts_file", LONG], f"--prompts_file {LONG} cannot be read: File name too long"),
+        ([*DEMO, "--model_name", LONG], f"{LONG} is no hub id"),
+        ([*DEMO, "--reward_model_name", f"{LONG}/"], f"{LONG}/: there is no such folder, and it is no hub id"),
+        (["--resume", LONG], f"{LONG}/config.json cannot be used: File name too long"),
+        (["--eval_only", LONG], f"{LONG}/config.json cannot be used: File name too long"),
+        ([*DEMO, "--model_name", "~no-such-user/gpt2"], "~no-such-user/gpt2: there is no such folder, and it is no"),
+        ([*DEMO, "--model_name", "nobody/gtp2"], "; and no folder here has that name"),
+        ([*DEMO, "--prompts", "a\udcff"], "--prompts a\\udcff is no text in UTF-8"),
+        ([*DEMO, "--runs_dir", "a\udcff"], "--runs_dir a\\udcff is no text in UTF-8"),
+        (["--resume", "a\udcff"], "a\\udcff is no run folder"),
+        (["--\udcff", "a"], "unknown argument --\\udcff"),
+        (["--gen_len", "9" * 5000], "argument --gen_len: invalid int value"),
+        (["--gen_len", "9" * 400], "--gen_len must be at least 1 and at most 9223372036854775807, not 9999999"),
+        (["--lr", "1" + "0" * 400], "--lr must be above 0 and finite, not inf"),
+    ],
+)
+def test_a_name_that_no_system_takes_is_one_line(tmp_path, monkeypatch, capsys, argv, said):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.startswith("train_ppo.py: error: ") and err.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("method", ["iterdir", "is_file"])
+def test_a_folder_that_one_may_not_look_into_is_named(gpt2_folder, tmp_path, monkeypatch, capsys, method):
+    folder = shutil.copytree(gpt2_folder, tmp_path / "model")
+    was = getattr(Path, method)
+
+    def refuse(path):
+        if path.is_relative_to(folder):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return was(path)
+
+    monkeypatch.setattr(Path, method, refuse)
+    assert main([*DEMO, "--model_name", str(folder), "--runs_dir", str(tmp_path / "runs")]) == 2
+    assert f"error: {folder}" in (err := capsys.readouterr().err) and err.endswith(
+        "cannot be used: Permission denied\n"
+    )
+    with pytest.raises(ValueError, match="cannot be used: Permission denied"):
+        TextPPOTrainer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["", " ", "file"])
+def test_a_model_is_saved_into_a_folder_that_is_named(lower, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("kept")
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(ValueError, match=f"^save\\(\\) takes the name of a folder, not '{name}'$"):
+        lower.save(name)
+    assert sorted(os.listdir(tmp_path)) == before and (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_model_that_cannot_be_saved_is_a_value_error(lower, tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file" / "model", tmp_path / LONG):
+        with pytest.raises(ValueError, match="cannot be written: (Not a directory|File name too long)"):
+            lower.save(folder)

@@ -48,6 +48,7 @@ FLAGS = [  # (flags, part of the line)
     ("--device cuda:99", "CUDA GPUs here"),
     ("--run_name a/b", "no plain name"),
     ("--run_name ..", "no plain name"),
+    ("--preset demo --prompts_file /dev/zero", "is no file, but a device or a pipe"),
     ("--learning_rate 1e-5", "unknown argument --learning_rate; "),
     ("--batchsize 5", "unknown argument --batchsize; did you mean --batch_size?"),
     ("--batch 5", "unknown argument --batch; did you mean --batch_size?"),
@@ -116,7 +117,7 @@ BROKEN = [  # (what was done, how, command, part of the line)
         f"{NEW} --prompts_file p.txt",
         "prompt 2 is empty",
     ),
-    ("a prompts file in GBK", write("p.txt", "感觉".encode("gbk")), f"{NEW} --prompts_file p.txt", "is not UTF-8 text"),
+    ("a prompts file in GBK", write("p.txt", "感觉".encode("gbk")), f"{NEW} --prompts_file p.txt", "is no UTF-8 text"),
     (
         "a prompt longer than the model",
         write("p.txt", "好" * 60),
@@ -134,6 +135,13 @@ BROKEN = [  # (what was done, how, command, part of the line)
         "one of type 'bert'",
     ),
     ("model without weights", lambda: os.remove("gpt2/pytorch_model.bin"), NEW, "no weights in gpt2"),
+    (
+        "model config that asks for code of its own",
+        edit("gpt2/config.json", model_type="x", auto_map={"AutoConfig": "x.X"}),
+        NEW,
+        "is no readable model config",
+    ),
+    ("model config of a million layers", edit("gpt2/config.json", n_layer=10**6), NEW, "do not belong together"),
     ("model weights cut off", cut("gpt2/pytorch_model.bin"), NEW, "cannot be loaded"),
     (
         "model weights of half a model",
@@ -147,6 +155,8 @@ BROKEN = [  # (what was done, how, command, part of the line)
         NEW,
         "hold NaN or infinity",
     ),
+    ("prompt with a character that the vocabulary lacks", lambda: None, f"{NEW} --prompts 5G", "does not know '5G'"),
+    ("prompt with a special token", lambda: None, f"{NEW} --prompts 好[SEP]", "[SEP] written out"),
     ("model with cross-attention", edit("gpt2/config.json", add_cross_attention=True), NEW, "has cross-attention"),
     ("model without vocabulary", lambda: os.remove("gpt2/vocab.txt"), NEW, "no tokenizer in gpt2"),
     (
@@ -243,7 +253,20 @@ BROKEN = [  # (what was done, how, command, part of the line)
         f"{NEW} --reward r12:f",
         "is no function but a coroutine function",
     ),
-    ("run config is no JSON", write("run/config.json", "{"), "--resume run", "is not JSON"),
+    ("run config is no JSON", write("run/config.json", "{"), "--resume run", "it is no JSON"),
+    ("run config nested too deep", write("run/config.json", "[" * 10**5), "--resume run", "it is no JSON"),
+    (
+        "run config with a setting twice",
+        write("run/config.json", '{"lr": 1, "lr": 2}'),
+        "--eval_only run",
+        "'lr' stands there twice",
+    ),
+    (
+        "run config of a stranger, with a reward that runs a shell",
+        edit("run/config.json", reward="subprocess:getoutput"),
+        "--eval_only run",
+        "python train_ppo.py --eval_only run --reward subprocess:getoutput",
+    ),
     (
         "run config of another program",
         write("run/config.json", '{"learning": 1}'),

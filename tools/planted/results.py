@@ -3,7 +3,7 @@
 NEAREST = {  # file: the tests nearest to it
     "support/evaluation.py": "evaluation judging train bad_inputs",
     "plot_rewards.py": "plot",
-    "support/reading.py": "plot faults resume",
+    "support/reading.py": "plot faults config resume",
 }
 BUGS = [  # (file, what stands there, the bug)
     ("support/evaluation.py", "kl.where(mask, 0).sum(-1), ref_logprobs, mask", "kl.sum(-1), ref_logprobs, mask"),
