@@ -358,7 +358,7 @@ def try_out(command: str, change=lambda: None) -> tuple[int, str, bool]:
     unharmed = all(
         path.exists() and path.read_bytes() == content
         for path, content in before.items()
-        if path.name not in (".lock", "config.json", "changes.json")
+        if path.name not in (".lock", "config.json", "changes.json", "environment.jsonl")
     )
     return code, err.getvalue(), unharmed
 
