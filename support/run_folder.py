@@ -113,8 +113,7 @@ class RunFolder:
         collectives.broadcast_from_rank_0(lock)
 
     def begin(self, trainer) -> None:
-        """Start the log, or go on with what was logged up to the trainer's step; note settings, versions
-        and device.
+        """Start the log, or go on with what was logged up to the trainer's step; write down the settings.
 
         UserError, with all files as they were, where a log is damaged, or where a run that has lost its checkpoints
         would begin again over more than what it logged before the first of them.
@@ -135,7 +134,8 @@ class RunFolder:
         self.write_settings()
 
     def write_settings(self) -> None:
-        """What decides the run: settings, hashes of what was loaded, and the user's own files as they are now."""
+        """What decides the run: settings, hashes of what was loaded, the user's own files as they are now, and what
+        computes from here on."""
         save_config(self.config, self.path / "config.json")
         write_whole(self.path / "changes.json", json.dumps(changes(self.config), ensure_ascii=False) + "\n")
         write_whole(self.path / INPUTS, json.dumps(self.inputs, ensure_ascii=False, indent=2) + "\n")

@@ -133,7 +133,10 @@ def test_a_machine_that_joins_finds_the_folder_of_its_job(tmp_path, monkeypatch)
     def opened(**options) -> Path:
         config = PPOConfig(runs_dir=str(tmp_path), **options)
         folder = run_folder.RunFolder(new_run_folder(config), config)
-        folder.open(SimpleNamespace(n_steps=0, engine=SimpleNamespace(device="cpu", dtype=torch.float32)), resume=False)
+        folder.open(
+            SimpleNamespace(n_steps=0, engine=SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)),
+            resume=False,
+        )
         folder.lock.release()
         return folder.path
 
@@ -161,7 +164,7 @@ def test_a_checkpoint_is_due_by_time_too(tmp_path, monkeypatch):
     clock, saved = [0.0], []
     monkeypatch.setattr(run_folder, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(run_folder, "save_checkpoint", lambda *_: saved.append(clock[0]))
-    trainer = SimpleNamespace(n_steps=0, engine=SimpleNamespace(device="cpu", dtype=torch.float32))
+    trainer = SimpleNamespace(n_steps=0, engine=SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32))
     for minutes, expected in ((10.0, [12 * 60, 24 * 60]), (0.0, [])):
         clock[0] = 0.0
         saved.clear()
