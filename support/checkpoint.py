@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from support import collectives
 from support.errors import UserError, first_line
+from support.reading import read_json, refuse_device
 from support.writing import disk_errors, remove, whole
 
 FILES = ("policy.safetensors", "average.safetensors", "optimizer.pt")
@@ -100,6 +101,8 @@ def read_checkpoint(path: Path) -> tuple[dict, dict, dict, dict]:
         state = read_state(path)
         saved = torch.load(path / FILES[2], map_location="cpu", weights_only=True)
         return state, load_file(path / FILES[0]), load_file(path / FILES[1]), saved
+    except UserError:
+        raise
     except UNUSABLE as error:
         raise UserError(first_line(error))
 
@@ -114,10 +117,12 @@ def put_into(trainer, state: dict, policy: dict, average: dict, saved: dict) -> 
 
 def read_state(path: Path) -> dict:
     """A checkpoint's state.json, once every file was found whole. One of UNUSABLE where it is not."""
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    shape = {"step": int, "kl_coef": float, "skipped_in_a_row": int, "sha256": {name: str for name in FILES}}
+    state = read_json(path / "state.json", shape, "remove this checkpoint")
     if state["step"] != step_of(path):
         raise ValueError(f"state.json is that of step {state['step']}")
     for name in FILES:
+        refuse_device(path / name)
         if sha256(path / name) != state["sha256"][name]:
             raise ValueError(f"{name} is damaged")
     return state

@@ -17,6 +17,7 @@ from gpt2_value_head import GPT2HeadWithValueModel
 from support.batches import never_sampled_ids
 from support.errors import UserError, first_line, is_out_of_memory
 from support.hub import has_vocabulary, wanted_weights
+from support.reading import refuse_device
 
 SPECIAL_TOKENS = re.compile(r"\[(PAD|UNK|CLS|SEP|MASK)\]")
 SPACE_BETWEEN_CHARACTERS = re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])")
@@ -177,6 +178,8 @@ def read_model_config(folder: Path):
     """A folder's config.json as the library's config object. UserError where it cannot be read."""
     if not (folder / "config.json").is_file():
         raise UserError(f"no model in {folder}: it has no config.json")
+    for path in folder.iterdir():
+        refuse_device(path)
     try:
         if (json.loads((folder / "config.json").read_text(encoding="utf-8")).get("num_labels") or 0) > 10**6:
             raise ValueError("num_labels is over a million, for each of which the library makes a name")

@@ -21,15 +21,20 @@ def path_errors():
         raise UserError(f"{error.filename} cannot be used: {error.strerror}")
 
 
+def refuse_device(path: Path, name: str = "") -> None:
+    """UserError where a path leads to a device or a pipe, which may never end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{name or path} is no file, but a device or a pipe; save what it gives in a file")
+
+
 def read_text(path: Path, remedy: str, only_whole_lines: bool = False, name: str = "") -> str:
     """A UTF-8 text file, perhaps without a last line that has no end yet; a byte order mark does not count.
 
-    UserError, which calls it `name` or by its path, where it is none, or a device or a pipe, which may never end.
+    UserError, which calls it `name` or by its path, where it is none.
     """
-    name = name or path
+    name = name or str(path)
     try:
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise UserError(f"{name} is no file, but a device or a pipe; save what it gives in a file")
+        refuse_device(path, name)
         content = path.read_bytes()
         if only_whole_lines:
             content = content[: content.rfind(b"\n") + 1]

@@ -16,9 +16,11 @@ from safetensors.torch import save_file
 from config import PPOConfig
 from reward import SentimentReward
 from support import models
+from support.checkpoint import load_checkpoint
 from support.errors import UserError
 from support.text_trainer import TextPPOTrainer
 from tests.conftest import ROOT
+from tests.test_checkpoint import make, whole_ones
 from train_ppo import main
 
 # --- on the screen
@@ -180,13 +182,52 @@ def test_a_tokenizer_that_would_fail_later_is_told_when_it_is_loaded(gpt2_folder
         models.load_tokenizer(folder)
 
 
+@pytest.mark.parametrize("name", ["vocab.txt", "tokenizer_config.json", "model.safetensors", "added_tokens.json"])
+@pytest.mark.parametrize("load", [load_gpt2, load_classifier])
+def test_a_model_folder_with_a_file_that_never_ends_is_not_read(gpt2_folder, classifier_folder, tmp_path, load, name):
+    folder = shutil.copytree({load_gpt2: gpt2_folder, load_classifier: classifier_folder}[load], tmp_path / "model")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=f"^{folder / name} is no file, but a device or a pipe; "):
+        load(folder)
+
+
+# --- checkpoints
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"kl_coef": "0.2"}, "kl_coef is missing, or not what it should be; remove this checkpoint"),
+        ({"skipped_in_a_row": None}, "skipped_in_a_row is missing, or not what it should be"),
+        ({"step": 2.0}, "step is missing, or not what it should be"),
+        ({"sha256": [1]}, "sha256 is missing, or not what it should be"),
+    ],
+)
+def test_a_checkpoint_whose_state_is_not_what_it_should_be_is_passed_over(policy, tmp_path, change, said, capsys):
+    whole_ones(policy, tmp_path, 1, 2)
+    edit(tmp_path / "step-000002", "state.json", **change)
+    load_checkpoint(make(policy), tmp_path)
+    state = tmp_path / "step-000002" / "state.json"
+    assert f"step-000002 cannot be used ({state} is damaged: {said}" in capsys.readouterr().out
+
+
+def test_a_checkpoint_with_a_pipe_in_it_is_passed_over(policy, tmp_path, capsys):
+    whole_ones(policy, tmp_path, 1, 2)
+    weights = tmp_path / "step-000002" / "policy.safetensors"
+    weights.unlink()
+    os.mkfifo(weights)
+    load_checkpoint(make(policy), tmp_path)
+    assert f"step-000002 cannot be used ({weights} is no file, but a device or a pipe" in capsys.readouterr().out
+
+
 # --- prompts
 
 
-@pytest.fixture
-def lower(gpt2_folder, tmp_path):
+@pytest.fixture(scope="module")
+def lower(gpt2_folder, tmp_path_factory):
     """A trainer whose tokenizer keeps capitals, which its vocabulary does not know, as that of published models."""
-    folder = shutil.copytree(gpt2_folder, tmp_path / "model")
+    folder = shutil.copytree(gpt2_folder, tmp_path_factory.mktemp("lower") / "model")
     edit(folder, "tokenizer_config.json", do_lower_case=False)
     return TextPPOTrainer.from_pretrained(folder, PPOConfig(device="cpu"))
 

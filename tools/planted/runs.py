@@ -3,13 +3,14 @@
 NEAREST = {  # file: the tests nearest to it
     "train_ppo.py": "run_recounted resume train faults",
     "support/run_folder.py": "run_recounted resume train faults",
-    "support/checkpoint.py": "checkpoint faults resume run_recounted",
+    "support/checkpoint.py": "checkpoint strangers faults resume run_recounted",
     "support/command_line.py": "resume train faults",
     "support/signals.py": "train resume faults",
     "support/streams.py": "faults strangers train",
     "support/writing.py": "writing faults resume plot",
 }
 BUGS = [  # (file, what stands there, the bug)
+    ("support/checkpoint.py", '"kl_coef": float, ', ""),
     ("support/run_folder.py", '"environment.jsonl").open("a"', '"environment.jsonl").open("w"'),
     ("support/run_folder.py", '"step": self.trainer.n_steps + 1, **env', '"step": 1, **env'),
     ("support/command_line.py", '        if "reward" not in given:\n', '        if given <= {"resume"}:\n'),

@@ -91,11 +91,6 @@ BUGS = [  # (file, what stands there, the bug)
     ("support/settings.py", 'isinstance(text, str) and re.search("[\\0\\ud800-\\udfff]", text)', "False"),
     ("support/settings.py", "and len(name.encode()) <= 200)", "and len(name) <= 200)"),
     ("support/reading.py", "    if len(value) < len(pairs):\n", "    if False:\n"),
-    (
-        "support/reading.py",
-        "        if path.exists() and not path.is_file() and not path.is_dir():",
-        "        if path.is_symlink():",
-    ),
     ("support/text_trainer.py", "not str(folder).strip() or os.path.isfile(folder)", "not str(folder).strip()"),
     ("support/text_trainer.py", "    @path_errors()\n", ""),
     ("config.py", "value = kind(value) if kind is float or kind(value) == value else value", "value = kind(value)"),
