@@ -12,23 +12,21 @@ A checkpoint is written under a temporary name, flushed to disk and then renamed
 import contextlib
 import hashlib
 import json
-import pickle
 import random
 import re
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from support import collectives
-from support.errors import UserError, first_line
+from support.errors import UserError, first_line, is_out_of_memory
 from support.reading import read_json, refuse_device
 from support.writing import disk_errors, remove, whole
 
 FILES = ("policy.safetensors", "average.safetensors", "optimizer.pt")
-UNUSABLE = (OSError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError, SafetensorError)  # if damaged
+UNUSABLE = (OSError, ValueError)  # what `read_state` raises of a damaged one
 
 
 def save_checkpoint(trainer, folder: Path, keep: int) -> Path:
@@ -86,24 +84,32 @@ def load_checkpoint(trainer, folder: Path) -> None:
     found = collectives.broadcast_from_rank_0(lambda: checkpoints(folder))
     for path in reversed(found):
         try:
-            put_into(trainer, *collectives.broadcast_from_rank_0(lambda: read_checkpoint(path)))
+            content = collectives.broadcast_from_rank_0(lambda: read_checkpoint(path))
+            with damage_told():
+                put_into(trainer, *content)
             return
-        except UNUSABLE as error:
-            reason = error if isinstance(error, UserError) else first_line(error)
-            print(f"warning: checkpoint {path} cannot be used ({reason})")
+        except UserError as error:
+            print(f"warning: checkpoint {path} cannot be used ({error})")
     if found:
         raise UserError(f"no usable checkpoint in {folder}; start the run again under another --run_name")
 
 
 def read_checkpoint(path: Path) -> tuple[dict, dict, dict, dict]:
     """state.json, weights, averaged weights and the optimiser's file of a checkpoint. UserError where it is damaged."""
-    try:
+    with damage_told():
         state = read_state(path)
         saved = torch.load(path / FILES[2], map_location="cpu", weights_only=True)
         return state, load_file(path / FILES[0]), load_file(path / FILES[1]), saved
-    except UserError:
-        raise
-    except UNUSABLE as error:
+
+
+@contextlib.contextmanager
+def damage_told():
+    """What a checkpoint that is not as it was written raises, which may be anything, as a UserError."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
         raise UserError(first_line(error))
 
 
@@ -116,7 +122,7 @@ def put_into(trainer, state: dict, policy: dict, average: dict, saved: dict) -> 
 
 
 def read_state(path: Path) -> dict:
-    """A checkpoint's state.json, once every file was found whole. One of UNUSABLE where it is not."""
+    """A checkpoint's state.json, once every file was found whole. One of UNUSABLE where one is not."""
     shape = {"step": int, "kl_coef": float, "skipped_in_a_row": int, "sha256": {name: str for name in FILES}}
     state = read_json(path / "state.json", shape, "remove this checkpoint")
     if state["step"] != step_of(path):

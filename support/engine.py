@@ -306,7 +306,11 @@ class Engine:
             if wrong := [*(weights.keys() - fitting), *(name for name in own if id(own[name]) not in held)]:
                 raise ValueError(f"its weights are not those of this model, first in {min(wrong)}")
             model.load_state_dict(weights, strict=False)
-        fused = {"fused": self.optimizer.defaults["fused"]}  # as this device has it, not that of the checkpoint
-        groups = [group | fused for group in state["optimizer"]["param_groups"]]
-        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        moments = state["optimizer"]["state"]  # empty before the first step
+        for weight, kept in zip(weights, [moments[i] for i in range(len(weights))] if moments else []):
+            if any(kept[name].shape != weight.shape for name in ("exp_avg", "exp_avg_sq")) or kept["step"].dim():
+                raise ValueError("its optimizer is that of another model")
+        groups = self.optimizer.state_dict()["param_groups"]  # by this run's settings, fused as this device has it
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.skipped_in_a_row = self.most_skipped = self.skipped_in_a_row.new_tensor(float(state["skipped_in_a_row"]))

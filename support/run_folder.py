@@ -239,7 +239,8 @@ class RunFolder:
     def finish(self, results: dict) -> None:
         """Write evaluation.json, the pictures, and the table of completions before and after."""
         if self.writes:
-            (self.path / FINAL[-1]).unlink(missing_ok=True)  # until it belongs to what is written here
+            with disk_errors(self.path / FINAL[-1]):
+                (self.path / FINAL[-1]).unlink(missing_ok=True)  # until it belongs to what is written here
             self.write_evaluation(results)
             if (self.path / "metrics.csv").exists():
                 draw([self.path], self.path / "rewards.png")

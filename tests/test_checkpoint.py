@@ -64,6 +64,42 @@ def test_a_run_goes_on_on_a_device_with_another_kernel_for_adam(policy, fused):
         assert torch.allclose(weight, same, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda saved: saved.clear(),
+        lambda saved: saved.update(random=None),
+        lambda saved: saved["optimizer"].pop("state"),
+        lambda saved: saved["optimizer"]["state"].pop(0),
+        lambda saved: saved["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
+        lambda saved: saved["optimizer"]["state"][0].update(exp_avg_sq=torch.zeros(3)),
+        lambda saved: saved["optimizer"]["state"][1].update(exp_avg="x"),
+        lambda saved: saved["optimizer"]["state"][1].update(step=torch.zeros(2)),
+        lambda saved: saved["optimizer"]["state"][1].update(step=2),
+        lambda saved: saved["random"].update(torch=torch.zeros(3, dtype=torch.uint8)),
+        lambda saved: saved["random"]["python"].append(1),
+        lambda saved: saved["random"]["python"][1].clear(),
+        lambda saved: saved["random"]["numpy"].pop(),
+    ],
+)
+def test_a_checkpoint_whose_hashes_fit_strange_content_is_passed_over(policy, tmp_path, capsys, change):
+    """For an older one, as any damaged checkpoint."""
+    trainer, batch = trained(policy)
+    save_checkpoint(trainer, tmp_path, keep=2)
+    trainer.step(*batch)
+    file = save_checkpoint(trainer, tmp_path, keep=2) / "optimizer.pt"
+    saved = torch.load(file, weights_only=True)
+    change(saved)
+    torch.save(saved, file)
+    state = json.loads(file.with_name("state.json").read_text())
+    state["sha256"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    file.with_name("state.json").write_text(json.dumps(state))
+    twin = make((copy.deepcopy(policy[0]), policy[1]))
+    load_checkpoint(twin, tmp_path)
+    assert twin.n_steps == 2
+    assert f"warning: checkpoint {tmp_path / 'step-000003'} cannot be used (" in capsys.readouterr().out
+
+
 def test_an_output_projection_of_its_own_is_kept(tmp_path):
     """Untied and trained, it goes into the checkpoint and comes back, and so into the saved model."""
     folder = write_gpt2(tmp_path / "untied", tie_word_embeddings=False)
