@@ -49,8 +49,9 @@ class PPOConfig:
 
     preset: str = option(
         "default",
-        "Set of defaults: 'default' (the article's job, done as was found best here), 'article' (the article's own "
-        "settings) or 'demo' (tiny models made on the spot).",
+        "Set of defaults: 'default' (the article's job, done as was found best here), 'thorough' (the same with eight "
+        "times the completions, in batches that fill a GPU), 'article' (the article's own settings) or 'demo' (tiny "
+        "models made on the spot).",
         group="models",
     )
 
@@ -203,6 +204,13 @@ class PPOConfig:
 
 PRESETS = {
     "default": {},
+    "thorough": dict(  # one pass at thrice the lr learns as much as four, for a third less work
+        episodes=163_840,
+        batch_size=1024,
+        ppo_epochs=1,
+        lr=1.2e-4,
+        eval_samples=8192,
+    ),
     "article": dict(  # advantages are whitened over the batch here too, not inside one sequence
         minibatch_size=1,
         lam=0.95,

@@ -7,7 +7,7 @@ In these points it departs from textbook PPO or from the article's code (README 
  3. Advantages are whitened over the whole batch, not inside one sequence: else which completion was better is lost.
  4. Lambda is 1: values explain little of one score at the end, so what a smaller lambda cuts off is signal (in the
     demo they explain more: 0.95).
- 5. A minibatch is the whole batch, one optimiser step an epoch: many steps on a few completions each waste KL.
+ 5. A minibatch is 128 completions, the whole of a usual batch: many steps on a few completions each waste KL.
  6. The value head's gradient stops at the head, which has a learning rate of its own: in many small minibatches,
     learning values disturbs the policy.
  7. The lower blocks are frozen, and reference and policy share them: no less gain, for half the work.

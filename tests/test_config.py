@@ -328,7 +328,7 @@ def test_a_value_may_stand_behind_an_equals_sign_and_the_last_counts():
         (["--gen_len", "1.5"], "argument --gen_len: invalid int value: '1.5'"),
         (["--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
         (["--detach_value", "maybe"], "argument --detach_value"),
-        (["--preset", "big"], "--preset big is unknown; choose one of default, article, demo"),
+        (["--preset", "big"], "--preset big is unknown; choose one of default, thorough, article, demo"),
     ],
 )
 def test_a_flag_that_will_not_do_is_named(argv, said):

@@ -67,6 +67,15 @@ DEFAULT = {
 }
 PRESET_VALUES = {
     "default": DEFAULT,
+    "thorough": DEFAULT
+    | {
+        "preset": "thorough",
+        "episodes": 163_840,
+        "batch_size": 1024,
+        "ppo_epochs": 1,
+        "lr": 1.2e-4,
+        "eval_samples": 8192,
+    },
     "article": DEFAULT
     | {
         "preset": "article",
@@ -135,7 +144,9 @@ def test_help_shows_the_preset_s_values(preset, monkeypatch, capsys):
 def test_the_presets_are_these():
     assert list(PRESETS) == list(PRESET_VALUES)
     for refuse in (lambda: check(PPOConfig(preset="big")), lambda: parse_args(["--preset", "big", "--help"])):
-        with pytest.raises(UserError, match="^--preset big is unknown; choose one of default, article, demo$"):
+        with pytest.raises(
+            UserError, match="^--preset big is unknown; choose one of default, thorough, article, demo$"
+        ):
             refuse()
 
 

@@ -43,7 +43,7 @@ FLAGS = [  # (flags, part of the line)
     ("--average_power -1", "--average_power must be at least 0 and finite"),
     ("--kl_controller adaptiv", "invalid choice: 'adaptiv'"),
     ("--dtype float16", "invalid choice: 'float16'"),
-    ("--preset big", "--preset big is unknown; choose one of default, article, demo"),
+    ("--preset big", "--preset big is unknown; choose one of default, thorough, article, demo"),
     ("--device tpu", "--device tpu is unknown; choose auto, cpu, cuda, cuda:N or mps"),
     ("--device cuda:99", "CUDA GPUs here"),
     ("--run_name a/b", "no plain name"),

@@ -13,6 +13,10 @@ NEAREST = {  # file: the tests nearest to it
     "support/devices.py": "devices config loading processes",
 }
 BUGS = [  # (file, what stands there, the bug)
+    ("config.py", "        batch_size=1024,\n", ""),
+    ("config.py", "        ppo_epochs=1,\n", ""),
+    ("config.py", "        lr=1.2e-4,\n", "        lr=1.2e-3,\n"),
+    ("config.py", '    "thorough": dict(', '    "through": dict('),
     (
         "support/models.py",
         "AutoConfig.from_pretrained(folder, trust_remote_code=False)",
