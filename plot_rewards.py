@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.errors import UserError
+from support.errors import UserError, escaped
 from support.reading import MEND_LINE, read_evaluation, whole_lines
 from support.streams import hold_streams
 from support.writing import whole
@@ -183,7 +183,8 @@ def fonts() -> list[str]:
 
 
 def shown(name: str) -> str:
-    """A run's name as the fonts here can write it: Chinese by its code points where no font has them."""
+    """A run's name as the fonts here can write it: Chinese by its code points where no font has them, no formula."""
+    name = escaped(name).replace("$", r"\$")
     return name if len(fonts()) > 1 else name.encode("ascii", "backslashreplace").decode()
 
 

@@ -603,3 +603,9 @@ def test_a_chinese_name_is_written_without_boxes(tmp_path, monkeypatch, recwarn)
     monkeypatch.setattr(font_manager, "get_font_names", lambda: ["SimHei", "DejaVu Sans", "PingFang SC"])
     assert plot_rewards.shown("第1次") == "第1次"
     assert plot_rewards.fonts() == ["DejaVu Sans", "PingFang SC", "SimHei"]
+
+
+def test_a_name_is_no_formula_and_holds_no_character_without_a_picture(tmp_path, recwarn):
+    draw([write_run(tmp_path / "$\\frac{$\x1b[31m", 2, without=COLUMNS[1:])], tmp_path / "x.png")
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+    assert plot_rewards.shown("$a$\x1b") == r"\$a\$\x1b"
