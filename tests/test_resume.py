@@ -566,6 +566,19 @@ def test_a_raised_run_that_was_stopped_is_not_finished(finished, tmp_path, monke
     assert len(rows(run_dir)) == 5 and weights(run_dir) != weights(finished)
 
 
+def test_a_raised_run_that_ends_before_its_table_is_not_finished(finished, tmp_path, monkeypatch):
+    """Its evaluation is the new one, and the picture and the table would be those of its first end."""
+    run_dir = copy_of(finished, tmp_path)
+
+    def stopped(runs, out):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("support.run_folder.draw", stopped)
+    assert main(["--resume", str(run_dir), "--episodes", "64"]) == 130
+    assert json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))["steps"] == 4
+    assert read_command_line(["--resume", str(run_dir)])[2] == "resume"
+
+
 # --- checkpoints in time
 
 

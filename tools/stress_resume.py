@@ -17,12 +17,14 @@ import csv
 import io
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -184,20 +186,19 @@ def at_every_write(folder: Path, seed: int, seconds: float) -> tuple[dict[str, l
         shutil.copytree(ahead, run_dir)
         return forked(["--resume", str(run_dir), "--episodes", "48"], strace)[0], run_dir
 
-    calls = {}
+    moments = []
     for way in ("new", "raised"):
         log = folder / f"{way}.strace"
         code, _ = killed(way, ["-e", f"trace={WRITES}", "-o", str(log)])
         assert code == 0, f"the {way} run ends with {code} below strace"
-        calls[way] = len(log.read_text(errors="replace").splitlines())
-        counts[way] = [0, calls[way]]
-    moments = [(way, number) for way in calls for number in range(1, calls[way] + 1)]
-    for way, number in random.Random(seed).sample(moments, len(moments)):
+        calls = Counter(re.findall(r"^\d+ +(\w+)\(", log.read_text(errors="replace"), re.MULTILINE))
+        counts[way] = [0, calls.total()]
+        moments += [(way, call, number) for call in calls for number in range(1, calls[call] + 1)]
+    for way, call, number in random.Random(seed).sample(moments, len(moments)):
         if time.monotonic() - started > seconds:
             break
-        code, run_dir = killed(
-            way, ["-e", f"trace={WRITES}", "-e", f"inject={WRITES}:signal=KILL:when={number}", "-o", "/dev/null"]
-        )
+        inject = f"inject={call}:signal=KILL:when={number}"  # strace counts each call by itself
+        code, run_dir = killed(way, ["-e", f"trace={call}", "-e", inject, "-o", "/dev/null"])
         counts[way][0] += code == -signal.SIGKILL
         if not (run_dir / "config.json").exists():
             begun = way == "raised" or list(run_dir.glob("checkpoints/*"))  # else nothing had been done there yet
@@ -207,7 +208,7 @@ def at_every_write(folder: Path, seed: int, seconds: float) -> tuple[dict[str, l
             lost = [said.strip().splitlines()[-1]] if code else differences(expected, run_dir)
             lost += [str(path.relative_to(run_dir)) for path in run_dir.rglob(".partial-*")]
         if lost:
-            wrong.append(f"{way} run, killed at write {number}: {', '.join(lost)}")
+            wrong.append(f"{way} run, killed at {call} {number}: {', '.join(lost)}")
             print(wrong[-1])
     return counts, wrong
 
@@ -223,7 +224,7 @@ if __name__ == "__main__":
         if args.every_write:
             counts, found = at_every_write(Path(folder), args.seed, args.seconds)
             for way, (kills, calls) in counts.items():
-                print(f"{way} run: {kills} kills, at as many of its {calls} system calls that change the disk")
+                print(f"{way} run: {kills} kills, each at another of its {calls} system calls that change the disk")
             print(f"runs that did not go on to the same end: {len(found)}")
         else:
             done, resumed, found = stress(Path(folder), args.seed, args.kills)
