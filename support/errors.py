@@ -25,7 +25,7 @@ class FolderGone(UserError):
 
 
 @contextlib.contextmanager
-def in_one_line(program: str):
+def exits_on_user_error(program: str):
     """A UserError inside ends the program, exit code 2."""
     try:
         yield

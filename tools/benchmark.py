@@ -13,7 +13,7 @@ JSON.
 import copy
 import functools
 import json
-import resource
+import math
 import statistics
 import sys
 import time
@@ -23,7 +23,7 @@ import torch
 
 from config import PPOConfig
 from reward import score_texts
-from support.errors import in_one_line
+from support.errors import exits_on_user_error
 from support.load import load
 from support.settings import check, parse_args
 from support.text_trainer import TextPPOTrainer
@@ -107,7 +107,11 @@ def measure(config: PPOConfig) -> dict:
     ceiling = best_matrix_product(device, trainer.engine.dtype) / 1e12
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated() / 2**30
+    elif sys.platform == "win32":
+        memory = math.nan  # Python's library does not tell
     else:
+        import resource
+
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     step = median.pop("step")
@@ -179,5 +183,5 @@ def best_matrix_product(device: torch.device, dtype: torch.dtype) -> float:
 
 
 if __name__ == "__main__":
-    with in_one_line("benchmark"):
+    with exits_on_user_error("benchmark"):
         main(sys.argv[1:])

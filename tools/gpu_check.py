@@ -4,9 +4,9 @@
     python -m tools.gpu_check --device cpu      the same checks with tiny models, in seconds
 
 Needs no network: the models are made on the spot, of the article's size (12 blocks, 768 wide, 21,128 tokens), with
-random weights or taught the demo grammar's reviews. Prints one Markdown table, ready for docs/speed.md. The exit code
-is 0 where all is well, 1 where a check failed, 2 where there is no GPU. A check that raises is a failed row; the others
-still run.
+random weights or taught the demo grammar's reviews. Prints one Markdown table, ready for docs/speed.md, row by row. The
+exit code is 0 where all is well, 1 where a check failed, 2 where there is no GPU. A check that raises is a failed row;
+the others still run, unless the GPU takes no work any more.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import gc
 import io
 import json
 import math
-import os
 import random
 import shutil
 import signal
@@ -26,13 +25,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
 import torch
-import transformers
 from safetensors.torch import load_file
 
 import train_ppo
@@ -50,7 +47,7 @@ from support.demo_models import (
     write_review,
     write_vocab,
 )
-from support.devices import check_device, pick_device, pick_dtype
+from support.devices import check_device, environment, pick_device, pick_dtype
 from support.errors import UserError, first_line
 from support.models import (
     encode_prompt,
@@ -73,8 +70,11 @@ LIMITS = {  # figures "on a CPU" are of models of the article's size
     # with taught ones.
     "bfloat16 largest": 0.2,
     "bfloat16 rms": 0.02,
+    "bfloat16 update": 0.2,  # of how far a step moves the weights; on a CPU 0.05 with random weights
     "draws": 1e-5,  # probability by which a draw lies outside its token's interval, as one pass over the text has it
     "resumed": 1e-2,  # of how far training moved the weights; on a CPU rounding leaves 2e-6, a lost optimiser state 0.6
+    "two in float32": 1e-2,
+    "two in bfloat16": 0.5,
     "memory": 0.5,  # of the GPU's, of which the micro-batches' logits may take an eighth
     "reward": 0.1,  # that it rises at least
 }
@@ -150,6 +150,7 @@ class Machine:
     def __init__(self, device: torch.device, folder: Path):
         self.device = device
         self.folder = folder
+        self.dtype = str(pick_dtype("auto", device))[6:]  # of a default run
         self.sizes = TINY if device.type == "cpu" else ARTICLE
         self.name = torch.cuda.get_device_name() if device.type == "cuda" else device.type.upper()
 
@@ -178,21 +179,25 @@ class Machine:
         make_demo_models(folder, gpt2_sizes, self.sizes.vocab_size, device=self.device, **self.sizes.taught)
         return folder / "gpt2", folder / "sentiment"
 
-    @functools.cached_property
-    def uninterrupted(self) -> dict[str, torch.Tensor]:
+    @functools.cache
+    def uninterrupted(self, dtype: str) -> dict[str, torch.Tensor]:
         """The weights after the short run, on the device."""
-        train(*self.short_run("uninterrupted", self.device))
-        return load_file(self.folder / "uninterrupted" / "model" / "model.safetensors")
+        train(*self.short_run(f"uninterrupted-{dtype}", self.device, dtype))
+        return self.weights(f"uninterrupted-{dtype}")
 
     @functools.cached_property
     def killed(self) -> tuple[Path, int]:
         """The folder of a short run that was killed with SIGKILL, and the step of its checkpoint."""
         return self.folder / "killed", start_and_kill(self.short_run("killed", self.device), self.folder / "killed")
 
-    def short_run(self, name: str, device) -> list[str]:
-        """Flags of a run of a few steps on the taught models, in float32."""
+    def weights(self, name: str) -> dict[str, torch.Tensor]:
+        """The weights that a finished run has saved."""
+        return load_file(self.folder / name / "model" / "model.safetensors")
+
+    def short_run(self, name: str, device, dtype: str = "float32") -> list[str]:
+        """Flags of a run of a few steps on the taught models."""
         models = ["--model_name", self.taught[0], "--reward_model_name", self.taught[1]]
-        run = ["--runs_dir", self.folder, "--run_name", name, "--device", device, "--dtype", "float32"]
+        run = ["--runs_dir", self.folder, "--run_name", name, "--device", device, "--dtype", dtype]
         quiet = ["--log_samples_every", "0", "--keep_checkpoints", "1"]
         return [str(flag) for flag in (*models, *run, *quiet, *self.sizes.short_run)]
 
@@ -248,14 +253,23 @@ def start_and_kill(flags: list[str], run_dir: Path) -> int:
     return int(found[-1].name.removeprefix("step-"))
 
 
-def unlike(machine: Machine, name: str) -> float:
+def unlike(machine: Machine, name: str, dtype: str = "float32") -> float:
     """How far a finished short run's weights are from the uninterrupted run's, over how far training moved these."""
     folder = machine.taught[0]
     start = load_policy(folder, load_gpt2_config(folder)).state_dict()
-    weights, expected = load_file(machine.folder / name / "model" / "model.safetensors"), machine.uninterrupted
+    weights, expected = machine.weights(name), machine.uninterrupted(dtype)
     differs = sum((weights[key] - expected[key]).double().square().sum() for key in expected)
     moved = sum((expected[key] - start[key]).double().square().sum() for key in expected)
     return math.sqrt(differs / moved)
+
+
+def step(trainer: PPOTrainer, queries: list[torch.Tensor], responses: list[torch.Tensor]):
+    """One step: its statistics, and how it moved the weights, all in one row, float64 on the CPU."""
+    scores = torch.rand(len(queries), generator=torch.Generator().manual_seed(1))
+    before = [weight.detach().cpu().double() for weight in trainer.engine.weights]
+    stats = trainer.step(queries, responses, scores)
+    moved = [weight.detach().cpu().double() - start for weight, start in zip(trainer.engine.weights, before)]
+    return stats, torch.cat([each.flatten() for each in moved])
 
 
 def drawn_outside(trainer: PPOTrainer, queries: list[torch.Tensor], responses: list[torch.Tensor]) -> float:
@@ -307,23 +321,17 @@ def float32(machine: Machine) -> Iterator[Row]:
     difference = largest(logprobs(trainer, queries, responses) - logprobs(other, queries, responses))
     yield at_most(f"float32 against {against}: log-probabilities, largest difference", difference, "float32")
 
-    scores = torch.rand(len(queries), generator=torch.Generator().manual_seed(1))
-    start = [weight.detach().cpu().double() for weight in other.engine.weights]
-    mine, theirs = (each.step(queries, responses, scores) for each in (trainer, other))
+    (mine, moved), (theirs, expected) = (step(each, queries, responses) for each in (trainer, other))
     worst = max(theirs, key=lambda name: abs(mine[name] - theirs[name]) / max(1, abs(theirs[name])))
     difference = abs(mine[worst] - theirs[worst]) / max(1, abs(theirs[worst]))
     yield at_most("... one step's statistics, largest difference", difference, "statistics", f" ({worst})")
-
-    differs = moved = 0.0
-    for before, one, two in zip(start, trainer.engine.weights, other.engine.weights):
-        differs += (one.cpu().double() - two.cpu().double()).square().sum().item()
-        moved += (two.cpu().double() - before).square().sum().item()
-    yield at_most("... the weights after it, of how far they moved", math.sqrt(differs / moved), "statistics")
+    difference = ((moved - expected).norm() / expected.norm()).item()
+    yield at_most("... the weights after it, of how far they moved", difference, "statistics")
 
 
 def bfloat16(machine: Machine) -> Iterator[Row]:
     """bfloat16 against float32"""
-    if pick_dtype("auto", machine.device) != torch.bfloat16:
+    if machine.dtype != "bfloat16":
         yield Row("bfloat16 against float32", "this device does not compute in bfloat16", "", None)
         return
     trainer, queries = machine.trainer("float32")
@@ -334,6 +342,9 @@ def bfloat16(machine: Machine) -> Iterator[Row]:
     rms = differences.square().mean().sqrt().item()
     yield at_most("bfloat16 against float32: log-probabilities, root mean square", rms, "bfloat16 rms")
     yield at_most("... largest difference", largest(differences), "bfloat16 largest")
+    moved, expected = (step(each, queries, responses)[1] for each in (other, trainer))
+    difference = ((moved - expected).norm() / expected.norm()).item()
+    yield at_most("... the weights after one step, of how far they moved", difference, "bfloat16 update")
 
 
 def lengths(machine: Machine) -> Iterator[Row]:
@@ -359,11 +370,7 @@ def lengths(machine: Machine) -> Iterator[Row]:
 
 def kill(machine: Machine) -> Iterator[Row]:
     """killed with SIGKILL and resumed"""
-    machine.taught  # before two threads want it
-    with ThreadPoolExecutor() as pool:
-        killing = pool.submit(lambda: machine.killed)
-        machine.uninterrupted
-    folder, step = killing.result()
+    folder, step = machine.killed
     shutil.copytree(folder, machine.folder / "resumed")
     train("--resume", machine.folder / "resumed")
     check = f"killed with SIGKILL, resumed from step {step}: the weights at the end, of how far they moved"
@@ -386,27 +393,39 @@ def devices(machine: Machine) -> Iterator[Row]:
     yield at_most(check, unlike(machine, "from-cpu"), "resumed")
 
 
+def twice(machine: Machine) -> Iterator[Row]:
+    """the same run twice"""
+    dtype = machine.dtype
+    first = machine.uninterrupted(dtype)
+    train(*machine.short_run("again", machine.device, dtype))
+    again = machine.weights("again")
+    same = all(again[key].equal(first[key]) for key in first)
+    figure = "the same bits" if same else f"{unlike(machine, 'again', dtype):.1e} of how far they moved"
+    yield Row(f"the same run twice in {dtype}: the weights at the end", figure, "the same bits", same)
+
+
 def two_processes(machine: Machine) -> Iterator[Row]:
     """two processes below torchrun"""
     n = torch.cuda.device_count() if machine.device.type == "cuda" else 0
     if n < 2:
         yield Row("two processes below torchrun", f"needs two GPUs, {n} here", "", None)
         return
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, ROOT / "train_ppo.py", *machine.short_run("two", machine.device.type)]
-    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, text=True, start_new_session=True, **streams)
-    try:
-        errors = process.communicate(timeout=WAIT)[1]
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)  # torchrun kills those that do not end by that
-        process.communicate()
-        raise RuntimeError(f"no end after {WAIT} seconds")
-    if process.returncode:
-        words = [line for line in errors.splitlines() if "rror" in line] or ["torchrun failed"]
-        raise RuntimeError(words[0])
-    check = "two processes on two GPUs against one: the weights at the end, of how far they moved"
-    yield at_most(check, unlike(machine, "two"), "resumed")
+    for dtype in dict.fromkeys(("float32", machine.dtype)):
+        name = f"two-{dtype}"
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [*torchrun, ROOT / "train_ppo.py", *machine.short_run(name, machine.device.type, dtype)]
+        process = subprocess.Popen(command, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            errors = process.communicate(timeout=WAIT)[1]
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun kills those that do not end by that
+            process.communicate()
+            raise RuntimeError(f"no end after {WAIT} seconds")
+        if process.returncode:
+            words = [line for line in errors.splitlines() if "rror" in line] or ["torchrun failed"]
+            raise RuntimeError(words[0])
+        check = f"two processes on two GPUs against one, in {dtype}: the weights at the end, of how far they moved"
+        yield at_most(check, unlike(machine, name, dtype), f"two in {dtype}")
 
 
 def speed(machine: Machine) -> Iterator[Row]:
@@ -459,7 +478,7 @@ def real_run(machine: Machine) -> Iterator[Row]:
     yield Row(check, figure, f"+{LIMITS['reward']:g}", after - before >= LIMITS["reward"])
 
 
-CHECKS = [float32, bfloat16, lengths, kill, devices, two_processes, speed, long_texts, real_run]
+CHECKS = [float32, bfloat16, lengths, kill, devices, twice, two_processes, speed, long_texts, real_run]
 
 # ----------------------------------------------------------------------------------------------
 # The program
@@ -472,20 +491,49 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def run_checks(machine: Machine) -> list[Row]:
-    """All rows, one check after the other; a check that raises gives a failed row. Says on stderr where it is."""
-    rows = []
-    for number, check in enumerate(CHECKS, 1):
-        print(f"{number} of {len(CHECKS)}: {check.__doc__}", end="", file=sys.stderr, flush=True)
-        started = time.perf_counter()
+def takes_work(device: torch.device) -> bool:
+    """Whether the device still computes: after some errors a CUDA GPU does nothing more for this process."""
+    try:
+        release_memory()
+        return torch.ones(1, device=device).item() == 1
+    except RuntimeError:
+        return False
+
+
+def rows_of(check, machine: Machine) -> Iterator[Row]:
+    """A check's rows as they come, the last a failed one where it raises."""
+    rows = check(machine)
+    while True:
         try:
             with contextlib.redirect_stdout(io.StringIO()), quiet_transformers():
-                rows.extend(check(machine))  # row by row: those before an exception are kept
+                row = next(rows)
+        except StopIteration:
+            return
         except Exception as error:
-            rows.append(Row(check.__doc__, first_line(error), "", False))
-        print(f", {time.perf_counter() - started:.0f} s", file=sys.stderr)
-        release_memory()
-    return rows
+            yield Row(check.__doc__, first_line(error), "", False)
+            return
+        yield row
+
+
+def say(text: str) -> None:
+    """What is being done, on a terminal, until the next row takes its place."""
+    if sys.stderr.isatty():
+        print(f"\r{text:79}\r", end="", file=sys.stderr, flush=True)
+
+
+def run_checks(machine: Machine) -> bool:
+    """Print the rows of one check after the other; whether none failed."""
+    well = working = True
+    for number, check in enumerate(CHECKS, 1):
+        say(progress := f"{number} of {len(CHECKS)}: {check.__doc__}")
+        for row in rows_of(check, machine) if working else [Row(check.__doc__, "not run", "", None)]:
+            say("")
+            print(row, flush=True)
+            say(progress)
+            well &= row.ok is not False
+        working = working and takes_work(machine.device)
+    say("")
+    return well
 
 
 def main(argv: list[str]) -> int:
@@ -502,17 +550,16 @@ def main(argv: list[str]) -> int:
     if args.device == "auto" and device.type == "cpu":
         print("gpu_check: error: torch sees no GPU here; --device cpu runs the same checks small", file=sys.stderr)
         return 2
-    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
+    # On Windows files that are mapped, as weights are, cannot be removed
+    with tempfile.TemporaryDirectory(prefix="gpu-check-", ignore_cleanup_errors=True) as folder:
         machine = Machine(device, Path(folder))
+        print(*(f"{name}: {value}" for name, value in environment(device).items()), "", sep="\n")
+        print("| check | figure | limit | ok |\n| --- | --- | --- | --- |", flush=True)
         try:
-            rows = run_checks(machine)
+            return int(not run_checks(machine))
         except KeyboardInterrupt:
             print("\nstopped", file=sys.stderr)
             return 130
-    print(f"{machine.name}, torch {torch.__version__}, transformers {transformers.__version__}:\n")
-    print("| check | figure | limit | ok |\n| --- | --- | --- | --- |")
-    print("\n".join(map(str, rows)))
-    return int(any(row.ok is False for row in rows))
 
 
 if __name__ == "__main__":

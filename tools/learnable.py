@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ppo import logprobs_values_entropy
-from support.errors import in_one_line
+from support.errors import exits_on_user_error
 from support.evaluation import sample_and_score
 from support.load import load
 from support.models import load_gpt2_config, load_policy
@@ -114,5 +114,5 @@ def mean(values) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    with in_one_line("learnable"):
+    with exits_on_user_error("learnable"):
         main()

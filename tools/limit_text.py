@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from support.errors import in_one_line
+from support.errors import exits_on_user_error
 from support.evaluation import SHOWN, distinct, sample_and_score
 from support.load import load
 from support.settings import check, parse_args
@@ -48,5 +48,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with in_one_line("limit_text"):
+    with exits_on_user_error("limit_text"):
         main()

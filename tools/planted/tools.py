@@ -1,0 +1,28 @@
+"""Bugs in what a person runs beside training."""
+
+NEAREST = {  # file: the tests nearest to it
+    "tools/gpu_check.py": "gpu_check",
+    "tools/versions.py": "versions",
+    "requirements.txt": "versions",
+    "constraints.txt": "versions",
+}
+BUGS = [  # (file, what stands there, the bug)
+    ("tools/gpu_check.py", "        working = working and takes_work(machine.device)\n", ""),
+    ("tools/gpu_check.py", "            well &= row.ok is not False\n", "            well = row.ok is not False\n"),
+    ("tools/gpu_check.py", "            print(row, flush=True)\n", "            print(row, file=sys.stderr)\n"),
+    (
+        "tools/gpu_check.py",
+        "    except RuntimeError:\n        return False",
+        "    except ValueError:\n        return False",
+    ),
+    ("tools/gpu_check.py", "all(again[key].equal(first[key])", "all(again[key].allclose(first[key])"),
+    ("tools/gpu_check.py", '"bfloat16 update": 0.2,', '"bfloat16 update": 2.0,'),
+    ("tools/gpu_check.py", 'dict.fromkeys(("float32", machine.dtype))', '("float32",)'),
+    ("tools/gpu_check.py", "value <= LIMITS[limit])", "not value > LIMITS[limit])"),
+    ("tools/versions.py", 'r"==\\1"', 'r">=\\1"'),
+    ("tools/versions.py", '{"PIP_CONSTRAINT": str(pins)}', "{}"),
+    ("tools/versions.py", ", demo and tests\n", ", demo\n"),
+    ("requirements.txt", "torch>=2.6\n", "torch==2.13.0\n"),
+    ("constraints.txt", "transformers==5.23.0", "transformers==5.3.0"),
+]
+SAME = []
