@@ -4,8 +4,8 @@
     python -m tools.fuzz --seed 4711                    that case again, with all that it prints
 
 A case does one thing or two to the files of a finished run, of one that was killed, to their models, or to a reward
-function, and starts train_ppo.py or plot_rewards.py, in a process of its own with 4 GiB of memory and, after 20 s,
-Ctrl-C. Then must hold:
+function, and starts train_ppo.py or plot_rewards.py, in a process of its own with 4 GiB of memory and, after 20 s of
+work, Ctrl-C. Then must hold:
 
 - the exit code is 0; or 2, with one line that begins with `PROGRAM: error: ` and is the last; or 130 after Ctrl-C;
 - no traceback was printed;
@@ -46,7 +46,7 @@ from support.checkpoint import FILES, read_state, sha256
 from support.demo_models import demo_models
 from support.streams import hold_streams
 
-SECONDS, KILLED_AFTER, MEMORY = 20, 120, 4 << 30
+SECONDS, KILLED_AFTER, MEMORY = 20, 600, 4 << 30
 LOADED = "matplotlib.pyplot support.run_folder support.text_trainer support.load transformers.pipelines".split()
 LOADED += [f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "bert")]
 SMALL = "--preset demo --device cpu --model_name gpt2 --reward_model_name sentiment --runs_dir . --eval_samples 4"
@@ -296,8 +296,8 @@ def start(program, flags: str, place: Path, streams: tuple[Path, Path]) -> int:
             for descriptor, path in enumerate((os.devnull, *streams)):
                 os.dup2(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), descriptor)
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
-            signal.setitimer(signal.ITIMER_REAL, SECONDS, SECONDS / 2)
+            signal.signal(signal.SIGPROF, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+            signal.setitimer(signal.ITIMER_PROF, SECONDS, SECONDS / 2)
             sys.stdin, sys.stdout, sys.stderr = (open(descriptor, mode) for descriptor, mode in enumerate("rww"))
             hold_streams()
             code = 1
