@@ -26,7 +26,7 @@ def score(texts: list[str]) -> list[float]:
 
 
 class Judged:
-    """The judgement of a policy that ends a fifth of its texts at once, and what it was made with."""
+    """The judgement of a policy that ends many of its texts at once, and what it was made with."""
 
     def __init__(self, folder, **changes):
         self.tokenizer = load_tokenizer(folder)
@@ -37,7 +37,7 @@ class Judged:
             for parameter in self.model.parameters():
                 parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
             to_sep = self.model.lm_head.weight[SEP]
-            self.model.transformer.ln_f.bias += 2 * to_sep / to_sep.norm() ** 2
+            self.model.transformer.ln_f.bias += 4 * to_sep / to_sep.norm() ** 2
         settings = dict(gen_len=GEN_LEN, temperature=TEMPERATURE, eval_samples=N, micro_batch_size=7, frozen_share=0.0)
         config = PPOConfig(**settings | {"device": "cpu", "dtype": "float32", "seed": 11} | changes)
         self.trainer = TextPPOTrainer(config, copy.deepcopy(self.model), copy.deepcopy(self.reference), self.tokenizer)

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import distributed as dist
 
 from config import PPOConfig
@@ -23,6 +24,8 @@ from support.errors import UserError
 from tests.conftest import ROOT
 from tests.ranks import Ranks, agents_store
 from train_ppo import main
+
+TIMEOUT_CAN_CHANGE = Version(torch.__version__) >= Version("2.9.0")  # of Gloo, by `meeting.set_timeout`
 
 # ----------------------------------------------------------------------------------------------
 # Three processes, the first of them on a machine of its own
@@ -91,12 +94,12 @@ def exchange(rank: int) -> None:
     if rank:
         while not Path("given-up").exists():
             time.sleep(0.05)
-    else:
+    elif TIMEOUT_CAN_CHANGE:
         try:
             score_texts(len, ["a", "b", "c"])
         except RuntimeError as error:
             results["lost"] = meeting.lost_process(error)
-        Path("given-up").touch()
+    Path("given-up").touch()
     torch.save(results, f"{rank}.pt")
     meeting.exit_process((0, 130, 2)[rank])
 
@@ -166,6 +169,7 @@ def test_the_first_process_of_each_machine_builds_and_the_others_find(three):
     assert of(three, "build failed") == ["UserError: on host gpu-2: no room for 2"] * 3
 
 
+@pytest.mark.skipif(not TIMEOUT_CAN_CHANGE, reason="before torch 2.9 Gloo keeps the timeout that it began with")
 def test_a_process_that_does_not_answer_is_given_up(three):
     assert re.fullmatch(
         r"another machine or process.* is gone: it did not answer for 1 s \(--process_timeout\), "
