@@ -98,6 +98,7 @@ EVIL_TOKENIZER = {"auto_map": {"AutoTokenizer": ["evil.C", "evil.C"]}}
         (load_classifier, lambda f: edit(f, model_type="bert-generation", **EVIL_CONFIG), "cannot be loaded"),
         (load_gpt2, lambda f: edit(f, "tokenizer_config.json", **EVIL_TOKENIZER), None),
         (load_gpt2, lambda f: edit(f, "tokenizer_config.json", tokenizer_class="C", **EVIL_TOKENIZER), "the tokenizer"),
+        (models.load_tokenizer, lambda f: edit(f, model_type="evil", **EVIL_CONFIG), None),
         (load_gpt2, lambda f: edit(f, attn_implementation="evil/kernel"), None),
         (load_classifier, lambda f: edit(f, _attn_implementation="evil/kernel"), None),
         (load_gpt2, lambda f: torch.save({"a": Evil()}, f / "pytorch_model.bin"), "cannot be loaded"),
@@ -108,17 +109,18 @@ def test_a_model_folder_runs_no_code_and_asks_nothing(
     gpt2_folder, classifier_folder, tmp_path, monkeypatch, load, change, said
 ):
     """Neither that in the folder, nor in its weights, nor an attention kernel of the hub."""
-    folder = shutil.copytree({load_gpt2: gpt2_folder, load_classifier: classifier_folder}[load], tmp_path / "model")
+    folder = shutil.copytree(classifier_folder if load is load_classifier else gpt2_folder, tmp_path / "model")
     (folder / "evil.py").write_text("open('ran', 'w')\nclass C: pass\n")
     change(folder)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("builtins.input", lambda *question: pytest.fail("asked whether to run code"))
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "n")
     if said is None:
         load(folder)
     else:
         with pytest.raises(UserError, match=said):
             load(folder)
-    assert os.listdir(tmp_path) == ["model"] and os.listdir(folder).count("__pycache__") == 0
+    assert asked == [] and os.listdir(tmp_path) == ["model"] and os.listdir(folder).count("__pycache__") == 0
 
 
 DIFFER = "config.json and the weights beside it do not belong together: it "
