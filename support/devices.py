@@ -40,7 +40,8 @@ def environment(device) -> dict[str, str]:
     import torch
 
     found = {"Python": platform.python_version()}
-    found |= {name: metadata.version(name) for name in ("torch", "transformers", "numpy")}
+    found |= {"torch": torch.__version__}  # which names its CUDA, as 2.15.0+cu132; what pip says may not
+    found |= {name: metadata.version(name) for name in ("transformers", "numpy")}
     found |= {"system": platform.platform(), "device": str(device)}
     if device.type == "cuda":
         found["device"] += f" ({torch.cuda.get_device_name(device)})"
