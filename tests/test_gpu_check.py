@@ -182,8 +182,9 @@ def test_two_processes_are_compared_in_float32_and_in_the_dtype_of_a_default_run
     stand_in.device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(subprocess, "Popen", Process)
-    monkeypatch.setattr(gpu_check, "unlike", lambda machine, name, dtype: {"float32": 1e-3, "bfloat16": 0.9}[dtype])
+    monkeypatch.setattr(gpu_check, "unlike", lambda machine, two, one: {"one-float32": 1e-3, "one-bfloat16": 0.9}[one])
     assert [row.ok for row in gpu_check.two_processes(stand_in)] == [True, False]
+    assert [command[-1] for command in started] == ["4", "128"]  # --save_every of a short run, a step of 128
     assert [command[command.index("--dtype") + 1] for command in started] == ["float32", "bfloat16"]
     assert all(command[command.index("--nproc-per-node") + 1] == "2" for command in started)
     Process.returncode = 1

@@ -22,7 +22,7 @@ BUGS = [  # (file, what stands there, the bug)
         "    except RuntimeError:\n        return False",
         "    except ValueError:\n        return False",
     ),
-    ("tools/gpu_check.py", "all(again[key].equal(first[key])", "all(again[key].allclose(first[key])"),
+    ("tools/gpu_check.py", "all(second[key].equal(first[key])", "all(second[key].allclose(first[key])"),
     ("tools/gpu_check.py", '"bfloat16 update": 0.2,', '"bfloat16 update": 2.0,'),
     ("tools/gpu_check.py", 'dict.fromkeys(("float32", machine.dtype))', '("float32",)'),
     ("tools/gpu_check.py", "value <= LIMITS[limit])", "not value > LIMITS[limit])"),
