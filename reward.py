@@ -85,7 +85,7 @@ def find_positive_label(labels: list[str], wanted: str | None) -> str:
         if wanted not in labels:
             raise UserError(f"--positive_label {wanted!r} is none of the classifier's labels: {listed}")
         return wanted
-    positive = [label for label in labels if re.match(r"(very |非常|很)?(pos|正|好|积极)", label.strip().lower())]
+    positive = [label for label in labels if re.match(r"(very |非常|很)?(pos|正|好|积极)", str(label).strip().lower())]
     if len(positive) != 1:
         raise UserError(
             f"which label of the reward model is the happy one? Its labels are {listed}; set --positive_label"

@@ -153,6 +153,7 @@ def test_the_happy_label_is_found_by_its_beginning(labels):
         ["1 star", "5 stars"],
         ["negative", "not positive"],
         ["悲伤", "愤怒"],
+        [True, None],
     ],
 )
 def test_ambiguous_labels_are_listed(labels):
