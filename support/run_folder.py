@@ -147,8 +147,9 @@ class RunFolder:
                 partial.write_bytes(content)
         start = {"step": self.trainer.n_steps + 1, **environment(self.trainer.engine.device)}
         start |= {"dtype": str(self.trainer.engine.dtype)[6:], "processes": collectives.world_size()}
-        with disk_errors(self.path), (self.path / "environment.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(start) + "\n")
+        path = self.path / "environment.jsonl"
+        earlier = whole_lines(path) if path.exists() else []
+        write_whole(path, "".join(f"{line}\n" for line in [*earlier, json.dumps(start)]))
 
     def steps(self, trainer) -> Iterator[int]:
         """The numbers of the steps still to do, from 1, with a progress bar."""
