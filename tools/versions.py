@@ -60,7 +60,7 @@ def measure(name: str, folder: Path) -> tuple[list[str], bool]:
         gain = f"{results['gain']['gain']:.2f}"
     tests, said = ran("tests.log", "-m", "pytest", "-q", "-p", "no:cacheprovider")
     counts = re.findall(r"\d+ (?:passed|failed|skipped|errors?)", said.splitlines()[-1])
-    return [name, *versions, ", ".join(counts), gain], demo and tests
+    return [name, *versions, ", ".join(counts) or "did not end", gain], demo and tests
 
 
 def main(argv: list[str]) -> int:
