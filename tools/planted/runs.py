@@ -107,7 +107,7 @@ BUGS = [  # (file, what stands there, the bug)
     ),
     ("support/run_folder.py", "self.config.run_name is not None or meeting", "False or meeting"),
     ("support/run_folder.py", "        self.config.run_name = self.path.name\n", ""),
-    ("support/run_folder.py", "            (self.path / FINAL[-1]).unlink(missing_ok=True)  #", "            #"),
+    ("support/run_folder.py", "(self.path / FINAL[-1]).unlink(missing_ok=True)  #", "pass  #"),
     ("train_ppo.py", '    results["steps"] = trainer.n_steps\n', ""),
     ("train_ppo.py", "    folder.hold()\n", ""),
     ("train_ppo.py", "    if config.eval_samples < earlier:", "    if config.eval_samples <= earlier:"),
