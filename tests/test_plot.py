@@ -397,6 +397,7 @@ WHOLE = {"before": judged(0.5, 0, [0.2, 0.8]), "gain": {"gain": 0.5, "limit": {"
         (WHOLE | {"after": judged(0.5, 0, [])}, "after.samples is missing"),
         (WHOLE | {"frontier": [{"kl": 1, "reward": 1}, {"kl": 1}]}, "frontier.1.reward is missing"),
         (WHOLE | {"best_of_n": [{"kl": 1, "reward": 1, "n": 2.5}]}, "best_of_n.0.n is missing"),
+        (WHOLE | {"best_of_n": [{"kl": 1, "reward": 1, "n": True}]}, "best_of_n.0.n is missing"),
         (WHOLE | {"gain": {"limit": [1, 2]}}, "gain.limit is missing"),
         (WHOLE | {"before": {"kl": 0, "reward": 0, "samples": [["p", "x", 0.5, 1]]}}, "before.samples.0 is missing"),
         (WHOLE | {"more": "\ud800"}, "it holds half a character"),
