@@ -16,7 +16,8 @@ class Prompts:
     """The distinct prompts of a batch, left-padded, and which of them each completion continues.
 
     ids (prompts, P) int64. mask (prompts, P) int64, 0 at the padding, or None where all have one length.
-    index (n,) int64, on the CPU: completion i continues prompt index[i]. rows: the same, on the prompts' device.
+    index (n,) int64, on the CPU: completion i continues prompt index[i]. rows: the same, on the prompts' device,
+    and one_hot, (n, prompts) bool, as a matrix.
     hidden_states (prompts, P, hidden): what `SharedPrompts.trunk` made of them, or None.
     """
 
@@ -27,6 +28,7 @@ class Prompts:
 
     def __post_init__(self):
         self.rows = to_device(self.index, self.ids.device)
+        self.one_hot = self.rows[:, None] == torch.arange(len(self.ids), device=self.ids.device)
 
     @classmethod
     def from_tensors(cls, query_tensors: list[torch.Tensor], pad_token_id: int, device) -> "Prompts":
@@ -57,8 +59,7 @@ class Prompts:
         completions of a prompt one by one in the tensor's dtype, on a GPU in another order each time; that of a product
         adds up in float32, in one order.
         """
-        one_hot = self.rows[:, None] == torch.arange(len(tensor), device=tensor.device)
-        return (one_hot.to(tensor.dtype) @ tensor.flatten(1)).unflatten(1, tensor.shape[1:])
+        return (self.one_hot.to(tensor.dtype) @ tensor.flatten(1)).unflatten(1, tensor.shape[1:])
 
     def mask_with(self, n_tokens: int) -> torch.Tensor | None:
         """Attention mask (n, P + n_tokens) of each completion's prompt followed by n_tokens of its own."""

@@ -111,7 +111,7 @@ BUGS = [  # (file, what stands there, the bug)
     ("support/batches.py", "self.rows[:, None] == torch", "self.rows.flip(0)[:, None] == torch"),
     (
         "support/batches.py",
-        "(one_hot.to(tensor.dtype) @ tensor.flatten(1)).unflatten(1, tensor.shape[1:])",
+        "(self.one_hot.to(tensor.dtype) @ tensor.flatten(1)).unflatten(1, tensor.shape[1:])",
         "tensor[self.rows]",
     ),
     (
