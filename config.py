@@ -103,7 +103,12 @@ class PPOConfig:
     cliprange: float = option(
         0.2, "The probability ratio is clipped to 1 plus or minus this (the PPO paper's best).", above=0
     )
-    cliprange_value: float = option(0.2, "Values are clipped to the old value plus or minus this.", above=0)
+    cliprange_value: float = option(
+        0.2,
+        "Values are clipped to the old value plus or minus this, in a unit in which the scores of the first batch have "
+        "a standard deviation of 0.4 (the article's have about that by themselves).",
+        above=0,
+    )
     vf_coef: float = option(
         0.1,
         "Weight of the value loss (the article's); it matters without --detach_value, with it Adam evens it out.",

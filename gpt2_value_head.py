@@ -28,6 +28,12 @@ class ValueHead(nn.Module):
         """(batch, seq, hidden) -> (batch, seq), in the dtype of the head's own weights."""
         return self.summary(hidden_states.to(self.summary.weight.dtype)).squeeze(-1)
 
+    @torch.no_grad()
+    def scale_(self, factor: float) -> None:
+        """Have all values be `factor` times what they are."""
+        self.summary.weight *= factor
+        self.summary.bias *= factor
+
 
 class CausalLMOutputWithValue(NamedTuple):
     """What a forward pass returns.

@@ -16,6 +16,7 @@ In these points it departs from textbook PPO or from the article's code (README 
 10. Saved is an average of the weights over the steps: it averages out the noise of single steps.
 11. Adam's epsilon is 1e-5: with 1e-8, weights whose gradient is rounding error move as fast as all others.
 12. An optimiser step without a finite gradient is left out and counted, not taken.
+13. Rewards are counted in a unit that the first batch's scores set: scores from 0 to 1 or from 0 to 10,000 are one job.
 
 Shapes: n completions, T tokens (completions are right-padded to the longest), V vocabulary entries. A mask is True
 or 1 at a completion's real tokens, its final [SEP] included, and 0 at the padding. Logits and values at t are those
@@ -96,6 +97,22 @@ def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.
 
 # ----------------------------------------------------------------------------------------------
 # Rewards and advantages
+
+
+SPREAD = 0.4  # about that of a probability's: for it cliprange_value, vf_coef and value_lr were found
+
+
+def pick_reward_unit(scores: torch.Tensor, kl_coef: float) -> float:
+    """The unit in which the scores (n,) of the first batch have a standard deviation of SPREAD (Ziegler, section 2.1,
+    scales its reward model in this way).
+
+    Where they are as good as equal, since a hundredth of what a nat costs is no spread, the unit is that of their size.
+    """
+    scores = scores.double().cpu()
+    spread = scores.std(correction=0).item()
+    if spread <= kl_coef / 100:
+        spread = max(scores.mean().abs().item(), kl_coef)
+    return spread / SPREAD or 1.0
 
 
 def compute_rewards(
@@ -260,6 +277,7 @@ class PPOTrainer:
         self.sep_token_id = tokenizer.sep_token_id
         self.n_steps = 0
         self.n_drawn = 0  # completions since the last step
+        self.reward_unit = None  # of rewards and values from the first step on, in the unit of the scores
         if config.kl_controller == "adaptive":
             self.kl_controller = AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
         else:
@@ -302,14 +320,19 @@ class PPOTrainer:
         config, engine = self.config, self.engine
         completions, scores = engine.collate(query_tensors, response_tensors, rewards)
         mask, n = completions.mask, len(completions)
+        if self.reward_unit is None:
+            self.reward_unit = pick_reward_unit(scores, config.init_kl_coef)
+            engine.scale_values(1 / self.reward_unit)
+        unit = self.reward_unit
 
         # 1. What policy and reference think of the completions before this step's update
         completions = engine.share_trunk(completions)  # through the frozen blocks, once for both (point 7)
         logprobs, values, entropy = engine.evaluate(logprobs_values_entropy, completions, self.model)
         ref_logprobs, *_ = engine.evaluate(logprobs_values_entropy, completions, self.ref_model)
 
-        # 2. Rewards: the KL penalty at every token, the score at the last
-        token_rewards, kl_penalties = compute_rewards(scores, logprobs, ref_logprobs, mask, self.kl_controller.value)
+        # 2. Rewards, in the trainer's unit: the KL penalty at every token, the score at the last
+        kl_coef = self.kl_controller.value / unit
+        token_rewards, kl_penalties = compute_rewards(scores / unit, logprobs, ref_logprobs, mask, kl_coef)
 
         # 3. Advantages, whitened over the whole batch
         advantages, returns = compute_advantages(values, token_rewards, mask, config.gamma, config.lam)
@@ -325,17 +348,17 @@ class PPOTrainer:
         self.n_steps, self.n_drawn = self.n_steps + 1, 0
         engine.average(self.n_steps)
 
-        # 5. Statistics, named as in TRL
+        # 5. Statistics, named as in TRL; all but the losses in the unit of the scores
         kl = (logprobs - ref_logprobs).where(mask, 0).sum(-1)
         stats = engine.fetch(
             {
                 "objective/kl": kl.mean(),
                 "objective/entropy": masked_mean(entropy, mask),
-                "objective/non_score_reward": kl_penalties.sum(-1).mean(),
-                "objective/rlhf_reward": token_rewards.sum(-1).mean(),
+                "objective/non_score_reward": unit * kl_penalties.sum(-1).mean(),
+                "objective/rlhf_reward": unit * token_rewards.sum(-1).mean(),
                 **{f"ppo/{name}": mean for name, mean in engine.means(updates).items()},
-                "ppo/returns/mean": masked_mean(returns, mask),
-                "ppo/val/mean": masked_mean(values, mask),
+                "ppo/returns/mean": unit * masked_mean(returns, mask),
+                "ppo/val/mean": unit * masked_mean(values, mask),
                 "ppo/val/explained_variance": explained_variance(values, returns, mask),
                 "tokens/completion_length": mask.sum() / n,
                 "tokens/ended_share": ((completions.ids == self.sep_token_id) & mask).any(-1).float().mean(),

@@ -4,7 +4,7 @@
         policy.safetensors     policy and value head
         average.safetensors    their running average
         optimizer.pt           Adam and the global random generators (torch format, weights_only)
-        state.json             step, KL coefficient, and a SHA-256 of every file above
+        state.json             step, KL coefficient, unit of the rewards, and a SHA-256 of every file above
 
 A checkpoint is written under a temporary name, flushed to disk and then renamed: it is there whole or not at all.
 """
@@ -58,6 +58,7 @@ def write_checkpoint(trainer, partial: Path) -> None:
     state = {
         "step": trainer.n_steps,
         "kl_coef": trainer.kl_controller.value,
+        "reward_unit": trainer.reward_unit,
         "skipped_in_a_row": engine["skipped_in_a_row"],
         "sha256": {name: sha256(partial / name) for name in FILES},
     }
@@ -119,11 +120,13 @@ def put_into(trainer, state: dict, policy: dict, average: dict, saved: dict) -> 
     trainer.engine.load_state_dict({**engine, "skipped_in_a_row": state["skipped_in_a_row"]})
     set_random_state(saved["random"])
     trainer.n_steps, trainer.kl_controller.value = state["step"], float(state["kl_coef"])
+    trainer.reward_unit = state.get("reward_unit", 1.0)  # earlier versions knew none
 
 
 def read_state(path: Path) -> dict:
     """A checkpoint's state.json, once every file was found whole. One of UNUSABLE where one is not."""
-    shape = {"step": int, "kl_coef": float, "skipped_in_a_row": int, "sha256": {name: str for name in FILES}}
+    shape = {"step": int, "kl_coef": float, "reward_unit?": float, "skipped_in_a_row": int}
+    shape |= {"sha256": {name: str for name in FILES}}
     state = read_json(path / "state.json", shape, "remove this checkpoint")
     if state["step"] != step_of(path):
         raise ValueError(f"state.json is that of step {state['step']}")

@@ -143,6 +143,11 @@ class Engine:
             raise ValueError(f"{len(completions)} completions do not divide by {collectives.world_size()} processes")
         return completions, scores
 
+    def scale_values(self, factor: float) -> None:
+        """Have the policy's values be `factor` times what they are."""
+        for model in (self.model, self.averaged):
+            model.v_head.scale_(factor)
+
     # ------------------------------------------------------------------------------------------
     # Through the models, without gradients
 

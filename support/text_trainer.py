@@ -72,9 +72,12 @@ class TextPPOTrainer(PPOTrainer):
     def save(self, folder: str | Path) -> None:
         """Write the trained policy (the average of its weights, see `policy_for_saving`) with its tokenizer.
 
-        The folder opens here by `from_pretrained`, value head included, and in plain `transformers`.
+        The folder opens here by `from_pretrained`, value head included, and in plain `transformers`. Its values are in
+        the unit of the scores.
         """
         if not str(folder).strip() or os.path.isfile(folder):
             raise ValueError(f"save() takes the name of a folder, not {str(folder)!r}")
         with disk_errors(Path(folder), 4 * self.model.num_parameters()):
-            save_policy(self.policy_for_saving, self.tokenizer, Path(folder), self.config.temperature)
+            policy = copy.deepcopy(self.policy_for_saving)
+            policy.v_head.scale_(self.reward_unit or 1.0)
+            save_policy(policy, self.tokenizer, Path(folder), self.config.temperature)

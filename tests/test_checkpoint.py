@@ -45,6 +45,17 @@ def test_a_loaded_trainer_goes_on_as_the_saved_one(policy, tmp_path):
             assert torch.equal(weight, same)
 
 
+def test_a_checkpoint_of_before_there_was_a_unit_goes_on_in_that_of_the_scores(policy, tmp_path):
+    trainer, _ = trained(policy)
+    path = save_checkpoint(trainer, tmp_path, keep=1) / "state.json"
+    state = json.loads(path.read_text())
+    assert state.pop("reward_unit") == trainer.reward_unit != 1
+    path.write_text(json.dumps(state))
+    twin = make((copy.deepcopy(policy[0]), policy[1]))
+    load_checkpoint(twin, tmp_path)
+    assert twin.reward_unit == 1 and twin.model.v_head.summary.weight.equal(trainer.model.v_head.summary.weight)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_run_goes_on_on_a_device_with_another_kernel_for_adam(policy, fused):
     """Fused or not is the device's: a checkpoint of an Apple GPU says False, one of a CPU or of CUDA True."""
@@ -57,7 +68,7 @@ def test_a_run_goes_on_on_a_device_with_another_kernel_for_adam(policy, fused):
         groups = [{"params": group["params"], "lr": group["lr"]} for group in twin.engine.optimizer.param_groups]
         twin.engine.optimizer = torch.optim.Adam(groups, eps=twin.config.adam_epsilon, fused=False)
     twin.engine.load_state_dict(state)
-    twin.n_steps = trainer.n_steps
+    twin.n_steps, twin.reward_unit = trainer.n_steps, trainer.reward_unit
     assert [group["fused"] for group in twin.engine.optimizer.param_groups] == [fused, fused]
     assert twin.step(*batch) == pytest.approx(trainer.step(*batch), abs=1e-5)
     for weight, same in zip(trainer.model.parameters(), twin.model.parameters()):

@@ -194,6 +194,7 @@ def test_a_signal_is_heeded_though_nobody_reads_what_is_said(signals_restored, m
 
 def test_a_non_finite_gradient_is_skipped_and_counted(policy):
     trainer = make(policy, ppo_epochs=2)
+    trainer.reward_unit = 1.0  # of other scores than what follows
     batch = batch_of(trainer, policy)
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     stats = trainer.step(*batch[:2], [1e30] * 6)
@@ -205,6 +206,7 @@ def test_a_non_finite_gradient_is_skipped_and_counted(policy):
 
 def test_ten_skipped_steps_in_a_row_end_the_run(policy):
     trainer = make(policy, ppo_epochs=4)
+    trainer.reward_unit = 1.0
     batch = batch_of(trainer, policy)
     with pytest.raises(FloatingPointError, match=f"{MAX_SKIPPED} optimiser steps"):
         for _ in range(3):

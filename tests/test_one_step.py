@@ -71,8 +71,9 @@ def by_hand(step) -> dict:
                 clipped[i].append(a > 0 and ratio > high or a < 0 and ratio < low)
                 policy.append(-a * (high if a > 0 else low) if clipped[i][-1] else -a * ratio)
             for new, old, wanted in zip(new_values[i], raw["values"][i], result["returns"][i]):
-                near = min(max(new, old - c.cliprange_value), old + c.cliprange_value)
-                value.append(max((new - wanted) ** 2, (near - wanted) ** 2) / 2)
+                clip = c.cliprange_value * step.reward_unit
+                near = min(max(new, old - clip), old + clip)
+                value.append(max((new - wanted) ** 2, (near - wanted) ** 2) / 2 / step.reward_unit**2)
         result["ratios"].append(ratios)
         result["clipped"].append(clipped)
         policy, value = sum(policy) / len(policy), sum(value) / len(value)
@@ -117,6 +118,7 @@ def test_the_probabilities_are_those_of_the_reference_and_of_the_new_policy(step
             wanted = logits.log_softmax(-1)[torch.arange(len(response)), response]
             assert logprobs[i, : len(response)].tolist() == pytest.approx(wanted.tolist(), abs=1e-4)
         values = output.hidden_states[-1][0, len(query) - 1 : -1] @ head.weight[0].double() + head.bias.double()
+        values *= step.reward_unit
         assert step.epochs[-1].values[i, : len(response)].tolist() == pytest.approx(values.tolist(), abs=1e-4)
 
 

@@ -262,3 +262,20 @@ def test_polynomial_average_by_hand(power, expected):
     for step, weight in enumerate([4.0, 8.0, 0.0], 1):
         polynomial_average([average], [torch.tensor([weight])], step, power)
     assert average.item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scores", "kl_coef", "unit"),
+    [
+        ([1.0, 0.0, 1.0, 0.0], 0.2, 1.25),  # a standard deviation of 0.5 is 0.4 units
+        ([9_000.0, 1_000.0], 2000.0, 10_000.0),
+        ([0.0007, 0.0003], 0.0002, 0.0005),
+        ([5.0, 5.0, 5.0], 0.2, 12.5),  # no spread: their size
+        ([-5.0, -5.0019, -5.0], 0.2, 12.5),  # a hundredth of the coefficient is none either
+        ([0.0, 0.0], 0.2, 0.5),  # a word that has not occurred yet
+        ([0.3], 0.2, 0.75),
+        ([0.0, 0.0], 0.0, 1.0),
+    ],
+)
+def test_the_unit_of_rewards_by_hand(scores, kl_coef, unit):
+    assert ppo.pick_reward_unit(torch.tensor(scores), kl_coef) == pytest.approx(unit, rel=1e-3)

@@ -326,6 +326,22 @@ def test_a_saved_model_is_the_average_at_the_temperature_of_the_run(gpt2_folder,
     assert not torch.allclose(passed[1], passed[2], atol=1e-4)
 
 
+def test_the_values_of_a_saved_model_are_in_the_unit_of_the_scores(gpt2_folder, tmp_path):
+    """And a trainer that goes on from it, with other scores and another unit, values texts the same."""
+    settings = PPOConfig(device="cpu", value_lr=0.1, average_power=1e9, gen_len=3)
+    trainer = TextPPOTrainer.from_pretrained(gpt2_folder, settings)
+    queries = trainer.encode(["衣服"] * 4)
+    responses = trainer.generate(queries)
+    trainer.step(queries, responses, [100.0, 900.0, 400.0, 200.0])
+    believed = trainer.step(queries, responses, [100.0, 900.0, 400.0, 200.0])["ppo/val/mean"]
+    trainer.step(queries, responses, [100.0, 900.0, 400.0, 200.0])
+    trainer.save(tmp_path / "saved")
+    wanted = trainer.step(queries, responses, [0.1, 0.1, 0.1, 0.1])["ppo/val/mean"]
+    again = TextPPOTrainer.from_pretrained(tmp_path / "saved", settings)
+    assert again.step(queries, responses, [3.0, 1.0, 2.0, 1.0])["ppo/val/mean"] == pytest.approx(wanted, rel=1e-4)
+    assert abs(wanted) > 10 and wanted != pytest.approx(believed, rel=0.01)
+
+
 def test_the_reference_is_what_was_loaded_in_the_dtype_of_the_run(gpt2_folder):
     settings = dict(device="cpu", frozen_share=0.0, gen_len=3, lr=1e-2)
     for dtype in ("float32", "bfloat16"):

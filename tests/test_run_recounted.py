@@ -199,10 +199,12 @@ def test_the_saved_model_is_the_average_of_the_steps(run):
         average = {name: old + 3 / (2 + step) * (weights[name] - old) for name, old in average.items()}
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         assert state["step"] == step
+        assert state["reward_unit"] == pytest.approx(run.metrics[0]["env/reward_std"] / 0.4, rel=1e-5)
         saved = load_file(path / "average.safetensors")
         assert all(torch.allclose(saved[name], average[name], atol=1e-6) for name in average)
         assert {weights[name].dtype for name in weights} == {torch.float32}
     model = load_file(run.folder / "model" / "model.safetensors")
+    average["v_head.summary.weight"] *= state["reward_unit"]
     names = ("transformer.h.1.mlp.c_fc.weight", "transformer.ln_f.weight", "v_head.summary.weight")
     assert all(torch.allclose(model[name], average[name], atol=1e-6) for name in names)
     assert not torch.allclose(average[names[0]], weights[names[0]], atol=1e-6)

@@ -14,7 +14,7 @@ from support import batches as b
 from support.evaluation import kl_to_reference
 from tests.test_trainer import batch_of, make
 
-BAD = 1e30  # a score whose value loss has a gradient beyond float32
+BAD = 1e30  # a score whose value loss has a gradient beyond float32, once the unit of rewards is that of others
 
 
 def small(policy, n_layer=2, n_positions=16, vocab_size=43, **changes):
@@ -31,6 +31,7 @@ def small(policy, n_layer=2, n_positions=16, vocab_size=43, **changes):
 
 def test_nine_skipped_steps_in_a_row_are_counted_and_the_tenth_is_the_end(policy):
     trainer = make(policy, ppo_epochs=3, minibatch_size=2)
+    trainer.reward_unit = 1.0
     queries, responses, scores = batch_of(trainer, policy)
     assert trainer.step(queries, responses, [BAD] * 6)["ppo/skipped"] == 9
     with pytest.raises(FloatingPointError, match="the gradient of 10 optimiser steps in a row was not finite"):
@@ -39,6 +40,7 @@ def test_nine_skipped_steps_in_a_row_are_counted_and_the_tenth_is_the_end(policy
 
 def test_ten_skipped_steps_within_one_are_the_end(policy):
     trainer = make(policy, ppo_epochs=5, minibatch_size=3)
+    trainer.reward_unit = 1.0
     queries, responses, _ = batch_of(trainer, policy)
     with pytest.raises(FloatingPointError):
         trainer.step(queries, responses, [BAD] * 6)
@@ -60,17 +62,20 @@ def test_ten_skipped_steps_are_the_end_though_a_good_one_follows(policy, n_skipp
 def test_a_good_step_starts_the_count_of_skipped_ones_anew(policy):
     """Between steps, and between the minibatches of one, of which one in two is bad."""
     trainer = make(policy, ppo_epochs=3, minibatch_size=2)
+    trainer.reward_unit = 1.0
     queries, responses, scores = batch_of(trainer, policy)
     for _ in range(2):
         assert trainer.step(queries, responses, [BAD] * 6)["ppo/skipped"] == 9
         assert trainer.step(queries, responses, scores)["ppo/skipped"] == 0
     trainer = make(policy, ppo_epochs=11, minibatch_size=3)
+    trainer.reward_unit = 1.0
     assert trainer.step(queries, responses, [BAD, *scores[1:]])["ppo/skipped"] == 11
 
 
 def test_a_skipped_step_leaves_no_trace_in_the_optimiser(policy):
     trainer, twin = make((copy.deepcopy(policy[0]), policy[1])), make(policy)
     queries, responses, scores = batch_of(trainer, policy)
+    trainer.reward_unit = twin.reward_unit = 1.0
     trainer.step(queries, responses, [BAD] * 6)
     trainer.step(queries, responses, scores)
     twin.step(queries, responses, scores)
@@ -132,8 +137,9 @@ def test_a_batch_of_one_token(policy):
     assert stats["tokens/completion_length"] == stats["tokens/ended_share"] == 1
     assert stats["ppo/returns/mean"] == stats["objective/rlhf_reward"] == pytest.approx(0.6)
     assert stats["ppo/loss/policy"] == stats["objective/kl"] == 0
-    assert stats["ppo/loss/value"] == pytest.approx(0.5 * 0.6**2)
-    assert stats["ppo/loss/total"] == pytest.approx(0.1 * 0.5 * 0.6**2)
+    assert trainer.reward_unit == pytest.approx(1.5)  # of a size of 0.4
+    assert stats["ppo/loss/value"] == pytest.approx(0.5 * 0.4**2)
+    assert stats["ppo/loss/total"] == pytest.approx(0.1 * 0.5 * 0.4**2)
     after = trainer.model.state_dict()
     assert {name for name in after if not after[name].equal(before[name])} == {
         "v_head.summary.weight", "v_head.summary.bias"

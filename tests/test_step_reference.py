@@ -28,7 +28,7 @@ class Reference:
     """Proximal policy optimisation once more, from the documentation of PPOConfig and ppo.py."""
 
     def __init__(self, config, model, ref_model):
-        self.config, self.n_steps, self.kl_coef = config, 0, config.init_kl_coef
+        self.config, self.n_steps, self.kl_coef, self.unit = config, 0, config.init_kl_coef, None
         self.gpt2, self.ref_gpt2 = plain_gpt2(model), plain_gpt2(ref_model)
         self.weight = model.v_head.summary.weight.detach().double()[0].requires_grad_()
         self.bias = model.v_head.summary.bias.detach().double().requires_grad_()
@@ -56,14 +56,19 @@ class Reference:
 
     def step(self, queries, responses, scores):
         c, n = self.config, len(queries)
+        if self.unit is None:
+            self.unit = np.std(scores) / 0.4
+            with torch.no_grad():
+                self.weight /= self.unit
+                self.bias /= self.unit
         with torch.no_grad():
             old = [self.logprobs_and_values(self.gpt2, *pair) for pair in zip(queries, responses)]
             ref = [self.logprobs_and_values(self.ref_gpt2, *pair)[0] for pair in zip(queries, responses)]
         kls = [logprobs - ref_logprobs for (logprobs, _, _), ref_logprobs in zip(old, ref)]
-        rewards = [-self.kl_coef * kl for kl in kls]
+        rewards = [-self.kl_coef / self.unit * kl for kl in kls]
         advantages, returns = [], []
         for reward, score, (_, values, _) in zip(rewards, scores, old):
-            reward[-1] += score
+            reward[-1] += score / self.unit
             advantage = torch.zeros_like(values)
             for t in range(len(values)):
                 for k in range(t, len(values)):
@@ -118,8 +123,8 @@ class Reference:
             "objective/non_score_reward": -self.kl_coef * kl,
             "objective/rlhf_reward": np.mean(scores) - self.kl_coef * kl,
             "ppo/skipped": 0.0,
-            "ppo/returns/mean": targets.mean().item(),
-            "ppo/val/mean": predictions.mean().item(),
+            "ppo/returns/mean": self.unit * targets.mean().item(),
+            "ppo/val/mean": self.unit * predictions.mean().item(),
             "ppo/val/explained_variance": 1 - (targets - predictions).numpy().var() / targets.numpy().var(),
             "tokens/completion_length": np.mean([len(response) for response in responses]),
             "tokens/ended_share": np.mean([SEP in response for response in responses]),
@@ -177,9 +182,35 @@ def test_two_steps_end_at_the_weights_of_a_second_implementation(policy, frozen_
         assert expected["ppo/policy/clipfrac"] > 0.02 and expected["ppo/val/clipfrac"] > 0.02
         assert expected["ppo/grad_norm"] > config.max_grad_norm
 
+    for name in ("v_head.summary.weight", "v_head.summary.bias"):
+        start[name] /= reference.unit
     for got, expected in ((trainer.model, reference.weights()), (trainer.policy_for_saving, reference.average())):
         got = got.state_dict()
         assert got.keys() == expected.keys()
         for name in expected:
             moved, should = got[name].double() - start[name], expected[name] - start[name]
             assert (moved - should).norm() <= 2e-3 * should.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("c", [0.001, 10_000])
+def test_scores_and_coefficient_in_another_unit_are_the_same_run(policy, c):
+    """The weights up to rounding, the statistics of rewards in the unit of the scores; values learned before too."""
+    model, tokenizer = policy
+    torch.nn.init.normal_(model.v_head.summary.weight, std=0.1)
+    of_rewards = {"kl_coef", "non_score_reward", "rlhf_reward", "returns/mean", "val/mean"}
+    trainers = []
+    for unit in (1, c):
+        own = copy.deepcopy(model)
+        own.v_head.scale_(unit)
+        config = PPOConfig(**SETTINGS | {"init_kl_coef": 0.3 * unit})
+        trainers.append(PPOTrainer(config, own, copy.deepcopy(model), tokenizer))
+    for queries, responses, scores in batches():
+        plain, other = (
+            trainer.step(queries, responses, [unit * score for score in scores])
+            for trainer, unit in zip(trainers, (1, c))
+        )
+        for name, value in plain.items():
+            factor = c if name.split("/", 1)[1] in of_rewards else 1
+            assert other[name] == pytest.approx(factor * value, rel=1e-4, abs=1e-6 * factor), name
+    for weight, same in zip(trainers[0].model.parameters(), trainers[1].model.parameters()):
+        assert torch.allclose(weight, same, rtol=1e-4, atol=1e-6)

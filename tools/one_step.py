@@ -16,6 +16,7 @@ import torch
 
 from config import PPOConfig
 from ppo import (
+    SPREAD,
     AdaptiveKLController,
     compute_advantages,
     compute_rewards,
@@ -56,7 +57,8 @@ class Epoch:
 class Step:
     """One PPO step with everything between; tensors (n,) and (n, T), float32 on the CPU, `mask` as in ppo.py.
 
-    responses: the tokens of each completion, as text. epochs: `ppo_epochs` of them, and the state after the last.
+    responses: the tokens of each completion, as text. Rewards and values are in the unit of the scores, of which the
+    trainer's is `reward_unit`; losses in the trainer's. epochs: `ppo_epochs` of them, and the state after the last.
     stats: what `PPOTrainer.step` returned. kl_coefs: of the next step, under each of the two controllers.
     """
 
@@ -66,6 +68,7 @@ class Step:
     responses: list[list[str]]
     mask: torch.Tensor
     scores: torch.Tensor
+    reward_unit: float
     logprobs: torch.Tensor
     ref_logprobs: torch.Tensor
     values: torch.Tensor
@@ -114,7 +117,8 @@ def take_step(trainer: TextPPOTrainer, reward, prompt: str) -> Step:
     new.append(engine.evaluate(logprobs_values_entropy, batch, trainer.model))
 
     # What lies between, column by column, each by the function of ppo.py that the page names over it
-    mask = batch.mask
+    mask, unit = batch.mask, trainer.reward_unit
+    values = unit * values
     rewards, penalties = compute_rewards(scores, logprobs, ref_logprobs, mask, kl_coef)
     advantages, returns = compute_advantages(values, rewards, mask, config.gamma, config.lam)
     deltas, _ = compute_advantages(values, rewards, mask, config.gamma, lam=0)  # with lambda 0 an advantage is a delta
@@ -125,13 +129,13 @@ def take_step(trainer: TextPPOTrainer, reward, prompt: str) -> Step:
         ratios, _ = policy_losses(new_logprobs, logprobs, -ones, ones, math.inf)  # advantage -1, no clip: the ratio
         _, clipped = policy_losses(new_logprobs, logprobs, whitened, ones, config.cliprange)
         update = {f"ppo/{name}": value.item() for name, value in update.items()}
-        epochs.append(Epoch(new_logprobs, new_values, ratios, clipped.bool() & mask, update))
+        epochs.append(Epoch(new_logprobs, unit * new_values, ratios, clipped.bool() & mask, update))
     adaptive = AdaptiveKLController(kl_coef, config.target, config.horizon)
     adaptive.update(stats["objective/kl"], len(scores))
     return Step(
         config=config, prompt=prompt, completions=completions,
         responses=[trainer.tokenizer.convert_ids_to_tokens(ids.tolist()) for ids in response_tensors],
-        mask=mask, scores=scores, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values,
+        mask=mask, scores=scores, reward_unit=unit, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values,
         penalties=penalties, rewards=rewards, deltas=deltas, advantages=advantages, returns=returns, whitened=whitened,
         epochs=epochs, stats=stats, kl_coefs={"fixed": trainer.kl_controller.value, "adaptive": adaptive.value},
     )  # fmt: skip
@@ -236,7 +240,7 @@ def page(step: Step, language: str) -> str:
         unhappy_positive=positive(unhappy), unhappy_tokens=len(step.responses[unhappy]),
         epoch_rows=token_rows(step, names, [step.whitened, before, after, *ratios], clipped),
         happy_clipped=marked(happy, grew), unhappy_clipped=marked(unhappy, shrank),
-        loss_rows=loss_rows(step, mean_name),
+        loss_rows=loss_rows(step, mean_name), unit=number(step.reward_unit), spread=SPREAD,
         fixed=number(step.kl_coefs["fixed"], 4), adaptive=number(step.kl_coefs["adaptive"], 4),
     )  # fmt: skip
 
@@ -363,8 +367,10 @@ G; its loss, too, is the larger of a plain and a clipped one.
 | --- | ---: | ---: | ---: | ---: |
 {loss_rows}
 
-clip(V) stays within {cliprange_value:g} (`cliprange_value`) of the V of section 3, and {vf_coef:g} is `vf_coef`. The
-last line, the mean over the epochs, is what `PPOTrainer.step` returns and `metrics.csv` holds.
+Here V and G are counted in units of {unit}: in this unit the scores of the first batch have a standard deviation
+of {spread:g} (`pick_reward_unit`), so that a score from 0 to 100 would train the same policy. clip(V) stays within
+{cliprange_value:g} units (`cliprange_value`) of the V of section 3, and {vf_coef:g} is `vf_coef`. The last line, the
+mean over the epochs, is what `PPOTrainer.step` returns and `metrics.csv` holds.
 
 What to see: a policy loss of 0 in epoch 1 does not mean that there is nothing to learn. With all ratios 1 it is the
 mean of -Â, which whitening made 0; what counts is its slope. From there it goes down, while more and more tokens are
@@ -497,7 +503,9 @@ G 平均 {mean_return}，于是大多数词元都显得好于预料。因此要�
 | --- | ---: | ---: | ---: | ---: |
 {loss_rows}
 
-clip(V) 与第 3 节的 V 相差不超过 {cliprange_value:g}（`cliprange_value`）；{vf_coef:g} 就是 `vf_coef`。
+这里的 V 和 G 以 {unit} 为单位：按这个单位，第一批分数的标准差正好是 {spread:g}（`pick_reward_unit`），
+所以换成 0 到 100 分，训练出来的策略还是一样。clip(V) 与第 3 节的 V 相差不超过 {cliprange_value:g} 个单位
+（`cliprange_value`）；{vf_coef:g} 就是 `vf_coef`。
 最后一行是各 epoch 的平均，也就是 `PPOTrainer.step` 返回、`metrics.csv` 记下的数。
 
 看什么：epoch 1 的策略损失是 0，并不等于没有东西可学。比值全是 1 时，它就是 -Â 的均值，而白化已经让这个均值等于 0；

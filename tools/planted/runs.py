@@ -11,6 +11,7 @@ NEAREST = {  # file: the tests nearest to it
 }
 BUGS = [  # (file, what stands there, the bug)
     ("support/checkpoint.py", '"kl_coef": float, ', ""),
+    ("support/checkpoint.py", '        "reward_unit": trainer.reward_unit,\n', ""),
     ("support/run_folder.py", "[*earlier, json.dumps(start)]", "[json.dumps(start)]"),
     ("support/run_folder.py", '"step": self.trainer.n_steps + 1, **env', '"step": 1, **env'),
     ("support/command_line.py", '        if "reward" not in given:\n', '        if given <= {"resume"}:\n'),

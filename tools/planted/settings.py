@@ -188,8 +188,8 @@ BUGS = [  # (file, what stands there, the bug)
     ("support/models.py", "1.1 * len(tokenizer) + 128:", "1.1 * len(tokenizer):"),
     (
         "support/text_trainer.py",
-        "self.policy_for_saving, self.tokenizer, Path(folder), self.config.temperature",
-        "self.model, self.tokenizer, Path(folder), self.config.temperature",
+        "copy.deepcopy(self.policy_for_saving)",
+        "copy.deepcopy(self.model)",
     ),
     (
         "support/text_trainer.py",
@@ -246,12 +246,8 @@ BUGS = [  # (file, what stands there, the bug)
         "tensor.detach().cpu().contiguous().flatten()",
         "tensor.detach().cpu().flatten()[:8].contiguous()",
     ),
-    (
-        "support/text_trainer.py",
-        "save_policy(self.policy_for_saving, self.tokenizer",
-        "save_policy(self.model, self.tokenizer",
-    ),
     ("support/text_trainer.py", "Path(folder), self.config.temperature)", "Path(folder), 1.0)"),
+    ("support/text_trainer.py", "            policy.v_head.scale_(self.reward_unit or 1.0)\n", ""),
 ]
 SAME = [  # (file, what stands there, what may as well stand there, why it is the same program)
     (
