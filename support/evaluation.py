@@ -16,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ppo import kl_from_logits, logprobs_from_logits, masked_mean
 from reward import score_texts
@@ -25,7 +26,7 @@ from support.text_trainer import TextPPOTrainer
 from support.writing import write_whole
 
 SEED = 20_170_707  # of the evaluation alone: every policy of every run is judged on the same draws
-BETAS = [0.05 * 1.25**i for i in range(22)]  # of the frontier, up to 5.4
+BETAS = [0.15 * 1.25**i for i in range(22)]  # of the frontier, up to 16, in standard deviations of the rewards
 SHOWN = 5  # completions in the before/after table
 
 
@@ -99,22 +100,31 @@ def distinct(texts: list[str], n: int) -> float:
 def gibbs_policy(rewards: torch.Tensor, prompt_index: torch.Tensor, beta: float) -> dict:
     """R*, KL* and J* of the Gibbs policy from rewards (n,) of the reference's samples, and where the estimate rests.
 
-    Within each prompt: weights w_i proportional to exp(r_i / beta), R* = sum w_i r_i, KL* = sum w_i log(n w_i) and
-    J* = R* - beta KL*; then means over prompts. `effective_samples` is the least 1 / sum w_i^2 of any prompt.
-    `influence` (n,) is how far each sample moves J*, for its standard error.
+    Of each prompt's m samples, weights w_i proportional to exp(r_i / beta), R* = sum w_i r_i and
+    J* = beta log mean exp(r_i / beta), without their bias of order 1 / m: the jackknife (Quenouille 1956), which leaves
+    out one sample at a time, with a weight of 1/2 at most. Then means over the samples, and KL* = (R* - J*) / beta.
+    `effective_samples` is n / mean (m w_i)^2. `ratios` (n,) float64, m w_i, are the Gibbs policy's probabilities over
+    the reference's: beta times them is how far each sample moves J*, for its standard error.
     """
-    rewards = rewards.double()
-    groups = [rewards[prompt_index == i] for i in prompt_index.unique()]
-    weights = [(group / beta).softmax(0) for group in groups]
-    reward = sum((w * r).sum() for w, r in zip(weights, groups)) / len(groups)
-    kl = sum((w * (len(w) * w).log()).sum() for w in weights) / len(groups)
-    influence = torch.cat([beta * (len(w) * w - 1) for w in weights])
+    groups = [(prompt_index == i).nonzero().squeeze(1) for i in prompt_index.unique()]
+    table = pad_sequence([rewards[group].double() for group in groups], batch_first=True)  # (prompts, m)
+    m = torch.tensor([[len(group)] for group in groups], dtype=torch.float64)
+    there = torch.arange(table.shape[1]) < m
+    exponents = (table / beta).where(there, float("-inf"))
+    weights = exponents.softmax(1)
+    reward, log_mean = (weights * table).sum(1, keepdim=True), exponents.logsumexp(1, keepdim=True) - m.log()
+    left_out = weights.clamp(max=0.5)
+    reward += (m - 1) / m * (left_out / (1 - left_out) * (table - reward)).sum(1, keepdim=True)
+    log_mean -= (m - 1) / m * torch.log1p(-left_out).sum(1, keepdim=True) - (m - 1) * torch.log1p(-1 / m.clamp(min=2))
+    ratios = torch.empty(len(rewards), dtype=torch.float64)
+    ratios[torch.cat(groups)] = (m * weights)[there]
+    reward, best = ((m / len(rewards) * each).sum().item() for each in (reward, beta * log_mean))
     return {
-        "reward": reward.item(),
-        "kl": kl.item(),
-        "J": (reward - beta * kl).item(),
-        "effective_samples": min((1 / (w**2).sum()).item() for w in weights),
-        "influence": influence,
+        "reward": reward,
+        "kl": (reward - best) / beta,
+        "J": best,
+        "effective_samples": len(rewards) / (ratios**2).mean().item(),
+        "ratios": ratios,
     }
 
 
@@ -124,41 +134,54 @@ def scores_and_prompts(judged: dict, prompts: list[str]) -> tuple[torch.Tensor, 
     return rewards, torch.tensor([prompts.index(prompt) for prompt, _, _ in judged["samples"]])
 
 
-def gain(before: dict, after: dict, prompts: list[str], beta: float) -> dict:
-    """What share of the possible gain `after` got, with its standard error; null with the reason where that is unknown.
+def variance_within(values: torch.Tensor, prompt_index: torch.Tensor) -> float:
+    """The variance of values (n,) around the mean of their prompt's; exactly 0 where a prompt's are all equal."""
+    groups = [values[prompt_index == i].double() for i in prompt_index.unique()]
+    squares = sum((group - group.mean()).square().sum().item() for group in groups if group.min() < group.max())
+    return squares / max(1, len(values) - len(groups))
 
-    The standard error is that of (J - J_ref) / (J* - J_ref) to first order in the errors of all three.
+
+def gain(before: dict, after: dict, prompts: list[str], beta: float) -> dict:
+    """What share of the possible gain `after` got, with its standard error; None with the reason where that is unknown.
+
+    The standard error is that of (J - J_ref) / (J* - J_ref) to first order in the errors of all three, for these
+    prompts; of judging alone: a run with another seed differs by more.
     """
     if beta == 0:
         return {"gain": None, "why": "beta is 0: without a KL penalty the best policy has no limit"}
     rewards, prompt_index = scores_and_prompts(before, prompts)
     best = gibbs_policy(rewards, prompt_index, beta)
-    influence = best.pop("influence")
+    ratios = best.pop("ratios")
     result = {"beta": beta, "limit": best, "J_before": rewards.mean().item(), "J": after["reward"] - beta * after["kl"]}
-    possible = best["J"] - result["J_before"]
-    if best["effective_samples"] < 100:
-        few = min(round(best["effective_samples"]), 99)
-        why = f"the limit would rest on {few} samples, fewer than 100; raise --eval_samples"
+    possible, deviation = best["J"] - result["J_before"], math.sqrt(variance_within(rewards, prompt_index))
+    if (effective := best["effective_samples"]) < (least := least_effective(prompt_index, 100)):
+        few = min(round(effective), least - 1)
+        why = f"the limit would rest on {few} samples, fewer than {least}; raise --eval_samples"
         return {**result, "gain": None, "why": why}
-    if possible < 0.01:
-        return {
-            **result,
-            "gain": None,
-            "why": f"there is next to nothing to gain: J* is only {possible:.4f} above J_ref",
-        }
+    if possible < 0.03 * deviation or deviation == 0:  # which is the noise in judging J by a thousand samples
+        why = f"there is next to nothing to gain: J* is only {possible:.4f} above J_ref"
+        return {**result, "gain": None, "why": why}
     share = (result["J"] - result["J_before"]) / possible
-    order = torch.cat([(prompt_index == i).nonzero().squeeze(1) for i in prompt_index.unique()])
     of_after = torch.tensor([s for *_, s in after["samples"]]) - beta * torch.tensor(after["kls"])
-    of_before = (1 - share) * rewards[order] + share * influence
-    variance = of_after.double().var() / len(of_after) + of_before.var() / len(of_before)
-    return {**result, "gain": share, "gain_se": variance.sqrt().item() / possible}
+    of_before = (1 - share) * rewards + share * beta * ratios
+    values = (of_after, scores_and_prompts(after, prompts)[1]), (of_before, prompt_index)
+    variance = sum(variance_within(value, index) / len(value) for value, index in values)
+    return {**result, "gain": share, "gain_se": math.sqrt(variance) / possible}
+
+
+def least_effective(prompt_index: torch.Tensor, altogether: int) -> int:
+    """How many effective samples carry a limit: some altogether, and five a prompt, which the jackknife needs."""
+    return max(altogether, 5 * len(prompt_index.unique()))
 
 
 def frontier(before: dict, prompts: list[str]) -> list[dict]:
     """(beta, reward, kl) of the Gibbs policies over a range of beta, as far as the samples carry them."""
     rewards, prompt_index = scores_and_prompts(before, prompts)
-    points = [{"beta": beta, **gibbs_policy(rewards, prompt_index, beta)} for beta in BETAS]
-    return [{name: p[name] for name in ("beta", "reward", "kl")} for p in points if p["effective_samples"] >= 20]
+    deviation = math.sqrt(variance_within(rewards, prompt_index))
+    betas = [beta * deviation for beta in BETAS if deviation > 0]
+    points = [{"beta": beta, **gibbs_policy(rewards, prompt_index, beta)} for beta in betas]
+    least = least_effective(prompt_index, 20)
+    return [{name: p[name] for name in ("beta", "reward", "kl")} for p in points if p["effective_samples"] >= least]
 
 
 def add_yardsticks(results: dict, prompts: list[str], beta: float) -> None:
@@ -215,8 +238,8 @@ def summary(evaluation: dict) -> str:
     if result["gain"] is None:
         lines.append(f"gain unknown: {result['why']}")
     else:
-        best, share = result["limit"], f"gain {result['gain']:.2f} (standard error {result['gain_se']:.2f})"
-        lines.append(f"{share} of what is possible: the limit is")
+        best, error = result["limit"], f"{result['gain_se']:.2f}, of judging; seeds differ by as much again"
+        lines.append(f"gain {result['gain']:.2f} (standard error {error}) of what is possible: the limit is")
         lines.append(f"J* {best['J']:.3f}, with reward {best['reward']:.3f} at KL {best['kl']:.2f}")
     return "\n".join(lines)
 

@@ -21,18 +21,78 @@ def judged(scores, kls=None, prompts=None):
     }
 
 
+def limit_of(groups: list[np.ndarray], beta: float) -> dict:
+    """The limit from the rewards of each prompt: sums over them, and over all but one of them, for each."""
+
+    def sums(rewards):
+        odds = np.exp((rewards - rewards.max()) / beta)
+        return np.array([odds @ rewards / odds.sum(), beta * np.log(odds.mean()) + rewards.max()])
+
+    n = sum(map(len, groups))
+    each = [
+        len(group) * sums(group) - (len(group) - 1) * np.mean([sums(np.delete(group, i)) for i in range(len(group))], 0)
+        for group in groups
+    ]
+    reward, best = sum(len(group) / n * found for group, found in zip(groups, each))
+    weights = np.concatenate([len(g) / n * np.exp(g / beta) / np.exp(g / beta).sum() for g in groups])
+    return {"reward": reward, "J": best, "kl": (reward - best) / beta, "effective_samples": 1 / (weights**2).sum()}
+
+
 def test_gibbs_policy_by_hand():
     """Half the samples score 0, half log(3) * beta: weights 1/4 and 3/4 of each half."""
-    beta = 0.5
-    rewards = torch.tensor([0.0, math.log(3) * beta] * 100)
-    best = evaluation.gibbs_policy(rewards, torch.zeros(200, dtype=torch.long), beta)
+    beta, n = 0.5, 200_000
+    best = evaluation.gibbs_policy(torch.tensor([0.0, math.log(3) * beta] * (n // 2)), torch.zeros(n), beta)
     kl = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
     reward = 0.75 * math.log(3) * beta
-    assert best["reward"] == pytest.approx(reward) and best["kl"] == pytest.approx(kl)
-    assert (
-        best["J"] == pytest.approx(reward - beta * kl) == pytest.approx(beta * math.log(2))
-    )  # J* = beta log mean exp(r / beta)
-    assert best["effective_samples"] == pytest.approx(1 / (100 * (0.25 / 100) ** 2 + 100 * (0.75 / 100) ** 2))
+    assert best["reward"] == pytest.approx(reward, rel=1e-4) and best["kl"] == pytest.approx(kl, rel=1e-4)
+    # J* = beta log mean exp(r / beta)
+    assert best["J"] == pytest.approx(reward - beta * kl, rel=1e-4) == pytest.approx(beta * math.log(2), rel=1e-4)
+    assert best["effective_samples"] == pytest.approx(n / 2 / (0.25**2 + 0.75**2))
+    assert best["ratios"].tolist() == pytest.approx([0.5, 1.5] * (n // 2))
+
+
+def test_gibbs_policy_of_two_samples_by_hand():
+    """Weights 1/4 and 3/4. Without one of the two, J* is the other's reward, 0 or 2 log 3, and so is R*."""
+    best = evaluation.gibbs_policy(torch.tensor([0.0, 2 * math.log(3)]), torch.zeros(2), 2.0)
+    heavy = 2 * math.log(3)
+    # 2 * all - mean of both, where the sample of 3/4 is left out as if it weighed 1/2
+    left_out = 2 * math.log(2) + 2 * math.log(2 * (3 / 4)), 2 * math.log(2) + 2 * math.log(2 * (1 / 2))
+    assert best["J"] == pytest.approx(2 * 2 * math.log(2) - sum(left_out) / 2)
+    reward = 3 / 4 * heavy
+    assert best["reward"] == pytest.approx(2 * reward - (heavy + reward - (heavy - reward)) / 2)
+
+
+@pytest.mark.parametrize("beta", [1.2, 2.0, 50.0])
+def test_the_limit_is_without_the_bias_of_few_samples(beta):
+    """As left out one by one, prompts of different sizes in any order; in the mean over draws it is the exact one."""
+    rng = np.random.default_rng(3)
+    groups = [rng.uniform(-2, 2, size=size) for size in (9, 30, 17)]
+    index, shuffle = np.repeat([4, 0, 2], [9, 30, 17]), rng.permutation(56)
+    rewards, prompt_index = torch.tensor(np.concatenate(groups)[shuffle]), torch.tensor(index[shuffle])
+    best = evaluation.gibbs_policy(rewards, prompt_index, beta)
+    assert {name: best[name] for name in ("reward", "J", "kl", "effective_samples")} == pytest.approx(
+        limit_of(groups, beta)
+    )
+
+    draws = torch.tensor(rng.normal(size=100_000))
+    best = evaluation.gibbs_policy(draws, torch.arange(100_000) // 20, beta)  # 5,000 prompts of 20 samples
+    exact = 1 / (2 * beta)  # of normally distributed rewards
+    assert best["J"] - draws.mean().item() == pytest.approx(exact, rel=0.03)
+    assert best["kl"] == pytest.approx(1 / (2 * beta**2), rel=0.06)
+
+
+@pytest.mark.parametrize("prompts", [1, 50])
+def test_rewards_of_any_size_give_numbers_and_their_unit_does_not_matter(prompts):
+    rewards = torch.rand(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    index = torch.arange(1000) % prompts
+    extreme = evaluation.gibbs_policy(1000 * rewards, index, 0.2)
+    assert 900 < extreme["J"] < extreme["reward"] < 1000
+    assert extreme["effective_samples"] < 2 * prompts
+    small, large = evaluation.gibbs_policy(rewards, index, 0.2), evaluation.gibbs_policy(1e4 * rewards, index, 2e3)
+    for name, factor in {"reward": 1e4, "J": 1e4, "kl": 1, "effective_samples": 1}.items():
+        assert large[name] == pytest.approx(factor * small[name])
+    equal = evaluation.gibbs_policy(torch.full((1000,), 0.1), index, 0.2)
+    assert equal["J"] == pytest.approx(0.1) and equal["kl"] == pytest.approx(0, abs=1e-9)
 
 
 def test_gibbs_policy_is_the_best_of_many_policies():
@@ -54,8 +114,9 @@ def test_several_prompts_are_normalised_each_by_itself():
     both = evaluation.gibbs_policy(torch.cat([first, second])[shuffle], index[shuffle], 0.2)
     alone = [evaluation.gibbs_policy(r, torch.zeros(len(r)), 0.2) for r in (first, second)]
     for name in ("reward", "kl", "J"):
-        assert both[name] == pytest.approx((alone[0][name] + alone[1][name]) / 2, rel=1e-5)
-    assert both["effective_samples"] == pytest.approx(min(a["effective_samples"] for a in alone), rel=1e-5)
+        assert both[name] == pytest.approx((3 * alone[0][name] + alone[1][name]) / 4, rel=1e-5)
+    squares = 3 * 300 / alone[0]["effective_samples"] + 100 / alone[1]["effective_samples"]
+    assert both["effective_samples"] == pytest.approx(4 * 400 / squares, rel=1e-5)
 
 
 def test_gain_is_0_for_the_reference_1_at_the_limit_and_negative_for_harm():
@@ -69,17 +130,23 @@ def test_gain_is_0_for_the_reference_1_at_the_limit_and_negative_for_harm():
     assert evaluation.gain(before, judged([0.9] * 1000, [5.0] * 1000), ["a"], 0.2)["gain"] < 0
 
 
-def test_standard_error_of_the_gain_against_repeated_draws():
-    rng = np.random.default_rng(2)
+@pytest.mark.parametrize("n_prompts", [1, 25])
+def test_the_gain_and_its_standard_error_against_repeated_draws(n_prompts):
+    """500 rewards from 0 to 1, and of 25 prompts, which have 20 each, some far better than others: J* is known."""
+    rng, beta = np.random.default_rng(2), 0.2
+    prompts = [str(i % n_prompts) for i in range(500)]
+    better = np.arange(500) % n_prompts / n_prompts
     gains, errors = [], []
-    for _ in range(300):
-        before = judged(rng.uniform(size=500).tolist())
+    for _ in range(200):
+        before = judged((rng.uniform(size=500) + better).tolist(), prompts=prompts)
         kls = rng.exponential(0.2, size=500)
-        after = judged(rng.beta(4, 2, size=500).tolist(), kls.tolist())
-        result = evaluation.gain(before, after, ["a"], 0.2)
+        after = judged((rng.beta(4, 2, size=500) + better).tolist(), kls.tolist(), prompts)
+        result = evaluation.gain(before, after, prompts[:n_prompts], beta)
         gains.append(result["gain"])
         errors.append(result["gain_se"])
     assert np.mean(errors) == pytest.approx(np.std(gains), rel=0.15)
+    possible = beta * math.log(beta * (math.exp(1 / beta) - 1)) - 0.5  # J* = beta log E exp(r / beta)
+    assert np.mean(gains) == pytest.approx((4 / 6 - beta * 0.2 - 0.5) / possible, rel=0.03)
 
 
 def test_the_gain_and_its_standard_error_by_hand():
@@ -92,20 +159,17 @@ def test_the_gain_and_its_standard_error_by_hand():
     after = judged(scores_after.tolist(), kls.tolist(), (["a", "b"] * 250))
     result = evaluation.gain(before, after, ["b", "a"], beta)
 
-    moves = np.empty(600)  # of J*, by each sample
-    limit = dict.fromkeys(("reward", "kl", "J", "effective_samples"), 0.0)
-    effective = []
-    for prompt in "ab":
-        own = np.array(prompts) == prompt
-        weights = np.exp(scores[own] / beta) / np.exp(scores[own] / beta).sum()
-        limit["reward"] += weights @ scores[own] / 2
-        limit["kl"] += weights @ np.log(own.sum() * weights) / 2
-        effective.append(1 / (weights**2).sum())
-        moves[own] = beta * (own.sum() * weights - 1)
-    limit |= {"J": limit["reward"] - beta * limit["kl"], "effective_samples": min(effective)}
+    own = [np.array(prompts) == prompt for prompt in "ab"]
+    limit = limit_of([scores[of] for of in own], beta)
     j_before, j_after = scores.mean(), scores_after.mean() - beta * kls.mean()
     share = (j_after - j_before) / (limit["J"] - j_before)
-    errors = [(scores_after - beta * kls).var(ddof=1) / 500, ((1 - share) * scores + share * moves).var(ddof=1) / 600]
+    squares = 0.0
+    for of in own:
+        moves = beta * np.exp(scores[of] / beta) / np.exp(scores[of] / beta).mean()  # of J*, by each sample
+        mixed = (1 - share) * scores[of] + share * moves
+        squares += ((mixed - mixed.mean()) ** 2).sum()
+    values = (scores_after - beta * kls).reshape(250, 2)
+    errors = [((values - values.mean(0)) ** 2).sum() / 498 / 500, squares / 598 / 600]
     assert result.pop("limit") == pytest.approx(limit)
     assert result == pytest.approx(
         {
@@ -138,19 +202,43 @@ def test_what_is_fewer_than_100_samples_is_not_called_100():
     assert "rest on 99 samples, fewer than 100" in result["why"]
 
 
-@pytest.mark.parametrize(("beta", "known"), [(0.0695, False), (0.0696, True)])
-def test_the_gain_is_unknown_where_less_than_a_hundredth_can_be_gained(beta, known):
-    """J* = beta log 2 where half the scores are 0 and half beta log 3; J_ref is beta log 3 / 2."""
-    scores = [0.0, beta * math.log(3)] * 200
-    result = evaluation.gain(judged(scores), judged([0.3] * 400, [0.5] * 400), ["a"], beta)
-    possible = beta * (math.log(2) - math.log(3) / 2)
+@pytest.mark.parametrize(("best", "known"), [(4, False), (6, True)])
+def test_the_gain_is_unknown_where_the_limit_rests_on_fewer_than_five_samples_a_prompt(best, known):
+    """Of 50 prompts with 20 samples, so 200 or 300 in all."""
+    prompts = [f"prompt {i % 50}" for i in range(1000)]
+    scores = [float(i < 50 * best) for i in range(1000)]
+    result = evaluation.gain(judged(scores, prompts=prompts), judged(scores, prompts=prompts), prompts[:50], 0.02)
+    assert result["limit"]["effective_samples"] == pytest.approx(50 * best)
+    assert (result["gain"] is not None) == known
+    if not known:
+        assert result["why"] == "the limit would rest on 200 samples, fewer than 250; raise --eval_samples"
+
+
+@pytest.mark.parametrize("unit", [1e-3, 1.0, 1e4])
+@pytest.mark.parametrize(("high", "known"), [(0.059, False), (0.062, True)])
+def test_the_gain_is_unknown_where_hardly_a_standard_deviation_can_be_gained(unit, high, known):
+    """Half the scores are 0 and half `high` betas: J* is beta log cosh(high / 2) above J_ref, about high / 4 of their
+    standard deviation, beta high / 2: 0.03 of it where high is 0.06 * 2."""
+    beta, high = unit, 2 * high
+    scores = [0.0, beta * high] * 20_000
+    result = evaluation.gain(judged(scores), judged([0.3 * unit] * 400, [0.5] * 400), ["a"], beta)
+    possible = beta * math.log(math.cosh(high / 2))
+    assert result["limit"]["J"] - result["J_before"] == pytest.approx(possible, rel=1e-3)
+    assert (possible > 0.03 * beta * high / 2) == known
     if known:
-        assert result["gain"] == pytest.approx((0.3 - beta / 2 - beta * math.log(3) / 2) / possible)
+        assert result["gain"] == pytest.approx((0.3 * unit - 0.5 * beta - beta * high / 2) / possible, rel=1e-3)
     else:
         assert result["gain"] is None and "gain_se" not in result
-        assert result["why"] == "there is next to nothing to gain: J* is only 0.0100 above J_ref"
-        assert [result["J_before"], result["J"]] == pytest.approx([beta * math.log(3) / 2, 0.3 - beta / 2])
-        assert result["limit"]["J"] == pytest.approx(beta * math.log(2))
+        above = result["limit"]["J"] - result["J_before"]
+        assert result["why"] == f"there is next to nothing to gain: J* is only {above:.4f} above J_ref"
+
+
+def test_nothing_can_be_gained_where_the_rewards_of_each_prompt_are_equal():
+    prompts = ["a", "b", "c"] * 100
+    constant = judged([{"a": 0.1, "b": 0.2, "c": 0.7}[prompt] for prompt in prompts], prompts=prompts)
+    result = evaluation.gain(constant, constant, ["a", "b", "c"], 0.2)
+    assert result["gain"] is None and result["why"].startswith("there is next to nothing to gain")
+    assert evaluation.frontier(constant, ["a", "b", "c"]) == []
 
 
 def test_without_a_price_there_is_no_limit():
@@ -158,21 +246,29 @@ def test_without_a_price_there_is_no_limit():
     assert result == {"gain": None, "why": "beta is 0: without a KL penalty the best policy has no limit"}
 
 
-@pytest.mark.parametrize(("good", "first"), [(19, 0.05 * 1.25**5), (21, 0.05)])
-def test_the_frontier_by_hand(good, first):
+@pytest.mark.parametrize("unit", [1.0, 1e4])
+@pytest.mark.parametrize(("good", "first"), [(19, 9), (21, 0)])
+def test_the_frontier_by_hand(good, first, unit):
     """`good` of 1,000 score 1, the others 0. At the lowest betas the limit rests on these alone: on 20 at least."""
-    points = evaluation.frontier(judged([1.0] * good + [0.0] * (1000 - good)), ["a"])
+    points = evaluation.frontier(judged([unit] * good + [0.0] * (1000 - good)), ["a"])
+    scores = np.array([unit] * good + [0.0] * (1000 - good))
     expected = []
-    for beta in (0.05 * 1.25**i for i in range(22)):
-        total = good * math.exp(1 / beta) + 1000 - good
-        high, low = math.exp(1 / beta) / total, 1 / total
-        if 1 / (good * high**2 + (1000 - good) * low**2) >= 20:
-            kl = good * high * math.log(1000 * high) + (1000 - good) * low * math.log(1000 * low)
-            expected.append({"beta": beta, "reward": good * high, "kl": kl})
-    assert points[0]["beta"] == pytest.approx(first) and points[-1]["beta"] == pytest.approx(5.42, abs=0.01)
+    for beta in (0.15 * 1.25**i * scores.std(ddof=1) for i in range(22)):
+        limit = limit_of([scores], beta)
+        if limit["effective_samples"] >= 20:
+            expected.append({"beta": beta, "reward": limit["reward"], "kl": limit["kl"]})
+    assert points[0]["beta"] == pytest.approx(0.15 * 1.25**first * scores.std(ddof=1))
+    assert points[-1]["beta"] == pytest.approx(16.26 * scores.std(ddof=1), rel=1e-3)
     assert len(points) == len(expected)
     for point, wanted in zip(points, expected):
         assert point == pytest.approx(wanted)
+
+
+def test_the_frontier_of_several_prompts_needs_five_effective_samples_of_each():
+    prompts = [f"prompt {i % 10}" for i in range(400)]
+    for best, there in ((4, False), (6, True)):
+        points = evaluation.frontier(judged([float(i < 10 * best) for i in range(400)], prompts=prompts), prompts[:10])
+        assert (points[0]["beta"] < 0.1) == there and points[-1]["beta"] > 4
 
 
 def with_gain(scores, prompts=None, gain=None):
@@ -208,12 +304,10 @@ def test_the_yardsticks_are_of_the_policy_before_and_each_prompt_by_itself():
     assert list(results) == ["before", "after", "gain", "frontier", "best_of_n"]
 
     own = [scores[np.array(prompts) == prompt] for prompt in "abc"]
-    best = np.mean([0.2 * np.log(np.exp(rewards / 0.2).mean()) for rewards in own])  # J* = beta log mean exp(r / beta)
-    gain = (0.4 - 0.2 * 0.25 - scores.mean()) / (best - scores.mean())
+    gain = (0.4 - 0.2 * 0.25 - scores.mean()) / (limit_of(own, 0.2)["J"] - scores.mean())
     assert results["gain"]["gain"] == pytest.approx(gain) and results["gain"]["beta"] == 0.2
     for point in results["frontier"]:
-        best = np.mean([np.log(np.exp(rewards / point["beta"]).mean()) for rewards in own])
-        assert point["reward"] / point["beta"] - point["kl"] == pytest.approx(best)
+        assert point["reward"] - point["beta"] * point["kl"] == pytest.approx(limit_of(own, point["beta"])["J"])
     assert [best["n"] for best in results["best_of_n"]] == [2, 3, 4, 8]
     of_two = np.mean([np.mean([max(pair) for pair in itertools.combinations(rewards, 2)]) for rewards in own])
     assert results["best_of_n"][0]["reward"] == pytest.approx(of_two)
@@ -263,7 +357,7 @@ def test_the_table_holds_each_figure_before_and_after_with_the_gain():
     gain = {"beta": 0.15, "limit": limit, "J_before": 0.2546, "J": 0.6904, "gain": 0.9177, "gain_se": 0.0234}
     assert evaluation.summary(figures(gain)) == TABLE + (
         "J = reward - 0.15 KL                     0.255     0.690\n"
-        "gain 0.92 (standard error 0.02) of what is possible: the limit is\n"
+        "gain 0.92 (standard error 0.02, of judging; seeds differ by as much again) of what is possible: the limit is\n"
         "J* 0.728, with reward 0.932 at KL 1.36"
     )
 

@@ -249,24 +249,33 @@ def test_the_evaluation_follows_from_its_samples(run):
     assert run.evaluation["before"]["kl"] == 0 < run.evaluation["after"]["kl"]
 
 
+def without_bias(scores: np.ndarray) -> np.ndarray:
+    """R* and KL* of one prompt: from all scores, and from all but each in turn (the jackknife)."""
+
+    def plain(scores):
+        weights = np.exp(scores / BETA) / np.exp(scores / BETA).sum()
+        return np.array([(weights * scores).sum(), (weights * np.log(len(scores) * weights)).sum()])
+
+    n = len(scores)
+    return n * plain(scores) - (n - 1) * np.mean([plain(np.delete(scores, i)) for i in range(n)], axis=0)
+
+
 def test_the_gain_follows_from_the_evaluation(run):
     """With the run's own KL coefficient as it was at the start, and each prompt by itself."""
     before, after, found = (run.evaluation[name] for name in ("before", "after", "gain"))
-    rewards, kls = [], []
-    for prompt in PROMPTS:
-        scores = np.array([score for of, _, score in before["samples"] if of == prompt])
-        weights = np.exp(scores / BETA) / np.exp(scores / BETA).sum()
-        rewards.append((weights * scores).sum())
-        kls.append((weights * np.log(len(scores) * weights)).sum())
+    scores = {prompt: np.array([score for of, _, score in before["samples"] if of == prompt]) for prompt in PROMPTS}
+    shares = [len(scores[prompt]) / JUDGED for prompt in PROMPTS]
+    reward, kl = sum(share * without_bias(scores[prompt]) for share, prompt in zip(shares, PROMPTS))
     j_before, j = before["reward"], after["reward"] - BETA * after["kl"]
-    best = np.mean(rewards) - BETA * np.mean(kls)
+    best = reward - BETA * kl
     expected = {"beta": BETA, "J_before": j_before, "J": j, "gain": (j - j_before) / (best - j_before)}
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
-    limit = {"reward": np.mean(rewards), "kl": np.mean(kls), "J": best}
+    limit = {"reward": reward, "kl": kl, "J": best}
     assert {name: found["limit"][name] for name in limit} == pytest.approx(limit, rel=1e-4)
     assert [best_of["n"] for best_of in run.evaluation["best_of_n"]] == [2, 3, 4, 8]
-    less, more = (point for point in run.evaluation["frontier"] if 0.9 < point["beta"] / BETA < 1.2)
-    assert less["reward"] > np.mean(rewards) > more["reward"] and less["kl"] > np.mean(kls) > more["kl"]
+    less, more = (point for point in run.evaluation["frontier"] if 0.8 < point["beta"] / BETA < 1.25)
+    assert less["beta"] < BETA < more["beta"]
+    assert less["reward"] > reward > more["reward"] and less["kl"] > kl > more["kl"]
 
 
 def test_the_screen_shows_what_the_files_hold(run):
@@ -284,7 +293,7 @@ def test_the_screen_shows_what_the_files_hold(run):
         ("J = reward - 1 KL", f"{found['J_before']:.3f}", f"{found['J']:.3f}"),
     ):
         assert re.search(rf"^{what} +{old} +{new}$", run.printed, re.MULTILINE), what
-    assert f"gain {found['gain']:.2f} (standard error {found['gain_se']:.2f})" in run.printed
+    assert f"gain {found['gain']:.2f} (standard error {found['gain_se']:.2f}, of judging" in run.printed
     table = (run.folder / "before_after.md").read_text(encoding="utf-8")
     assert run.printed.endswith(f"\n{table}\nmodel, metrics and pictures are in {run.folder}\n")
 
