@@ -1,19 +1,21 @@
-"""Draw the curves of one or more runs.
+"""Draw the curves of a run, or of several over each other, and compare these in a table.
 
 python plot_rewards.py                              the newest run below runs/, into its folder as rewards.png
-python plot_rewards.py runs/a runs/b                several over each other, into compare.png here, or into --out FILE
+python plot_rewards.py runs/lr-*                    several, into compare.png and compare.md here
+python plot_rewards.py runs/a --only reward --out reward.pdf    one panel for a report; --out takes .png, .pdf and .svg
 """
 
 import argparse
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
 
+from support.compare import LEGEND, Curve, Run, curves, of_gain, read_run, remarks, table, what_does_not_compare
 from support.errors import UserError, escaped
-from support.reading import MEND_LINE, read_evaluation, whole_lines
 from support.streams import hold_streams
-from support.writing import whole
+from support.writing import whole, write_whole
 
 PANELS = [  # (title, columns drawn as lines, y axis)
     ("KL to the reference", ["objective/kl"], "nats a completion"),
@@ -25,11 +27,6 @@ PANELS = [  # (title, columns drawn as lines, y axis)
     ("completion length", ["tokens/completion_length"], "tokens"),
     ("time", ["time/sample", "time/score", "time/ppo"], "seconds a step"),
 ]
-REQUIRED = ["step", "episodes", "env/reward_mean", "objective/kl"]  # columns of metrics.csv
-AT = {"kl": float, "reward": float}  # what is drawn of evaluation.json, where it is there
-JUDGED = {**AT, "samples": [(str, str, float)]}
-DRAWN = {"before?": JUDGED, "after?": JUDGED, "frontier?": [AT], "best_of_n?": [{**AT, "n": int}]}
-DRAWN |= {"gain?": {"limit?": AT}}
 CHINESE_FONTS = [
     "Noto Sans CJK SC",
     "Source Han Sans SC",
@@ -38,7 +35,9 @@ CHINESE_FONTS = [
     "WenQuanYi Micro Hei",
     "SimHei",
 ]
-STYLES = ["-", "--", ":"]  # of several columns in one panel; a run keeps its colour
+TABLE = Path("compare.md")  # of several runs, in the current folder
+STYLES = ["-", "--", ":"]  # of several columns in one panel; a curve keeps its colour
+LINE, MARK = {"linewidth": 1}, {"linestyle": ""}  # of an entry in a key
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,19 +47,27 @@ def main(argv: list[str] | None = None) -> int:
         "runs", nargs="*", type=Path, metavar="RUN", help="run folders; the newest below runs/ unless given"
     )
     parser.add_argument(
+        "--by",
+        default="",
+        metavar="NAME[,NAME]",
+        help="settings that tell curves apart (default: all that differ but the seed); 'run_name' for every run",
+    )
+    parser.add_argument("--only", choices=BIG, help="this panel alone, 16 cm wide")
+    parser.add_argument(
         "--out",
         type=Path,
-        help="picture to write (default: rewards.png in the run's folder; of several runs, compare.png here)",
+        help="picture to write, as .png, .pdf or .svg (default: rewards.png in the run's folder; of several runs, "
+        "compare.png here)",
     )
     args = parser.parse_args(argv)
     try:
-        runs = args.runs or [newest_run(Path("runs"))]
-        out = args.out or (runs[0] / "rewards.png" if len(runs) == 1 else Path("compare.png"))
-        draw(runs, out)
+        paths = list({path.resolve(): path for path in args.runs or [newest_run(Path("runs"))]}.values())
+        out = args.out or (paths[0] / "rewards.png" if len(paths) == 1 else Path("compare.png"))
+        written = draw(paths, out, [name for name in args.by.split(",") if name], args.only)
     except UserError as error:
         print(f"plot_rewards.py: error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {out}")
+    print(f"wrote {' and '.join(map(str, written))}")
     return 0
 
 
@@ -72,107 +79,68 @@ def newest_run(runs_dir: Path) -> Path:
     return files[-1].parent
 
 
-def read_rows(path: Path) -> list[tuple[str, dict[str, float]]]:
-    """The lines of a metrics.csv that are whole, each with its numbers by column; the first, the names, has none.
+def draw(paths: list[Path], out: Path, by: list[str] = (), only: str | None = None) -> list[Path]:
+    """Draw the runs over each other into `out`. Where they are several, their table is printed and is TABLE.
 
-    UserError, with the line, where one cannot be read without doubt.
+    What was written. UserError where the runs, `by` or `out` cannot be used; no display is needed.
     """
-    rows, names = [], []
-    for number, line in enumerate(whole_lines(path), 1):
-        cells = [cell.strip('" \r') for cell in line.split(",")]
-        try:
-            if number == 1:
-                names = cells
-                if missing := [name for name in REQUIRED if name not in names]:
-                    raise ValueError(f"it names no column {missing[0]}")
-                if len(set(names)) < len(names):
-                    raise ValueError("it names a column twice")
-                rows.append((line, {}))
-            elif line.strip():
-                if len(cells) != len(names):
-                    raise ValueError(f"{len(cells)} values below {len(names)} names")
-                rows.append((line, dict(zip(names, map(float, cells)))))
-        except ValueError as error:
-            form = "numbers have points, and commas between them"
-            raise UserError(f"{path} is damaged in line {number}: {error}; {form}; {MEND_LINE}")
-    return rows
+    runs = [read_run(path) for path in paths]
+    drawn = curves(runs, by)
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
-
-def read_metrics(run: Path) -> dict[str, np.ndarray]:
-    """The columns of a run's metrics.csv, (steps,) float64 each; a half-written last line is left out."""
-    rows = [row for _, row in read_rows(run / "metrics.csv")[1:]]
-    if not rows:
-        raise UserError(f"{run / 'metrics.csv'} has no step yet: the run has not finished one")
-    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
-
-
-def judged(run: Path) -> dict:
-    """A run's evaluation.json, or nothing where it is not there yet or damaged, which is said."""
-    try:
-        return read_evaluation(run, DRAWN, "the run is drawn without it")
-    except UserError as error:
-        print(f"warning: {error}", file=sys.stderr)
-        return {}
-
-
-def smooth(values: np.ndarray) -> np.ndarray:
-    """Running mean over a tenth of the run. Its window shrinks towards both ends, which stay what they were."""
-    half, last = max(1, len(values) // 20), len(values) - 1
-    reach = [min(half, i, last - i) for i in range(len(values))]
-    return np.array([values[i - r : i + r + 1].mean() for i, r in enumerate(reach)])
-
-
-def draw(runs: list[Path], out: Path) -> None:
-    """Draw the runs over each other into `out`. UserError where a run or `out` cannot be used; no display is needed."""
-    data = [(run.resolve().name, read_metrics(run), judged(run)) for run in runs]
-    panels = [panel for panel in PANELS if changes(panel[1], [metrics for _, metrics, _ in data])]
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.lines import Line2D
-
-    n_rows = -(-len(panels) // 4)
-    with matplotlib.rc_context({"font.size": 12, "font.family": fonts(), "axes.grid": True, "grid.alpha": 0.3}):
-        fig = plt.figure(figsize=(13, 8 + 2.6 * n_rows), layout="constrained")
-        grid = fig.add_gridspec(2 + n_rows, 4, height_ratios=[1.5, 1.6] + [1] * n_rows)
-        reward_axes = fig.add_subplot(grid[0, :])
-        plane_axes, histogram_axes = fig.add_subplot(grid[1, :2]), fig.add_subplot(grid[1, 2:])
-        small_axes = [fig.add_subplot(grid[2 + i // 4, i % 4]) for i in range(len(panels))]
-        plane_key = {"a step": dict(marker=".", linestyle="", alpha=0.5)}
-        for number, (_, metrics, evaluation) in enumerate(data):
-            colour = f"C{number % 10}"
-            draw_reward(reward_axes, metrics, colour, number)
-            draw_plane(plane_axes, metrics, evaluation, colour, plane_key)
-            draw_histogram(histogram_axes, evaluation, colour)
-            for axes, (_, columns, _) in zip(small_axes, panels):
-                for column, style in zip(columns, STYLES):
-                    if column in metrics:
-                        axes.plot(metrics["step"], metrics[column], style, color=colour, linewidth=1)
-        for axes, (title, columns, unit) in zip(small_axes, panels):
-            axes.set(title=title, xlabel="step", ylabel=unit)
-            if len(columns) > 1:
-                add_key(axes, {name.split("/", 1)[1]: dict(linestyle=s) for name, s in zip(columns, STYLES)})
-        add_key(plane_axes, plane_key)
-        reward_axes.set(title="mean reward of each step, and the 10th to 90th percentile", xlabel="episodes")
-        plane_axes.set(title="reward against KL: up is better, right is dearer", xlabel="KL to the reference, nats")
-        histogram_axes.set(title="rewards before (line) and after (filled)", ylabel="share of completions")
-        histogram_axes.set_xlabel("reward")
-        for axes in (reward_axes, plane_axes):
-            axes.set_ylabel("mean reward")
-        names = [Line2D([], [], color=f"C{i % 10}", linewidth=3, label=shown(run[0])) for i, run in enumerate(data)]
-        fig.legend(handles=names, loc="outside upper left", ncols=min(4, len(names)), frameon=False)
-        plt.close(fig)  # which needs no window to be saved
+    size, dpi = (9, 200) if only else (12, 100)
+    with rc_context({"font.size": size, "font.family": fonts(), "axes.grid": True, "grid.alpha": 0.3}):
+        fig = Figure(figsize=(6.3, 3.3), layout="constrained")
+        if only:
+            BIG[only](fig.add_subplot(), drawn)
+        else:
+            draw_all(fig, drawn)
+        add_names(fig, drawn, what_does_not_compare(runs))
+        if only in (None, "reward"):
+            add_figures(fig.axes[0], drawn)
         ending = out.suffix[1:].lower() or "png"
         if ending not in fig.canvas.get_supported_filetypes():
             raise UserError(f"{out} cannot be written: no picture ends in .{ending}; take .png, .pdf or .svg")
         with whole(out) as partial:
-            fig.savefig(partial, dpi=100, format=ending)
+            fig.savefig(partial, dpi=dpi, format=ending)
+            if len(runs) == 1:
+                return [out]
+            text = "\n\n".join([table(drawn), LEGEND, *remarks(runs, drawn)])
+            write_whole(TABLE, text + "\n")
+    print(text)
+    return [out, TABLE]
 
 
-def changes(columns: list[str], runs: list[dict]) -> bool:
+def draw_all(fig, drawn: list[Curve]) -> None:
+    """Reward on top, the plane and the rewards before and after below it, and rows of small panels without a gap."""
+    panels = [panel for panel in PANELS if changes(panel[1], drawn)]
+    n_rows = -(-len(panels) // 4)
+    fig.set_size_inches(13, 8 + 2.6 * n_rows)
+    grid = fig.add_gridspec(2 + n_rows, 12, height_ratios=[1.5, 1.6] + [1] * n_rows)
+    for place, draw_it in zip((grid[0, :], grid[1, :6], grid[1, 6:]), BIG.values()):
+        draw_it(fig.add_subplot(place), drawn)
+    for row in range(n_rows):
+        some = panels[len(panels) * row // n_rows : len(panels) * (row + 1) // n_rows]
+        width = 12 // len(some)
+        for i, panel in enumerate(some):
+            draw_small(fig.add_subplot(grid[2 + row, i * width : (i + 1) * width]), drawn, *panel)
+
+
+def changes(columns: list[str], drawn: list[Curve]) -> bool:
     """Whether any of these columns takes more than one value."""
-    return any(len({value for run in runs for value in run.get(column, ())}) > 1 for column in columns)
+    found = [[curve.metrics[name] for curve in drawn if name in curve.metrics] for name in columns]
+    return any(len({value for values in of_column for value in values.flat}) > 1 for of_column in found)
+
+
+def colours(drawn: list[Curve]) -> list[str]:
+    """A colour for each curve: matplotlib's ten or, of more curves, as many along the rainbow."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    if len(drawn) <= 10:
+        return [f"C{number}" for number in range(len(drawn))]
+    return [to_hex(colour) for colour in colormaps["turbo"](np.linspace(0, 1, len(drawn)))]
 
 
 def fonts() -> list[str]:
@@ -188,72 +156,222 @@ def shown(name: str) -> str:
     return name if len(fonts()) > 1 else name.encode("ascii", "backslashreplace").decode()
 
 
-def add_key(axes, entries: dict[str, dict]) -> None:
-    """A legend that says what marks mean, in black, whichever runs there are."""
+def add_names(fig, drawn: list[Curve], remark: str) -> None:
+    """Which colour is which curve, above the panels, for which the figure grows; below, why curves do not compare."""
+    from matplotlib import rcParams
     from matplotlib.lines import Line2D
 
-    handles = [
-        Line2D([], [], **{"color": "black", "linewidth": 1, **mark}, label=what) for what, mark in entries.items()
-    ]
-    axes.legend(handles=handles, loc="best", fontsize=10)
+    letters = int(fig.get_figwidth() * 72 / rcParams["font.size"] / 0.6)  # on a line
+    names = [textwrap.fill(shown(curve.label), letters - 8) for curve in drawn]
+    handles = [Line2D([], [], color=c, linewidth=3, label=name) for c, name in zip(colours(drawn), names)]
+    ncols = max(1, min(4, letters // (8 + max(len(line) for name in names for line in name.splitlines()))))
+    rows = sum(max(name.count("\n") + 1 for name in names[row::ncols]) for row in range(-(-len(names) // ncols)))
+    fig.set_figheight(fig.get_figheight() + 1.5 * rcParams["font.size"] / 72 * (rows - 1))
+    fig.legend(handles=handles, loc="outside upper left", ncols=ncols, frameon=False)
+    if remark:
+        fig.supxlabel(textwrap.fill(shown(remark), letters), fontsize="small")
 
 
-def draw_reward(axes, metrics: dict, colour: str, number: int) -> None:
-    """Mean reward, smoothed, with its start and its end in figures; and the band that most completions lie in."""
-    episodes, mean = metrics["episodes"], metrics["env/reward_mean"]
-    if "env/reward_p10" in metrics:  # runs of earlier versions have none
-        axes.fill_between(
-            episodes, metrics["env/reward_p10"], metrics["env/reward_p90"], color=colour, alpha=0.12, linewidth=0
-        )
-    axes.plot(episodes, mean, color=colour, alpha=0.4, linewidth=1)
-    axes.plot(episodes, smooth(mean), color=colour, linewidth=2.5)
-    for at, value, place in ((0, mean[0], (-8, "right")), (-1, mean[-10:].mean(), (8, "left"))):
-        axes.annotate(
-            f"{value:.2f}",
-            (episodes[at], value),
-            (place[0], -16 * number),
-            textcoords="offset points",
-            ha=place[1],
-            va="center",
-            color=colour,
-            fontweight="bold",
-        )
-    axes.margins(x=0.06)
+def add_key(axes, entries: dict[str, dict]) -> None:
+    """A legend that says what marks mean, in black, whichever curves there are."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], **{"color": "black", **mark}, label=what) for what, mark in entries.items()]
+    axes.legend(handles=handles, loc="best", fontsize="small")
 
 
-def draw_plane(axes, metrics: dict, evaluation: dict, colour: str, key: dict[str, dict]) -> None:
-    """The run's path in the plane of KL and reward, one dot a step, below the frontier that no policy can cross.
+def draw_small(axes, drawn: list[Curve], title: str, columns: list[str], unit: str) -> None:
+    """A mean over the runs of each curve, step by step."""
+    for curve, colour in zip(drawn, colours(drawn)):
+        for column, style in zip(columns, STYLES):
+            if column in curve.metrics:
+                steps, values = curve.metrics["step"].mean(0), curve.metrics[column].mean(0)
+                axes.plot(steps, values, style, color=colour, linewidth=1)
+    axes.set(title=title, xlabel="step", ylabel=unit)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if len(columns) > 1:
+        add_key(axes, {name.split("/", 1)[1]: LINE | {"linestyle": style} for name, style in zip(columns, STYLES)})
 
-    What stands for all runs, the frontier and best-of-n, is the first's that has it. `key` gathers the legend.
+
+# ----------------------------------------------------------------------------------------------
+# The reward
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Running mean over a tenth of the run, (..., steps) twice: it begins with the first step, which no update has seen
+    yet, and ends with the mean of the last twentieth."""
+    half = max(1, values.shape[-1] // 20)
+    reach = [min(half, i) for i in range(values.shape[-1])]
+    return np.stack([values[..., i - r : i + r + 1].mean(-1) for i, r in enumerate(reach)], -1)
+
+
+def draw_reward(axes, drawn: list[Curve]) -> None:
+    """Mean reward of each step and smoothed, a band about it, and marks at the steps that raised an alarm.
+
+    The band is the standard deviation of several runs' smoothed lines. About a run alone it is where 95% of the steps'
+    means would lie if nothing but the draw of their completions moved them.
     """
-    axes.scatter(metrics["objective/kl"], metrics["env/reward_mean"], s=10, color=colour, alpha=0.4, linewidth=0)
-    points = evaluation.get("frontier")
-    if points and "best possible" not in key:
-        axes.plot([p["kl"] for p in points], [p["reward"] for p in points], color="black", linewidth=1.5)
-        key["best possible"] = dict(linewidth=1.5)
-    best = evaluation.get("best_of_n")
-    if best and not any(what.endswith("drafts") for what in key):
-        axes.plot([p["kl"] for p in best], [p["reward"] for p in best], "x", color="black")
-        key[f"best of {', '.join(str(p['n']) for p in best)} drafts"] = dict(marker="x", linestyle="")
-    for when, marker in (("before", "o"), ("after", "*")):
-        if evaluation.get(when):
-            at = evaluation[when]["kl"], evaluation[when]["reward"]
-            axes.scatter(*at, s=170, marker=marker, color=colour, edgecolor="black", zorder=3)
-            key[when] = dict(marker=marker, linestyle="", markersize=9)
-    limit = (evaluation.get("gain") or {}).get("limit")
-    if limit:
-        axes.scatter(limit["kl"], limit["reward"], s=120, marker="D", facecolor="none", edgecolor=colour, linewidth=2)
-        key["the limit at this beta"] = dict(marker="D", linestyle="", markerfacecolor="none")
+    key = {"each step": LINE | {"alpha": 0.4}, "running mean": {"linewidth": 2.5}}
+    for curve, colour in zip(drawn, colours(drawn)):
+        episodes, reward = curve.metrics["episodes"][0], curve.metrics["env/reward_mean"]
+        line, width = smooth(reward).mean(0), None
+        axes.plot(episodes, reward.mean(0), color=colour, alpha=0.4, linewidth=1)
+        axes.plot(episodes, line, "-" if len(line) > 1 else "o", color=colour, linewidth=2.5)
+        if len(reward) > 1:
+            band, width = f"standard deviation over the {curve.unit}", smooth(reward).std(0, ddof=1)
+        elif len(drawn) == 1 and "env/reward_std" in curve.metrics:
+            error = curve.metrics["env/reward_std"][0] / np.sqrt(episodes / curve.metrics["step"][0])
+            band, width = "95% interval of a step's mean", 1.96 * smooth(error)
+        if width is not None and len(line) > 1:
+            axes.fill_between(episodes, line - width, line + width, color=colour, alpha=0.15, linewidth=0)
+            key[band] = {"linewidth": 8, "alpha": 0.15}
+        alarms = [alarm["step"] for run in curve.runs for alarm in run.evaluation.get("alarms") or []]
+        if alarms:
+            at = [np.interp(alarms, curve.metrics["step"][0], values) for values in (episodes, line)]
+            axes.plot(*at, "v", color=colour, markeredgecolor="black", markersize=8, zorder=3)
+            key["alarm"] = MARK | {"marker": "v", "markersize": 8}
+    axes.set(title="mean reward of each step", xlabel="episodes", ylabel="mean reward")
+    add_key(axes, key)
 
 
-def draw_histogram(axes, evaluation: dict, colour: str) -> None:
-    """Distribution of rewards before (outline) and after (filled) training."""
-    for when, options in (("before", dict(histtype="step", linewidth=1.5)), ("after", dict(alpha=0.45))):
-        if evaluation.get(when):
-            scores = np.array([score for *_, score in evaluation[when]["samples"]])
-            weights = np.full(len(scores), 1 / len(scores))
-            edges = np.linspace(min(0, scores.min()), max(1, scores.max()), 41)
-            axes.hist(scores, bins=edges, weights=weights, color=colour, **options)
+def add_figures(axes, drawn: list[Curve]) -> None:
+    """Start and end of each smoothed line in figures beside it, none upon another, those of the higher line above.
+
+    Of starts that read the same there is one, in black. The layout is final from here on.
+    """
+    from matplotlib import rcParams
+
+    starts, ends = {}, []
+    for curve, colour in zip(drawn, colours(drawn)):
+        episodes, line = curve.metrics["episodes"][0], smooth(curve.metrics["env/reward_mean"]).mean(0)
+        ends.append((f"{line[-1]:.2f}", episodes[-1], line[-1], colour))
+        if len(line) > 1:
+            text = f"{line[0]:.2f}"
+            starts[text] = (text, episodes[0], line[0], "black" if text in starts else colour)
+    fig = axes.figure
+    layout, to_points = fig.get_layout_engine(), 72 / fig.dpi
+    layout.execute(fig)
+    size = min(rcParams["font.size"], axes.bbox.height * to_points / 1.25 / len(drawn))
+    room = max(len(text) for text, *_ in [*starts.values(), *ends]) * 0.7 * size + 12
+    axes.margins(x=room / (axes.bbox.width * to_points - 2 * room))
+    axes.autoscale_view()
+    layout.execute(fig)
+    for side, offset, align in ((list(starts.values()), -8, "right"), (ends, 8, "left")):
+        side = [label for label in side if np.isfinite(label[2])]
+        places = np.reshape([label[1:3] for label in side], (-1, 2))
+        x, y = (axes.transData.transform(places) - axes.bbox.min).T * to_points
+        columns = np.split(np.argsort(x), np.flatnonzero(np.diff(np.sort(x)) > room) + 1)
+        for column in [column[np.argsort(y[column])] for column in columns]:
+            for at, moved in zip(column, apart(y[column], 1.25 * size, axes.bbox.height * to_points)):
+                text, *place, colour = side[at]
+                axes.annotate(
+                    text,
+                    place,
+                    (offset, moved - y[at]),
+                    textcoords="offset points",
+                    ha=align,
+                    va="center",
+                    color=colour,
+                    fontsize=size,
+                    fontweight="bold",
+                )
+    fig.set_layout_engine("none")
+
+
+def apart(at: np.ndarray, gap: float, end: float) -> np.ndarray:
+    """Ascending positions moved as little as puts `gap` between each two, and half of it before 0 and `end`.
+
+    Least squares: with i gaps taken off the i-th, it is isotonic regression, by its formula of minima and maxima.
+    """
+    gaps = gap * np.arange(len(at))
+    free = at - gaps
+    rising = [max(min(free[i : k + 1].mean() for k in range(j, len(at))) for i in range(j + 1)) for j in range(len(at))]
+    return np.clip(rising, gap / 2, end - gap * (len(at) - 0.5)) + gaps
+
+
+# ----------------------------------------------------------------------------------------------
+# Reward against KL, and the rewards before and after
+
+
+def shared(drawn: list[Curve], of_run) -> list[tuple[np.ndarray, str]]:
+    """What `of_run` finds in the runs, each array once, with the colour of its curve; black where several share it."""
+    found = {}
+    for curve, colour in zip(drawn, colours(drawn)):
+        for values in filter(None, map(of_run, curve.runs)):
+            values = np.array(values, dtype=float)
+            _, owners = found.setdefault(np.round(values, 3).tobytes(), (values, set()))
+            owners.add(colour)
+    return [(values, owners.pop() if len(owners) == 1 else "black") for values, owners in found.values()]
+
+
+def place(point: dict | None) -> tuple[float, float] | None:
+    return point and (point["kl"], point["reward"])
+
+
+def draw_plane(axes, drawn: list[Curve]) -> None:
+    """Paths in the plane of KL and reward, one dot a step, below the frontier that no policy can cross.
+
+    A frontier, a limit or a start that several curves share is drawn once, in black.
+    """
+    key = {"a step": MARK | {"marker": ".", "alpha": 0.5}}
+    for curve, colour in zip(drawn, colours(drawn)):
+        kl, reward = (curve.metrics[name].mean(0) for name in ("objective/kl", "env/reward_mean"))
+        axes.scatter(kl, reward, s=10, color=colour, alpha=0.4, linewidth=0)
+    frontiers = shared(drawn, lambda run: [place(point) for point in run.evaluation.get("frontier") or []])
+    for points, colour in frontiers:
+        axes.plot(*points.T, color=colour if len(frontiers) > 1 else "black", linewidth=1.5)
+        key["best possible"] = {"linewidth": 1.5}
+    best = shared(drawn, lambda run: [(*place(point), point["n"]) for point in run.evaluation.get("best_of_n") or []])
+    for points, colour in best:
+        axes.plot(*points.T[:2], "x", color=colour if len(best) > 1 else "black")
+    if best:
+        drafts = sorted({int(n) for points, _ in best for n in points[:, 2]})
+        key[f"best of {', '.join(map(str, drafts))} drafts"] = MARK | {"marker": "x"}
+    for (kl, reward), colour in shared(drawn, lambda run: place(run.evaluation.get("before"))):
+        axes.scatter(kl, reward, s=170, marker="o", color=colour, edgecolor="black", zorder=3)
+        key["before"] = MARK | {"marker": "o", "markersize": 9}
+    for curve, colour in zip(drawn, colours(drawn)):
+        ends = np.array([place(run.evaluation["after"]) for run in curve.runs if run.evaluation.get("after")])
+        if len(ends):
+            axes.scatter(*ends.mean(0), s=170, marker="*", color=colour, edgecolor="black", zorder=3)
+            key["after"] = MARK | {"marker": "*", "markersize": 9}
+        if len(ends) > 1:
+            kl_sd, reward_sd = ends.std(0, ddof=1)
+            axes.errorbar(*ends.mean(0), reward_sd, kl_sd, color=colour, linewidth=1)
+            key[f"standard deviation over the {curve.unit}"] = MARK | {"marker": "+", "markersize": 9}
+    for (kl, reward), colour in shared(drawn, lambda run: place(of_gain("limit")(run))):
+        axes.scatter(kl, reward, s=120, marker="D", facecolor="none", edgecolor=colour, linewidth=2)
+        key["the limit at this beta"] = MARK | {"marker": "D", "markerfacecolor": "none"}
+    axes.set(title="reward against KL: up is better, right is dearer", xlabel="KL to the reference, nats")
+    axes.set_ylabel("mean reward")
+    add_key(axes, key)
+
+
+def draw_histogram(axes, drawn: list[Curve]) -> None:
+    """Distribution of rewards before training (outline) and after it (filled or, of several curves, outlines)."""
+
+    def scores(run: Run, when: str) -> list[float]:
+        return [score for *_, score in (run.evaluation.get(when) or {"samples": []})["samples"]]
+
+    after = [[score for run in curve.runs for score in scores(run, "after")] for curve in drawn]
+    before = shared(drawn, lambda run: scores(run, "before"))
+    every = np.concatenate([*after, *(values for values, _ in before)])
+    edges = np.linspace(min(0, every.min(initial=0)), max(1, every.max(initial=1)), 41)
+
+    def bars(values, **options) -> None:
+        axes.hist(values, bins=edges, weights=np.full(len(values), 1 / len(values)), **options)
+
+    for values, colour in before:
+        bars(values, color=colour, histtype="step", linewidth=1.5, linestyle="-" if len(drawn) == 1 else ":")
+    for values, colour in zip(after, colours(drawn)):
+        if values:
+            of_one = dict(alpha=0.45) if len(drawn) == 1 else dict(histtype="step", linewidth=1.5)
+            bars(values, color=colour, **of_one)
+    lines = "before (line) and after (filled)" if len(drawn) == 1 else "before (dotted) and after (lines)"
+    axes.set(title=f"rewards {lines}", xlabel="reward", ylabel="share of completions")
+
+
+BIG = {"reward": draw_reward, "plane": draw_plane, "histogram": draw_histogram}
 
 
 if __name__ == "__main__":

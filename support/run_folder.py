@@ -26,11 +26,12 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from config import PPOConfig
-from plot_rewards import draw, read_rows
+from plot_rewards import draw
 from reward import RewardError
 from support import collectives, evaluation, meeting
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.command_line import FINAL, JOB_FILE, flags_to_go_on, new_run_folder
+from support.compare import read_rows
 from support.devices import environment
 from support.errors import FolderGone, UserError
 from support.load import hash_of, own_files

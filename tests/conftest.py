@@ -120,6 +120,12 @@ def without_pictures(monkeypatch):
 
 
 @pytest.fixture
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """Files of the current folder are the test's own."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
 def signals_restored():
     """Signals mean what they mean to a new process, and afterwards what they meant before."""
     defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 import plot_rewards
-from plot_rewards import draw, main, read_metrics
+from plot_rewards import draw, main
+from support.compare import read_metrics
 from support.errors import UserError
 from tests.conftest import ROOT
 
-MEAN, P10, P90, STD = (f"env/reward_{name}" for name in ("mean", "p10", "p90", "std"))
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
+MEAN, STD = "env/reward_mean", "env/reward_std"
 PANELS = {  # title: (y axis, {column: (style, name in the key)})
     "KL to the reference": ("nats a completion", {"objective/kl": ("-", None)}),
     "KL coefficient": ("reward a nat", {"objective/kl_coef": ("-", None)}),
@@ -34,23 +36,28 @@ PANELS = {  # title: (y axis, {column: (style, name in the key)})
     ),
 }
 COLUMNS = [column for _, columns in PANELS.values() for column in columns]
-REWARD_TITLE = "mean reward of each step, and the 10th to 90th percentile"
+REWARD_TITLE = "mean reward of each step"
 PLANE_TITLE = "reward against KL: up is better, right is dearer"
 HISTOGRAM_TITLE = "rewards before (line) and after (filled)"
+OF_SEVERAL = "rewards before (dotted) and after (lines)"
 
 
-def write_run(folder, steps=30, seed=0, without=(), **changes):
-    """A run folder with every column that is drawn; `changes`, a column's values by its name."""
+def write_run(folder, steps=30, seed=0, without=(), settings=None, **changes):
+    """A run folder with every column that is drawn; `changes`, a column's values by its name. `settings`, what its
+    config.json has in place of these defaults; there is none unless given."""
     rng = np.random.default_rng(seed)
     metrics = {"step": np.arange(1, steps + 1), "episodes": 128 * np.arange(1, steps + 1)}
     metrics |= {name: rng.uniform(0.2, 0.8, steps) for name in (MEAN, STD, *COLUMNS)}
-    metrics |= {P10: metrics[MEAN] - 0.1, P90: metrics[MEAN] + 0.15} | changes
+    metrics |= changes
     folder.mkdir(parents=True)
     with (folder / "metrics.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         names = [name for name in metrics if name not in without]
         writer.writerow(names)
         writer.writerows(zip(*(np.broadcast_to(metrics[name], steps).tolist() for name in names)))
+    if settings is not None:
+        config = {"preset": "demo", "seed": 1, "init_kl_coef": 0.15, "lr": 1e-4, "run_name": folder.name}
+        (folder / "config.json").write_text(json.dumps(config | settings))
     return folder
 
 
@@ -64,8 +71,10 @@ def write_evaluation(folder, **evaluation):
 
 @pytest.fixture
 def figures(monkeypatch) -> list:
-    """The figures that are drawn, which are not rendered but leave an empty file; and the options of `savefig`."""
+    """The figures that are drawn, which are neither laid out nor rendered but leave an empty file; and the options of
+    `savefig`."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     drawn = []
 
@@ -74,6 +83,7 @@ def figures(monkeypatch) -> list:
         drawn.append((self, options))
 
     monkeypatch.setattr(Figure, "savefig", savefig)
+    monkeypatch.setattr(ConstrainedLayoutEngine, "execute", lambda self, figure: None)
     return drawn
 
 
@@ -117,7 +127,7 @@ def test_each_panel_draws_its_columns_over_the_steps(tmp_path, figures):
     runs = [write_run(tmp_path / name, steps, seed=steps) for name, steps in (("a", 30), ("b", 7))]
     draw(runs, tmp_path / "x.png")
     drawn, metrics = titles(figures[0][0]), [read_metrics(run) for run in runs]
-    assert list(drawn) == [REWARD_TITLE, PLANE_TITLE, HISTOGRAM_TITLE, *PANELS]
+    assert list(drawn) == [REWARD_TITLE, PLANE_TITLE, OF_SEVERAL, *PANELS]
     for title, (unit, columns) in PANELS.items():
         axes = drawn[title]
         assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", unit)
@@ -134,24 +144,38 @@ def test_each_panel_draws_its_columns_over_the_steps(tmp_path, figures):
             assert {line.get_color() for line in key.get_lines()} == {"black"}
 
 
-def test_panels_stand_four_in_a_row_below_reward_plane_and_histogram(tmp_path, figures):
-    draw([write_run(tmp_path / "run")], tmp_path / "x.png")
+@pytest.mark.parametrize(
+    ("panels", "rows"), [(8, [4, 4]), (7, [3, 4]), (6, [3, 3]), (5, [2, 3]), (4, [4]), (2, [2]), (1, [1]), (0, [])]
+)
+def test_panels_fill_rows_of_four_at_most_below_reward_plane_and_histogram(tmp_path, figures, panels, rows):
+    left_out = [column for _, columns in list(PANELS.values())[max(1, panels) :] for column in columns]
+    still = {"objective/kl": 0.0} if panels == 0 else {}
+    draw([write_run(tmp_path / "run", without=left_out, **still)], tmp_path / "x.png")
     figure, options = figures[0]
     places = [axes.get_subplotspec() for axes in figure.axes]
     cells = [(spec.rowspan.start, spec.colspan.start, spec.colspan.stop) for spec in places]
-    assert cells[:3] == [(0, 0, 4), (1, 0, 2), (1, 2, 4)]
-    assert cells[3:] == [(2 + i // 4, i % 4, i % 4 + 1) for i in range(8)]
-    assert figure.get_size_inches() == pytest.approx([13, 8 + 2 * 2.6])
+    assert cells[:3] == [(0, 0, 12), (1, 0, 6), (1, 6, 12)]
+    expected = [(2 + row, 12 // n * i, 12 // n * (i + 1)) for row, n in enumerate(rows) for i in range(n)]
+    assert cells[3:] == expected
+    assert figure.get_size_inches() == pytest.approx([13, 8 + len(rows) * 2.6])
     assert options["dpi"] == 100
     assert {tuple(axes.title.get_fontfamily()) for axes in figure.axes} == {tuple(plot_rewards.fonts())}
 
 
-def test_no_display_is_needed_whichever_backend_is_set(tmp_path, figures):
-    import matplotlib
+def test_one_panel_alone_is_as_wide_as_a_page(tmp_path, figures):
+    run = write_run(tmp_path / "run")
+    for only, title in {"reward": REWARD_TITLE, "plane": PLANE_TITLE, "histogram": HISTOGRAM_TITLE}.items():
+        assert main([str(run), "--only", only]) == 0
+        figure, options = figures[-1]
+        assert [axes.get_title() for axes in figure.axes] == [title]
+        assert figure.get_figwidth() == pytest.approx(16 / 2.54, abs=0.01) and options["dpi"] == 200
+        assert figure.axes[0].title.get_fontsize() < 12
 
-    matplotlib.use("svg")
-    draw([write_run(tmp_path / "run", 2)], tmp_path / "x.png")
-    assert matplotlib.get_backend().lower() == "agg"
+
+def test_pyplot_which_may_need_a_display_is_not_used(tmp_path):
+    run = write_run(tmp_path / "run", 2, without=COLUMNS[1:])
+    script = "import sys, plot_rewards; plot_rewards.main(sys.argv[1:]); sys.exit('matplotlib.pyplot' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script, str(run)], cwd=ROOT, check=True)
 
 
 def test_what_never_changes_in_any_run_has_no_panel(tmp_path, figures):
@@ -168,10 +192,9 @@ def test_what_never_changes_in_any_run_has_no_panel(tmp_path, figures):
 
 
 def test_a_run_of_an_earlier_version_is_drawn_as_far_as_it_goes(tmp_path, figures):
-    old = write_run(tmp_path / "old", without=[P10, P90, "ppo/loss/value", "time/score"])
+    old = write_run(tmp_path / "old", without=[STD, "ppo/loss/value", "time/score"])
     draw([old, write_run(tmp_path / "new")], tmp_path / "x.png")
     drawn = titles(figures[0][0])
-    assert len(drawn[REWARD_TITLE].collections) == 1 and len(drawn[REWARD_TITLE].lines) == 4
     (line,) = drawn["value loss"].lines
     assert is_colour(line, 1)
     assert [line.get_linestyle() for line in drawn["time"].lines] == ["-", ":", "-", "--", ":"]
@@ -180,15 +203,22 @@ def test_a_run_of_an_earlier_version_is_drawn_as_far_as_it_goes(tmp_path, figure
 
 
 def test_each_run_has_its_colour_and_its_name_in_the_key(tmp_path, figures, monkeypatch):
-    runs = [write_run(tmp_path / f"run{i}", 2, seed=i) for i in range(11)]
+    runs = [write_run(tmp_path / f"run{i}", 2, seed=i, without=COLUMNS[1:]) for i in range(11)]
     monkeypatch.chdir(runs[0])
-    draw([Path("."), *runs[1:]], tmp_path / "x.png")
-    (figure, *_) = figures[0]
-    (key,) = figure.legends
-    assert words(key) == [f"run{i}" for i in range(11)]
-    assert all(is_colour(line, number % 10) for number, line in enumerate(key.get_lines()))
-    assert all(is_colour(line, i // 2 % 10) for i, line in enumerate(titles(figure)[REWARD_TITLE].lines))
-    assert key._ncols == 4
+    draw([Path("."), *runs[1:10]], tmp_path / "x.png")
+    draw(runs, tmp_path / "x.png")
+    for (figure, _), n in zip(figures, (10, 11)):
+        (key,) = figure.legends
+        assert words(key) == [f"run{i}" for i in range(n)] and key._ncols == 4
+        colours = [line.get_color() for line in key.get_lines()]
+        assert len(set(colours)) == n
+        assert [line.get_color() for line in titles(figure)[REWARD_TITLE].lines] == [c for c in colours for _ in "12"]
+    assert all(is_colour(line, number) for number, line in enumerate(figures[0][0].legends[0].get_lines()))
+
+
+def test_long_names_stand_below_one_another(tmp_path, figures):
+    draw([write_run(tmp_path / ("long" * 30 + name), 2) for name in "abc"], tmp_path / "x.png")
+    assert figures[0][0].legends[0]._ncols == 1
 
 
 # ----------------------------------------------------------------------------------------------
@@ -196,50 +226,146 @@ def test_each_run_has_its_colour_and_its_name_in_the_key(tmp_path, figures, monk
 
 
 def test_the_reward_is_drawn_with_its_mean_over_a_tenth_of_the_run(tmp_path, figures):
-    """Of squares the mean over r neighbours on either side is i^2 + r (r + 1) / 3; r shrinks towards the ends."""
+    """Of squares the mean over r neighbours on either side is i^2 + r (r + 1) / 3. r shrinks towards the start, which
+    is the model before training; the last mean is that of the last six steps."""
     squares = np.arange(100) ** 2
     draw([write_run(tmp_path / "run", 100, **{MEAN: squares})], tmp_path / "x.png")
     axes = titles(figures[0][0])[REWARD_TITLE]
     raw, smoothed = axes.lines
     episodes = [128 * step for step in range(1, 101)]
     assert points(raw) == pairs(episodes, squares)
-    reach = np.array([0, 1, 2, 3, 4, *[5] * 90, 4, 3, 2, 1, 0])
+    reach = np.array([0, 1, 2, 3, 4, *[5] * 90])
     assert smoothed.get_xdata().tolist() == episodes
-    assert smoothed.get_ydata() == pytest.approx(squares + reach * (reach + 1) / 3)
+    assert smoothed.get_ydata()[:95] == pytest.approx(squares[:95] + reach * (reach + 1) / 3)
+    assert smoothed.get_ydata()[95:] == pytest.approx([squares[i - 5 :].mean() for i in range(95, 100)])
     assert raw.get_linewidth() < smoothed.get_linewidth() and raw.get_alpha() < 1
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("episodes", "mean reward")
+    assert words(axes.get_legend()) == ["each step", "running mean", "95% interval of a step's mean"]
 
 
-@pytest.mark.parametrize(("values", "smoothed"), [([9], [9]), ([9, 0], [9, 0]), ([9, 0, 3, 6], [9, 4, 3, 6])])
+@pytest.mark.parametrize(("values", "smoothed"), [([9], [9]), ([9, 0], [9, 4.5]), ([9, 0, 3, 6], [9, 4, 3, 4.5])])
 def test_the_mean_over_a_short_run_is_over_three_steps(values, smoothed):
     assert plot_rewards.smooth(np.array(values)).tolist() == smoothed
+    assert plot_rewards.smooth(np.array([values, values])).tolist() == [smoothed] * 2
 
 
-def test_the_band_lies_between_the_percentiles(tmp_path, figures):
-    run = write_run(tmp_path / "run")
+def corners(band) -> dict[float, list[float]]:
+    """The lowest and the highest value of a band by episodes."""
+    found = {}
+    for x, y in band.get_paths()[0].vertices.tolist():
+        low, high = found.get(x, (y, y))
+        found[x] = [min(low, y), max(high, y)]
+    return found
+
+
+def test_the_band_of_one_run_is_what_chance_alone_makes_of_a_step_s_mean(tmp_path, figures):
+    """Of 128 completions of standard deviation 0.4: 1.96 * 0.4 / sqrt(128) to either side."""
+    run = write_run(tmp_path / "run", 10, **{MEAN: 0.5, STD: 0.4})
     draw([run], tmp_path / "x.png")
-    metrics = read_metrics(run)
     (band,) = titles(figures[0][0])[REWARD_TITLE].collections
-    corners = {tuple(corner) for corner in band.get_paths()[0].vertices.tolist()}
-    low, high = (zip(metrics["episodes"].tolist(), metrics[name].tolist()) for name in (P10, P90))
-    assert corners == {*low, *high}
+    half = 1.96 * 0.4 / np.sqrt(128)
+    assert corners(band) == {128.0 * step: pytest.approx([0.5 - half, 0.5 + half]) for step in range(1, 11)}
     assert band.get_alpha() < 0.3
+    draw([run, write_run(tmp_path / "other", 10)], tmp_path / "x.png")
+    assert not titles(figures[1][0])[REWARD_TITLE].collections
 
 
-def test_start_and_end_of_the_reward_stand_in_figures(tmp_path, figures):
-    """The end is the mean of the last ten steps; the figures of a second run stand a line lower."""
+def test_of_runs_that_differ_in_the_seed_the_mean_and_the_standard_deviation_are_drawn(tmp_path, figures):
+    """Of lines at 0.2, 0.4 and 0.9: 0.5, and the root of (0.09 + 0.01 + 0.16) / 2."""
+    runs = [
+        write_run(tmp_path / f"{seed}", 4, settings={"seed": seed}, **{MEAN: mean})
+        for seed, mean in enumerate([0.2, 0.4, 0.9])
+    ]
+    draw([*runs, write_run(tmp_path / "4", settings={"lr": 0.5})], tmp_path / "x.png")
+    axes = titles(figures[0][0])[REWARD_TITLE]
+    for line in axes.lines[:2]:
+        assert line.get_ydata() == pytest.approx([0.5] * 4) and is_colour(line, 0)
+    (band,) = axes.collections
+    assert corners(band) == {128.0 * step: pytest.approx([0.5 - 0.13**0.5, 0.5 + 0.13**0.5]) for step in range(1, 5)}
+    assert words(axes.get_legend())[-1] == "standard deviation over the seeds"
+    assert words(figures[0][0].legends[0]) == ["lr 1e-4, 3 seeds", "lr 0.5"]
+    assert titles(figures[0][0])["entropy"].lines[0].get_ydata() == pytest.approx(
+        np.mean([read_metrics(run)["objective/entropy"] for run in runs], axis=0)
+    )
+
+
+def test_a_step_that_raised_an_alarm_has_a_mark_on_the_line(tmp_path, figures):
+    run = write_run(tmp_path / "run", 30, **{MEAN: np.arange(30) / 10})
+    write_evaluation(run, alarms=[{"step": 3, "alarm": "x"}, {"step": 21, "alarm": "y", "more": 1}])
+    draw([run], tmp_path / "x.png")
+    axes = titles(figures[0][0])[REWARD_TITLE]
+    marks = axes.lines[-1]
+    assert points(marks) == [[384, pytest.approx(0.2)], [2688, pytest.approx(2.0)]]
+    assert (marks.get_marker(), marks.get_linestyle()) == ("v", "None") and is_colour(marks, 0)
+    assert words(axes.get_legend())[-1] == "alarm"
+
+
+def test_start_and_end_of_the_smoothed_line_stand_in_figures(tmp_path, figures):
+    """The mean of steps 29 and 30 ends the line; starts that read the same are one, in black."""
     rising = np.arange(30) / 10
     runs = [write_run(tmp_path / "a", **{MEAN: rising}), write_run(tmp_path / "b", 4, **{MEAN: 0.75})]
-    draw(runs, tmp_path / "x.png")
-    notes = titles(figures[0][0])[REWARD_TITLE].texts
-    assert [note.get_text() for note in notes] == ["0.00", "2.45", "0.75", "0.75"]
-    assert [note.xy for note in notes] == [(128, 0), (3840, pytest.approx(2.45)), (128, 0.75), (512, 0.75)]
-    assert [note.get_ha() for note in notes] == ["right", "left"] * 2
-    (xs, ys) = zip(*(note.xyann for note in notes))
-    assert xs[0] == xs[2] < 0 < xs[1] == xs[3] and ys[0] == ys[1] == 0 and ys[2] == ys[3] < -10
-    assert {note.anncoords for note in notes} == {"offset points"}
-    assert titles(figures[0][0])[REWARD_TITLE].margins()[0] > 0.05  # room for them beside the curves
-    assert [is_colour(note, number) for note, number in zip(notes, (0, 0, 1, 1))] == [True] * 4
+    draw([*runs, write_run(tmp_path / "c", 4, **{MEAN: [0.754, 1, 1, 1]})], tmp_path / "x.png")
+    axes = titles(figures[0][0])[REWARD_TITLE]
+    lines = axes.lines[1::2]
+    notes = {note.get_text(): note for note in axes.texts}
+    assert [note.get_text() for note in axes.texts] == ["0.00", "0.75", "0.75", "1.00", "2.85"]
+    for note, (number, at) in zip(axes.texts, [(0, 0), (1, 0), (1, -1), (2, -1), (0, -1)]):
+        x, y = points(lines[number])[at]
+        assert note.xy == (x, pytest.approx(y, abs=0.005)) and f"{y:.2f}" == note.get_text()
+        assert note.get_ha() == ("right" if at == 0 else "left") and (note.xyann[0] < 0) == (at == 0)
+    assert axes.texts[1].get_color() == "black" and is_colour(notes["2.85"], 0) and is_colour(notes["1.00"], 2)
+    assert axes.margins()[0] > 0.03  # room for them beside the curves
+
+
+def boxes(axes) -> list:
+    return [note.get_window_extent() for note in axes.texts]
+
+
+@pytest.mark.parametrize("n", [2, 9, 20])
+def test_no_figure_lies_on_another_nor_on_the_ticks_and_the_higher_line_has_the_higher(tmp_path, monkeypatch, n):
+    """Ends 0.001 apart; of 20 curves the figures are smaller."""
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, out, **options: (drawn.append(self), out.touch()))
+    ends = np.random.default_rng(0).permutation(n) / 1000 + 0.5
+    starts = 0.1 + np.arange(n) / 100
+    runs = [
+        write_run(tmp_path / f"{i}", 2, without=COLUMNS[1:], **{MEAN: [start, 2 * end - start]})
+        for i, (start, end) in enumerate(zip(starts, ends))
+    ]
+    draw(runs, tmp_path / "x.png", only="reward")
+    (axes,) = drawn[0].axes
+    assert len(axes.texts) == 2 * n
+    for i, box in enumerate(boxes(axes)):
+        assert axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1
+        assert axes.bbox.y0 - 1 < box.y0 and box.y1 < axes.bbox.y1 + 1
+        assert not any(box.overlaps(other) for other in boxes(axes)[:i])
+    for side in (axes.texts[:n], axes.texts[n:]):
+        heights = [(note.xy[1], note.get_window_extent().y0) for note in side]
+        assert [y for _, y in sorted(heights)] == sorted(y for _, y in heights)
+
+
+@pytest.mark.parametrize(
+    ("at", "moved"),
+    [
+        ([50], [50]),
+        ([50, 54], [47, 57]),  # 10 apart, each as far from where it was
+        ([20, 50, 54], [20, 47, 57]),
+        ([48, 50, 52], [40, 50, 60]),
+        ([1, 2], [5, 15]),  # half a gap before the end
+        ([98, 99], [85, 95]),
+    ],
+)
+def test_labels_move_as_little_as_keeps_them_apart(at, moved):
+    assert plot_rewards.apart(np.array(at, dtype=float), 10, 100) == pytest.approx(np.array(moved, dtype=float))
+
+
+def test_one_step_is_a_dot_with_one_figure(tmp_path, figures):
+    draw([write_run(tmp_path / "run", 1, **{MEAN: 0.5})], tmp_path / "x.png")
+    axes = titles(figures[0][0])[REWARD_TITLE]
+    assert [note.get_text() for note in axes.texts] == ["0.50"] and axes.lines[1].get_marker() == "o"
+    assert not axes.collections and words(axes.get_legend()) == ["each step", "running mean"]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -266,7 +392,7 @@ def judged_runs(tmp_path):
         after=judged(0.75, 0.32, [1.0, 1.0]),
         frontier=[{"beta": 1, "reward": 0.5, "kl": 0.3}],
         best_of_n=[{"n": 2, "reward": 0.55, "kl": 0.19, "gain": None}],
-        gain={"gain": None, "why": "beta is 0"},
+        gain={"gain": None, "why": "too few samples", "limit": {"reward": 0.99, "kl": 0.7}},
     )
     return [growing, whole, other]
 
@@ -295,11 +421,11 @@ def test_before_after_and_limit_have_marks_of_their_own(judged_runs, tmp_path, f
     expected = [
         ("o", [0.0, 0.61], 0),
         ("o", [0.01, 0.62], 1),
-        ("*", [0.41, 0.84], 1),
-        ("D", [0.52, 0.93], 1),
         ("o", [0.02, 0.63], 2),
+        ("*", [0.41, 0.84], 1),
         ("*", [0.32, 0.75], 2),
-    ]
+        ("D", [0.52, 0.93], 1),
+    ]  # of the last run the gain is not known, and no limit is drawn
     for mark, (marker, at, number) in zip(marks, expected, strict=True):
         assert mark.get_offsets().tolist() == [at]
         style = MarkerStyle(marker)
@@ -312,13 +438,50 @@ def test_before_after_and_limit_have_marks_of_their_own(judged_runs, tmp_path, f
             assert mark.get_zorder() > dots.get_zorder()
 
 
-def test_the_frontier_and_the_drafts_are_those_of_the_first_run_that_has_them(judged_runs, tmp_path, figures):
+def test_frontiers_and_drafts_that_differ_are_each_in_the_colour_of_their_run(judged_runs, tmp_path, figures):
     draw(judged_runs, tmp_path / "x.png")
-    frontier, drafts = plane_of(figures[0][0]).lines
-    assert points(frontier) == [[0.1, 0.7], [0.45, 0.9]] and frontier.get_linestyle() == "-"
-    assert points(drafts) == [[0.19, 0.8], [0.43, 0.83]]
-    assert (drafts.get_marker(), drafts.get_linestyle()) == ("x", "None")
-    assert {frontier.get_color(), drafts.get_color()} == {"black"}
+    lines = plane_of(figures[0][0]).lines
+    expected = [
+        ([[0.1, 0.7], [0.45, 0.9]], "-", "None", 1),
+        ([[0.3, 0.5]], "-", "None", 2),
+        ([[0.19, 0.8], [0.43, 0.83]], "None", "x", 1),
+        ([[0.19, 0.55]], "None", "x", 2),
+    ]
+    for line, (at, style, marker, number) in zip(lines, expected, strict=True):
+        assert points(line) == at and is_colour(line, number)
+        assert (line.get_linestyle(), line.get_marker()) == (style, marker)
+
+
+def test_what_several_runs_share_is_drawn_once_in_black(judged_runs, tmp_path, figures):
+    """Another run of the same models has the same frontier, drafts, start and limit, up to rounding."""
+    again = write_run(tmp_path / "again", 5, seed=3)
+    evaluation = json.loads((judged_runs[1] / "evaluation.json").read_text())
+    evaluation["frontier"][0]["kl"] += 1e-9
+    write_evaluation(again, **evaluation | {"after": judged(0.75, 0.32, [1.0])})
+    draw([judged_runs[1], again], tmp_path / "x.png")
+    plane = plane_of(figures[0][0])
+    assert [line.get_color() for line in plane.lines] == ["black"] * 2
+    before, *after, limit = [c for c in plane.collections if c.get_sizes()[0] > 50]
+    assert before.get_offsets().tolist() == [[0.01, 0.62]] and face(before) == (0, 0, 0)
+    assert limit.get_offsets().tolist() == [[0.52, 0.93]] and tuple(limit.get_edgecolor()[0, :3]) == (0, 0, 0)
+    assert [face(mark) for mark in after] == [face_of(0), face_of(1)]
+    draw([again], tmp_path / "x.png")
+    assert {line.get_color() for line in plane_of(figures[1][0]).lines} == {"black"}
+
+
+def test_of_several_seeds_the_mean_of_what_they_reached_and_its_standard_deviation_are_drawn(tmp_path, figures):
+    runs = [write_run(tmp_path / f"{seed}", 3, seed, settings={"seed": seed}) for seed in range(2)]
+    write_evaluation(runs[0], after=judged(0.8, 0.4, [0.8]))
+    write_evaluation(runs[1], after=judged(0.6, 0.1, [0.6]))
+    draw(runs, tmp_path / "x.png")
+    plane = plane_of(figures[0][0])
+    _, star, *_ = plane.collections
+    assert star.get_offsets()[0].tolist() == pytest.approx([0.25, 0.7])
+    bars = [np.ptp(c.get_segments()[0], axis=0) for c in plane.collections[2:]]
+    assert np.sum(bars, axis=0) == pytest.approx([2 * 0.3 / 2**0.5, 2 * 0.2 / 2**0.5])
+    assert words(plane.get_legend()) == ["a step", "after", "standard deviation over the seeds"]
+    kl, reward = (np.mean([read_metrics(run)[name] for run in runs], axis=0) for name in ("objective/kl", MEAN))
+    assert np.asarray(plane.collections[0].get_offsets()) == pytest.approx(np.stack([kl, reward], 1))
 
 
 def test_the_key_of_the_plane_names_what_is_there(judged_runs, tmp_path, figures):
@@ -331,9 +494,9 @@ def test_the_key_of_the_plane_names_what_is_there(judged_runs, tmp_path, figures
     marks = [(line.get_marker(), line.get_linestyle(), name) for line, name in zip(keys[1].get_lines(), words(keys[1]))]
     assert marks == [
         (".", "None", "a step"),
-        ("o", "None", "before"),
         ("None", "-", "best possible"),
         ("x", "None", "best of 2, 3 drafts"),
+        ("o", "None", "before"),
         ("*", "None", "after"),
         ("D", "None", "the limit at this beta"),
     ]
@@ -349,25 +512,43 @@ def bins_of(patches) -> tuple[list[float], list[float]]:
     return [*lefts, patches[-1].get_x() + patches[-1].get_width()], [bar.get_height() for bar in patches]
 
 
-def test_rewards_are_drawn_as_shares_before_as_a_line_and_after_filled(tmp_path, figures):
-    runs = [write_run(tmp_path / name, seed=i) for i, name in enumerate("ab")]
-    write_evaluation(runs[0], before=judged(0, 0, [0.01, 0.01, 0.512, 0.99]), after=judged(1, 1, [0.26, 0.99]))
-    write_evaluation(runs[1], before=judged(0, 0, [0.3]))
-    draw(runs, tmp_path / "x.png")
+def tops(outline) -> dict[int, float]:
+    """Heights of an outline at the edges of its bins that are not empty."""
+    found = {}
+    for x, y in outline.get_xy():
+        found[round(x * 40)] = max(y, found.get(round(x * 40), 0))
+    return {x: top for x, top in found.items() if top}
+
+
+def test_rewards_of_one_run_are_drawn_as_shares_before_as_a_line_and_after_filled(tmp_path, figures):
+    run = write_run(tmp_path / "run")
+    write_evaluation(run, before=judged(0, 0, [0.01, 0.01, 0.512, 0.99]), after=judged(1, 1, [0.26, 0.99]))
+    draw([run], tmp_path / "x.png")
     axes = titles(figures[0][0])[HISTOGRAM_TITLE]
-    (before, *bars), other = axes.patches[:-1], axes.patches[-1]
+    before, *bars = axes.patches
     edges, heights = bins_of(bars)
     assert edges == pytest.approx(np.arange(41) / 40)
     assert {i: height for i, height in enumerate(heights) if height} == {10: 0.5, 39: 0.5}
     assert all(bar.get_fill() and face(bar) == face_of(0) and bar.get_alpha() < 1 for bar in bars)
-    tops = {}
-    for x, y in before.get_xy():
-        tops[round(x * 40)] = max(y, tops.get(round(x * 40), 0))
-    assert {x: top for x, top in tops.items() if top} == {0: 0.5, 1: 0.5, 20: 0.25, 21: 0.25, 39: 0.25, 40: 0.25}
-    for outline, number in ((before, 0), (other, 1)):
-        assert not outline.get_fill() and tuple(outline.get_edgecolor()[:3]) == face_of(number)
-    assert other.get_xy()[:, 1].max() == 1
+    assert tops(before) == {0: 0.5, 1: 0.5, 20: 0.25, 21: 0.25, 39: 0.25, 40: 0.25}
+    assert not before.get_fill() and tuple(before.get_edgecolor()[:3]) == face_of(0)
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("reward", "share of completions")
+
+
+def test_rewards_of_several_runs_are_outlines_all_seeds_in_one_and_a_shared_start_in_black(tmp_path, figures):
+    runs = [write_run(tmp_path / f"{i}", settings={"seed": i % 2, "lr": i // 2 + 1.0}) for i in range(3)]
+    for run, scores in zip(runs, ([0.26], [0.99], [0.0, 0.0, 0.31, 0.31])):
+        write_evaluation(run, before=judged(0, 0, [0.31, 0.99]), after=judged(1, 1, scores))
+    draw(runs, tmp_path / "x.png")
+    before, *after = titles(figures[0][0])[OF_SEVERAL].patches
+    assert tops(before) == {12: 0.5, 13: 0.5, 39: 0.5, 40: 0.5}
+    assert tuple(before.get_edgecolor()[:3]) == (0, 0, 0)
+    assert [tops(outline) for outline in after] == [
+        {10: 0.5, 11: 0.5, 39: 0.5, 40: 0.5},
+        {0: 0.5, 1: 0.5, 12: 0.5, 13: 0.5},
+    ]
+    assert [tuple(outline.get_edgecolor()[:3]) for outline in after] == [face_of(0), face_of(1)]
+    assert not any(outline.get_fill() for outline in after) and before.get_linestyle() != after[0].get_linestyle()
 
 
 def test_rewards_outside_0_to_1_have_bars_too(tmp_path, figures):
@@ -405,7 +586,7 @@ WHOLE = {"before": judged(0.5, 0, [0.2, 0.8]), "gain": {"gain": 0.5, "limit": {"
 )
 def test_a_damaged_evaluation_is_told_and_the_run_is_drawn_without_it(tmp_path, figures, content, said, capsys):
     """Beside another, which is drawn whole."""
-    runs = [write_run(tmp_path / name, 2) for name in "ab"]
+    runs = [write_run(tmp_path / name, 2, without=COLUMNS[1:]) for name in "ab"]
     write_evaluation(runs[1], **WHOLE)
     content = content if isinstance(content, (str, bytes)) else json.dumps(content)
     (runs[0] / "evaluation.json").write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -414,7 +595,7 @@ def test_a_damaged_evaluation_is_told_and_the_run_is_drawn_without_it(tmp_path, 
     assert err.startswith(f"warning: {runs[0] / 'evaluation.json'} is damaged") and said in err
     assert err.endswith("; the run is drawn without it\n") and err.count("\n") == 1
     drawn = titles(figures[0][0])
-    assert len(drawn[HISTOGRAM_TITLE].patches) == 1 and len(drawn[PLANE_TITLE].collections) == 4
+    assert len(drawn[OF_SEVERAL].patches) == 1 and len(drawn[PLANE_TITLE].collections) == 4
 
 
 def test_of_an_evaluation_is_drawn_what_is_there(tmp_path, figures, capsys):
@@ -433,10 +614,12 @@ def test_of_an_evaluation_is_drawn_what_is_there(tmp_path, figures, capsys):
 
 def test_several_runs_go_into_one_picture_without_a_display(judged_runs, tmp_path):
     out = tmp_path / "all.png"
-    command = [sys.executable, str(ROOT / "plot_rewards.py"), *map(str, judged_runs), "--out", str(out)]
+    command = [sys.executable, str(ROOT / "plot_rewards.py"), *map(str, judged_runs), "--out", "all.png"]
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert (result.returncode, result.stdout) == (0, f"wrote {out}\n"), result.stderr
+    assert (result.returncode, result.stderr) == (0, "")
+    table = (tmp_path / "compare.md").read_text()
+    assert result.stdout == f"{table}wrote all.png and compare.md\n" and "| whole " in table
     assert out.read_bytes().startswith(b"\x89PNG")
     assert struct.unpack(">II", out.read_bytes()[16:24]) == (1300, 1320)
     assert not list(tmp_path.glob("*/rewards.png"))
@@ -459,8 +642,39 @@ def test_a_comparison_takes_no_runs_picture(tmp_path, monkeypatch, capsys, figur
     runs = [write_run(tmp_path / "runs" / name, 2) for name in "ab"]
     monkeypatch.chdir(tmp_path)
     assert main([str(run) for run in runs]) == 0
-    assert capsys.readouterr().out == "wrote compare.png\n"
-    assert list(tmp_path.rglob("*.png")) == [tmp_path / "compare.png"]
+    assert capsys.readouterr().out.endswith("wrote compare.png and compare.md\n")
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "metrics.csv"]
+    assert sorted(written) == [tmp_path / "compare.md", tmp_path / "compare.png"]
+    assert main([str(runs[0]), "runs/a"]) == 0  # the same run twice is one
+    assert capsys.readouterr().out == f"wrote {os.path.join('runs', 'a', 'rewards.png')}\n"
+
+
+@pytest.mark.parametrize("fails", ["the picture", "the table"])
+def test_picture_and_table_are_written_both_or_not_at_all(tmp_path, monkeypatch, figures, fails):
+    from matplotlib.figure import Figure
+
+    runs = [write_run(tmp_path / name, 2, without=COLUMNS[1:]) for name in "ab"]
+    old = {tmp_path / "x.png": b"earlier", tmp_path / "compare.md": b"table"}
+    for path, content in old.items():
+        path.write_bytes(content)
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    if fails == "the picture":
+        monkeypatch.setattr(Figure, "savefig", full)
+    else:
+        monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match="no room to write"):
+        draw(runs, tmp_path / "x.png")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == old
+
+
+@pytest.mark.parametrize(("ending", "start"), [("pdf", b"%PDF"), ("svg", b"<?xml")])
+def test_a_picture_for_a_report_is_a_pdf_or_an_svg_by_its_name(tmp_path, ending, start):
+    out = tmp_path / f"reward.{ending}"
+    assert main([str(write_run(tmp_path / "run", 2)), "--only", "reward", "--out", str(out)]) == 0
+    assert out.read_bytes().startswith(start)
 
 
 def test_a_picture_without_an_ending_is_written_where_it_is_wanted(tmp_path, capsys):

@@ -41,8 +41,8 @@ from safetensors.torch import load_file, save_file
 
 import plot_rewards
 import train_ppo
-from plot_rewards import read_rows
 from support.checkpoint import FILES, read_state, sha256
+from support.compare import read_rows
 from support.demo_models import demo_models
 from support.streams import hold_streams
 

@@ -153,7 +153,7 @@ BUGS = [  # (file, what stands there, the bug)
     ("train_ppo.py", "    folder.compare_inputs()\n", ""),
     ("support/run_folder.py", '((self.path / "model").exists() or (logged', "((logged"),
     ("support/run_folder.py", "if last_step > (logged :=", "if last_step >= (logged :="),
-    ("plot_rewards.py", "if len(set(names)) < len(names):", "if False:"),
+    ("support/compare.py", "if len(set(names)) < len(names):", "if False:"),
     ("support/run_folder.py", "        self.samples.flush()\n", ""),
     ("support/run_folder.py", "        self.metrics.flush()\n", ""),
     ("support/run_folder.py", 'f"step {trainer.n_steps + 1}" if training', 'f"step {trainer.n_steps}" if training'),
