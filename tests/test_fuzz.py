@@ -51,6 +51,7 @@ def says(line, code):
 
 
 RUN = Path("killed")
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the limit may be one in name only")
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,7 @@ RUN = Path("killed")
         (lambda: 1, "exit code 1"),
         (lambda: sys.exit("no"), "exit code 99"),
         (lambda: [][0], "traceback: IndexError: list index out of range"),
+        pytest.param(lambda: bytes(fuzz.MEMORY) and 0, "traceback: MemoryError", marks=LINUX),
         (lambda: says("program.py: error: no\nmore", 2), "1 error lines, and the last line is ['more']"),
         (lambda: says("program.py: error: no\nprogram.py: error: no", 2), "2 error lines"),
         (lambda: says("no", 2), "0 error lines"),
