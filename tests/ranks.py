@@ -5,6 +5,7 @@ They are forked from a server that has loaded the libraries: what each would tak
 
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
@@ -57,7 +58,9 @@ class Ranks:
             process.join()
 
     def out(self, rank: int) -> str:
-        return (self.folder / f"{rank}.out").read_text(encoding="utf-8")
+        """Without the lines in which Gloo, in torch 2.9, says to how many it is connected."""
+        printed = (self.folder / f"{rank}.out").read_text(encoding="utf-8")
+        return re.sub(r"^\[Gloo\] Rank .*\n", "", printed, flags=re.MULTILINE)
 
     def err(self, rank: int) -> str:
         return (self.folder / f"{rank}.err").read_text(encoding="utf-8")
