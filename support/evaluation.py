@@ -27,6 +27,19 @@ from support.writing import write_whole
 
 SEED = 20_170_707  # of the evaluation alone: every policy of every run is judged on the same draws
 BETAS = [0.15 * 1.25**i for i in range(22)]  # of the frontier, up to 16, in standard deviations of the rewards
+GOOD = 0.7  # gain; a share x of KL* buys at most 2 sqrt(x) - x of it, where rewards are normally distributed:
+UNMOVED = 0.01  # share of KL*, for 0.2
+FAR = 4  # times KL*, for nothing
+CLOSE = 1.5  # times KL*, for 0.95
+UNSURE = 0.15  # standard error of the gain, from where a good run and a short one look alike
+UNKNOWN = {  # why the gain is unknown: the verdict
+    "beta is 0": "no limit: KL, {kl} now, has no price; set --init_kl_coef",
+    "beta is too low": "hacked, or about to be: at this --init_kl_coef the best policy writes a handful of texts; "
+    "KL is {kl}; raise it",
+    "beta is too high": "unmoved: at this --init_kl_coef hardly any KL is worth it; lower it",
+    "the rewards are equal": "nothing to learn: all completions of a prompt have the same reward; change --reward",
+    "too few samples": "gain unknown: judge again by more samples, with --eval_only and --eval_samples {samples}",
+}
 SHOWN = 5  # completions in the before/after table
 
 
@@ -148,19 +161,22 @@ def gain(before: dict, after: dict, prompts: list[str], beta: float) -> dict:
     prompts; of judging alone: a run with another seed differs by more.
     """
     if beta == 0:
-        return {"gain": None, "why": "beta is 0: without a KL penalty the best policy has no limit"}
+        return {"gain": None, "why": "beta is 0"}
     rewards, prompt_index = scores_and_prompts(before, prompts)
     best = gibbs_policy(rewards, prompt_index, beta)
     ratios = best.pop("ratios")
     result = {"beta": beta, "limit": best, "J_before": rewards.mean().item(), "J": after["reward"] - beta * after["kl"]}
     possible, deviation = best["J"] - result["J_before"], math.sqrt(variance_within(rewards, prompt_index))
     if (effective := best["effective_samples"]) < (least := least_effective(prompt_index, 100)):
-        few = min(round(effective), least - 1)
-        why = f"the limit would rest on {few} samples, fewer than {least}; raise --eval_samples"
-        return {**result, "gain": None, "why": why}
-    if possible < 0.03 * deviation or deviation == 0:  # which is the noise in judging J by a thousand samples
-        why = f"there is next to nothing to gain: J* is only {possible:.4f} above J_ref"
-        return {**result, "gain": None, "why": why}
+        m = len(rewards) / len(prompt_index.unique())
+        if m >= 20 and effective * m / len(rewards) < max(2, m / 100):
+            return {**result, "gain": None, "why": "beta is too low"}
+        needed = power_of_two(2 * len(rewards) * least / effective)
+        return {**result, "gain": None, "why": "too few samples", "samples_needed": needed}
+    if deviation == 0:
+        return {**result, "gain": None, "why": "the rewards are equal"}
+    if possible < 0.03 * deviation:  # which is the noise in judging J by a thousand samples
+        return {**result, "gain": None, "why": "beta is too high"}
     share = (result["J"] - result["J_before"]) / possible
     of_after = torch.tensor([s for *_, s in after["samples"]]) - beta * torch.tensor(after["kls"])
     of_before = (1 - share) * rewards + share * beta * ratios
@@ -214,6 +230,41 @@ def best_of_n(results: dict, prompts: list[str], n: int) -> dict:
     return {"n": n, "reward": reward, "kl": kl, "gain": share}
 
 
+def verdict(results: dict, config) -> str:
+    """What kind of run this was and the one flag to change, in a sentence; the unit of the rewards does not matter."""
+    after, result = results["after"], results["gain"]
+    kl, share, limit = after["kl"], result["gain"], result.get("limit")
+    if share is None:
+        return UNKNOWN[result["why"]].format(kl=two_digits(kl), samples=result.get("samples_needed"))
+    got, spent = f"{share:.0%} of what is possible", f"KL {two_digits(kl)} where {two_digits(limit['kl'])} is worth it"
+    calmer = "a lower --lr" if config.minibatch_size == config.batch_size else f"--minibatch_size {config.batch_size}"
+    if kl < UNMOVED * limit["kl"]:
+        return f"unmoved: {spent}; try a higher --lr"
+    collapsed = after["unique"] < results["before"]["unique"] / 2
+    if kl > FAR * limit["kl"] and (after["reward"] > limit["reward"] or collapsed):
+        return f"hacked: {spent}; try {calmer}"
+    if (error := result["gain_se"]) > UNSURE and abs(share - GOOD) < 2 * error:
+        needed = power_of_two(len(after["samples"]) * (2 * error / UNSURE) ** 2)
+        return UNKNOWN["too few samples"].format(samples=needed)
+    if share >= GOOD:
+        return f"good: {got}"
+    bought = after["reward"] - result["J_before"]
+    buyable = min(point["reward"] + point["beta"] * (kl - point["kl"]) for point in results["frontier"])
+    if kl > CLOSE * limit["kl"] or bought < 0.5 * (buyable - result["J_before"]):
+        return f"wasted KL: {spent}; try {calmer}"
+    return f"short: {got}; go on with more --episodes"
+
+
+def two_digits(value: float) -> str:
+    """A number from 0 on, rounded to two digits."""
+    return f"{float(f'{value:.2g}'):g}"
+
+
+def power_of_two(value: float) -> int:
+    """The first power of two that is no less."""
+    return 2 ** math.ceil(math.log2(value))
+
+
 ROWS = [  # of the printed table: (what, key, format)
     ("mean reward", "reward", ".3f"),
     ("  95% interval, plus or minus", "reward_ci95", ".3f"),
@@ -235,13 +286,11 @@ def summary(evaluation: dict) -> str:
     if "J" in result:
         what = f"J = reward - {result['beta']:g} KL"
         lines.append(f"{what:36}{result['J_before']:>10.3f}{result['J']:>10.3f}")
-    if result["gain"] is None:
-        lines.append(f"gain unknown: {result['why']}")
-    else:
+    if result["gain"] is not None:
         best, error = result["limit"], f"{result['gain_se']:.2f}, of judging; seeds differ by as much again"
         lines.append(f"gain {result['gain']:.2f} (standard error {error}) of what is possible: the limit is")
         lines.append(f"J* {best['J']:.3f}, with reward {best['reward']:.3f} at KL {best['kl']:.2f}")
-    return "\n".join(lines)
+    return "\n".join([*lines, evaluation["verdict"]])
 
 
 def commonest(evaluation: dict) -> str:

@@ -233,9 +233,10 @@ class RunFolder:
             evaluation.write_json(self.path / "evaluation.json", results)
 
     def report(self, results: dict, prompts: list[str]) -> None:
-        """Work out the gain, print the table."""
+        """Work out the gain and the verdict, print the table."""
         if self.writes:
             evaluation.add_yardsticks(results, prompts, self.config.init_kl_coef)
+            results["verdict"] = evaluation.verdict(results, self.config)
             print(f"\n{evaluation.commonest(results)}\n\n{evaluation.summary(results)}")
 
     def finish(self, results: dict) -> None:
