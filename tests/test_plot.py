@@ -203,6 +203,8 @@ def test_a_run_of_an_earlier_version_is_drawn_as_far_as_it_goes(tmp_path, figure
 
 
 def test_each_run_has_its_colour_and_its_name_in_the_key(tmp_path, figures, monkeypatch):
+    from matplotlib.colors import to_rgb
+
     runs = [write_run(tmp_path / f"run{i}", 2, seed=i, without=COLUMNS[1:]) for i in range(11)]
     monkeypatch.chdir(runs[0])
     draw([Path("."), *runs[1:10]], tmp_path / "x.png")
@@ -211,7 +213,7 @@ def test_each_run_has_its_colour_and_its_name_in_the_key(tmp_path, figures, monk
         (key,) = figure.legends
         assert words(key) == [f"run{i}" for i in range(n)] and key._ncols == 4
         colours = [line.get_color() for line in key.get_lines()]
-        assert len(set(colours)) == n
+        assert len(set(map(to_rgb, colours))) == n
         assert [line.get_color() for line in titles(figure)[REWARD_TITLE].lines] == [c for c in colours for _ in "12"]
     assert all(is_colour(line, number) for number, line in enumerate(figures[0][0].legends[0].get_lines()))
 
@@ -273,7 +275,7 @@ def test_the_band_of_one_run_is_what_chance_alone_makes_of_a_step_s_mean(tmp_pat
 def test_of_runs_that_differ_in_the_seed_the_mean_and_the_standard_deviation_are_drawn(tmp_path, figures):
     """Of lines at 0.2, 0.4 and 0.9: 0.5, and the root of (0.09 + 0.01 + 0.16) / 2."""
     runs = [
-        write_run(tmp_path / f"{seed}", 4, settings={"seed": seed}, **{MEAN: mean})
+        write_run(tmp_path / f"{seed}", 4, seed, settings={"seed": seed}, **{MEAN: mean})
         for seed, mean in enumerate([0.2, 0.4, 0.9])
     ]
     draw([*runs, write_run(tmp_path / "4", settings={"lr": 0.5})], tmp_path / "x.png")
