@@ -224,7 +224,7 @@ def draw_reward(axes, drawn: list[Curve]) -> None:
             band, width = "95% interval of a step's mean", 1.96 * smooth(error)
         if width is not None and len(line) > 1:
             axes.fill_between(episodes, line - width, line + width, color=colour, alpha=0.15, linewidth=0)
-            key[band] = {"linewidth": 8, "alpha": 0.15}
+            key[band] = {"linewidth": 8, "alpha": 0.15, "solid_capstyle": "butt"}
         alarms = [alarm["step"] for run in curve.runs for alarm in run.evaluation.get("alarms") or []]
         if alarms:
             at = [np.interp(alarms, curve.metrics["step"][0], values) for values in (episodes, line)]

@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import east_asian_width
 
 import numpy as np
 
@@ -150,8 +151,8 @@ def curves(runs: list[Run], by: list[str] = ()) -> list[Curve]:
     known = [run for run in runs if run.settings]
     for name in by:
         if not any(name in run.settings for run in known):
-            differing = ", ".join([*differences(known), "seed"])
-            raise UserError(f"--by {name}: these runs have no such setting; they differ in {differing}")
+            differing = ", ".join([*differences(known), "run_name", "seed"])
+            raise UserError(f"--by {name}: no run here has such a setting; take some of {differing}")
     names = list(by) or told(known)
     groups = {}
     for run in sorted(known, key=lambda run: [order(run.settings.get(name)) for name in names]):
@@ -261,9 +262,16 @@ def table(drawn: list[Curve]) -> str:
             value = of_several(np.array(found)) if found else None
             cells.append("-" if value is None else f"{value:{form}}")
         rows.append([re.sub(r"([\\|])", r"\\\1", escaped(cell)) for cell in cells])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
+    widths = [max(map(width, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * each for each in widths])
+    return "\n".join(
+        f"| {' | '.join(cell + ' ' * (each - width(cell)) for cell, each in zip(row, widths))} |" for row in rows
+    )
+
+
+def width(text: str) -> int:
+    """Columns of a terminal, of which a Chinese character takes two."""
+    return sum(1 + (east_asian_width(character) in "WF") for character in text)
 
 
 def what_does_not_compare(runs: list[Run]) -> str:

@@ -105,7 +105,7 @@ def test_by_takes_together_what_differs_in_other_settings():
     assert labels(run("a", seed=2), run("b"), by=["lr", "seed"]) == ["lr 1e-4, seed 1", "lr 1e-4, seed 2"]
     with pytest.raises(UserError) as error:
         curves(runs, ["rate"])
-    said = "--by rate: these runs have no such setting; they differ in init_kl_coef, lr, seed"
+    said = "--by rate: no run here has such a setting; take some of init_kl_coef, lr, run_name, seed"
     assert str(error.value) == said
 
 
@@ -196,6 +196,11 @@ def test_episodes_have_one_column_and_what_a_value_holds_breaks_none():
     assert text.splitlines()[3].startswith("| a\\|b\\\\c\\\\n ")
 
 
+def test_columns_stand_below_one_another_where_values_are_chinese():
+    lines = table(curves([run("a", prompts=["感觉"]), run("b", prompts=["good"])])).splitlines()
+    assert [line.split("|")[1] for line in lines] == [" prompts ", " ------- ", " 感觉    ", " good    "]
+
+
 def test_runs_that_do_not_compare_are_said_to():
     def said(**other):
         return what_does_not_compare([run("a"), run("b", **other)])
@@ -283,5 +288,5 @@ def test_what_is_printed_is_what_the_file_holds(tmp_path, capsys):
 def test_a_setting_that_no_run_has_is_one_line(tmp_path, capsys):
     folder = write_run(tmp_path / "run", 2, settings={})
     assert main([str(folder), "--by", "lr,rate"]) == 2
-    said = "plot_rewards.py: error: --by rate: these runs have no such setting; they differ in seed\n"
+    said = "plot_rewards.py: error: --by rate: no run here has such a setting; take some of run_name, seed\n"
     assert capsys.readouterr() == ("", said)

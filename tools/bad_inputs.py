@@ -333,6 +333,12 @@ BROKEN = [  # (what was done, how, command, part of the line)
         "--resume run --episodes 64",
         "is of another prompt, '好'; is it another run's?",
     ),
+    (
+        "comparison by an unknown setting",
+        lambda: None,
+        "plot run --by rate",
+        "--by rate: no run here has such a setting",
+    ),
     ("picture into a missing folder", lambda: None, "plot run --out nowhere/x.png", "cannot be written"),
 ]
 
