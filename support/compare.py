@@ -29,7 +29,7 @@ READ |= {
 }
 SETTINGS = {"preset": str, "seed": int, "init_kl_coef": float}  # at least these, of config.json
 
-# Settings that tell no run from another: `preset` stands for those that follow from it, see `differences`
+# Settings that tell no run from another: `preset` stands for those that follow from it, see `told`
 SILENT = NO_CHANGE | {"seed", "log_samples_every", "save_every", "save_every_minutes", "keep_checkpoints"}
 SILENT |= {"process_timeout"}
 # Settings that decide what a completion earns, and with it the frontier
@@ -176,8 +176,8 @@ def differences(runs: list[Run]) -> list[str]:
     names = dict.fromkeys(name for run in runs for name in run.settings if name not in SILENT)
     differing = [name for name in names if len({run.values([name]) for run in runs}) > 1]
     hashes = [name for name in (runs[0].hashes if runs else ()) if all(name in run.hashes for run in runs)]
-    told = {run.values(REWARD) for run in runs}
-    return differing + [name for name in hashes if len({run.values([*REWARD, name]) for run in runs}) > len(told)]
+    worlds = {run.values(REWARD) for run in runs}
+    return differing + [name for name in hashes if len({run.values([*REWARD, name]) for run in runs}) > len(worlds)]
 
 
 def told(runs: list[Run]) -> list[str]:
@@ -245,8 +245,9 @@ FIGURES = [  # of the table: (header, of a run, of several, format)
     ("unique", after("unique"), np.mean, ".1%"),
     ("seconds a step", seconds, np.mean, ".2f"),
 ]
-LEGEND = """R, KL, J, gain, unique: the trained models as judged, means over the seeds. SD: the standard deviation of
-the gain over them. Error of judging: the standard error of one run's gain; more --eval_samples make it smaller."""
+LEGEND = """R, KL, J, gain and unique: of the trained models as they were judged, means over a line's seeds or runs.
+SD: the standard deviation of the gain over them. Error of judging: the standard error of one run's gain, which more
+--eval_samples make smaller."""
 
 
 def table(drawn: list[Curve]) -> str:

@@ -243,7 +243,7 @@ BUGS = [  # (file, what stands there, the bug)
     ("support/compare.py", "names if not follows(name)]", "names]"),
     (
         "support/compare.py",
-        "if len({run.values([*REWARD, name]) for run in runs}) > len(told)]",
+        "if len({run.values([*REWARD, name]) for run in runs}) > len(worlds)]",
         "if len({run.values([name]) for run in runs}) > 1]",
     ),
     ("support/compare.py", 'gen_len temperature".split()', 'gen_len".split()'),
