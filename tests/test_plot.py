@@ -603,7 +603,7 @@ def test_a_damaged_evaluation_is_told_and_the_run_is_drawn_without_it(tmp_path, 
 def test_of_an_evaluation_is_drawn_what_is_there(tmp_path, figures, capsys):
     """A byte order mark does not count; what an earlier version or a growing run lacks may be absent or empty."""
     run = write_run(tmp_path / "run", 2)
-    parts = WHOLE | {"after": None, "frontier": [], "best_of_n": []}
+    parts = WHOLE | {"after": None, "frontier": [], "best_of_n": [], "gain": {"gain": None, "why": "beta is 0"}}
     (run / "evaluation.json").write_text(json.dumps(parts), encoding="utf-8-sig")
     draw([run], tmp_path / "x.png")
     assert capsys.readouterr().err == ""

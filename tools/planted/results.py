@@ -3,7 +3,7 @@
 NEAREST = {  # file: the tests nearest to it
     "support/evaluation.py": "evaluation judging train bad_inputs",
     "plot_rewards.py": "plot compare",
-    "support/compare.py": "compare plot",
+    "support/compare.py": "compare plot resume",
     "support/reading.py": "plot faults config resume",
 }
 BUGS = [  # (file, what stands there, the bug)
