@@ -37,7 +37,7 @@ class PPOConfig:
         if unknown := sorted(set(values) - set(defaults)):
             raise TypeError(f"PPOConfig has no field {unknown[0]!r}")
         for name, value in (defaults | PRESETS.get(str(values.get("preset")), {}) | values).items():
-            setattr(self, name, value)
+            setattr(self, name, value.copy() if isinstance(value, list) else value)
 
     def __setattr__(self, name, value):
         """A number of another type, as Decimal or one of NumPy's, becomes the int or the float of its field."""
@@ -134,6 +134,12 @@ class PPOConfig:
         at_least=0,
         group="KL to the reference (Ziegler et al. 2019, section 2.2)",
     )
+    kl_budget: float = option(
+        0.0,
+        "Finds --init_kl_coef before training, for any reward: the one at which the best possible policy is this far "
+        "from the reference, in nats a completion (0.4 in the article's job); 0 for none.",
+        at_least=0,
+    )
     kl_controller: Literal["adaptive", "fixed"] = option(
         "fixed",
         "'fixed' keeps the coefficient, 'adaptive' steers it towards --target (article: adaptive).",
@@ -217,6 +223,7 @@ PRESETS = {
         eval_samples=8192,
     ),
     "article": dict(  # advantages are whitened over the batch here too, not inside one sequence
+        prompts=["刚收到货，感觉", "这部电影很", "说实话，真的很", "这次购物总的来说体验很"],  # with full-width commas
         minibatch_size=1,
         lam=0.95,
         detach_value=False,

@@ -283,6 +283,12 @@ class PPOTrainer:
         else:
             self.kl_controller = FixedKLController(config.init_kl_coef)
 
+    def set_kl_coef(self, kl_coef: float) -> None:
+        """Take another KL coefficient, before the first step."""
+        if self.n_steps:
+            raise ValueError("the KL coefficient can be set before the first step alone")
+        self.config.init_kl_coef = self.kl_controller.value = kl_coef
+
     @property
     def policy_for_saving(self):
         """The policy with an average of its weights over the steps, see `polynomial_average` in support/engine.py."""

@@ -31,7 +31,8 @@ def train(config: PPOConfig, run_dir: Path, resume: bool) -> int:
     """Train a policy, judge it before and after; the exit code. On several processes all of them run this."""
     # Imported here, since --help and what is refused at once need no torch
     from reward import score_texts
-    from support.evaluation import evaluate
+    from support.evaluation import evaluate, noise, scores_and_prompts
+    from support.prospect import kl_coef_for
     from support.run_folder import RunFolder
     from support.signals import StopSignal
     from support.text_trainer import TextPPOTrainer
@@ -45,12 +46,16 @@ def train(config: PPOConfig, run_dir: Path, resume: bool) -> int:
     folder.inputs = input_hashes(config, policy, tokenizer, reward, prompts)
     folder.open(trainer, resume)
 
-    # 2. How good the policy is before training; measured once
+    # 2. How good the policy is before training, measured once; what can be expected, and at which price
     results = folder.read_evaluation(prompts)
     if not results:
         with folder.errors_explained(trainer):
             results["before"] = evaluate(trainer, reference, reward, prompts)
+            results["before"]["noise"] = noise(reward, results["before"])
         folder.write_evaluation(results)
+    if config.kl_budget and trainer.n_steps == 0:
+        trainer.set_kl_coef(kl_coef_for(*scores_and_prompts(results["before"], prompts), config.kl_budget))
+    folder.expect(results["before"], prompts)
 
     # 3. The loop: draw prompts, sample, score, step, log, save
     stop = StopSignal()
@@ -87,7 +92,7 @@ def train(config: PPOConfig, run_dir: Path, resume: bool) -> int:
     folder.save_model(trainer)
     with folder.errors_explained(trainer):
         results["after"] = evaluate(trainer, trainer.policy_for_saving, reward, prompts)
-    results["steps"] = trainer.n_steps
+    results["steps"], results["alarms"] = trainer.n_steps, folder.alarms.found
     folder.report(results, prompts)
     folder.finish(results)
     return 0
@@ -106,7 +111,7 @@ def draw_prompts(n_prompts: int, seed: int, step: int, batch_size: int) -> list[
 
 def judge_again(config: PPOConfig, run_dir: Path) -> int:
     """Judge the saved model of a run, and train nothing; the exit code."""
-    from support.evaluation import evaluate
+    from support.evaluation import evaluate, noise
     from support.models import load_gpt2_config, load_policy
     from support.run_folder import RunFolder
     from support.text_trainer import TextPPOTrainer
@@ -127,6 +132,7 @@ def judge_again(config: PPOConfig, run_dir: Path) -> int:
     with folder.errors_explained(trainer):
         for when, model in (("before", trainer.ref_model), ("after", saved)):
             results[when] = evaluate(trainer, model, reward, prompts)
+        results["before"]["noise"] = noise(reward, results["before"])
     folder.report(results, prompts)
     if config.eval_samples < earlier:
         print(f"{run_dir} keeps its judgement by {earlier} samples, more than these {config.eval_samples}")

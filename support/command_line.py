@@ -35,6 +35,8 @@ def read_command_line(argv: list[str]) -> tuple[PPOConfig, Path, str]:
         run_dir, mode = find_run_folder(config, config.resume), "resume"
     else:
         check(config)
+        if {"kl_budget", "init_kl_coef"} <= given:
+            raise UserError("--kl_budget finds the value of --init_kl_coef: give one of them")
         run_dir = new_run_folder(config)
         mode = "resume" if (run_dir / "config.json").exists() else "train"  # a restart goes on, see new_run_folder
         if mode == "train" and meeting.restart_count():
@@ -110,7 +112,7 @@ def find_run_folder(config: PPOConfig, name: str) -> Path:
 
 def saved_config(run_dir: Path, config: PPOConfig, given: set[str], allowed: set[str]) -> PPOConfig:
     """A run's own config with the allowed flags given here. UserError for flags that would change the result."""
-    saved = load_config(run_dir / "config.json", may_lack=HARMLESS)
+    saved = load_config(run_dir / "config.json", may_lack=HARMLESS | {"kl_budget"})
     for name in sorted(given):
         old, new = getattr(saved, name), getattr(config, name)
         if name not in allowed and old != new:

@@ -12,6 +12,7 @@ of the way it went:
 import json
 import math
 import re
+import statistics
 from collections import Counter
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ppo import kl_from_logits, logprobs_from_logits, masked_mean
 from reward import score_texts
 from support.errors import UserError
+from support.figures import decimals
 from support.reading import read_evaluation
 from support.text_trainer import TextPPOTrainer
 from support.writing import write_whole
@@ -33,13 +35,17 @@ FAR = 4  # times KL*, for nothing
 CLOSE = 1.5  # times KL*, for 0.95
 UNSURE = 0.15  # standard error of the gain, from where a good run and a short one look alike
 UNKNOWN = {  # why the gain is unknown: the verdict
-    "beta is 0": "no limit: KL, {kl} now, has no price; set --init_kl_coef",
+    "beta is 0": "no limit: KL, {kl} now, has no price; try --kl_budget 0.4",
     "beta is too low": "hacked, or about to be: at this --init_kl_coef the best policy writes a handful of texts; "
-    "KL is {kl}; raise it",
-    "beta is too high": "unmoved: at this --init_kl_coef hardly any KL is worth it; lower it",
+    "KL is {kl}; try --kl_budget 0.4",
+    "beta is too high": "unmoved: at this --init_kl_coef hardly any KL is worth it; try --kl_budget 0.4",
+    "the rewards are chance": "gain unknown: the same text gets different rewards, and what is possible cannot be told "
+    "from luck; what counts is whether the mean reward rose",
     "the rewards are equal": "nothing to learn: all completions of a prompt have the same reward; change --reward",
     "too few samples": "gain unknown: judge again by more samples, with --eval_only and --eval_samples {samples}",
 }
+TWICE = 64  # texts that are scored a second time
+NOISY = 0.02  # share of the scores' variance that is chance: from here on the limit is a tenth too far away
 SHOWN = 5  # completions in the before/after table
 
 
@@ -83,6 +89,14 @@ def sample_and_score(trainer: TextPPOTrainer, model, reward, prompts: list[str],
     completions = trainer.decode(responses)
     rewards = score_texts(reward, [prompts[i] + text for i, text in zip(prompt_index, completions)])
     return prompt_index, query_tensors, responses, completions, rewards
+
+
+def noise(reward, judged: dict) -> float:
+    """Which share of the rewards' variance is chance: half the mean squared difference of TWICE texts' two rewards."""
+    scores = torch.tensor([score for *_, score in judged["samples"]], dtype=torch.float64)
+    again = score_texts(reward, [prompt + text for prompt, text, _ in judged["samples"][:TWICE]])
+    difference = (again - scores[:TWICE]).square().mean().item() / 2
+    return difference / scores.var(correction=0).item() if difference else 0.0
 
 
 def kl_to_reference(
@@ -167,6 +181,8 @@ def gain(before: dict, after: dict, prompts: list[str], beta: float) -> dict:
     ratios = best.pop("ratios")
     result = {"beta": beta, "limit": best, "J_before": rewards.mean().item(), "J": after["reward"] - beta * after["kl"]}
     possible, deviation = best["J"] - result["J_before"], math.sqrt(variance_within(rewards, prompt_index))
+    if before.get("noise", 0) > NOISY:
+        return {**result, "gain": None, "why": "the rewards are chance"}
     if (effective := best["effective_samples"]) < (least := least_effective(prompt_index, 100)):
         m = len(rewards) / len(prompt_index.unique())
         if m >= 20 and effective * m / len(rewards) < max(2, m / 100):
@@ -265,9 +281,9 @@ def power_of_two(value: float) -> int:
     return 2 ** math.ceil(math.log2(value))
 
 
-ROWS = [  # of the printed table: (what, key, format)
-    ("mean reward", "reward", ".3f"),
-    ("  95% interval, plus or minus", "reward_ci95", ".3f"),
+ROWS = [  # of the printed table: (what, key, format, none where the unit is that of the scores)
+    ("mean reward", "reward", ""),
+    ("  95% interval, plus or minus", "reward_ci95", ""),
     ("KL to the reference, nats", "kl", ".3f"),
     ("distinct-1, characters", "distinct_1", ".3f"),
     ("distinct-2, pairs of characters", "distinct_2", ".3f"),
@@ -278,25 +294,33 @@ ROWS = [  # of the printed table: (what, key, format)
 ]
 
 
+def spread(judged: dict) -> float:
+    """The standard deviation of a judged policy's rewards."""
+    return statistics.pstdev(score for _, _, score in judged["samples"])
+
+
 def summary(evaluation: dict) -> str:
     """The evaluation as a short table for the terminal."""
     before, after, result = evaluation["before"], evaluation["after"], evaluation["gain"]
+    of_scores = f".{decimals(spread(before), 3)}f"
     lines = [f"{'':36}{'before':>10}{'after':>10}"]
-    lines += [f"{what:36}{before[key]:>10{form}}{after[key]:>10{form}}" for what, key, form in ROWS]
+    for what, key, form in ROWS:
+        form = form or of_scores
+        lines.append(f"{what:36}{before[key]:>10{form}}{after[key]:>10{form}}")
     if "J" in result:
-        what = f"J = reward - {result['beta']:g} KL"
-        lines.append(f"{what:36}{result['J_before']:>10.3f}{result['J']:>10.3f}")
+        what = f"J = reward - {result['beta']:.3g} KL"
+        lines.append(f"{what:36}{result['J_before']:>10{of_scores}}{result['J']:>10{of_scores}}")
     if result["gain"] is not None:
         best, error = result["limit"], f"{result['gain_se']:.2f}, of judging; seeds differ by as much again"
         lines.append(f"gain {result['gain']:.2f} (standard error {error}) of what is possible: the limit is")
-        lines.append(f"J* {best['J']:.3f}, with reward {best['reward']:.3f} at KL {best['kl']:.2f}")
+        lines.append(f"J* {best['J']:{of_scores}}, with reward {best['reward']:{of_scores}} at KL {best['kl']:.2f}")
     return "\n".join([*lines, evaluation["verdict"]])
 
 
 def commonest(evaluation: dict) -> str:
     """The ten commonest completions before and after; where none makes up 1% of all and comes three times, a few random
     ones instead."""
-    lines = []
+    digits, lines = decimals(spread(evaluation["before"])), []
     for when in ("before", "after"):
         judged = evaluation[when]
         if judged["commonest"][0][1] >= max(3, 0.01 * judged["n"]):
@@ -304,25 +328,32 @@ def commonest(evaluation: dict) -> str:
             lines += [f"  {count:4d}  {text}" for text, count in judged["commonest"]]
         else:
             lines.append(f"random completions {when}:")
-            lines += [f"  {score:.2f}  {prompt}{text}" for prompt, text, score in judged["samples"][:SHOWN]]
+            lines += [f"  {score:.{digits}f}  {prompt}{text}" for prompt, text, score in judged["samples"][:SHOWN]]
     return "\n".join(lines)
 
 
 def before_after_table(evaluation: dict) -> str:
     """A few completions of the same random draws before and after training, as a Markdown table."""
+    digits = decimals(spread(evaluation["before"]))
     lines = ["| prompt | before | score | after | score |", "| --- | --- | --- | --- | --- |"]
     for (prompt, old, old_score), (_, new, new_score) in list(
         zip(evaluation["before"]["samples"], evaluation["after"]["samples"])
     )[:SHOWN]:
         prompt, old, new = (re.sub(r"([\\|])", r"\\\1", " ".join(text.split())) for text in (prompt, old, new))
-        lines.append(f"| {prompt} | {old} | {old_score:.2f} | {new} | {new_score:.2f} |")
+        lines.append(f"| {prompt} | {old} | {old_score:.{digits}f} | {new} | {new_score:.{digits}f} |")
     return "\n".join(lines)
 
 
 def read(run_dir: Path, prompts: list[str]) -> dict:
     """A run's evaluation.json, or nothing where there is none yet. UserError where the model before training is not
     judged in it, or on other prompts."""
-    before = {"n": int, **{key: float for _, key, _ in ROWS}, "commonest": [(str, int)], "samples": [(str, str, float)]}
+    before = {
+        "n": int,
+        **{key: float for _, key, _ in ROWS},
+        "noise?": float,
+        "commonest": [(str, int)],
+        "samples": [(str, str, float)],
+    }
     results = read_evaluation(run_dir, {"before": before, "after?": {"n": int}})
     judged = {prompt for prompt, *_ in results["before"]["samples"]} if results else set()
     if others := judged - set(prompts):

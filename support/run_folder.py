@@ -29,12 +29,16 @@ from config import PPOConfig
 from plot_rewards import draw
 from reward import RewardError
 from support import collectives, evaluation, meeting
+from support.alarms import Alarms
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.command_line import FINAL, JOB_FILE, flags_to_go_on, new_run_folder
 from support.compare import read_rows
 from support.devices import environment
 from support.errors import FolderGone, UserError
+from support.evaluation import gibbs_policy, scores_and_prompts
+from support.figures import decimals
 from support.load import hash_of, own_files
+from support.prospect import prospect
 from support.reading import MEND_LINE, parse_json, read_json, whole_lines
 from support.settings import changes, describe_changes, save_config, total_steps
 from support.writing import disk_errors, remove, whole, write_whole
@@ -134,11 +138,24 @@ class RunFolder:
             write_whole(self.path / JOB_FILE, meeting.job())
         self.write_settings()
 
+    def expect(self, before: dict, prompts: list[str]) -> None:
+        """Say what is possible, by how the policy before training was judged, and look out for signs of a sick run."""
+        collectives.broadcast_from_rank_0(self.write_config)  # where --kl_budget has found the coefficient
+        kl_coef = self.config.init_kl_coef
+        print("\n".join(prospect(before, prompts, kl_coef)))
+        limit = gibbs_policy(*scores_and_prompts(before, prompts), kl_coef)["kl"] if kl_coef else None
+        self.alarms = Alarms(self.config, limit)
+        for row in self.run_log.rows if self.writes else []:
+            self.alarms.look(row)
+
+    def write_config(self) -> None:
+        save_config(self.config, self.path / "config.json")
+        write_whole(self.path / "changes.json", json.dumps(changes(self.config), ensure_ascii=False) + "\n")
+
     def write_settings(self) -> None:
         """What decides the run: settings, hashes of what was loaded, the user's own files as they are now, and what
         computes from here on."""
-        save_config(self.config, self.path / "config.json")
-        write_whole(self.path / "changes.json", json.dumps(changes(self.config), ensure_ascii=False) + "\n")
+        self.write_config()
         write_whole(self.path / INPUTS, json.dumps(self.inputs, ensure_ascii=False, indent=2) + "\n")
         for file in own_files(self.config):
             with disk_errors(self.path):
@@ -175,6 +192,7 @@ class RunFolder:
             "env/reward_p10": scores.quantile(0.1).item(),
             "env/reward_p90": scores.quantile(0.9).item(),
             **stats,
+            "tokens/unique_share": len(set(zip(prompts, completions))) / len(completions),
             **{f"time/{name}": value for name, value in seconds.items()},
             "time/step": sum(seconds.values()),
         }
@@ -185,10 +203,14 @@ class RunFolder:
         self.look_for_folder()
         with disk_errors(self.path / "metrics.csv"):
             self.run_log.write(row, samples)
-        self.bar.set_postfix(reward=f"{row['env/reward_mean']:.3f}", kl=f"{stats['objective/kl']:.2f}")
+        for alarm in self.alarms.look(row):
+            tqdm.write(f"warning: step {step}: {alarm['says']}")
+        digits = decimals(row["env/reward_std"])
+        mean = f"{row['env/reward_mean']:.{digits + 1}f}"
+        self.bar.set_postfix(reward=mean, kl=f"{stats['objective/kl']:.2f}")
         if self.config.log_samples_every and step % self.config.log_samples_every == 0:
-            shown = [f"  {s['score']:.2f}  {s['prompt']}{s['completion']}" for s in samples[: evaluation.SHOWN]]
-            tqdm.write("\n".join([f"step {step}, mean reward {row['env/reward_mean']:.3f}", *shown]))
+            shown = [f"  {s['score']:.{digits}f}  {s['prompt']}{s['completion']}" for s in samples[: evaluation.SHOWN]]
+            tqdm.write("\n".join([f"step {step}, mean reward {mean}", *shown]))
 
     def checkpoint_due(self, step: int) -> bool:
         """After the last step, after every `save_every` steps, and when the last is `save_every_minutes` old."""
@@ -288,7 +310,8 @@ class RunLog:
             (line, parse_json(line, {"step": int}, f"line {number} of {samples}", MEND_LINE)["step"])
             for number, line in enumerate(whole_lines(samples) if samples.exists() else [], 1)
         ]
-        self.lines, self.columns = [line for line, _ in rows], list(rows[-1][1]) if rows else []
+        self.lines, self.rows = [line for line, _ in rows], [row for _, row in rows[1:]]
+        self.columns = list(rows[-1][1]) if rows else []
         write_whole(self.path, "".join(f"{line}\n" for line in self.lines))
         write_whole(samples, "".join(f"{line}\n" for line, step in lines if step <= last_step))
         if last_step > (logged := int(rows[-1][1].get("step", 0)) if rows else 0):

@@ -69,6 +69,21 @@ class TextPPOTrainer(PPOTrainer):
             raise ValueError(f"decode() needs one response for each query, not {counts}")
         return decode(self.tokenizer, [torch.cat(text) for text in zip(*parts)])
 
+    def fit_kl_coef(self, prompts: list[str], reward, kl_budget: float) -> float:
+        """Set the KL coefficient at which the best possible policy lies `kl_budget` nats a completion from the
+        reference, and return it: what --kl_budget does, on the same draws.
+
+        reward: a function from a list of texts, each a prompt with its completion, to as many numbers. ValueError where
+        no coefficient fits, or after the first step.
+        """
+        from support.evaluation import SEED, sample_and_score
+        from support.prospect import kl_coef_for
+
+        n = self.config.eval_samples
+        prompt_index, *_, rewards = sample_and_score(self, self.ref_model, reward, prompts, n, SEED, 0)
+        self.set_kl_coef(kl_coef_for(rewards, torch.tensor(prompt_index), kl_budget))
+        return self.config.init_kl_coef
+
     def save(self, folder: str | Path) -> None:
         """Write the trained policy (the average of its weights, see `policy_for_saving`) with its tokenizer.
 

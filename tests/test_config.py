@@ -39,6 +39,7 @@ NUMBERS = {  # name: (values taken, values refused, what is allowed)
     "vf_coef": ([0.0, 1e308], [-1e-9, math.inf, math.nan], "at least 0 and finite"),
     "frozen_share": ([0.0, 0.5, 1.0], [-1e-9, 1.0001, math.inf, math.nan], "at least 0 and at most 1"),
     "init_kl_coef": ([0.0, 1e308], [-1e-9, math.inf, math.nan], "at least 0 and finite"),
+    "kl_budget": ([0.0, 1e308], [-1e-9, math.inf, math.nan], "at least 0 and finite"),
     "target": ([5e-324, 1e308], [0.0, -6.0, math.inf, math.nan], "above 0 and finite"),
     "horizon": ([1, 10**12], [0, -1], "at least 1"),
     "lr": ([5e-324, 1e308], [0.0, -1e-5, math.inf, math.nan], "above 0 and finite"),
@@ -80,6 +81,7 @@ FLAGS = {  # name: (words after the flag, the value)
     "detach_value": (["False"], False),
     "frozen_share": (["0.25"], 0.25),
     "init_kl_coef": (["0.05"], 0.05),
+    "kl_budget": (["0.4"], 0.4),
     "kl_controller": (["adaptive"], "adaptive"),
     "target": (["4"], 4.0),
     "horizon": (["500"], 500),
@@ -378,7 +380,7 @@ def test_help_in_a_fresh_process_loads_no_model_library():
         "run and logging",
     ]
     kl = result.stdout.split("KL to the reference (Ziegler et al. 2019, section 2.2):")[1].split("\n\n")[0]
-    assert re.findall(r"\n  --(\w+) ", kl) == ["init_kl_coef", "kl_controller", "target", "horizon"]
+    assert re.findall(r"\n  --(\w+) ", kl) == ["init_kl_coef", "kl_budget", "kl_controller", "target", "horizon"]
     assert result.stdout.startswith("usage: python train_ppo.py [--NAME VALUE ...]\n\n")
     assert result.stdout.count("\n  python train_ppo.py --") == 2
     assert "--no_detach_value Sets --detach_value to False." in text

@@ -393,11 +393,11 @@ def test_a_verdict_waits_for_samples_where_a_good_run_and_a_short_one_look_alike
     ("beta", "before", "sentence"),
     [
         (0.05, NORMAL, "hacked, or about to be: at this --init_kl_coef the best policy writes a handful of texts; "
-         "KL is 11; raise it"),
-        (100.0, NORMAL, "unmoved: at this --init_kl_coef hardly any KL is worth it; lower it"),
+         "KL is 11; try --kl_budget 0.4"),
+        (100.0, NORMAL, "unmoved: at this --init_kl_coef hardly any KL is worth it; try --kl_budget 0.4"),
         (1.0, [0.25] * 2000, "nothing to learn: all completions of a prompt have the same reward; change --reward"),
         (1.0, [0.0, 1.0] * 25, "gain unknown: judge again by more samples, with --eval_only and --eval_samples 256"),
-        (0.0, NORMAL, "no limit: KL, 11 now, has no price; set --init_kl_coef"),
+        (0.0, NORMAL, "no limit: KL, 11 now, has no price; try --kl_budget 0.4"),
     ],
 )  # fmt: skip
 def test_the_verdict_where_the_gain_is_unknown(beta, before, sentence, unit):
@@ -433,7 +433,8 @@ log-probability a token, reference       -2.35     -3.46
 
 
 def figures(gain: dict) -> dict:
-    before, after = ({name: pair[i] for name, pair in FIGURES.items()} for i in range(2))
+    samples = [["", "", 0.1], ["", "", 0.9]]  # of a standard deviation of 0.4
+    before, after = ({name: pair[i] for name, pair in FIGURES.items()} | {"samples": samples} for i in range(2))
     return {"before": before, "after": after, "gain": gain, "verdict": "good: a sentence"}
 
 
@@ -473,13 +474,30 @@ def test_completions_are_shown_as_common_from_a_hundredth_of_all():
 
 
 def test_the_first_five_completions_stand_before_and_after_in_a_table():
-    before = {"samples": [[f"p{i}", f"old{i}", 0.124 + i] for i in range(7)]}
-    after = {"samples": [[f"p{i}", f"new{i}", 0.876 + i] for i in range(7)]}
+    before = {"samples": [[f"p{i}", f"old{i}", 0.1 * i + 0.024] for i in range(7)]}
+    after = {"samples": [[f"p{i}", f"new{i}", 0.876 - 0.1 * i] for i in range(7)]}
     assert evaluation.before_after_table({"before": before, "after": after}).splitlines() == [
         "| prompt | before | score | after | score |",
         "| --- | --- | --- | --- | --- |",
-        *(f"| p{i} | old{i} | {i}.12 | new{i} | {i}.88 |" for i in range(5)),
+        *(f"| p{i} | old{i} | 0.{i}2 | new{i} | 0.{8 - i}8 |" for i in range(5)),
     ]
+
+
+def test_scores_are_printed_in_their_own_unit():
+    """With two decimals where they differ by tenths, with none where they differ by thousands."""
+    for unit, shown in (
+        (1, ("0.24", "0.10", "0.025")),
+        (1e4, ("2400", "1000", "255")),
+        (1e-3, ("0.00024", "0.00010", "")),
+    ):
+        scores = [unit * score for score in (0.24, 0.1, 0.9)]
+        results = figures({"gain": None, "why": "no price"})
+        for when in ("before", "after"):
+            judged = results[when] | {"samples": [["p", "x", score] for score in scores]}
+            results[when] = judged | {"n": 3, "reward": unit * 0.25449, "commonest": [["px", 1]]}
+        assert [line.split()[0] for line in evaluation.commonest(results).splitlines()[1:3]] == list(shown[:2])
+        assert f"| {shown[0]} |" in evaluation.before_after_table(results)
+    assert "mean reward                           0.000254  0.000254\n" in evaluation.summary(results)
 
 
 def test_bars_and_new_lines_in_a_completion_do_not_break_the_table():

@@ -31,8 +31,8 @@ ANOTHER = dict(  # for every setting but --resume and --eval_only a value that i
     preset="article", model_name="gpt2", reward_model_name="bert", positive_label="好", reward="builtins:len",
     prompts="好", prompts_file="prompts.txt", gen_len=9, temperature=0.5, episodes=64, batch_size=24, minibatch_size=4,
     ppo_epochs=3, gamma=0.9, lam=0.5, cliprange=0.3, cliprange_value=0.3, vf_coef=0.5, detach_value=False,
-    frozen_share=0.5, init_kl_coef=0.3, kl_controller="adaptive", target=3.0, horizon=99, lr=0.1, value_lr=0.1,
-    adam_epsilon=1e-3, average_power=2.0, max_grad_norm=2.0, micro_batch_size=5, seed=2, device="cpu",
+    frozen_share=0.5, init_kl_coef=0.3, kl_budget=0.1, kl_controller="adaptive", target=3.0, horizon=99, lr=0.1,
+    value_lr=0.1, adam_epsilon=1e-3, average_power=2.0, max_grad_norm=2.0, micro_batch_size=5, seed=2, device="cpu",
     dtype="bfloat16", run_name="other", runs_dir="elsewhere", log_samples_every=0, save_every=7,
     save_every_minutes=3.0, keep_checkpoints=1, process_timeout=30.0, eval_samples=20,
 )  # fmt: skip

@@ -114,7 +114,7 @@ def reward_module(tmp_path, in_folder):
         "def varied(texts):\n    return [float(sum(map(ord, text)) % 97) for text in texts]\n"
         "def breaks(texts):\n"
         "    global calls\n    calls += 1\n"
-        "    if calls > 2: raise KeyError('no such word')\n"
+        "    if calls > 3: raise KeyError('no such word')\n"
         "    return [0.0] * len(texts)\n",
         encoding="utf-8",
     )
@@ -137,7 +137,7 @@ def test_a_reward_of_ones_own(tmp_path, demo, reward_module):
 
 
 def test_a_reward_that_raises_keeps_the_run(tmp_path, demo, reward_module, capsys):
-    """The first call is the evaluation, the second step 1: step 2 fails, and leaves a checkpoint and error.log."""
+    """Two calls are the evaluation, the third step 1: step 2 fails, and leaves a checkpoint and error.log."""
     code, run_dir = small_run(tmp_path, "--reward", "my_test_reward:breaks")
     err = capsys.readouterr().err.splitlines()[-1]
     assert code == 2
@@ -153,7 +153,7 @@ def test_a_reward_that_raises_keeps_the_run(tmp_path, demo, reward_module, capsy
 
 
 def reward_with_signal(folder, call: int, number: int) -> str:
-    """A reward of one's own that sends its process a signal at one of its calls: 1 and 5 judge, 2 to 4 train."""
+    """A reward of one's own that sends its process a signal at one of its calls: 1, 2 and 6 judge, 3 to 5 train."""
     (folder / "sends_signal.py").write_text(
         "import os\ncalls = 0\n"
         "def score(texts):\n    global calls\n    calls += 1\n"
@@ -165,7 +165,7 @@ def reward_with_signal(folder, call: int, number: int) -> str:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_stops_after_the_step_with_a_checkpoint(in_folder, demo, number, code, capfd):
-    reward = reward_with_signal(in_folder, 3, number)
+    reward = reward_with_signal(in_folder, 4, number)
     stopped, run_dir = small_run(in_folder, "--reward", reward)
     out, err = capfd.readouterr()
     assert stopped == code and "\nstopping after this step; once more leaves at once\n" in err
@@ -175,13 +175,13 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(in_folder, demo, number
     assert not (run_dir / "model").exists()
 
 
-@pytest.mark.parametrize("call", [1, 5])
+@pytest.mark.parametrize("call", [1, 6])
 def test_ctrl_c_ends_an_evaluation_at_once(in_folder, demo, call, capfd):
     """The first lets nothing be lost, the last a trained model that is in its folder already."""
     reward = reward_with_signal(in_folder, call, signal.SIGINT)
     code, run_dir = small_run(in_folder, "--reward", reward)
     assert code == 130 and capfd.readouterr().err.endswith("\nstopped\n")
-    assert (run_dir / "model").exists() == (call == 5) and not (run_dir / "before_after.md").exists()
+    assert (run_dir / "model").exists() == (call == 6) and not (run_dir / "before_after.md").exists()
     assert call == 1 or main(["--resume", str(run_dir), "--reward", reward]) == 0
 
 
@@ -228,11 +228,11 @@ def test_below_torchrun_which_passes_signals_on_a_second_changes_nothing(monkeyp
 
 
 def test_a_second_signal_leaves_a_hanging_reward_at_once(tmp_path, demo):
-    """The reward hangs in step 1 (the first call is the evaluation): one Ctrl-C waits for the step, two do not."""
+    """The reward hangs in step 1 (after two calls of the evaluation): one Ctrl-C waits for the step, two do not."""
     (tmp_path / "hangs.py").write_text(
         "import time\ncalls = 0\n"
         "def score(texts):\n    global calls\n    calls += 1\n"
-        "    if calls > 1:\n        open('hanging', 'w').close()\n        time.sleep(600)\n"
+        "    if calls > 2:\n        open('hanging', 'w').close()\n        time.sleep(600)\n"
         "    return [0.0] * len(texts)\n"
     )
     command = [sys.executable, str(ROOT / "train_ppo.py"), *SMALL, "--run_name", "run", "--reward", "hangs:score"]

@@ -1,7 +1,7 @@
 """Bugs in the mathematics, the trainer, the model and sampling."""
 
 NEAREST = {  # file: the tests nearest to it
-    "ppo.py": "ppo_math step_edges trainer step_reference checkpoint python_api sampling",
+    "ppo.py": "ppo_math step_edges trainer step_reference checkpoint python_api sampling any_reward",
     "gpt2_value_head.py": "self_check sampling step_edges trainer step_reference loading python_api",
     "support/engine.py": "self_check step_reference trainer step_edges checkpoint sampling python_api judging",
     "support/batches.py": "self_check sampling trainer step_edges step_reference loading python_api",
@@ -10,6 +10,7 @@ NEAREST = {  # file: the tests nearest to it
     "support/shared_prompts.py": "self_check sampling trainer step_reference step_edges loading",
 }
 BUGS = [  # (file, what stands there, the bug)
+    ("ppo.py", "self.config.init_kl_coef = self.kl_controller.value = kl_coef", "self.config.init_kl_coef = kl_coef"),
     ("ppo.py", "whiten(advantages, mask), returns)", "advantages, returns)"),
     ("ppo.py", "whiten(advantages, mask), returns)", "whiten(advantages, mask, shift_mean=False), returns)"),
     ("ppo.py", "np.random.default_rng([config.seed, self.n_steps, epoch]).permutation(n)", "np.arange(n)"),

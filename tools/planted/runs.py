@@ -1,15 +1,31 @@
 """Bugs in the loop, the run folder, resuming."""
 
 NEAREST = {  # file: the tests nearest to it
-    "train_ppo.py": "run_recounted resume train faults",
-    "support/run_folder.py": "run_recounted resume train faults",
+    "train_ppo.py": "any_reward run_recounted resume train faults",
+    "support/run_folder.py": "any_reward run_recounted resume train faults",
     "support/checkpoint.py": "checkpoint strangers faults resume run_recounted",
-    "support/command_line.py": "resume train faults",
+    "support/command_line.py": "any_reward resume train faults",
     "support/signals.py": "train resume faults",
     "support/streams.py": "faults strangers train",
     "support/writing.py": "writing faults resume plot",
 }
 BUGS = [  # (file, what stands there, the bug)
+    ("train_ppo.py", "    if config.kl_budget and trainer.n_steps == 0:\n", "    if False:\n"),
+    (
+        "train_ppo.py",
+        'results["before"]["noise"] = noise(reward, results["before"])\n        folder',
+        "pass\n        folder",
+    ),
+    ("support/run_folder.py", "collectives.broadcast_from_rank_0(self.write_config)", "pass"),
+    ("support/run_folder.py", "for row in self.run_log.rows if self.writes else []:", "for row in []:"),
+    ("support/run_folder.py", 'kl_coef)["kl"] if kl_coef else None', 'kl_coef)["kl"]'),
+    (
+        "support/run_folder.py",
+        "len(set(zip(prompts, completions))) / len(completions)",
+        "len(set(completions)) / len(prompts)",
+    ),
+    ("support/run_folder.py", "for alarm in self.alarms.look(row):", "for alarm in []:"),
+    ("support/command_line.py", '        if {"kl_budget", "init_kl_coef"} <= given:', "        if False:"),
     ("support/checkpoint.py", '"kl_coef": float, ', ""),
     ("support/checkpoint.py", '        "reward_unit": trainer.reward_unit,\n', ""),
     ("support/run_folder.py", "[*earlier, json.dumps(start)]", "[json.dumps(start)]"),
@@ -109,7 +125,7 @@ BUGS = [  # (file, what stands there, the bug)
     ("support/run_folder.py", "self.config.run_name is not None or meeting", "False or meeting"),
     ("support/run_folder.py", "        self.config.run_name = self.path.name\n", ""),
     ("support/run_folder.py", "(self.path / FINAL[-1]).unlink(missing_ok=True)  #", "pass  #"),
-    ("train_ppo.py", '    results["steps"] = trainer.n_steps\n', ""),
+    ("train_ppo.py", '    results["steps"], results["alarms"] = trainer.n_steps, folder.alarms.found\n', ""),
     ("train_ppo.py", "    folder.hold()\n", ""),
     ("train_ppo.py", "    if config.eval_samples < earlier:", "    if config.eval_samples <= earlier:"),
     ("train_ppo.py", "    if config.eval_samples < earlier:", "    if False:"),

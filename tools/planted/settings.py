@@ -13,6 +13,8 @@ NEAREST = {  # file: the tests nearest to it
     "support/devices.py": "devices config loading processes",
 }
 BUGS = [  # (file, what stands there, the bug)
+    ("support/text_trainer.py", "self.set_kl_coef(kl_coef_for(", "str(kl_coef_for("),
+    ("support/text_trainer.py", "reward, prompts, n, SEED, 0)", "reward, prompts, n, self.config.seed, 0)"),
     ("config.py", "        batch_size=1024,\n", ""),
     ("config.py", "        ppo_epochs=1,\n", ""),
     ("config.py", "        lr=1.2e-4,\n", "        lr=1.2e-3,\n"),

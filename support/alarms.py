@@ -1,0 +1,56 @@
+"""Signs in the rows of metrics.csv that a run is sick: each told once, with the way out. None stops anything.
+
+The limits lie between the healthy and the sick runs of docs/learning.md. What comes by chance, in a batch or two, is
+looked at as a mean over the last steps.
+"""
+
+import math
+
+LAST = 5  # steps
+TOO_FAST, CLIPPED = 0.01, 0.1  # approxkl and clipfrac
+STILL = 3e-5  # approxkl of the first step
+FAR, BEYOND = 2.0, 1.5  # KL in nats, and as a multiple of the limit's
+NARROW, ALIKE = 0.7, 0.8  # entropy and unique texts, as shares of the first step's
+
+DEARER = "a higher --init_kl_coef or --kl_budget 0.4 keeps the texts closer to the language"
+
+
+class Alarms:
+    """What has been told so far: `found`, a list of {"step", "alarm", "says"}.
+
+    kl_limit: how far away the best possible policy lies, in nats, or None where that is unknown.
+    """
+
+    def __init__(self, config, kl_limit: float | None):
+        self.moves_first = config.ppo_epochs * math.ceil(config.batch_size / config.minibatch_size) > 1
+        self.kl_limit = kl_limit or 0.0
+        self.first, self.last, self.found = None, [], []
+
+    def look(self, row: dict[str, float]) -> list[dict]:
+        """Take the next step's row of metrics.csv; what it gives reason to tell for the first time."""
+        self.last = [*self.last[1 - LAST :], row]
+        first = self.first = self.first or row
+        fast, clipped = row["ppo/policy/approxkl"], row["ppo/policy/clipfrac"]
+        kl, entropy, unique = map(self.recent, ("objective/kl", "objective/entropy", "tokens/unique_share"))
+        signs = {}
+        if row is first and row["env/reward_std"] <= 1e-6 * abs(row["env/reward_mean"]):
+            signs["no spread"] = "all scores of the first batch are equal: so far there is nothing to learn"
+        elif row is first and self.moves_first and fast < STILL:
+            signs["no movement"] = f"the policy hardly moves (approxkl {fast:.1g}): a higher --lr"
+        if fast > TOO_FAST or clipped > CLIPPED:
+            seen = f"approxkl {fast:.2g}, clipfrac {clipped:.2g}"
+            signs["too fast"] = f"the policy moves too fast ({seen}): a lower --lr, or fewer optimiser steps a batch"
+        if kl > max(FAR, BEYOND * self.kl_limit):
+            signs["far away"] = f"KL is {kl:.2g} nats, and such a distance does not pay: {DEARER}"
+        if entropy < NARROW * first["objective/entropy"]:
+            signs["narrow"] = f"entropy has fallen from {first['objective/entropy']:.2g} to {entropy:.2g}: {DEARER}"
+        if unique < ALIKE * first.get("tokens/unique_share", math.nan):
+            signs["alike"] = f"only {unique:.0%} of the texts in a batch are unique: {DEARER}"
+        told = {alarm["alarm"] for alarm in self.found}
+        new = [{"step": int(row["step"]), "alarm": name, "says": signs[name]} for name in signs if name not in told]
+        self.found += new
+        return new
+
+    def recent(self, name: str) -> float:
+        """The mean of a column over the last steps."""
+        return sum(row.get(name, math.nan) for row in self.last) / len(self.last)

@@ -1,0 +1,8 @@
+"""Numbers for people."""
+
+import math
+
+
+def decimals(spread: float, digits: int = 2) -> int:
+    """With how many decimals numbers of this standard deviation are told apart: 2 with 0.38, none with 3,800."""
+    return max(0, digits - 1 - math.floor(math.log10(spread))) if 0 < spread < math.inf else digits
