@@ -31,7 +31,7 @@ SEED = 20_170_707  # of the evaluation alone: every policy of every run is judge
 BETAS = [0.15 * 1.25**i for i in range(22)]  # of the frontier, up to 16, in standard deviations of the rewards
 GOOD = 0.7  # gain; a share x of KL* buys at most 2 sqrt(x) - x of it, where rewards are normally distributed:
 UNMOVED = 0.01  # share of KL*, for 0.2
-FAR = 4  # times KL*, for nothing
+FAR = 2  # times KL*: with more reward than the limit's, this is no noise; texts were found that no sample held
 CLOSE = 1.5  # times KL*, for 0.95
 UNSURE = 0.15  # standard error of the gain, from where a good run and a short one look alike
 UNKNOWN = {  # why the gain is unknown: the verdict
@@ -258,7 +258,7 @@ def verdict(results: dict, config) -> str:
         return f"unmoved: {spent}; try a higher --lr"
     collapsed = after["unique"] < results["before"]["unique"] / 2
     if kl > FAR * limit["kl"] and (after["reward"] > limit["reward"] or collapsed):
-        return f"hacked: {spent}; try {calmer}"
+        return f"hacked: {spent}; try {calmer if share < GOOD else 'a higher --init_kl_coef'}"
     if (error := result["gain_se"]) > UNSURE and abs(share - GOOD) < 2 * error:
         needed = power_of_two(len(after["samples"]) * (2 * error / UNSURE) ** 2)
         return UNKNOWN["too few samples"].format(samples=needed)

@@ -357,7 +357,10 @@ def verdict_on(reward, kl, beta=1.0, before=NORMAL, unit=1.0, noise=0.0, unique=
         (1.0, 0.76, "wasted KL: KL 0.76 where 0.5 is worth it; try a lower --lr"),
         (0.2, 0.1, "wasted KL: KL 0.1 where 0.5 is worth it; try a lower --lr"),  # it buys 0.45
         (0.9, 1.0, "wasted KL: KL 1 where 0.5 is worth it; try a lower --lr"),
-        (1.9, 1.95, "wasted KL: KL 1.9 where 0.5 is worth it; try a lower --lr"),
+        (0.95, 1.1, "wasted KL: KL 1.1 where 0.5 is worth it; try a lower --lr"),
+        (1.3, 1.1, "hacked: KL 1.1 where 0.5 is worth it; try a lower --lr"),
+        (1.3, 0.9, "good: 80% of what is possible"),
+        (1.9, 1.1, "hacked: KL 1.1 where 0.5 is worth it; try a higher --init_kl_coef"),  # more than R = sqrt(2 KL)
         (0.95, 60.0, "wasted KL: KL 60 where 0.5 is worth it; try a lower --lr"),
         (3.0, 60.0, "hacked: KL 60 where 0.5 is worth it; try a lower --lr"),
         (1.1, 123.4, "hacked: KL 120 where 0.5 is worth it; try a lower --lr"),
@@ -370,9 +373,9 @@ def test_the_verdict_tells_the_kind_of_a_run_in_any_unit(reward, kl, sentence, u
 
 
 def test_far_away_few_texts_are_a_hack_whatever_they_earn():
-    assert verdict_on(0.95, 2.1, unique=0.39) == "hacked: KL 2.1 where 0.5 is worth it; try a lower --lr"
-    assert verdict_on(0.95, 2.1, unique=0.41).startswith("wasted KL")
-    assert verdict_on(0.95, 1.9, unique=0.39).startswith("wasted KL")
+    assert verdict_on(0.95, 1.1, unique=0.39) == "hacked: KL 1.1 where 0.5 is worth it; try a lower --lr"
+    assert verdict_on(0.95, 1.1, unique=0.41).startswith("wasted KL")
+    assert verdict_on(0.95, 0.9, unique=0.39).startswith("wasted KL")
 
 
 def test_small_minibatches_are_what_wastes_kl():

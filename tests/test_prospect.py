@@ -76,6 +76,8 @@ def test_a_coefficient_far_too_low_is_told_with_the_way_out():
 def test_a_coefficient_far_too_high_is_told_with_the_way_out():
     told = "warning: at a KL coefficient of 100 the best possible policy gets 5.01 where there is 5 now: too dear"
     assert lines((5 + gaussian()).tolist(), 100.0) == [f"{told}; --kl_budget 0.4 would take 1.11"]
+    (told,) = lines((1000 * gaussian()).tolist(), 100_000.0)
+    assert "too dear; --kl_budget 0.4 would take 1.11e+03" in told
 
 
 def test_scores_of_which_hardly_any_differ_are_told():
