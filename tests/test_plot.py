@@ -323,13 +323,28 @@ def boxes(axes) -> list:
     return [note.get_window_extent() for note in axes.texts]
 
 
-@pytest.mark.parametrize("n", [2, 9, 20])
-def test_no_figure_lies_on_another_nor_on_the_ticks_and_the_higher_line_has_the_higher(tmp_path, monkeypatch, n):
-    """Ends 0.001 apart; of 20 curves the figures are smaller."""
+@pytest.fixture
+def laid_out(monkeypatch) -> list:
+    """The figures that are drawn, laid out as they would be written."""
     from matplotlib.figure import Figure
 
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda self, out, **options: (drawn.append(self), out.touch()))
+    return drawn
+
+
+def test_a_line_that_ends_elsewhere_moves_no_figure_but_one_that_ends_close_by_does(tmp_path, laid_out):
+    runs = [write_run(tmp_path / f"{steps}", steps, **{MEAN: 0.5 + steps / 1e4}) for steps in (10, 49, 50)]
+    draw(runs, tmp_path / "x.png", only="reward")
+    (axes,) = laid_out[0].axes
+    short, *long = [note for note in axes.texts if note.get_ha() == "left"]
+    assert short.xyann[1] == pytest.approx(0) and short.xy[0] == 1280
+    assert not long[0].get_window_extent().overlaps(long[1].get_window_extent())
+
+
+@pytest.mark.parametrize("n", [2, 9, 20])
+def test_no_figure_lies_on_another_nor_on_the_ticks_and_the_higher_line_has_the_higher(tmp_path, laid_out, n):
+    """Ends 0.001 apart; of 20 curves the figures are smaller."""
     ends = np.random.default_rng(0).permutation(n) / 1000 + 0.5
     starts = 0.1 + np.arange(n) / 100
     runs = [
@@ -337,7 +352,7 @@ def test_no_figure_lies_on_another_nor_on_the_ticks_and_the_higher_line_has_the_
         for i, (start, end) in enumerate(zip(starts, ends))
     ]
     draw(runs, tmp_path / "x.png", only="reward")
-    (axes,) = drawn[0].axes
+    (axes,) = laid_out[0].axes
     assert len(axes.texts) == 2 * n
     for i, box in enumerate(boxes(axes)):
         assert axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1
