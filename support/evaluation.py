@@ -250,13 +250,17 @@ def verdict(results: dict, config) -> str:
     """What kind of run this was and the one flag to change, in a sentence; the unit of the rewards does not matter."""
     after, result = results["after"], results["gain"]
     kl, share, limit = after["kl"], result["gain"], result.get("limit")
+    collapsed = after["unique"] < results["before"]["unique"] / 2
     if share is None:
+        if result["why"] == "too few samples" and collapsed:
+            return (
+                f"hacked: KL {two_digits(kl)}, and {after['unique']:.0%} of the texts are unique; try --kl_budget 0.4"
+            )
         return UNKNOWN[result["why"]].format(kl=two_digits(kl), samples=result.get("samples_needed"))
     got, spent = f"{share:.0%} of what is possible", f"KL {two_digits(kl)} where {two_digits(limit['kl'])} is worth it"
     calmer = "a lower --lr" if config.minibatch_size == config.batch_size else f"--minibatch_size {config.batch_size}"
     if kl < UNMOVED * limit["kl"]:
         return f"unmoved: {spent}; try a higher --lr"
-    collapsed = after["unique"] < results["before"]["unique"] / 2
     if kl > FAR * limit["kl"] and (after["reward"] > limit["reward"] or collapsed):
         return f"hacked: {spent}; try {calmer if share < GOOD else 'a higher --init_kl_coef'}"
     if (error := result["gain_se"]) > UNSURE and abs(share - GOOD) < 2 * error:

@@ -378,6 +378,13 @@ def test_far_away_few_texts_are_a_hack_whatever_they_earn():
     assert verdict_on(0.95, 0.9, unique=0.39).startswith("wasted KL")
 
 
+def test_few_texts_are_a_hack_where_the_limit_is_not_known():
+    few = [0.0, 1.0] * 25
+    said = "hacked: KL 6.1, and 8% of the texts are unique; try --kl_budget 0.4"
+    assert verdict_on(0.95, 6.08, before=few, unique=0.083) == said
+    assert verdict_on(0.95, 6.08, before=few, unique=0.41).startswith("gain unknown")
+
+
 def test_small_minibatches_are_what_wastes_kl():
     settings = dict(batch_size=64, minibatch_size=8)
     assert verdict_on(0.9, 1.0, **settings) == "wasted KL: KL 1 where 0.5 is worth it; try --minibatch_size 64"

@@ -98,3 +98,5 @@ def test_prompts_that_teach_nothing_are_told():
     scores = [x for score in gaussian(500).tolist() for x in (score, 0.3)]
     *_, told = lines(scores, 1.0, prompts=("好", "坏"))
     assert told == "warning: whatever follows 1 of 2 prompts, as '坏', gets much the same score: they teach nothing"
+    nearly = [score for pair in zip((1000 * gaussian(500)).tolist(), gaussian(500).tolist()) for score in pair]
+    assert lines(nearly, 1000.0, prompts=("好", "坏"))[-1] == told
