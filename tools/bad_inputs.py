@@ -36,6 +36,8 @@ FLAGS = [  # (flags, part of the line)
     ("--temperature 0", "--temperature must be above 0"),
     ("--cliprange -0.2", "--cliprange must be above 0"),
     ("--init_kl_coef -1", "--init_kl_coef must be at least 0"),
+    ("--kl_budget -1", "--kl_budget must be at least 0"),
+    ("--kl_budget 0.4 --init_kl_coef 0.1", "--kl_budget finds the value of --init_kl_coef: give one of them"),
     ("--target nan", "--target must be above 0"),
     ("--seed -1", "--seed must be at least 0"),
     ("--seed 99999999999999999999", "--seed must be at least 0 and at most"),
@@ -110,6 +112,7 @@ NEW = (
     "--episodes 16 --batch_size 16 --minibatch_size 16 --eval_samples 4 --run_name new"
 )
 BROKEN = [  # (what was done, how, command, part of the line)
+    ("four completions before training", lambda: None, f"{NEW} --kl_budget 0.4", "of 4 completions before training"),
     ("an empty prompts file", write("p.txt", ""), f"{NEW} --prompts_file p.txt", "holds no prompt"),
     (
         "an empty line in the prompts file",
