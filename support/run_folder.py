@@ -17,6 +17,7 @@ runs/<name>/
 import contextlib
 import csv
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ from support.compare import read_rows
 from support.devices import environment
 from support.errors import FolderGone, UserError
 from support.evaluation import gibbs_policy, scores_and_prompts
-from support.figures import decimals
+from support.figures import decimals, duration
 from support.load import hash_of, own_files
 from support.prospect import prospect
 from support.reading import MEND_LINE, parse_json, read_json, whole_lines
@@ -44,6 +45,7 @@ from support.settings import changes, describe_changes, save_config, total_steps
 from support.writing import disk_errors, remove, whole, write_whole
 
 INPUTS = "inputs.json"
+TELL_EVERY = 10  # seconds
 
 
 class RunFolder:
@@ -170,11 +172,11 @@ class RunFolder:
         write_whole(path, "".join(f"{line}\n" for line in [*earlier, json.dumps(start)]))
 
     def steps(self, trainer) -> Iterator[int]:
-        """The numbers of the steps still to do, from 1, with a progress bar."""
+        """The numbers of the steps still to do, from 1, with a progress bar; without a terminal `log` says how far."""
         first, last = trainer.n_steps + 1, total_steps(self.config)
-        with tqdm(
-            range(first, last + 1), initial=first - 1, total=last, unit="step", disable=not self.writes
-        ) as self.bar:
+        self.first, self.begun, self.told_at = first, time.monotonic(), -math.inf
+        without = None if self.writes else True  # tqdm's word for "where stderr is no terminal"
+        with tqdm(range(first, last + 1), initial=first - 1, total=last, unit="step", disable=without) as self.bar:
             yield from self.bar
 
     def log(self, step: int, seconds: dict[str, float], prompts: list[str], completions: list[str], scores, stats):
@@ -208,9 +210,20 @@ class RunFolder:
         digits = decimals(row["env/reward_std"])
         mean = f"{row['env/reward_mean']:.{digits + 1}f}"
         self.bar.set_postfix(reward=mean, kl=f"{stats['objective/kl']:.2f}")
+        if self.bar.disable:
+            self.tell(step, f"reward {mean}  KL {stats['objective/kl']:.2f}")
         if self.config.log_samples_every and step % self.config.log_samples_every == 0:
             shown = [f"  {s['score']:.{digits}f}  {s['prompt']}{s['completion']}" for s in samples[: evaluation.SHOWN]]
             tqdm.write("\n".join([f"step {step}, mean reward {mean}", *shown]))
+
+    def tell(self, step: int, figures: str) -> None:
+        """A line on how far the run is, where no bar shows it: of the first step and the last, and every TELL_EVERY
+        seconds between them."""
+        now, last = time.monotonic(), total_steps(self.config)
+        if now - self.told_at >= TELL_EVERY or step == last:
+            self.told_at = now
+            each = (now - self.begun) / (step - self.first + 1)
+            print(f"step {step}/{last}  {figures}  {each:.2f} s a step, {duration((last - step) * each)} left")
 
     def checkpoint_due(self, step: int) -> bool:
         """After the last step, after every `save_every` steps, and when the last is `save_every_minutes` old."""

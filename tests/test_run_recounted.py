@@ -285,7 +285,7 @@ def test_the_screen_shows_what_the_files_hold(run):
         for sample in [sample for sample in run.samples if sample["step"] == step][:5]:
             shown.append(f"  {sample['score']:.2f}  {sample['prompt']}{sample['completion']}")
         assert "\n".join(shown) + "\n" in run.printed
-    assert re.findall(r"^step (\d+)", run.printed, re.MULTILINE) == ["2", "4"]
+    assert re.findall(r"^step (\d+),", run.printed, re.MULTILINE) == ["2", "4"]
     before, after, found = (run.evaluation[name] for name in ("before", "after", "gain"))
     for what, old, new in (
         ("mean reward", f"{before['reward']:.3f}", f"{after['reward']:.3f}"),

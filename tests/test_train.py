@@ -4,6 +4,7 @@ import csv
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,8 @@ from config import PPOConfig
 from ppo import PPOTrainer
 from reward import SentimentReward
 from support import command_line
+from support.figures import duration
+from support.run_folder import RunFolder
 from support.signals import StopSignal
 from tests.conftest import ROOT, write_gpt2
 from train_ppo import main
@@ -246,6 +249,51 @@ def test_a_second_signal_leaves_a_hanging_reward_at_once(tmp_path, demo):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=10)
     assert process.returncode == 130 and "Traceback" not in err and "once more leaves at once" in err
+
+
+# --- how far a run is
+
+
+def test_a_log_file_gets_lines_and_no_returns_to_the_start_of_one(tmp_path, demo):
+    with (tmp_path / "log").open("w") as log:
+        command = [sys.executable, ROOT / "train_ppo.py", *SMALL, "--run_name", "run", "--log_samples_every", "0"]
+        assert subprocess.run(command, stdout=log, stderr=log, cwd=tmp_path).returncode == 0
+    lines = (tmp_path / "log").read_bytes().decode().split("\n")
+    form = r"step (\d)/3  reward ([\d.]+)  KL ([\d.]+)  [\d.]+ s a step, .+ left"
+    told = [found.groups() for line in lines if (found := re.fullmatch(form, line))]
+    assert [told[0][0], told[-1][0]] == ["1", "3"] and not any("\r" in line or "step/s" in line for line in lines)
+    for step, reward, kl in told:
+        row = rows(tmp_path / "runs" / "run")[int(step) - 1]
+        said = [float(row["env/reward_mean"]), float(row["objective/kl"])]
+        assert [float(reward), float(kl)] == pytest.approx(said, abs=0.006)
+
+
+def test_a_terminal_gets_a_bar_and_no_such_lines(tmp_path, demo, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    small_run(tmp_path, "--episodes", "16")
+    out, err = capsys.readouterr()
+    assert "1/1 [" in err and "reward=0." in err and "\nstep 1/1" not in out
+
+
+def test_between_the_first_step_and_the_last_a_line_comes_every_ten_seconds(tmp_path, monkeypatch, capsys):
+    """By a clock: a run goes on at step 3 of 9, and its steps take 4 s each."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    folder = RunFolder(tmp_path, PPOConfig(episodes=9, batch_size=1))
+    for step in folder.steps(SimpleNamespace(n_steps=2)):
+        now[0] += 4
+        folder.tell(step, "figures")
+    assert capsys.readouterr().out.splitlines() == [
+        f"step {step}/9  figures  4.00 s a step, {left} s left" for step, left in ((3, 24), (6, 12), (9, 0))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.4, "0 s"), (59.6, "1 min 0 s"), (3599, "59 min 59 s"), (3600, "1 h 0 min"), (7559, "2 h 5 min")],
+)
+def test_a_duration_is_told_in_its_two_largest_units(seconds, shown):
+    assert duration(seconds) == shown
 
 
 # --- parts
