@@ -53,25 +53,25 @@ def prospect(before: dict, prompts: list[str], kl_coef: float) -> list[str]:
         few = f"{differing} of {n:,} completions before training differ in score from the rest" if differing else ""
         none = f"all {n:,} completions before training have the same score as others of their prompt"
         return [f"warning: {few or none}: there is nothing, or next to nothing, to learn from"]
-    lines = []
     if (noise := before.get("noise", 0)) > NOISY:
         told = f"{noise:.0%} of the scores' variance is chance: texts that were scored twice got different scores"
-        lines.append(f"warning: {told}; the policy may still learn, but the limit is unknown, and overstated here")
+        unknown = "the policy may still learn, but what is possible is unknown, and --kl_budget finds too high a price"
+        return [f"warning: {told}; {unknown}: a mean of several scores of a text helps"]
     try:
         budget = f"--kl_budget {USUAL_BUDGET:g} would take {kl_coef_for(rewards, prompt_index, USUAL_BUDGET):.3g}"
     except UserError:
         budget = "try another"
     if kl_coef == 0:
-        return [*lines, f"warning: at --init_kl_coef 0 nothing keeps the policy near the language; {budget}"]
+        return [f"warning: at --init_kl_coef 0 nothing keeps the policy near the language; {budget}"]
     best = gibbs_policy(rewards, prompt_index, kl_coef)
     possible = f"at a KL coefficient of {kl_coef:.3g} the best possible policy"
     if best["kl"] > FAR:
         carried = f"{max(1, round(best['effective_samples'])):,} of {n:,} samples carry it"
-        lines.append(f"warning: {possible} lies {best['kl']:.3g} nats away ({carried}): expect collapse; {budget}")
+        lines = [f"warning: {possible} lies {best['kl']:.3g} nats away ({carried}): expect collapse; {budget}"]
     elif best["J"] - mean < 0.03 * deviation:
-        lines.append(f"warning: {possible} gets {best['reward']:.3g} where there is {mean:.3g} now: too dear; {budget}")
+        lines = [f"warning: {possible} gets {best['reward']:.3g} where there is {mean:.3g} now: too dear; {budget}"]
     else:
-        lines.append(f"{possible} gets a reward of {best['reward']:.3g} at KL {best['kl']:.2g}; now it is {mean:.3g}")
+        lines = [f"{possible} gets a reward of {best['reward']:.3g} at KL {best['kl']:.2g}; now it is {mean:.3g}"]
     flat = [i for i in prompt_index.unique() if rewards[prompt_index == i].std(correction=0) < 0.01 * deviation]
     if flat:
         which = f"{len(flat)} of {len(prompts)} prompts, as {prompts[flat[0]]!r}"
