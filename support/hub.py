@@ -18,7 +18,9 @@ from support.reading import path_errors, read_json
 NEEDED = "config.json"
 VOCABULARIES = (("vocab.txt",), ("tokenizer.json",), ("vocab.json", "merges.txt"))
 TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-SMALL = (NEEDED, *(file for vocabulary in VOCABULARIES for file in vocabulary), *TOKENIZER)
+HUB_ID = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
+VALUE_HEAD = "value_head.safetensors"  # of a model that was trained here
+SMALL = (NEEDED, *(file for vocabulary in VOCABULARIES for file in vocabulary), *TOKENIZER, VALUE_HEAD)
 WEIGHTS = (r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?")
 
 
@@ -37,7 +39,7 @@ def model_folder(name: str, flag: str, check: Callable[[Path], None] = lambda fo
     folder = os.path.expanduser(name)
     if os.path.isdir(folder):
         return Path(folder)
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+    if not re.fullmatch(HUB_ID, name):
         raise UserError(f"{flag} {name}: there is no such folder, and it is no hub id (owner/model)")
     cached = cached_folder(name)
     return cached if cached and is_complete(cached) else fetch(name, flag, cached, check)

@@ -1,6 +1,7 @@
 """Loading and saving models in the Hugging Face file layout, with what can be wrong with a folder said in one line."""
 
 import contextlib
+import copy
 import json
 import math
 import re
@@ -9,14 +10,17 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, decoders
+from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, BertTokenizer, GenerationConfig, GPT2Config
+from transformers import AutoConfig, AutoTokenizer, BertTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
 from gpt2_value_head import GPT2HeadWithValueModel
 from support.batches import never_sampled_ids
 from support.errors import UserError, first_line, is_out_of_memory
-from support.hub import has_vocabulary, wanted_weights
+from support.hub import VALUE_HEAD, has_vocabulary, wanted_weights
 from support.reading import refuse_device
 
 SPECIAL_TOKENS = re.compile(r"\[(PAD|UNK|CLS|SEP|MASK)\]")
@@ -98,6 +102,26 @@ def clean_text(text: str) -> str:
     return text.removeprefix("##")
 
 
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """Write a tokenizer. BERT's will, in plain `transformers`, encode a prompt as `encode_prompt` does and decode as
+    `decode` does: its class there would append a [SEP], hand GPT-2 token types, and put spaces between characters."""
+    if not is_bert(tokenizer):
+        tokenizer.save_pretrained(folder)
+        return
+    tokenizer = copy.deepcopy(tokenizer)
+    backend = tokenizer.backend_tokenizer
+    start = (tokenizer.cls_token, tokenizer.cls_token_id)
+    backend.post_processor = TemplateProcessing(single=[start[0], "$A"], special_tokens=[start])
+    superfluous = f"{SPACE_BETWEEN_CHARACTERS.pattern}|^##"
+    joined = [decoders.WordPiece(cleanup=False), decoders.Fuse(), decoders.Replace(Regex(superfluous), "")]
+    backend.decoder = decoders.Sequence(joined)
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+    path.write_text(json.dumps(settings, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
 # ----------------------------------------------------------------------------------------------
 # Models
 
@@ -138,12 +162,17 @@ def load_policy(folder: Path, config: GPT2Config, device="cpu") -> GPT2HeadWithV
     """The policy in float32 from a plain GPT-2 checkpoint (a fresh value head at zero) or from a folder saved here."""
     model, missing = load_weights(GPT2HeadWithValueModel, folder, config, device)
     value_head = {"v_head.summary.weight", "v_head.summary.bias"}
+    if (folder / VALUE_HEAD).exists():
+        try:
+            model.v_head.load_state_dict(load_file(folder / VALUE_HEAD))
+        except Exception as error:
+            raise UserError(f"{folder / VALUE_HEAD} is no value head of this model ({first_line(error)}); remove it")
+    elif missing & value_head:
+        print(f"{folder.name}: no value head in this checkpoint, starting one at zero")
     if broken := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
         raise UserError(f"the weights in {folder} hold NaN or infinity, first in {broken[0]}: the model is broken")
     if missing - value_head:
         raise UserError(f"the weights in {folder} lack {sorted(missing - value_head)[0]}: not a whole GPT-2 checkpoint")
-    if missing:
-        print(f"{folder.name}: no value head in this checkpoint, starting one at zero")
     for weight in model.parameters():
         # A slice of a larger tensor was saved with all of it, and could not be saved again
         if weight.untyped_storage().nbytes() > weight.nbytes:
@@ -155,18 +184,22 @@ def load_policy(folder: Path, config: GPT2Config, device="cpu") -> GPT2HeadWithV
     return model.to(device).eval()
 
 
-def save_policy(model: GPT2HeadWithValueModel, tokenizer, folder: Path, temperature: float) -> None:
-    """Write a folder that opens here, value head included, and in plain `transformers` as a GPT-2."""
+def save_policy(model: GPT2HeadWithValueModel, tokenizer, folder: Path, temperature: float, gen_len: int) -> None:
+    """Write a folder that plain `transformers` opens as a GPT-2, and that opens here with its value head."""
+    with torch.device("meta"):
+        gpt2 = GPT2LMHeadModel(model.config)
+    weights = {name: weight for name, weight in model.state_dict().items() if not name.startswith("v_head.")}
+    gpt2.load_state_dict(weights, assign=True)
     with quiet_transformers():
-        model.save_pretrained(folder)
-    model.config.architectures = ["GPT2LMHeadModel"]
-    model.config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        gpt2.save_pretrained(folder)
+    save_file(model.v_head.state_dict(), folder / VALUE_HEAD)
+    save_tokenizer(tokenizer, folder)
     GenerationConfig(
         do_sample=True,
         temperature=temperature,
         top_k=0,
         top_p=1.0,
+        max_new_tokens=gen_len,
         bos_token_id=tokenizer.cls_token_id,
         eos_token_id=tokenizer.sep_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -195,7 +228,7 @@ def read_model_config(folder: Path):
 def load_weights(model_class, folder: Path, config, device) -> tuple[nn.Module, set[str]]:
     """`from_pretrained` in float32 without its alarms: the model, for a device but not there yet, and the names of
     weights that the checkpoint lacks."""
-    if not [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]:
+    if not wanted_weights([path.name for path in folder.iterdir()]):
         raise UserError(f"no weights in {folder}: neither model.safetensors nor pytorch_model.bin is there")
     try:
         with quiet_transformers():

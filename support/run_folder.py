@@ -39,6 +39,7 @@ from support.errors import FolderGone, UserError
 from support.evaluation import gibbs_policy, scores_and_prompts
 from support.figures import decimals, duration
 from support.load import hash_of, own_files
+from support.model_card import write_results
 from support.prospect import prospect
 from support.reading import MEND_LINE, parse_json, read_json, whole_lines
 from support.settings import changes, describe_changes, save_config, total_steps
@@ -283,6 +284,9 @@ class RunFolder:
             if (self.path / "metrics.csv").exists():
                 draw([self.path], self.path / "rewards.png")
             table = evaluation.before_after_table(results)
+            prompts = list(dict.fromkeys(prompt for prompt, *_ in results["before"]["samples"]))
+            judgement = f"```\n{evaluation.summary(results)}\n```\n\nThe same draws before and after:\n\n{table}"
+            write_results(self.path / "model", self.config, prompts, judgement)
             write_whole(self.path / "before_after.md", table + "\n")
             print(f"\n{table}\n\nmodel, metrics and pictures are in {self.path}")
 

@@ -11,6 +11,7 @@ trainer.save("my_model")
 """
 
 import copy
+import dataclasses
 import os
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from config import PPOConfig
 from ppo import PPOTrainer
 from support.devices import pick_device
 from support.hub import model_folder
+from support.model_card import write_card
 from support.models import decode, encode_prompt, load_policy, read_policy_folder, save_policy
 from support.reading import path_errors
 from support.settings import check
@@ -35,6 +37,7 @@ class TextPPOTrainer(PPOTrainer):
     def __init__(self, config: PPOConfig, model, ref_model, tokenizer):
         super().__init__(config, model, ref_model, tokenizer)
         self.tokenizer = tokenizer
+        self.example = config.prompts[0]  # of the model card
         trained, total = (sum(weight.numel() for weight in of) for of in (self.engine.weights, model.parameters()))
         print(f"{trained / 1e6:.1f} of {total / 1e6:.1f} million parameters train")
 
@@ -48,8 +51,9 @@ class TextPPOTrainer(PPOTrainer):
         """
         config = PPOConfig() if config is None else config
         check(config)
+        config = dataclasses.replace(config, model_name=str(name))
         device = pick_device(config.device)
-        folder = model_folder(str(name), "--model_name", read_policy_folder)
+        folder = model_folder(config.model_name, "--model_name", read_policy_folder)
         gpt2_config, tokenizer = read_policy_folder(folder)
         policy = load_policy(folder, gpt2_config, device)
         return cls(config, policy, copy.deepcopy(policy), tokenizer)
@@ -59,6 +63,7 @@ class TextPPOTrainer(PPOTrainer):
         texts = listed(prompts)
         if texts is None or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"encode() takes a list of texts, as in encode(['刚收到货']), not {shown(prompts)}")
+        self.example = texts[0] if texts else self.example
         return [encode_prompt(self.tokenizer, text) for text in texts]
 
     def decode(self, *parts: list[torch.Tensor]) -> list[str]:
@@ -85,14 +90,15 @@ class TextPPOTrainer(PPOTrainer):
         return self.config.init_kl_coef
 
     def save(self, folder: str | Path) -> None:
-        """Write the trained policy (the average of its weights, see `policy_for_saving`) with its tokenizer.
+        """Write the trained policy (the average of its weights, see `policy_for_saving`), tokenizer and model card.
 
         The folder opens here by `from_pretrained`, value head included, and in plain `transformers`. Its values are in
-        the unit of the scores.
+        the unit of the scores. A README.md of one's own stays in place of the card.
         """
         if not str(folder).strip() or os.path.isfile(folder):
             raise ValueError(f"save() takes the name of a folder, not {str(folder)!r}")
         with disk_errors(Path(folder), 4 * self.model.num_parameters()):
             policy = copy.deepcopy(self.policy_for_saving)
             policy.v_head.scale_(self.reward_unit or 1.0)
-            save_policy(policy, self.tokenizer, Path(folder), self.config.temperature)
+            save_policy(policy, self.tokenizer, Path(folder), self.config.temperature, self.config.gen_len)
+            write_card(Path(folder), self.config, self.tokenizer, self.example)

@@ -122,7 +122,7 @@ def test_an_output_projection_of_its_own_is_kept(tmp_path):
     assert not torch.equal(twin.model.lm_head.weight, policy[0].lm_head.weight)
     assert not torch.equal(twin.model.lm_head.weight, twin.model.transformer.wte.weight)
     assert torch.equal(twin.model.lm_head.weight, trainer.model.lm_head.weight)
-    save_policy(twin.policy_for_saving, policy[1], tmp_path / "saved", 1.0)
+    save_policy(twin.policy_for_saving, policy[1], tmp_path / "saved", 1.0, 8)
     saved = load_policy(tmp_path / "saved", load_gpt2_config(tmp_path / "saved"))
     assert torch.equal(saved.lm_head.weight, trainer.policy_for_saving.lm_head.weight)
 

@@ -112,6 +112,7 @@ def test_what_is_fetched_once_is_used_without_the_hub(hub, folder, cache):
 
 def test_small_files_come_first_and_weights_last_of_which_safetensors_are_preferred(hub, folder, cache):
     small = ["tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
+    small += ["value_head.safetensors"]
     add(folder, *small, "model.safetensors", "generation_config.json")
     find(hub, cache)
     assert hub.fetched()[0] == "config.json" and hub.fetched()[-1] == "model.safetensors"

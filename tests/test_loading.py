@@ -1,6 +1,7 @@
 """Loading published layouts and saving what plain transformers opens."""
 
 import json
+import re
 import shutil
 import warnings
 
@@ -37,7 +38,7 @@ def edit_config(folder, **values):
 def saved(policy, tmp_path):
     model, tokenizer = policy
     torch.nn.init.normal_(model.v_head.summary.weight)
-    models.save_policy(model, tokenizer, tmp_path / "saved", temperature=0.7)
+    models.save_policy(model, tokenizer, tmp_path / "saved", temperature=0.7, gen_len=9)
     return model, tokenizer, tmp_path / "saved"
 
 
@@ -83,7 +84,7 @@ def test_half_precision_files_train_and_are_saved_in_float32(tmp_path, stored):
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     name = "transformer.h.1.mlp.c_fc.weight"
     assert torch.equal(model.state_dict()[name], weights[name].float())
-    models.save_policy(model, models.load_tokenizer(folder), tmp_path / "saved", temperature=1.0)
+    models.save_policy(model, models.load_tokenizer(folder), tmp_path / "saved", temperature=1.0, gen_len=8)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").dtype == torch.float32
 
 
@@ -131,20 +132,53 @@ def test_saved_folder_opens_here_value_head_included(saved, capfd):
     capfd.readouterr()
     again = load(folder)
     assert capfd.readouterr().out == ""
-    assert sorted(path.name for path in folder.glob("*.safetensors")) == ["model.safetensors"]
+    assert sorted(path.name for path in folder.glob("*.safetensors")) == ["model.safetensors", "value_head.safetensors"]
     for (name, old), new in zip(model.state_dict().items(), again.state_dict().values()):
         assert torch.equal(old, new), name
 
 
-def test_saved_folder_opens_in_plain_transformers_with_the_same_logits(saved):
+def test_folder_of_an_earlier_version_opens_with_the_value_head_among_its_weights(saved):
+    model, _, folder = saved
+    (folder / "value_head.safetensors").unlink()
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    head = {name: weight for name, weight in model.state_dict().items() if name.startswith("v_head.")}
+    safetensors.torch.save_file(weights | head, folder / "model.safetensors", {"format": "pt"})
+    assert torch.equal(load(folder).v_head.summary.weight, model.v_head.summary.weight)
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        ({"summary.weight": torch.zeros(1, 31), "summary.bias": torch.zeros(1)}, "is no value head of this model"),
+        ({"summary.weight": torch.zeros(1, 32)}, "is no value head of this model"),
+        (
+            {"summary.weight": torch.zeros(1, 32), "summary.bias": torch.full((1,), torch.nan)},
+            "hold NaN or infinity, first in v_head.summary.bias",
+        ),
+    ],
+    ids=["other shape", "half of it", "broken"],
+)
+def test_a_value_head_that_does_not_fit_is_told(saved, head, said):
+    _, _, folder = saved
+    safetensors.torch.save_file(head, folder / "value_head.safetensors")
+    with pytest.raises(UserError, match=said) as error:
+        load(folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_saved_folder_opens_in_plain_transformers_with_the_same_logits(saved, capfd):
     model, tokenizer, folder = saved
+    capfd.readouterr()
     plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    out, err = capfd.readouterr()
+    assert out == "" and "v_head" not in err and "UNEXPECTED" not in err and "MISSING" not in err
     ids = torch.tensor([[2, 5, 6, 7, 8, 9]])
     with torch.no_grad():
         assert torch.allclose(plain(ids).logits, model(ids).logits, atol=1e-5)
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["GPT2LMHeadModel"]
     again = AutoTokenizer.from_pretrained(folder)
-    assert again.get_vocab() == tokenizer.get_vocab() and again.encode("刚收到goods") == [2, 5, 6, 7, 41, 42, 3]
+    assert again.get_vocab() == tokenizer.get_vocab() and again.encode("刚收到goods") == [2, 5, 6, 7, 41, 42]
+    assert again.model_max_length == tokenizer.model_max_length
 
 
 def test_saved_generation_settings_draw_from_the_distribution_of_the_run(saved):
@@ -157,6 +191,7 @@ def test_saved_generation_settings_draw_from_the_distribution_of_the_run(saved):
         "temperature": 0.7,
         "top_k": 0,
         "top_p": 1.0,
+        "max_new_tokens": 9,
         "bos_token_id": 2,
         "eos_token_id": 3,
         "pad_token_id": 0,
@@ -164,16 +199,52 @@ def test_saved_generation_settings_draw_from_the_distribution_of_the_run(saved):
     }
 
 
-def test_pipeline_as_in_the_readme_encodes_a_prompt_as_training_did(saved):
-    model, _, folder = saved
+@pytest.mark.parametrize("as_once", [False, True], ids=["prompt alone", "as the README once said"])
+def test_pipeline_encodes_a_prompt_as_training_did(saved, as_once):
+    model, tokenizer, folder = saved
     generator = pipeline("text-generation", model=str(folder))
     seen = []
     forward = generator.model.forward
     generator.model.forward = lambda *args, **kwargs: (seen.append(kwargs["input_ids"]), forward(*args, **kwargs))[1]
-    texts = generator(["[CLS]刚收到货,感觉"] * 40, add_special_tokens=False, max_new_tokens=8, return_full_text=False)
-    assert seen[0][0].tolist() == models.encode_prompt(AutoTokenizer.from_pretrained(folder), "刚收到货,感觉").tolist()
-    assert len({text[0]["generated_text"] for text in texts}) > 10
-    assert not any(token in text[0]["generated_text"] for text in texts for token in ("[UNK]", "[MASK]", "[CLS]"))
+    given = ("[CLS]刚收到货,感觉", {"add_special_tokens": False}) if as_once else ("刚收到货,感觉", {})
+    texts = [text[0]["generated_text"] for text in generator([given[0]] * 40, return_full_text=False, **given[1])]
+    assert seen[0][0].tolist() == models.encode_prompt(tokenizer, "刚收到货,感觉").tolist()
+    assert len(set(texts)) > 10
+    assert not any(token in text for text in texts for token in ("[UNK]", "[MASK]", "[CLS]", "##"))
+    assert all(re.fullmatch("[a-z]", text[i - 1] + text[i + 1]) for text in texts for i in find_spaces(text))
+
+
+def find_spaces(text):
+    return [i for i, character in enumerate(text) if character == " "]
+
+
+def test_a_saved_tokenizer_encodes_and_decodes_as_the_one_that_it_was(saved, tmp_path):
+    """In plain transformers, and here, saved once or twice; whatever tokens follow one another."""
+    _, tokenizer, folder = saved
+    once = models.load_tokenizer(folder)
+    models.save_tokenizer(once, tmp_path / "twice")
+    shutil.copy(folder / "config.json", tmp_path / "twice")
+    generator = torch.Generator().manual_seed(1)
+    sequences = [torch.randint(43, (9,), generator=generator) for _ in range(100)]
+    sequences += [torch.tensor([41, 41, 5, 41]), torch.tensor([42, 42, 6]), torch.tensor([41, 42, 11, 42])]
+    texts = models.decode(tokenizer, sequences)
+    assert texts[-3:] == ["good good刚good", "ss收", "goods觉s"]
+    for place in (folder, tmp_path / "twice"):
+        plain, again = AutoTokenizer.from_pretrained(place), models.load_tokenizer(place)
+        assert plain.batch_decode(sequences, skip_special_tokens=True) == texts == models.decode(again, sequences)
+        prompt = models.encode_prompt(tokenizer, "刚收到,goods").tolist()
+        assert prompt == models.encode_prompt(again, "刚收到,goods").tolist() == plain.encode("刚收到,goods")
+        assert again.get_vocab() == tokenizer.get_vocab() and again.all_special_ids == tokenizer.all_special_ids
+
+
+def test_a_saved_tokenizer_hands_gpt2_no_token_types(saved):
+    """GPT-2 would add the embedding of token 0 to every position for them."""
+    _, _, folder = saved
+    plain, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer("刚收到货", return_tensors="pt")
+    assert set(inputs) == {"input_ids", "attention_mask"}
+    with torch.no_grad():
+        assert torch.equal(plain(**inputs).logits, plain(inputs.input_ids).logits)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +379,7 @@ def test_an_output_matrix_of_its_own_is_kept(tmp_path, frozen_share):
         assert not torch.allclose(model.lm_head.weight, model.transformer.wte.weight)
         model.freeze(frozen_share)
         assert model.lm_head.weight.requires_grad == (frozen_share == 0)
-        models.save_policy(model, tokenizer, tmp_path / "saved", temperature=1.0)
+        models.save_policy(model, tokenizer, tmp_path / "saved", temperature=1.0, gen_len=8)
         assert torch.allclose(load(tmp_path / "saved")(ids).logits, plain, atol=1e-5)
         assert torch.allclose(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(ids).logits, plain, atol=1e-5)
 
@@ -385,6 +456,7 @@ def test_a_byte_level_tokenizer_starts_and_ends_texts_with_its_own_token(tmp_pat
     trainer.save(tmp_path / "saved")
     again = TextPPOTrainer.from_pretrained(tmp_path / "saved", PPOConfig(device="cpu"))
     assert [query.tolist() for query in again.encode(["this film was"])] == [queries[0].tolist()]
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").encode("this film was") == plain.encode("this film was")
 
 
 def test_embeddings_padded_beyond_the_tokenizer(tmp_path):

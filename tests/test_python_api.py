@@ -279,7 +279,7 @@ def test_the_readme_s_loop_as_pasted(tmp_path, monkeypatch, capsys):
     assert re.search(r"\d\.\d of \d\.\d million parameters train", out) and "刚收到货,感觉" in out
     assert np.mean(names["means"][-2:]) > names["means"][0]
     assert torch.equal(names["again"].model.lm_head.weight, names["trainer"].policy_for_saving.lm_head.weight)
-    text = pipeline("text-generation", model="my_model")("[CLS]刚收到货,感觉", add_special_tokens=False)
+    text = pipeline("text-generation", model="my_model")("刚收到货,感觉")
     assert len(text[0]["generated_text"]) > 12
 
 
@@ -303,7 +303,7 @@ def test_what_trains_is_counted(demo, capsys):
 
 
 def test_without_a_config_the_settings_are_the_default_ones(gpt2_folder):
-    assert TextPPOTrainer.from_pretrained(gpt2_folder).config == PPOConfig()
+    assert TextPPOTrainer.from_pretrained(gpt2_folder).config == PPOConfig(model_name=str(gpt2_folder))
 
 
 def test_a_saved_model_is_the_average_at_the_temperature_of_the_run(gpt2_folder, tmp_path):

@@ -204,6 +204,8 @@ def test_the_saved_model_is_the_average_of_the_steps(run):
         assert all(torch.allclose(saved[name], average[name], atol=1e-6) for name in average)
         assert {weights[name].dtype for name in weights} == {torch.float32}
     model = load_file(run.folder / "model" / "model.safetensors")
+    head = load_file(run.folder / "model" / "value_head.safetensors")
+    model |= {f"v_head.{name}": tensor for name, tensor in head.items()}
     average["v_head.summary.weight"] *= state["reward_unit"]
     names = ("transformer.h.1.mlp.c_fc.weight", "transformer.ln_f.weight", "v_head.summary.weight")
     assert all(torch.allclose(model[name], average[name], atol=1e-6) for name in names)
@@ -215,8 +217,8 @@ def test_the_saved_model_samples_as_the_run_did(run):
     generation = json.loads((run.folder / "model" / "generation_config.json").read_text(encoding="utf-8"))
     del generation["transformers_version"]
     assert generation == {
-        "do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "top_p": 1.0, "bos_token_id": CLS,
-        "eos_token_id": SEP, "pad_token_id": PAD, "suppress_tokens": [PAD, UNK, CLS, MASK],
+        "do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "top_p": 1.0, "max_new_tokens": GEN_LEN,
+        "bos_token_id": CLS, "eos_token_id": SEP, "pad_token_id": PAD, "suppress_tokens": [PAD, UNK, CLS, MASK],
     }  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")
     assert [tokenizer.convert_tokens_to_ids(token) for token in run.vocab[:-1]] == list(range(len(run.vocab) - 1))

@@ -48,10 +48,10 @@ def weights(run_dir):
 def test_the_saved_model_writes_reviews_in_plain_transformers(finished):
     model = AutoModelForCausalLM.from_pretrained(finished / "model")
     tokenizer = AutoTokenizer.from_pretrained(finished / "model")
-    ids = tokenizer("[CLS]刚收到货,感觉", add_special_tokens=False, return_tensors="pt").input_ids
+    ids = tokenizer("刚收到货,感觉", return_tensors="pt").input_ids
     written = model.generate(ids, max_new_tokens=10)[0]
     text = tokenizer.decode(written, skip_special_tokens=True)
-    assert text.replace(" ", "").startswith("刚收到货,感觉") and len(written) > ids.shape[1]
+    assert text.startswith("刚收到货,感觉") and len(written) > ids.shape[1]
 
 
 def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path, capsys):

@@ -5,6 +5,7 @@ NEAREST = {  # file: the tests nearest to it
     "reward.py": "reward load",
     "support/user_code.py": "reward config python_api",
     "support/models.py": "loading strangers reward python_api",
+    "support/model_card.py": "model_card",
     "support/text_trainer.py": "python_api strangers loading",
     "support/demo_models.py": "demo_models",
     "support/load.py": "load",
@@ -13,6 +14,26 @@ NEAREST = {  # file: the tests nearest to it
     "support/devices.py": "devices config loading processes",
 }
 BUGS = [  # (file, what stands there, the bug)
+    ("support/models.py", 'single=[start[0], "$A"]', 'single=[start[0], "$A", tokenizer.sep_token]'),
+    ("support/models.py", "decoders.WordPiece(cleanup=False)", "decoders.WordPiece()"),
+    ("support/models.py", 'pattern}|^##"', 'pattern}"'),
+    ("support/models.py", ', "model_input_names": ["input_ids", "attention_mask"]}', "}"),
+    ("support/models.py", '"tokenizer_class": "PreTrainedTokenizerFast"', '"tokenizer_class": "BertTokenizer"'),
+    ("support/models.py", "        max_new_tokens=gen_len,\n", ""),
+    ("support/models.py", 'items() if not name.startswith("v_head.")}', "items()}"),
+    (
+        "support/models.py",
+        "        try:\n            model.v_head.load",
+        "        if True:\n            model.v_head.load",
+    ),
+    ("support/text_trainer.py", "dataclasses.replace(config, model_name=str(name))", "dataclasses.replace(config)"),
+    ("support/text_trainer.py", "self.example = texts[0] if", "self.example = texts[-1] if"),
+    ("support/model_card.py", "    if path.exists() and BEGIN not in read_card(folder):\n        return\n", ""),
+    ("support/model_card.py", "{judgement}\\n{end}{tail}", "{judgement}\\n{end}\\n"),
+    ("support/model_card.py", "    if not end:\n        return\n", ""),
+    ("support/model_card.py", "not os.path.isdir(os.path.expanduser(name)) and ", ""),
+    ("support/model_card.py", "not is_bert(tokenizer) and tokenizer.encode", "tokenizer.encode"),
+    ("support/model_card.py", "IsADirectoryError, UnicodeDecodeError)", "IsADirectoryError)"),
     ("support/text_trainer.py", "self.set_kl_coef(kl_coef_for(", "str(kl_coef_for("),
     ("support/text_trainer.py", "reward, prompts, n, SEED, 0)", "reward, prompts, n, self.config.seed, 0)"),
     ("config.py", "        batch_size=1024,\n", ""),
@@ -248,7 +269,7 @@ BUGS = [  # (file, what stands there, the bug)
         "tensor.detach().cpu().contiguous().flatten()",
         "tensor.detach().cpu().flatten()[:8].contiguous()",
     ),
-    ("support/text_trainer.py", "Path(folder), self.config.temperature)", "Path(folder), 1.0)"),
+    ("support/text_trainer.py", "Path(folder), self.config.temperature,", "Path(folder), 1.0,"),
     ("support/text_trainer.py", "            policy.v_head.scale_(self.reward_unit or 1.0)\n", ""),
 ]
 SAME = [  # (file, what stands there, what may as well stand there, why it is the same program)
