@@ -195,6 +195,11 @@ class PPOConfig:
     run_name: Optional[str] = option(None, "Folder of this run below --runs_dir; a time stamp unless given.")
     runs_dir: str = option("runs", "Folder that holds the runs.")
     log_samples_every: int = option(10, "Print a few completions every this many steps; 0 for never.", at_least=0)
+    track: Literal["none", "wandb", "swanlab", "trackio"] = option(
+        "none",
+        "Show the run in this package too, where it is installed: settings, every column of metrics.csv, samples and "
+        "results. --resume goes on with the same tracked run.",
+    )
     save_every: int = option(50, "Write a checkpoint every this many steps; 0 for none by steps.", at_least=0)
     save_every_minutes: float = option(
         10.0, "Write one too when the last is this old, in minutes; 0 for never.", at_least=0

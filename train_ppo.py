@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from config import PPOConfig
-from support import collectives, meeting
+from support import collectives, meeting, tracking
 from support.command_line import flags_to_go_on, how_to_go_on, read_command_line
 from support.errors import UserError, first_line, is_out_of_memory
 from support.load import input_hashes, load
@@ -56,6 +56,7 @@ def train(config: PPOConfig, run_dir: Path, resume: bool) -> int:
     if config.kl_budget and trainer.n_steps == 0:
         trainer.set_kl_coef(kl_coef_for(*scores_and_prompts(results["before"], prompts), config.kl_budget))
     folder.expect(results["before"], prompts)
+    folder.track()
 
     # 3. The loop: draw prompts, sample, score, step, log, save
     stop = StopSignal()
@@ -168,6 +169,8 @@ def main(argv: list[str] | None = None) -> int:
             meeting.say_why(f"{lost}; {how_to_go_on(run_dir if mode != 'eval_only' else None, config)}")
             return 1
         raise
+    finally:
+        tracking.finish()
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ from support import collectives, meeting
 from support.errors import UserError
 from support.reading import path_errors, read_evaluation
 from support.settings import check, import_function, load_config, parse_args, total_steps
+from support.tracking import check_installed
 
 # Settings that may differ when a run goes on, since none of them changes what it computes (but for how long); and
 # when a saved run is judged again.
 HARMLESS = {"runs_dir", "device", "log_samples_every", "save_every", "save_every_minutes", "keep_checkpoints"}
-HARMLESS |= {"process_timeout", "micro_batch_size", "episodes"}
+HARMLESS |= {"process_timeout", "micro_batch_size", "episodes", "track"}
 FOR_JUDGING = {"runs_dir", "device", "dtype", "process_timeout", "micro_batch_size", "eval_samples"}
 FINAL = ("model", "rewards.png", "before_after.md")  # what the end of a run writes, the last of them last
 
@@ -53,6 +54,8 @@ def read_command_line(argv: list[str]) -> tuple[PPOConfig, Path, str]:
             own = f"{run_dir} has a reward of its own, {config.reward}, and code runs only where you name it"
             raise UserError(f"{own}: python train_ppo.py {flags_to_go_on(run_dir, config, mode)}")
         import_function(config.reward)  # before anything is fetched
+    if config.track != "none" and mode in ("train", "resume"):
+        check_installed(config.track)
     for name in ("batch_size", "minibatch_size"):
         if mode != "eval_only" and getattr(config, name) % collectives.world_size():
             share = f"the {collectives.world_size()} processes, each of which takes an equal share"

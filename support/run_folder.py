@@ -10,6 +10,7 @@ runs/<name>/
     samples.jsonl     one line a completion
     evaluation.json   how good the policy was before and after
     checkpoints/      see checkpoint.py
+    tracking.json  tracking.log               of --track, see tracking.py
     error.log         the traceback of a reward function that failed, and its texts
     model/  rewards.png  before_after.md      what the end of a run writes
 """
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from config import PPOConfig
 from plot_rewards import draw
 from reward import RewardError
-from support import collectives, evaluation, meeting
+from support import collectives, evaluation, meeting, tracking
 from support.alarms import Alarms
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.command_line import FINAL, JOB_FILE, flags_to_go_on, new_run_folder
@@ -151,6 +152,11 @@ class RunFolder:
         for row in self.run_log.rows if self.writes else []:
             self.alarms.look(row)
 
+    def track(self) -> None:
+        """Have the run followed by another package, from a process of its own."""
+        if self.writes and self.config.track != "none":
+            tracking.start(self.path, self.config.track)
+
     def write_config(self) -> None:
         save_config(self.config, self.path / "config.json")
         write_whole(self.path / "changes.json", json.dumps(changes(self.config), ensure_ascii=False) + "\n")
@@ -206,6 +212,7 @@ class RunFolder:
         self.look_for_folder()
         with disk_errors(self.path / "metrics.csv"):
             self.run_log.write(row, samples)
+        tracking.look()
         for alarm in self.alarms.look(row):
             tqdm.write(f"warning: step {step}: {alarm['says']}")
         digits = decimals(row["env/reward_std"])
@@ -341,8 +348,8 @@ class RunLog:
             self.add_columns(new)
         csv.DictWriter(self.metrics, self.columns, restval="nan").writerow(row)
         self.samples.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-        self.metrics.flush()
         self.samples.flush()
+        self.metrics.flush()  # last: a step whose row is there has its samples there
 
     def add_columns(self, new: list[str]) -> None:
         """The header of a new table; or, of one that an earlier version of this program began, more columns, of nan."""

@@ -22,7 +22,7 @@ from support.reading import read_json, read_text
 from support.writing import write_whole
 
 SHIPPED = Path(__file__).with_name("shipped.json")  # every value of each preset as published: tools/ship.py writes it
-NO_CHANGE = {"preset", "run_name", "runs_dir", "resume", "eval_only"}  # what `changes` does not speak of
+NO_CHANGE = {"preset", "run_name", "runs_dir", "track", "resume", "eval_only"}  # what `changes` does not speak of
 
 DESCRIPTION = """Train a Chinese GPT-2 with PPO towards texts that a reward likes.
 

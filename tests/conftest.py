@@ -142,3 +142,53 @@ def policy(gpt2_folder):
     from support.models import load_gpt2_config, load_policy, load_tokenizer
 
     return load_policy(gpt2_folder, load_gpt2_config(gpt2_folder)), load_tokenizer(gpt2_folder)
+
+
+TRACKER = """
+import json
+import sys
+from pathlib import Path
+
+
+def note(*call):
+    with Path(__file__).with_suffix(".calls").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(call, default=vars) + "\\n")
+
+
+class Table:
+    def __init__(self, columns=None, data=None):
+        self.columns, self.data = columns, data
+
+    def add(self, headers, rows):
+        self.columns, self.data = headers, rows
+
+
+class echarts:
+    Table = Table
+
+
+def init(**options):
+    note("init", options | {name: str(options[name]) for name in ("dir",) if name in options})
+    return sys.modules[__name__]
+
+
+def log(data, step=None):
+    note("log", data, step)
+
+
+def finish():
+    note("finish")
+"""
+
+
+@pytest.fixture
+def trackers(tmp_path, monkeypatch) -> Path:
+    """A folder on Python's path with stand-ins for wandb, swanlab and trackio, which note in NAME.calls how they are
+    called."""
+    folder = tmp_path / "trackers"
+    folder.mkdir()
+    for name in ("wandb", "swanlab", "trackio"):
+        (folder / f"{name}.py").write_text(TRACKER, encoding="utf-8")
+        monkeypatch.delenv(f"{name.upper()}_PROJECT", raising=False)
+    monkeypatch.syspath_prepend(folder)
+    return folder

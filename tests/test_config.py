@@ -59,6 +59,7 @@ NUMBERS = {  # name: (values taken, values refused, what is allowed)
 OTHER_TYPES = {int: [1.5, "16", True, None, [1]], float: ["1e-5", False, None, [1.0]], bool: [1, "true", None]}
 OTHER_TYPES |= {str: [1, None, ["a"]], list: ["好", ("好",), ["好", 1], None], type(None): [1, True, ["a"]]}
 CHOICES = {"kl_controller": ["adaptive", "fixed"], "dtype": ["auto", "float32", "bfloat16"]}
+CHOICES |= {"track": ["none", "wandb", "swanlab", "trackio"]}
 FLAGS = {  # name: (words after the flag, the value)
     "preset": (["demo"], "demo"),
     "model_name": (["./gpt2"], "./gpt2"),
@@ -97,6 +98,7 @@ FLAGS = {  # name: (words after the flag, the value)
     "run_name": (["my-run"], "my-run"),
     "runs_dir": (["else/where"], "else/where"),
     "log_samples_every": (["0"], 0),
+    "track": (["swanlab"], "swanlab"),
     "save_every": (["5"], 5),
     "save_every_minutes": (["0.5"], 0.5),
     "keep_checkpoints": (["9"], 9),

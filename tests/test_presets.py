@@ -58,6 +58,7 @@ DEFAULT = {
     "run_name": None,
     "runs_dir": "runs",
     "log_samples_every": 10,
+    "track": "none",
     "save_every": 50,
     "save_every_minutes": 10.0,
     "keep_checkpoints": 2,

@@ -33,12 +33,12 @@ ANOTHER = dict(  # for every setting but --resume and --eval_only a value that i
     ppo_epochs=3, gamma=0.9, lam=0.5, cliprange=0.3, cliprange_value=0.3, vf_coef=0.5, detach_value=False,
     frozen_share=0.5, init_kl_coef=0.3, kl_budget=0.1, kl_controller="adaptive", target=3.0, horizon=99, lr=0.1,
     value_lr=0.1, adam_epsilon=1e-3, average_power=2.0, max_grad_norm=2.0, micro_batch_size=5, seed=2, device="cpu",
-    dtype="bfloat16", run_name="other", runs_dir="elsewhere", log_samples_every=0, save_every=7,
-    save_every_minutes=3.0, keep_checkpoints=1, process_timeout=30.0, eval_samples=20,
+    dtype="bfloat16", run_name="other", runs_dir="elsewhere", log_samples_every=0, track="trackio",
+    save_every=7, save_every_minutes=3.0, keep_checkpoints=1, process_timeout=30.0, eval_samples=20,
 )  # fmt: skip
 WHEN_GOING_ON = {
-    "episodes", "micro_batch_size", "device", "runs_dir", "log_samples_every", "save_every", "save_every_minutes",
-    "keep_checkpoints", "process_timeout",
+    "episodes", "micro_batch_size", "device", "runs_dir", "log_samples_every", "track", "save_every",
+    "save_every_minutes", "keep_checkpoints", "process_timeout",
 }  # fmt: skip
 WHEN_JUDGING = {"micro_batch_size", "device", "dtype", "runs_dir", "process_timeout", "eval_samples"}
 
@@ -91,7 +91,7 @@ def test_fewer_episodes_and_both_modes_at_once_are_refused(finished, capsys):
     assert read_command_line(["--resume", str(finished), "--episodes", "48"])[2] == "nothing"
 
 
-def test_a_run_goes_on_with_all_settings_that_do_not_decide_its_result(finished, tmp_path):
+def test_a_run_goes_on_with_all_settings_that_do_not_decide_its_result(finished, tmp_path, trackers):
     """And with a flag that says again what the run was started with."""
     run_dir = copy_of(finished, tmp_path, device="auto")
     before = settings(run_dir)
