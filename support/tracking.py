@@ -1,7 +1,8 @@
 """A run where people already look: in wandb, swanlab or trackio, whichever is installed and asked for.
 
 A process of its own follows the run folder and hands on what is written there. Whatever a package does, fails at or
-waits for is that process's: training goes on at its own pace, and metrics.csv stays the truth.
+waits for is that process's: training goes on at its own pace, and metrics.csv stays the truth. A step that is done
+again after a kill stays there as it was handed on first.
 
     tracking.json     by package, the id of the tracked run and the last step handed on, from which --resume goes on
     tracking.log      what the package says: the address of the run, or how to upload what was recorded offline

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -187,6 +188,7 @@ def test_a_package_that_hangs_is_stopped(run_dir, trackers, where, monkeypatch, 
     tracking.look()
     tracking.finish()
     process.join()
+    assert process.exitcode == -signal.SIGKILL
     _, said = capsys.readouterr().out.splitlines()
     assert "(it did not finish within 0.3 s)" in said
 
