@@ -27,7 +27,7 @@ from support.settings import total_steps
 from support.streams import hold_streams
 
 
-def train(config: PPOConfig, run_dir: Path, resume: bool) -> int:
+def train(config: PPOConfig, run_dir: Path, resume: bool, argv: list[str]) -> int:
     """Train a policy, judge it before and after; the exit code. On several processes all of them run this."""
     # Imported here, since --help and what is refused at once need no torch
     from reward import score_texts
@@ -43,7 +43,7 @@ def train(config: PPOConfig, run_dir: Path, resume: bool) -> int:
     trainer = TextPPOTrainer(config, policy, reference, tokenizer)
     queries = trainer.encode(prompts)
     folder = RunFolder(run_dir, config)
-    folder.inputs = input_hashes(config, policy, tokenizer, reward, prompts)
+    folder.argv, folder.inputs = argv, input_hashes(config, policy, tokenizer, reward, prompts)
     folder.open(trainer, resume)
 
     # 2. How good the policy is before training, measured once; what can be expected, and at which price
@@ -110,7 +110,7 @@ def draw_prompts(n_prompts: int, seed: int, step: int, batch_size: int) -> list[
     return [int(orders[p // n_prompts][p % n_prompts]) for p in positions]
 
 
-def judge_again(config: PPOConfig, run_dir: Path) -> int:
+def judge_again(config: PPOConfig, run_dir: Path, argv: list[str]) -> int:
     """Judge the saved model of a run, and train nothing; the exit code."""
     from support.evaluation import evaluate, noise
     from support.models import load_gpt2_config, load_policy
@@ -120,7 +120,7 @@ def judge_again(config: PPOConfig, run_dir: Path) -> int:
     folder = RunFolder(run_dir, config)
     folder.hold()
     policy, tokenizer, reward, prompts = load(config)
-    folder.inputs = input_hashes(config, policy, tokenizer, reward, prompts)
+    folder.argv, folder.inputs = argv, input_hashes(config, policy, tokenizer, reward, prompts)
     folder.compare_inputs()
     results = folder.read_evaluation(prompts)
     earlier = (results.get("after") or {"n": 0})["n"]
@@ -138,6 +138,7 @@ def judge_again(config: PPOConfig, run_dir: Path) -> int:
     if config.eval_samples < earlier:
         print(f"{run_dir} keeps its judgement by {earlier} samples, more than these {config.eval_samples}")
     else:
+        folder.note_start(trainer, step=None)
         folder.finish(results)
     return 0
 
@@ -145,15 +146,16 @@ def judge_again(config: PPOConfig, run_dir: Path) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the program; the exit code."""
     config = run_dir = mode = None
+    argv = sys.argv[1:] if argv is None else argv
     try:
         meeting.init_process_group()
-        config, run_dir, mode = collectives.broadcast_from_rank_0(
-            lambda: read_command_line(sys.argv[1:] if argv is None else argv)
-        )
+        config, run_dir, mode = collectives.broadcast_from_rank_0(lambda: read_command_line(argv))
         meeting.set_timeout(config.process_timeout)
         if mode == "nothing":
             return 0
-        return judge_again(config, run_dir) if mode == "eval_only" else train(config, run_dir, mode == "resume")
+        if mode == "eval_only":
+            return judge_again(config, run_dir, argv)
+        return train(config, run_dir, mode == "resume", argv)
     except UserError as error:
         meeting.say_why(str(error))
         return error.exit_code

@@ -20,7 +20,7 @@ from support.tracking import check_installed
 HARMLESS = {"runs_dir", "device", "log_samples_every", "save_every", "save_every_minutes", "keep_checkpoints"}
 HARMLESS |= {"process_timeout", "micro_batch_size", "episodes", "track"}
 FOR_JUDGING = {"runs_dir", "device", "dtype", "process_timeout", "micro_batch_size", "eval_samples"}
-FINAL = ("model", "rewards.png", "before_after.md")  # what the end of a run writes, the last of them last
+FINAL = ("model", "rewards.png", "report.md")  # what the end of a run writes, the last of them last
 
 JOB_FILE = ".torchrun-id"  # below torchrun the job that a run folder belongs to
 

@@ -11,7 +11,6 @@ of the way it went:
 
 import json
 import math
-import re
 import statistics
 from collections import Counter
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ppo import kl_from_logits, logprobs_from_logits, masked_mean
 from reward import score_texts
 from support.errors import UserError
-from support.figures import decimals
+from support.figures import decimals, in_markdown
 from support.reading import read_evaluation
 from support.text_trainer import TextPPOTrainer
 from support.writing import write_whole
@@ -303,22 +302,38 @@ def spread(judged: dict) -> float:
     return statistics.pstdev(score for _, _, score in judged["samples"])
 
 
+def rows(evaluation: dict) -> list[list[str]]:
+    """The figures of an evaluation as they are shown: what, before, after, and the limit, "" where there is none."""
+    before, after, result = evaluation["before"], evaluation["after"], evaluation["gain"]
+    limit = result["limit"] if result["gain"] is not None else {}
+    of_scores = f".{decimals(spread(before), 3)}f"
+    found = [(what, form or of_scores, before[key], after[key], limit.get(key)) for what, key, form in ROWS]
+    if "J" in result:
+        J = result["J_before"], result["J"], limit.get("J")
+        found.append((f"J = reward - {result['beta']:.3g} KL", of_scores, *J))
+    return [[what, *("" if value is None else f"{value:{form}}" for value in values)] for what, form, *values in found]
+
+
 def summary(evaluation: dict) -> str:
     """The evaluation as a short table for the terminal."""
-    before, after, result = evaluation["before"], evaluation["after"], evaluation["gain"]
-    of_scores = f".{decimals(spread(before), 3)}f"
-    lines = [f"{'':36}{'before':>10}{'after':>10}"]
-    for what, key, form in ROWS:
-        form = form or of_scores
-        lines.append(f"{what:36}{before[key]:>10{form}}{after[key]:>10{form}}")
-    if "J" in result:
-        what = f"J = reward - {result['beta']:.3g} KL"
-        lines.append(f"{what:36}{result['J_before']:>10{of_scores}}{result['J']:>10{of_scores}}")
+    result = evaluation["gain"]
+    shown = [["", "before", "after", ""], *rows(evaluation)]
+    lines = [f"{what:36}{before:>10}{after:>10}" for what, before, after, _ in shown]
     if result["gain"] is not None:
-        best, error = result["limit"], f"{result['gain_se']:.2f}, of judging; seeds differ by as much again"
+        best, of_scores = result["limit"], f".{decimals(spread(evaluation['before']), 3)}f"
+        error = f"{result['gain_se']:.2f}, of judging; seeds differ by as much again"
         lines.append(f"gain {result['gain']:.2f} (standard error {error}) of what is possible: the limit is")
         lines.append(f"J* {best['J']:{of_scores}}, with reward {best['reward']:{of_scores}} at KL {best['kl']:.2f}")
     return "\n".join([*lines, evaluation["verdict"]])
+
+
+def results_table(evaluation: dict) -> str:
+    """The figures of an evaluation as a Markdown table, the limit beside them."""
+    shown, result = rows(evaluation), evaluation["gain"]
+    if result["gain"] is not None:
+        shown.append(["gain", "0", f"{result['gain']:.2f} (standard error {result['gain_se']:.2f})", "1"])
+    lines = [f"| {' | '.join(cells)} |" for cells in shown]
+    return "\n".join(["| | before | after | the limit |", "| --- | ---: | ---: | ---: |", *lines])
 
 
 def commonest(evaluation: dict) -> str:
@@ -343,7 +358,7 @@ def before_after_table(evaluation: dict) -> str:
     for (prompt, old, old_score), (_, new, new_score) in list(
         zip(evaluation["before"]["samples"], evaluation["after"]["samples"])
     )[:SHOWN]:
-        prompt, old, new = (re.sub(r"([\\|])", r"\\\1", " ".join(text.split())) for text in (prompt, old, new))
+        prompt, old, new = map(in_markdown, (prompt, old, new))
         lines.append(f"| {prompt} | {old} | {old_score:.{digits}f} | {new} | {new_score:.{digits}f} |")
     return "\n".join(lines)
 
@@ -358,11 +373,22 @@ def read(run_dir: Path, prompts: list[str]) -> dict:
         "commonest": [(str, int)],
         "samples": [(str, str, float)],
     }
-    results = read_evaluation(run_dir, {"before": before, "after?": {"n": int}})
+    alarms = [{"step": int, "says": str}]
+    results = read_evaluation(run_dir, {"before": before, "after?": {"n": int}, "steps?": int, "alarms?": alarms})
     judged = {prompt for prompt, *_ in results["before"]["samples"]} if results else set()
     if others := judged - set(prompts):
         raise UserError(f"{run_dir / 'evaluation.json'} is of another prompt, {min(others)!r}; is it another run's?")
     return results
+
+
+def figures(evaluation: dict) -> dict:
+    """An evaluation without its samples, what matters most first."""
+    of_samples = ("samples", "kls")
+    judged = {
+        when: {name: value for name, value in evaluation[when].items() if name not in of_samples}
+        for when in ("before", "after")
+    }
+    return {"verdict": evaluation["verdict"], "gain": evaluation["gain"], **evaluation, **judged}
 
 
 def write_json(path: Path, evaluation: dict) -> None:

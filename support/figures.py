@@ -1,6 +1,9 @@
-"""Numbers for people."""
+"""Numbers and texts for people."""
 
 import math
+import re
+
+from support.errors import escaped
 
 
 def decimals(spread: float, digits: int = 2) -> int:
@@ -15,3 +18,8 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def in_markdown(text: str) -> str:
+    """A text, on one line, as Markdown that shows it and nothing else: no markup, no HTML, no end of a table's cell."""
+    return re.sub(r"([\\`*_\[<|~&])", r"\\\1", escaped(" ".join(text.split())))

@@ -5,14 +5,14 @@ runs/<name>/
     changes.json      where these differ from the preset as published: [published, here]
     inputs.json       hashes of the models, the prompts, the file of a reward of one's own, which --resume compares
     inputs/           that file and the prompts' file, as they were
-    environment.jsonl one line a start: its first step, versions, device, dtype, processes
+    environment.jsonl one line a start: its command and first step, parameters, versions, device, dtype, processes
     metrics.csv       one row a step
     samples.jsonl     one line a completion
-    evaluation.json   how good the policy was before and after
+    evaluation.json   how good the policy was before and after, with all samples; without them, results.json
     checkpoints/      see checkpoint.py
     tracking.json  tracking.log               of --track, see tracking.py
     error.log         the traceback of a reward function that failed, and its texts
-    model/  rewards.png  before_after.md      what the end of a run writes
+    model/  rewards.png  report.md      what the end of a run writes
 """
 
 import contextlib
@@ -20,6 +20,7 @@ import csv
 import json
 import math
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,13 +37,14 @@ from support.checkpoint import load_checkpoint, save_checkpoint
 from support.command_line import FINAL, JOB_FILE, flags_to_go_on, new_run_folder
 from support.compare import read_rows
 from support.devices import environment
-from support.errors import FolderGone, UserError
+from support.errors import FolderGone, UserError, escaped
 from support.evaluation import gibbs_policy, scores_and_prompts
 from support.figures import decimals, duration
 from support.load import hash_of, own_files
 from support.model_card import write_results
 from support.prospect import prospect
 from support.reading import MEND_LINE, parse_json, read_json, whole_lines
+from support.report import STARTS, read_starts, run_report
 from support.settings import changes, describe_changes, save_config, total_steps
 from support.writing import disk_errors, remove, whole, write_whole
 
@@ -62,6 +64,7 @@ class RunFolder:
         self.config = config
         self.writes = collectives.rank() == 0
         self.inputs = {}  # what `input_hashes` gave
+        self.argv, self.starts = [], []  # of this start; lines of environment.jsonl
 
     def compare_inputs(self) -> None:
         """UserError where the run was started with other models, prompts or reward than these inputs."""
@@ -109,7 +112,8 @@ class RunFolder:
         self.config.run_name = self.path.name
 
     def hold(self) -> None:
-        """Lock the folder for this process, however it dies. UserError, on all, where another holds it."""
+        """Lock the folder for this process, however it dies, and read of its earlier starts. UserError, on all, where
+        another process holds it."""
 
         def lock() -> None:
             self.lock = FileLock(self.path / ".lock")
@@ -118,6 +122,7 @@ class RunFolder:
                     self.lock.acquire(blocking=False)
                 except Timeout:
                     raise UserError(f"another process is at work in {self.path}; wait for it, or stop it")
+            self.starts = read_starts(self.path)
 
         collectives.broadcast_from_rank_0(lock)
 
@@ -165,6 +170,7 @@ class RunFolder:
         """What decides the run: settings, hashes of what was loaded, the user's own files as they are now, and what
         computes from here on."""
         self.write_config()
+        self.note_start(self.trainer, self.trainer.n_steps + 1)
         write_whole(self.path / INPUTS, json.dumps(self.inputs, ensure_ascii=False, indent=2) + "\n")
         for file in own_files(self.config):
             with disk_errors(self.path):
@@ -172,11 +178,15 @@ class RunFolder:
                 content = file.read_bytes()
             with whole(self.path / "inputs" / f"{file.stem}-{hash_of(content)}{file.suffix}") as partial:
                 partial.write_bytes(content)
-        start = {"step": self.trainer.n_steps + 1, **environment(self.trainer.engine.device)}
-        start |= {"dtype": str(self.trainer.engine.dtype)[6:], "processes": collectives.world_size()}
-        path = self.path / "environment.jsonl"
-        earlier = whole_lines(path) if path.exists() else []
-        write_whole(path, "".join(f"{line}\n" for line in [*earlier, json.dumps(start)]))
+
+    def note_start(self, trainer, step: int | None) -> None:
+        """A line of environment.jsonl for this start; step: its first, or None where it judges a saved model."""
+        if self.writes:
+            start = {"command": escaped(shlex.join(["python", "train_ppo.py", *self.argv])), "step": step}
+            start |= {"parameters": trainer.n_parameters, "parameters that train": trainer.n_trained}
+            start |= environment(trainer.engine.device)
+            self.starts.append(start | {"dtype": str(trainer.engine.dtype)[6:], "processes": collectives.world_size()})
+            write_whole(self.path / STARTS, "".join(json.dumps(each) + "\n" for each in self.starts))
 
     def steps(self, trainer) -> Iterator[int]:
         """The numbers of the steps still to do, from 1, with a progress bar; without a terminal `log` says how far."""
@@ -283,19 +293,21 @@ class RunFolder:
             print(f"\n{evaluation.commonest(results)}\n\n{evaluation.summary(results)}")
 
     def finish(self, results: dict) -> None:
-        """Write evaluation.json, the pictures, and the table of completions before and after."""
+        """Write evaluation.json, results.json, the picture, and report.md."""
         if self.writes:
             with disk_errors(self.path / FINAL[-1]):
                 (self.path / FINAL[-1]).unlink(missing_ok=True)  # until it belongs to what is written here
             self.write_evaluation(results)
+            evaluation.write_json(self.path / "results.json", evaluation.figures(results))
             if (self.path / "metrics.csv").exists():
                 draw([self.path], self.path / "rewards.png")
             table = evaluation.before_after_table(results)
             prompts = list(dict.fromkeys(prompt for prompt, *_ in results["before"]["samples"]))
             judgement = f"```\n{evaluation.summary(results)}\n```\n\nThe same draws before and after:\n\n{table}"
             write_results(self.path / "model", self.config, prompts, judgement)
-            write_whole(self.path / "before_after.md", table + "\n")
-            print(f"\n{table}\n\nmodel, metrics and pictures are in {self.path}")
+            write_whole(self.path / FINAL[-1], run_report(self.path, results, self.inputs, self.starts))
+            remove(self.path / "before_after.md")  # of an earlier version, and of an earlier model
+            print(f"\n{table}\n\nmodel, metrics and report.md are in {self.path}")
 
     @contextlib.contextmanager
     def errors_explained(self, trainer, training: bool = False):

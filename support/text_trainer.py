@@ -38,8 +38,10 @@ class TextPPOTrainer(PPOTrainer):
         super().__init__(config, model, ref_model, tokenizer)
         self.tokenizer = tokenizer
         self.example = config.prompts[0]  # of the model card
-        trained, total = (sum(weight.numel() for weight in of) for of in (self.engine.weights, model.parameters()))
-        print(f"{trained / 1e6:.1f} of {total / 1e6:.1f} million parameters train")
+        self.n_trained, self.n_parameters = (
+            sum(weight.numel() for weight in of) for of in (self.engine.weights, model.parameters())
+        )
+        print(f"{self.n_trained / 1e6:.1f} of {self.n_parameters / 1e6:.1f} million parameters train")
 
     @classmethod
     @path_errors()

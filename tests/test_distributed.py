@@ -134,7 +134,12 @@ def test_a_machine_that_joins_finds_the_folder_of_its_job(tmp_path, monkeypatch)
         config = PPOConfig(runs_dir=str(tmp_path), **options)
         folder = run_folder.RunFolder(new_run_folder(config), config)
         folder.open(
-            SimpleNamespace(n_steps=0, engine=SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)),
+            SimpleNamespace(
+                n_steps=0,
+                n_parameters=2,
+                n_trained=1,
+                engine=SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32),
+            ),
             resume=False,
         )
         folder.lock.release()
@@ -365,7 +370,7 @@ def test_a_run_of_two_processes_is_the_run_of_one(runs):
 def test_one_process_alone_writes_and_prints(runs):
     tmp_path, output, _ = runs
     assert output.count("run folder") == 2  # in either start
-    assert output.count("model, metrics and pictures are in") == 1
+    assert output.count("model, metrics and report.md are in") == 1
     assert "2 processes, each on cpu in float32" in output
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["one", "two"]
     one, two = ({path.name for path in (tmp_path / "runs" / name).iterdir()} for name in ("one", "two"))
@@ -374,11 +379,13 @@ def test_one_process_alone_writes_and_prints(runs):
 
 def test_a_killed_process_is_replaced_and_the_run_goes_on(runs):
     tmp_path, _, said = runs
+    run = tmp_path / "runs" / "two"
     assert 'train_ppo.py", line' not in said  # the other ended without a traceback
     lost = [line for line in errors(said) if "another machine or process" in line]
     assert len(lost) == 1 and "is gone: it has closed its connection" in lost[0]
-    assert f"the newest checkpoint is {tmp_path}/runs/two/checkpoints/step-000004;" in lost[0]
-    assert "4/6" in said  # the restarted processes began behind the checkpoint of step 4
+    assert f"the newest checkpoint is {run}/checkpoints/step-000004;" in lost[0]
+    starts = [json.loads(line) for line in (run / "environment.jsonl").read_text().splitlines()]
+    assert [(start["step"], start["processes"]) for start in starts] == [(1, 2), (5, 2)]
 
 
 def run_ranks(folder, *flags, n=2, **options) -> tuple[Ranks, list[int]]:

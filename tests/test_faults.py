@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("without_pictures", "signals_restored")
 )
 def test_with_no_usable_checkpoint_resume_says_so(finished, tmp_path, damage, said, capsys):
     run_dir = shutil.copytree(finished, tmp_path / "run")
-    (run_dir / "before_after.md").unlink()
+    (run_dir / "report.md").unlink()
     for checkpoint in (run_dir / "checkpoints").iterdir():
         damage(checkpoint)
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and path.name != ".lock"}
@@ -80,13 +80,14 @@ def test_a_finished_run_is_left_alone_and_missing_output_is_made_again(finished,
 
 def test_a_run_keeps_where_each_of_its_parts_was_computed(finished, tmp_path, monkeypatch, capsys):
     run_dir = shutil.copytree(finished, tmp_path / "run")
-    (run_dir / "before_after.md").unlink()
+    (run_dir / "report.md").unlink()
     shutil.rmtree(run_dir / "checkpoints" / "step-000003")
     monkeypatch.setattr("platform.python_version", lambda: "3.99")
     assert train_ppo.main(["--resume", str(run_dir)]) == 0
     starts = [json.loads(line) for line in (run_dir / "environment.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [start.pop("step") for start in starts] == [1, 3]
     assert [start.pop("Python") for start in starts] == [".".join(map(str, sys.version_info[:3])), "3.99"]
+    assert [start.pop("command").split()[2] for start in starts] == ["--preset", "--resume"]
     assert starts[0] == starts[1] and (starts[0]["device"], starts[0]["dtype"]) == ("cpu", "float32")
     assert capsys.readouterr().out.startswith(f"Python 3.99, torch {torch.__version__}, transformers ")
 
@@ -100,7 +101,7 @@ def test_runs_that_cannot_be_resumed(tmp_path, name, capsys):
 
 def test_a_second_process_is_refused_and_a_stale_lock_is_not(finished, tmp_path, capsys):
     run_dir = shutil.copytree(finished, tmp_path / "run")
-    (run_dir / "before_after.md").unlink()
+    (run_dir / "report.md").unlink()
     with (run_dir / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert train_ppo.main(["--resume", str(run_dir)]) == 2
@@ -127,7 +128,7 @@ def test_a_full_disk_names_the_path_and_keeps_earlier_checkpoints(finished, tmp_
     """The policy is over the limit, and nothing that is written before it."""
     run_dir = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(run_dir / "checkpoints" / "step-000003")
-    (run_dir / "before_after.md").unlink()
+    (run_dir / "report.md").unlink()
     kept = {path: path.is_file() and path.read_bytes() for path in (run_dir / "checkpoints").rglob("*")}
     file_limit((run_dir / "checkpoints" / "step-000002" / "policy.safetensors").stat().st_size - 4096)
     assert train_ppo.main(["--resume", str(run_dir)]) == 2
@@ -284,7 +285,7 @@ def test_loading_a_checkpoint_runs_nothing(finished, tmp_path):
             return os.mkdir, (str(tmp_path / "ran"),)
 
     run_dir = shutil.copytree(finished, tmp_path / "run")
-    (run_dir / "before_after.md").unlink()
+    (run_dir / "report.md").unlink()
     for checkpoint in (run_dir / "checkpoints").iterdir():
         (checkpoint / FILES[2]).write_bytes(pickle.dumps(Evil()))
         state = json.loads((checkpoint / "state.json").read_text())
@@ -296,7 +297,7 @@ def test_loading_a_checkpoint_runs_nothing(finished, tmp_path):
 
 def test_a_run_goes_on_where_its_device_is_not(finished, tmp_path, capsys):
     run_dir = shutil.copytree(finished, tmp_path / "run")
-    (run_dir / "before_after.md").unlink()
+    (run_dir / "report.md").unlink()
     config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
     (run_dir / "config.json").write_text(json.dumps(config | {"device": "cuda:7"}), encoding="utf-8")
     assert train_ppo.main(["--resume", str(run_dir)]) == 2

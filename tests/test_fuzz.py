@@ -26,7 +26,7 @@ def files(tmp_path_factory):
         (run / "config.json").write_text('{"lr": 0.5}')
         (run / "metrics.csv").write_text("step,episodes,env/reward_mean,objective/kl\n1,2,0.5,0.25\n2,4,0.5,0.25\n")
         (run / "samples.jsonl").write_text('{"step": 1}\n{"step": 1}\n{"step": 2}\n')
-        (run / "before_after.md").write_text("| prompt |\n")
+        (run / "report.md").write_text("| prompt |\n")
         (run / "model" / "config.json").write_text("{}")
         save_file({"weight": torch.ones(2)}, run / "model" / "model.safetensors")
         for step in (1, 2):
@@ -75,7 +75,7 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the limit 
         (lambda: (RUN / "new.json").write_text("{") - 1, "killed/new.json is left, and not whole"),
         (lambda: (RUN / ".partial-x").touch(), "killed/.partial-x is left"),
         (lambda: shutil.rmtree(RUN / "model"), "model/config.json is gone"),
-        (lambda: (RUN / "before_after.md").unlink(), None),
+        (lambda: (RUN / "report.md").unlink(), None),
         (lambda: shutil.rmtree(RUN / "checkpoints" / "step-000001"), None),
         (lambda: shutil.rmtree(RUN / "checkpoints"), "killed has no whole checkpoint any more"),
         (lambda: Path("finished/config.json").write_text("{}") - 2, "finished/config.json has changed, and is none"),

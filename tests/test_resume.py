@@ -20,6 +20,7 @@ from config import PPOConfig
 from ppo import PPOTrainer
 from support.command_line import flags_to_go_on, new_run_folder, read_command_line
 from support.errors import UserError
+from support.evaluation import before_after_table, results_table
 from support.run_folder import RunFolder, RunLog
 from tests.test_train import rows, small_run, weights
 from tools.stress_resume import differences
@@ -114,7 +115,7 @@ def test_a_run_is_judged_with_other_settings_and_left_as_it_is(finished, tmp_pat
     assert main(["--eval_only", str(run_dir), *flags(WHEN_JUDGING)]) == 0
     after = contents(run_dir)
     changed = {path.name for path in before | after if before.get(path) != after.get(path)}
-    assert {"evaluation.json"} <= changed <= {"evaluation.json", "before_after.md"}
+    assert changed == {"evaluation.json", "results.json", "report.md", "environment.jsonl", "README.md"}
     was, now = (
         json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["after"] for folder in (finished, run_dir)
     )
@@ -135,9 +136,12 @@ def test_a_judgement_is_shown_by_all_files_that_hold_one(finished, tmp_path, mon
     """By as many samples as the earlier one; a folder that was copied without its curves has no picture."""
     run_dir, drawn = copy_of(finished, tmp_path), []
     monkeypatch.setattr("support.run_folder.draw", lambda runs, out: drawn.append(out))
-    (run_dir / "before_after.md").write_text("stale")
+    (run_dir / "report.md").write_text("stale")
     assert main(["--eval_only", str(run_dir)]) == 0
-    assert (run_dir / "before_after.md").read_bytes() == (finished / "before_after.md").read_bytes()
+    report = (run_dir / "report.md").read_text(encoding="utf-8")
+    results = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))
+    assert results_table(results) in report and before_after_table(results) in report
+    assert f"\n    python train_ppo.py --eval_only {run_dir}  # judged again\n" in report
     assert drawn == [run_dir / "rewards.png"]
     (run_dir / "metrics.csv").unlink()
     assert main(["--eval_only", str(run_dir)]) == 0
@@ -170,23 +174,35 @@ def test_latest_is_the_run_that_was_started_last(finished, tmp_path, monkeypatch
         shutil.copy(finished / "config.json", run_dir)
         os.utime(run_dir / "config.json", (time, time))
         (run_dir / "evaluation.json").write_text('{"steps": 3}')
-        for output in ("model", "rewards.png", "before_after.md"):
+        for output in ("model", "rewards.png", "report.md"):
             (run_dir / output).touch()
     (tmp_path / "runs" / "d").mkdir()
     assert main(["--resume", "latest"]) == 0
     assert capsys.readouterr().out == "runs/b is finished already, nothing is missing\n"
 
 
-@pytest.mark.parametrize("missing", ["model", "rewards.png", "before_after.md", "evaluation.json", "its step 3"])
+def test_a_finished_run_of_before_there_were_reports_gets_one_and_is_not_trained_again(finished, tmp_path, monkeypatch):
+    run_dir = copy_of(finished, tmp_path)
+    (run_dir / "report.md").rename(run_dir / "before_after.md")
+    (run_dir / "results.json").unlink()
+    monkeypatch.delattr(PPOTrainer, "step")
+    assert main(["--resume", str(run_dir)]) == 0
+    assert differences(finished, run_dir) == [] and not (run_dir / "before_after.md").exists()
+    verdict = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))["verdict"]
+    assert f"**{verdict}**" in (run_dir / "report.md").read_text(encoding="utf-8")
+    assert read_command_line(["--resume", str(run_dir)])[2] == "nothing"
+
+
+@pytest.mark.parametrize("missing", ["model", "rewards.png", "report.md", "evaluation.json", "its step 3"])
 def test_a_run_is_finished_only_with_its_steps_and_all_that_its_end_writes(finished, tmp_path, missing):
-    for name in {"model", "rewards.png", "before_after.md"} - {missing}:
+    for name in {"model", "rewards.png", "report.md"} - {missing}:
         (tmp_path / name).touch()
     if missing != "evaluation.json":
         (tmp_path / "evaluation.json").write_text(json.dumps({"steps": 2 if missing == "its step 3" else 3}))
     shutil.copy(finished / "config.json", tmp_path)
     assert read_command_line(["--resume", str(tmp_path)])[2] == "resume"
     (tmp_path / "evaluation.json").write_text('{"steps": 3}')
-    if missing in ("model", "rewards.png", "before_after.md"):
+    if missing in ("model", "rewards.png", "report.md"):
         (tmp_path / missing).touch()
     assert read_command_line(["--resume", str(tmp_path)])[2] == "nothing"
     assert read_command_line(["--resume", str(tmp_path), "--episodes", "49"])[2] == "resume"
@@ -214,7 +230,7 @@ def test_a_run_folder_runs_no_code_that_was_not_named_here(finished, tmp_path, m
     """Neither a function of any library, as a shell, nor a file that lies in the folder."""
     run_dir = copy_of(finished, tmp_path, reward=reward, prompts=["touch ran #"])
     (run_dir / "inside.py").write_text("open('ran', 'w')\nscore = len\n")
-    (run_dir / "before_after.md").unlink()  # not finished
+    (run_dir / "report.md").unlink()  # not finished
     monkeypatch.chdir(tmp_path)
     before = contents(tmp_path)
     for given in ([], ["--save_every" if mode == "resume" else "--eval_samples", "5"]):
@@ -308,7 +324,7 @@ def test_a_killed_run_goes_on_to_the_same_end(killed, moment, capsys):
 def test_what_a_kill_left_of_the_last_files_is_written_over(killed):
     whole, copies = killed
     run_dir = copies[-2]  # before the last file takes its place
-    assert [path.name for path in run_dir.glob(".partial-*")] == [".partial-before_after.md"]
+    assert [path.name for path in run_dir.glob(".partial-*")] == [".partial-report.md"]
     (run_dir / ".partial-model").mkdir()
     (run_dir / ".partial-model" / "model.safetensors").write_bytes(b"half")
     (run_dir / ".partial-model" / "leftover").touch()
@@ -394,7 +410,7 @@ def test_logs_are_on_disk_before_the_checkpoint_that_counts_on_them(tmp_path, mo
 
     folder = RunFolder(tmp_path / "run", PPOConfig(run_name="run"))
     engine = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
-    trainer = SimpleNamespace(n_steps=0, engine=engine)
+    trainer = SimpleNamespace(n_steps=0, engine=engine, n_parameters=2, n_trained=1)
     folder.open(trainer, resume=False)
     monkeypatch.setattr(os, "fsync", watched)
     monkeypatch.setattr("support.run_folder.save_checkpoint", lambda *_: order.append("checkpoint"))
@@ -559,7 +575,7 @@ def test_a_raised_run_that_was_stopped_is_not_finished(finished, tmp_path, monke
     out = capsys.readouterr().out
     assert out.startswith("32 completions more: 48 -> 80\n")
     assert f"stopped after step 4; go on with: python train_ppo.py --resume {run_dir}" in out
-    for name in ("model/model.safetensors", "evaluation.json", "before_after.md", "rewards.png"):
+    for name in ("model/model.safetensors", "evaluation.json", "report.md", "rewards.png"):
         assert (run_dir / name).read_bytes() == (finished / name).read_bytes()
     monkeypatch.setattr(PPOTrainer, "step", step)
     assert main(["--resume", str(run_dir)]) == 0

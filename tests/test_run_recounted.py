@@ -296,12 +296,18 @@ def test_the_screen_shows_what_the_files_hold(run):
     ):
         assert re.search(rf"^{what} +{old} +{new}$", run.printed, re.MULTILINE), what
     assert f"gain {found['gain']:.2f} (standard error {found['gain_se']:.2f}, of judging" in run.printed
-    table = (run.folder / "before_after.md").read_text(encoding="utf-8")
-    assert run.printed.endswith(f"\n{table}\nmodel, metrics and pictures are in {run.folder}\n")
+    table = "\n".join(completions_table(run))
+    assert run.printed.endswith(f"\n{table}\n\nmodel, metrics and report.md are in {run.folder}\n")
+
+
+def completions_table(run) -> list[str]:
+    lines = (run.folder / "report.md").read_text(encoding="utf-8").splitlines()
+    start = lines.index("## The first 5 completions, before and after") + 2
+    return lines[start : lines.index("", start)]
 
 
 def test_the_table_shows_the_same_draws_before_and_after(run):
-    lines = (run.folder / "before_after.md").read_text(encoding="utf-8").splitlines()
+    lines = completions_table(run)
     pairs = list(zip(run.evaluation["before"]["samples"], run.evaluation["after"]["samples"]))[:5]
     assert lines[0] == "| prompt | before | score | after | score |" and len(lines) == 7
     assert lines[2:] == [f"| {p} | {old} | {s:.2f} | {new} | {t:.2f} |" for (p, old, s), (_, new, t) in pairs]

@@ -56,7 +56,7 @@ def test_the_saved_model_writes_reviews_in_plain_transformers(finished):
 
 def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path, capsys):
     run_dir = shutil.copytree(finished, tmp_path / "cut")
-    (run_dir / "before_after.md").unlink()
+    (run_dir / "report.md").unlink()
     file = run_dir / "checkpoints" / "step-000003" / "policy.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     assert main(["--resume", str(run_dir)]) == 0
@@ -184,7 +184,7 @@ def test_ctrl_c_ends_an_evaluation_at_once(in_folder, demo, call, capfd):
     reward = reward_with_signal(in_folder, call, signal.SIGINT)
     code, run_dir = small_run(in_folder, "--reward", reward)
     assert code == 130 and capfd.readouterr().err.endswith("\nstopped\n")
-    assert (run_dir / "model").exists() == (call == 6) and not (run_dir / "before_after.md").exists()
+    assert (run_dir / "model").exists() == (call == 6) and not (run_dir / "report.md").exists()
     assert call == 1 or main(["--resume", str(run_dir), "--reward", reward]) == 0
 
 
@@ -347,7 +347,7 @@ def test_a_run_says_what_it_is_in_the_order_of_its_work(in_folder, demo, capsys)
         "step 2, mean reward",
         "mean reward",
     )
-    places = [out.index(part) for part in (*said, "| prompt | before", f"pictures are in {run_dir}")]
+    places = [out.index(part) for part in (*said, "| prompt | before", f"report.md are in {run_dir}")]
     assert places == sorted(places) and "processes" not in out and out.count("step 2, mean reward") == 1
     assert "step 1, mean" not in out and "step 3, mean" not in out
 

@@ -323,6 +323,12 @@ BROKEN = [  # (what was done, how, command, part of the line)
         "--resume run --episodes 64",
         "line 2 of run/samples.jsonl is damaged: it is no JSON",
     ),
+    (
+        "a start that is no JSON",
+        write("run/environment.jsonl", '{"step": 1}\nnice!\n'),
+        "--resume run --episodes 64",
+        "line 2 of run/environment.jsonl is damaged: it is no JSON",
+    ),
     ("evaluation cut off", cut("run/evaluation.json"), "--resume run --episodes 64", "is damaged: it is no JSON"),
     (
         "evaluation without the model before training",

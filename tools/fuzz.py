@@ -10,7 +10,7 @@ work, Ctrl-C. Then must hold:
 - the exit code is 0; or 2, with one line that begins with `PROGRAM: error: ` and is the last; or 130 after Ctrl-C;
 - no traceback was printed;
 - each file that was whole is whole: JSON and logs can be read, weights and pictures open, a checkpoint has its hashes;
-- no file is gone but checkpoints, of which a whole one is left if there was any, and before_after.md, made at the end;
+- no file is gone but checkpoints, of which a whole one is left if there was any, and report.md, made at the end;
 - models, and runs that the command does not name, are as they were; logs that nothing was done to begin with step 1.
 
 Prints a line for each case in which one of these does not hold; exit code 1 if there was any. Needs fork(), as Linux
@@ -89,7 +89,7 @@ SOURCES = [  # of a reward function; the first one's RETURNS is one of those
     "import argparse; argparse.ArgumentParser().parse_args(['--x'])\n",
     "class score: pass\n",
 ]
-MAY_VANISH = {"before_after.md", ".lock"}  # the end of a run takes the first away before it makes its own
+MAY_VANISH = {"report.md", ".lock"}  # the end of a run takes the first away before it makes its own
 
 
 # ----------------------------------------------------------------------------------------------
@@ -420,7 +420,7 @@ def make_files(place: Path) -> None:
     killed = shutil.copytree(place / "finished", place / "killed")
     for name in ("model", "checkpoints/step-000003"):
         shutil.rmtree(killed / name, ignore_errors=True)
-    for name in ("rewards.png", "before_after.md"):
+    for name in ("rewards.png", "results.json", "report.md"):
         (killed / name).unlink()
     before = json.loads((killed / "evaluation.json").read_text(encoding="utf-8"))["before"]
     (killed / "evaluation.json").write_text(json.dumps({"before": before}), encoding="utf-8")

@@ -89,7 +89,7 @@ def differences(one: Path, other: Path) -> list[str]:
             tables.append([{k: v for k, v in row.items() if not k.startswith("time/")} for row in csv.DictReader(file)])
     if tables[0] != tables[1]:
         found.append("metrics.csv")
-    for name in ("samples.jsonl", "model/model.safetensors", "evaluation.json", "before_after.md"):
+    for name in ("samples.jsonl", "model/model.safetensors", "evaluation.json", "results.json"):
         if (one / name).read_bytes() != (other / name).read_bytes():
             found.append(name)
     return found

@@ -26,14 +26,14 @@ ELASTIC = "--nnodes 1:2 --max-restarts 3 --rdzv-backend c10d --rdzv-id job --rdz
 ELASTIC += " --rdzv-conf is_host={is_host} --local-addr 10.77.0.{number}"
 SCENARIOS = {  # the event, each machine's exit code (None: not awaited), what the first one says
     # join: the second machine is started when the first is at work alone; both go on with the same run
-    "plain": (None, [0, 0], "model, metrics and pictures are in runs/job"),
+    "plain": (None, [0, 0], "model, metrics and report.md are in runs/job"),
     "eval_only": ("judge", [0, 0], "mean reward"),
     "kill": (
         "kill",
         [1, None],
         r"is gone: it has closed its connection.*the newest checkpoint is runs/job/checkpoints",
     ),
-    "join": ("join", [0, 0], r"(?s)\non cpu in float32.*2 processes, each on cpu.*pictures are in runs/job"),
+    "join": ("join", [0, 0], r"(?s)\non cpu in float32.*2 processes, each on cpu.*report.md are in runs/job"),
     "vanish": ("cut", [1, None], r"is gone: it did not answer for 10 s.*the newest checkpoint is runs/job/checkpoints"),
 }
 

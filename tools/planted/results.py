@@ -145,8 +145,8 @@ BUGS = [  # (file, what stands there, the bug)
     ("support/evaluation.py", 'if run["gain"] is not None:', "if True:"),
     (
         "support/evaluation.py",
-        "{before[key]:>10{form}}{after[key]:>10{form}}",
-        "{after[key]:>10{form}}{before[key]:>10{form}}",
+        "before[key], after[key], limit.get(key)",
+        "after[key], before[key], limit.get(key)",
     ),
     (
         "support/evaluation.py",
@@ -155,8 +155,8 @@ BUGS = [  # (file, what stands there, the bug)
     ),
     (
         "support/evaluation.py",
-        "{result['J_before']:>10{of_scores}}{result['J']:>10{of_scores}}",
-        "{result['J']:>10{of_scores}}{result['J_before']:>10{of_scores}}",
+        'result["J_before"], result["J"], limit',
+        'result["J"], result["J_before"], limit',
     ),
     ("support/evaluation.py", 'if "J" in result:', 'if result["gain"] is not None:'),
     ("support/evaluation.py", '>= max(3, 0.01 * judged["n"])', '> max(3, 0.01 * judged["n"])'),
@@ -166,7 +166,9 @@ BUGS = [  # (file, what stands there, the bug)
         "{old} | {old_score:.{digits}f} | {new} | {new_score:.{digits}f}",
         "{old} | {new_score:.{digits}f} | {new} | {old_score:.{digits}f}",
     ),
-    ("support/evaluation.py", '" ".join(text.split())', "text.strip()"),
+    ("support/figures.py", '" ".join(text.split())', "text.strip()"),
+    ("support/figures.py", "_\\[<|~&])", "_\\[|~&])"),
+    ("support/evaluation.py", 'of_samples = ("samples", "kls")', 'of_samples = ("kls",)'),
     ("support/evaluation.py", "ensure_ascii=False, indent=1", "indent=1"),
     ("support/evaluation.py", "write_whole(path, json", "path.write_text(json"),
     ("support/reading.py", ".rfind(b", ".find(b"),
