@@ -7,6 +7,7 @@
     python train_ppo.py --reward my_reward:score         your own function of texts
     python train_ppo.py --resume runs/NAME               go on after a stop
     python train_ppo.py --eval_only runs/NAME            judge a saved model again
+    python train_ppo.py --complete runs/NAME --prompts "这家店" "昨天"     its model on any prompts, before and after
     torchrun --nproc-per-node 8 train_ppo.py             on eight GPUs; --batch_size stays that of all together
     python train_ppo.py --help                           every hyperparameter; config.py explains them
 
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from config import PPOConfig
 from support import collectives, meeting, tracking
-from support.command_line import flags_to_go_on, how_to_go_on, read_command_line
+from support.command_line import flags_to_go_on, how_to_go_on, is_finished, read_command_line
 from support.errors import UserError, first_line, is_out_of_memory
 from support.load import input_hashes, load
 from support.settings import total_steps
@@ -113,7 +114,6 @@ def draw_prompts(n_prompts: int, seed: int, step: int, batch_size: int) -> list[
 def judge_again(config: PPOConfig, run_dir: Path, argv: list[str]) -> int:
     """Judge the saved model of a run, and train nothing; the exit code."""
     from support.evaluation import evaluate, noise
-    from support.models import load_gpt2_config, load_policy
     from support.run_folder import RunFolder
     from support.text_trainer import TextPPOTrainer
 
@@ -125,11 +125,7 @@ def judge_again(config: PPOConfig, run_dir: Path, argv: list[str]) -> int:
     results = folder.read_evaluation(prompts)
     earlier = (results.get("after") or {"n": 0})["n"]
     trainer = TextPPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
-    weights = collectives.broadcast_from_rank_0(
-        lambda: load_policy(run_dir / "model", load_gpt2_config(run_dir / "model")).state_dict()
-    )
-    saved = copy.deepcopy(policy)
-    saved.load_state_dict(weights)
+    saved = saved_policy(run_dir, policy)
     with folder.errors_explained(trainer):
         for when, model in (("before", trainer.ref_model), ("after", saved)):
             results[when] = evaluate(trainer, model, reward, prompts)
@@ -143,6 +139,52 @@ def judge_again(config: PPOConfig, run_dir: Path, argv: list[str]) -> int:
     return 0
 
 
+def saved_policy(run_dir: Path, policy):
+    """A copy of the policy with the weights of a run's saved model, which only rank 0 needs to have."""
+    from support.models import load_gpt2_config, load_policy
+
+    weights = collectives.broadcast_from_rank_0(
+        lambda: load_policy(run_dir / "model", load_gpt2_config(run_dir / "model")).state_dict()
+    )
+    saved = copy.deepcopy(policy)
+    saved.load_state_dict(weights)
+    return saved
+
+
+def complete(config: PPOConfig, run_dir: Path) -> int:
+    """Print completions by the model of a run before training and now, of the same draws, with their rewards; the exit
+    code. The run may be at work; nothing in its folder changes."""
+    from support.checkpoint import load_checkpoint
+    from support.evaluation import SEED, before_after_table, sample_and_score
+    from support.run_folder import RunFolder
+    from support.text_trainer import TextPPOTrainer
+
+    folder = RunFolder(run_dir, config)
+    policy, tokenizer, reward, prompts = load(config)
+    inputs = input_hashes(config, policy, tokenizer, reward, prompts)
+    folder.inputs = {name: value for name, value in inputs.items() if name != "the hash of the prompts"}
+    folder.compare_inputs()
+    trainer = TextPPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
+    finished, saved = collectives.broadcast_from_rank_0(
+        lambda: (is_finished(run_dir, config), (run_dir / "model").exists())
+    )
+    if not finished:
+        load_checkpoint(trainer, run_dir / "checkpoints")
+    if not trainer.n_steps and not saved:
+        raise UserError(f"{run_dir} has no checkpoint yet, and no model; wait for one, see --save_every_minutes")
+    now = trainer.policy_for_saving if trainer.n_steps else saved_policy(run_dir, policy)
+
+    table = {}
+    for when, model in (("before", trainer.ref_model), ("after", now)):
+        index, *_, texts, scores = sample_and_score(trainer, model, reward, prompts, config.eval_samples, SEED, 0)
+        rows = sorted(zip(index, range(len(texts))))  # prompt by prompt
+        table[when] = {"samples": [(prompts[prompt], texts[row], scores[row].item()) for prompt, row in rows]}
+    if folder.writes:
+        where = f"step {trainer.n_steps} of {total_steps(config)}" if trainer.n_steps else "training"
+        print(f"\nbefore training, and after {where}:\n\n{before_after_table(table, config.eval_samples)}")
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the program; the exit code."""
     config = run_dir = mode = None
@@ -153,6 +195,8 @@ def main(argv: list[str] | None = None) -> int:
         meeting.set_timeout(config.process_timeout)
         if mode == "nothing":
             return 0
+        if mode == "complete":
+            return complete(config, run_dir)
         if mode == "eval_only":
             return judge_again(config, run_dir, argv)
         return train(config, run_dir, mode == "resume", argv)
@@ -168,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
             meeting.say_why(f"out of memory ({first_line(error)}); {lower}")
             return 2
         if lost := meeting.lost_process(error):
-            meeting.say_why(f"{lost}; {how_to_go_on(run_dir if mode != 'eval_only' else None, config)}")
+            meeting.say_why(f"{lost}; {how_to_go_on(run_dir if mode in ('train', 'resume') else None, config)}")
             return 1
         raise
     finally:

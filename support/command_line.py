@@ -1,5 +1,6 @@
 """What the command line asks for: the config, the folder of the run, and what to do there."""
 
+import argparse
 import dataclasses
 import os
 import re
@@ -12,7 +13,7 @@ from config import PPOConfig
 from support import collectives, meeting
 from support.errors import UserError
 from support.reading import path_errors, read_evaluation
-from support.settings import check, import_function, load_config, parse_args, total_steps
+from support.settings import check, import_function, load_config, parse_args, read_prompts, total_steps
 from support.tracking import check_installed
 
 # Settings that may differ when a run goes on, since none of them changes what it computes (but for how long); and
@@ -20,6 +21,7 @@ from support.tracking import check_installed
 HARMLESS = {"runs_dir", "device", "log_samples_every", "save_every", "save_every_minutes", "keep_checkpoints"}
 HARMLESS |= {"process_timeout", "micro_batch_size", "episodes", "track"}
 FOR_JUDGING = {"runs_dir", "device", "dtype", "process_timeout", "micro_batch_size", "eval_samples"}
+FOR_COMPLETING = FOR_JUDGING - {"eval_samples"} | {"prompts", "prompts_file"}
 FINAL = ("model", "rewards.png", "report.md")  # what the end of a run writes, the last of them last
 
 JOB_FILE = ".torchrun-id"  # below torchrun the job that a run folder belongs to
@@ -27,9 +29,18 @@ JOB_FILE = ".torchrun-id"  # below torchrun the job that a run folder belongs to
 
 @path_errors()
 def read_command_line(argv: list[str]) -> tuple[PPOConfig, Path, str]:
-    """The config, the run folder, and 'train', 'resume', 'eval_only' or 'nothing'. UserError for bad input."""
+    """The config, the run folder, and 'train', 'resume', 'eval_only', 'complete' or 'nothing'. UserError for bad input.
+
+    For 'complete' the config's eval_samples are the completions of all prompts together.
+    """
+    complete, n, argv = parse_complete(argv)
     config, given = parse_args(argv)
-    if config.eval_only is not None:
+    if complete is not None:
+        run_dir, mode = find_run_folder(config, complete), "complete"
+        given |= {"prompts_file"} if "prompts" in given else set()  # of which the run may have one
+        config = saved_config(run_dir, config, given, FOR_COMPLETING)
+        config.eval_samples = n * len(read_prompts(config))
+    elif config.eval_only is not None:
         run_dir, mode = find_run_folder(config, config.eval_only), "eval_only"
         config = saved_config(run_dir, config, given - {"eval_only"}, FOR_JUDGING)
     elif config.resume is not None:
@@ -57,10 +68,28 @@ def read_command_line(argv: list[str]) -> tuple[PPOConfig, Path, str]:
     if config.track != "none" and mode in ("train", "resume"):
         check_installed(config.track)
     for name in ("batch_size", "minibatch_size"):
-        if mode != "eval_only" and getattr(config, name) % collectives.world_size():
+        if mode not in ("eval_only", "complete") and getattr(config, name) % collectives.world_size():
             share = f"the {collectives.world_size()} processes, each of which takes an equal share"
             raise UserError(f"--{name} {getattr(config, name)} does not divide by {share}")
     return config, run_dir, mode
+
+
+def parse_complete(argv: list[str]) -> tuple[str | None, int, list[str]]:
+    """--complete and --n, which are no settings of a run, and all other arguments. UserError where they are wrong."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UserError(f"{message}; write --complete runs/NAME --n 5")
+
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--complete")
+    parser.add_argument("--n", type=int)
+    asked, others = parser.parse_known_args(argv)
+    if asked.n is not None and asked.complete is None:
+        raise UserError("--n is how many completions of each prompt --complete shows; give it a run folder")
+    if asked.n is not None and not 1 <= asked.n <= 10_000:
+        raise UserError(f"--n must be at least 1 and at most 10000, not {asked.n}")
+    return asked.complete, asked.n or 5, others
 
 
 def new_run_folder(config: PPOConfig) -> Path:

@@ -351,13 +351,13 @@ def commonest(evaluation: dict) -> str:
     return "\n".join(lines)
 
 
-def before_after_table(evaluation: dict) -> str:
+def before_after_table(evaluation: dict, shown: int = SHOWN) -> str:
     """A few completions of the same random draws before and after training, as a Markdown table."""
     digits = decimals(spread(evaluation["before"]))
     lines = ["| prompt | before | score | after | score |", "| --- | --- | --- | --- | --- |"]
     for (prompt, old, old_score), (_, new, new_score) in list(
         zip(evaluation["before"]["samples"], evaluation["after"]["samples"])
-    )[:SHOWN]:
+    )[:shown]:
         prompt, old, new = map(in_markdown, (prompt, old, new))
         lines.append(f"| {prompt} | {old} | {old_score:.{digits}f} | {new} | {new_score:.{digits}f} |")
     return "\n".join(lines)

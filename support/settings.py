@@ -28,6 +28,7 @@ DESCRIPTION = """Train a Chinese GPT-2 with PPO towards texts that a reward like
 
   python train_ppo.py --preset demo
   python train_ppo.py --model_name DIR --reward_model_name DIR --lr 3e-5 --prompts "刚收到货,感觉" "这部电影很"
+  python train_ppo.py --complete runs/NAME --prompts "这家店" "昨天" --n 5     (a model, before and after)
 """
 
 

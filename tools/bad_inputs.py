@@ -66,6 +66,9 @@ FLAGS = [  # (flags, part of the line)
     ("--resume runs/nothing", "is no run folder"),
     ("--resume latest --runs_dir nowhere", "no run to resume"),
     ("--eval_only runs/nothing", "is no run folder"),
+    ("--complete runs/nothing", "is no run folder"),
+    ("--complete run --n 0", "--n must be at least 1"),
+    ("--n 3", "--n is how many completions of each prompt --complete shows"),
 ]
 
 
@@ -269,6 +272,12 @@ BROKEN = [  # (what was done, how, command, part of the line)
         edit("run/config.json", reward="subprocess:getoutput"),
         "--eval_only run",
         "python train_ppo.py --eval_only run --reward subprocess:getoutput",
+    ),
+    (
+        "value head cut off",
+        cut("run/model/value_head.safetensors"),
+        "--eval_only run",
+        "is no value head of this model",
     ),
     (
         "run config of another program",

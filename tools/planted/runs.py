@@ -1,17 +1,30 @@
 """Bugs in the loop, the run folder, resuming."""
 
 NEAREST = {  # file: the tests nearest to it
-    "train_ppo.py": "any_reward run_recounted resume train faults tracking",
+    "train_ppo.py": "complete any_reward run_recounted resume train faults tracking",
     "support/run_folder.py": "any_reward run_recounted resume train faults tracking",
     "support/report.py": "report run_recounted resume",
     "support/checkpoint.py": "checkpoint strangers faults resume run_recounted",
-    "support/command_line.py": "any_reward resume train faults tracking",
+    "support/command_line.py": "complete any_reward resume train faults tracking",
     "support/signals.py": "train resume faults",
     "support/streams.py": "faults strangers train",
     "support/writing.py": "writing faults resume plot",
     "support/tracking.py": "tracking",
 }
 BUGS = [  # (file, what stands there, the bug)
+    ("train_ppo.py", "    if not finished:\n        load_checkpoint", "    if not saved:\n        load_checkpoint"),
+    ("train_ppo.py", "now = trainer.policy_for_saving if", "now = trainer.model if"),
+    (
+        "train_ppo.py",
+        "prompts, config.eval_samples, SEED, 0)\n        rows",
+        "prompts, config.eval_samples, 1, 0)\n        rows",
+    ),
+    ("train_ppo.py", "rows = sorted(zip(index, range(len(texts))))", "rows = list(zip(index, range(len(texts))))"),
+    ("train_ppo.py", "    folder.compare_inputs()\n    trainer = TextPPOTrainer", "    trainer = TextPPOTrainer"),
+    ("train_ppo.py", 'items() if name != "the hash of the prompts"}', "items()}"),
+    ("support/command_line.py", 'given |= {"prompts_file"} if "prompts" in given else set()', "given |= set()"),
+    ("support/command_line.py", "n * len(read_prompts(config))", "n"),
+    ("support/command_line.py", 'FOR_JUDGING - {"eval_samples"} |', "FOR_JUDGING |"),
     ("support/tracking.py", "spec is None or spec.origin is None", "spec is None"),
     ("support/tracking.py", "if not self.told and self.connection", "if self.connection"),
     (
@@ -93,7 +106,7 @@ BUGS = [  # (file, what stands there, the bug)
         '*(["--reward", config.reward] if config.reward else [])',
         "",
     ),
-    ("support/command_line.py", '        if mode != "eval_only" and getattr', "        if getattr"),
+    ("support/command_line.py", '        if mode not in ("eval_only", "complete") and getattr', "        if getattr"),
     (
         "train_ppo.py",
         "drawn = draw_prompts(len(prompts), config.seed, step, config.batch_size)",
@@ -219,7 +232,7 @@ BUGS = [  # (file, what stands there, the bug)
     ("support/run_folder.py", 'if not name.endswith("_name demo")', ""),
     ("support/run_folder.py", "before.get(name, now[name]) != now[name]", "before.get(name) != now[name]"),
     ("support/run_folder.py", "-{hash_of(content)}{file.suffix}", "{file.suffix}"),
-    ("train_ppo.py", "    folder.compare_inputs()\n", ""),
+    ("train_ppo.py", "    folder.compare_inputs()\n    results", "    results"),
     ("support/run_folder.py", '((self.path / "model").exists() or (logged', "((logged"),
     ("support/run_folder.py", "if last_step > (logged :=", "if last_step >= (logged :="),
     ("support/compare.py", "if len(set(names)) < len(names):", "if False:"),
