@@ -1,12 +1,12 @@
 """Bugs in judging and drawing."""
 
 NEAREST = {  # file: the tests nearest to it
-    "support/evaluation.py": "evaluation judging train bad_inputs",
+    "support/evaluation.py": "evaluation judging report train bad_inputs",
     "plot_rewards.py": "plot compare",
     "support/compare.py": "compare plot resume",
     "support/prospect.py": "prospect any_reward",
     "support/alarms.py": "alarms any_reward",
-    "support/figures.py": "evaluation train",
+    "support/figures.py": "evaluation report train",
     "support/reading.py": "plot faults config resume",
 }
 BUGS = [  # (file, what stands there, the bug)
