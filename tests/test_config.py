@@ -384,7 +384,7 @@ def test_help_in_a_fresh_process_loads_no_model_library():
     kl = result.stdout.split("KL to the reference (Ziegler et al. 2019, section 2.2):")[1].split("\n\n")[0]
     assert re.findall(r"\n  --(\w+) ", kl) == ["init_kl_coef", "kl_budget", "kl_controller", "target", "horizon"]
     assert result.stdout.startswith("usage: python train_ppo.py [--NAME VALUE ...]\n\n")
-    assert result.stdout.count("\n  python train_ppo.py --") == 2
+    assert result.stdout.count("\n  python train_ppo.py --") == 3
     assert "--no_detach_value Sets --detach_value to False." in text
 
 
