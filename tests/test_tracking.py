@@ -252,9 +252,8 @@ def test_a_package_that_is_not_there_is_one_line_before_anything_is_loaded(tmp_p
     assert read_command_line(["--resume", str(finished), "--track", "swanlab"])[2] == "nothing"
 
 
-def test_a_run_is_tracked_from_its_first_step_to_its_results(tmp_path, trackers, demo, capsys):
-    """With the KL coefficient that --kl_budget found; a package that fails costs the run nothing; --resume takes the
-    package from the run's settings."""
+def test_a_run_is_tracked_from_its_first_step_to_its_results(tmp_path, trackers, demo):
+    """With the KL coefficient that --kl_budget found."""
     code, run_dir = small_run(tmp_path, "--track", "wandb", "--kl_budget", "0.4", "--log_samples_every", "1")
     assert code == 0 and tracking.tracker is None
     config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
@@ -262,13 +261,27 @@ def test_a_run_is_tracked_from_its_first_step_to_its_results(tmp_path, trackers,
     *steps, (results, _) = logged(trackers, "wandb")
     assert [len(data.pop("samples")["data"]) for data, _ in steps] == [16] * 3
     assert {step: data for data, step in steps} == expected_rows(run_dir) and "evaluation/after/reward" in results
-    assert "not as the preset demo: " in capsys.readouterr().out.replace("track wandb", "")
+    assert "track" not in json.loads((run_dir / "changes.json").read_text(encoding="utf-8"))
 
+
+def test_a_failure_is_told_while_the_run_goes_on(run_dir, trackers, monkeypatch, capsys):
+    """Which took the package from its settings. It costs the run nothing."""
+    config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+    (run_dir / "config.json").write_text(json.dumps(config | {"track": "wandb"}), encoding="utf-8")
     (trackers / "wandb.py").write_text("1 / 0\n")
-    assert main(["--resume", str(run_dir), "--episodes", "64"]) == 0
-    out = capsys.readouterr().out
-    assert out.count("warning: wandb tracks this run no more (ZeroDivisionError: division by zero)") == 1
-    assert len(expected_rows(run_dir)) == 4
+    start, finish = tracking.start, tracking.finish
+
+    def start_and_fail(*what):
+        start(*what)
+        tracking.tracker.process.join()
+
+    monkeypatch.setattr(tracking, "start", start_and_fail)
+    monkeypatch.setattr(tracking, "finish", lambda: None)
+    assert main(["--resume", str(run_dir), "--episodes", "80"]) == 0
+    told = "warning: wandb tracks this run no more (ZeroDivisionError: division by zero)"
+    assert capsys.readouterr().out.count(told) == 1 and len(expected_rows(run_dir)) == 5
+    finish()
+    assert capsys.readouterr().out == ""
 
 
 def test_only_rank_0_tracks_and_only_where_it_is_asked_for(run_dir, trackers, monkeypatch):
