@@ -190,6 +190,8 @@ def save_policy(model: GPT2HeadWithValueModel, tokenizer, folder: Path, temperat
         gpt2 = GPT2LMHeadModel(model.config)
     weights = {name: weight for name, weight in model.state_dict().items() if not name.startswith("v_head.")}
     gpt2.load_state_dict(weights, assign=True)
+    # Early 5.x pipelines prefer their own 256 tokens to those of generation_config.json
+    gpt2.config.task_specific_params = {"text-generation": {"max_new_tokens": gen_len}}
     with quiet_transformers():
         gpt2.save_pretrained(folder)
     save_file(model.v_head.state_dict(), folder / VALUE_HEAD)
