@@ -24,8 +24,8 @@ BUGS = [  # (file, what stands there, the bug)
     ("support/models.py", 'items() if not name.startswith("v_head.")}', "items()}"),
     (
         "support/models.py",
-        "        try:\n            model.v_head.load",
-        "        if True:\n            model.v_head.load",
+        'except Exception as error:\n            raise UserError(f"{folder / VALUE_HEAD}',
+        'except KeyError as error:\n            raise UserError(f"{folder / VALUE_HEAD}',
     ),
     ("support/text_trainer.py", "dataclasses.replace(config, model_name=str(name))", "dataclasses.replace(config)"),
     ("support/text_trainer.py", "self.example = texts[0] if", "self.example = texts[-1] if"),
