@@ -1,7 +1,7 @@
 """Bugs in judging and drawing."""
 
 NEAREST = {  # file: the tests nearest to it
-    "support/evaluation.py": "evaluation judging report train bad_inputs",
+    "support/evaluation.py": "evaluation any_reward judging report train bad_inputs",
     "plot_rewards.py": "plot compare",
     "support/compare.py": "compare plot resume",
     "support/prospect.py": "prospect any_reward",
