@@ -169,7 +169,8 @@ def test_a_checkpoint_is_due_by_time_too(tmp_path, monkeypatch):
     clock, saved = [0.0], []
     monkeypatch.setattr(run_folder, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(run_folder, "save_checkpoint", lambda *_: saved.append(clock[0]))
-    trainer = SimpleNamespace(n_steps=0, engine=SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32))
+    engine = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+    trainer = SimpleNamespace(n_steps=0, n_trained=1, n_parameters=2, engine=engine)
     for minutes, expected in ((10.0, [12 * 60, 24 * 60]), (0.0, [])):
         clock[0] = 0.0
         saved.clear()
