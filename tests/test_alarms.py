@@ -25,7 +25,7 @@ def told(*changes: dict, kl_limit=0.4, **config) -> list[tuple[int, str]]:
 
 
 def test_a_healthy_run_raises_none():
-    late = {"ppo/policy/approxkl": 4e-5, "env/reward_std": 0.0, "objective/entropy": 1.5, "tokens/unique_share": 0.85}
+    late = {"ppo/policy/approxkl": 4e-5, "env/reward_std": 0.0, "objective/entropy": 1.1, "tokens/unique_share": 0.5}
     assert told({}, {}, *[late] * 10) == []
 
 
@@ -52,8 +52,8 @@ def test_an_alarm_is_told_once_and_another_after_it():
     ("change", "alarm"),
     [
         ({"objective/kl": 2.1}, "far away"),
-        ({"objective/entropy": 1.3}, "narrow"),
-        ({"tokens/unique_share": 0.79}, "alike"),
+        ({"objective/entropy": 0.99}, "narrow"),
+        ({"tokens/unique_share": 0.39}, "alike"),
     ],
 )
 def test_what_comes_by_chance_is_a_mean_over_five_steps(change, alarm):
