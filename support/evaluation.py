@@ -251,6 +251,8 @@ def verdict(results: dict, config) -> str:
     kl, share, limit = after["kl"], result["gain"], result.get("limit")
     collapsed = after["unique"] < results["before"]["unique"] / 2
     if share is None:
+        if result["why"] == "the rewards are equal" and after["reward"] > result["J_before"]:
+            return "gain unknown: all rewards before training were equal; some are higher now"
         if result["why"] == "too few samples" and collapsed:
             return (
                 f"hacked: KL {two_digits(kl)}, and {after['unique']:.0%} of the texts are unique; try --kl_budget 0.4"
@@ -264,12 +266,13 @@ def verdict(results: dict, config) -> str:
         return f"hacked: {spent}; try {calmer if share < GOOD else 'a higher --init_kl_coef'}"
     if (error := result["gain_se"]) > UNSURE and abs(share - GOOD) < 2 * error:
         needed = power_of_two(len(after["samples"]) * (2 * error / UNSURE) ** 2)
-        return UNKNOWN["too few samples"].format(samples=needed)
+        return f"good or short, which these samples cannot tell: --eval_only with --eval_samples {needed} would"
     if share >= GOOD:
         return f"good: {got}"
     bought = after["reward"] - result["J_before"]
     buyable = min(point["reward"] + point["beta"] * (kl - point["kl"]) for point in results["frontier"])
-    if kl > CLOSE * limit["kl"] or bought < 0.5 * (buyable - result["J_before"]):
+    luck = 2 * error * (limit["J"] - result["J_before"])
+    if kl > CLOSE * limit["kl"] or bought + luck < 0.5 * (buyable - result["J_before"]):
         return f"wasted KL: {spent}; try {calmer}"
     return f"short: {got}; go on with more --episodes"
 

@@ -355,7 +355,8 @@ def verdict_on(reward, kl, beta=1.0, before=NORMAL, unit=1.0, noise=0.0, unique=
         (0.24, 0.1, "short: 28% of what is possible; go on with more --episodes"),
         (1.0, 0.74, "short: 52% of what is possible; go on with more --episodes"),
         (1.0, 0.76, "wasted KL: KL 0.76 where 0.5 is worth it; try a lower --lr"),
-        (0.2, 0.1, "wasted KL: KL 0.1 where 0.5 is worth it; try a lower --lr"),  # it buys 0.45
+        (0.15, 0.1, "wasted KL: KL 0.1 where 0.5 is worth it; try a lower --lr"),  # it buys 0.45
+        (0.21, 0.1, "short: 22% of what is possible; go on with more --episodes"),  # half of that, but for luck
         (0.9, 1.0, "wasted KL: KL 1 where 0.5 is worth it; try a lower --lr"),
         (0.95, 1.1, "wasted KL: KL 1.1 where 0.5 is worth it; try a lower --lr"),
         (1.3, 1.1, "hacked: KL 1.1 where 0.5 is worth it; try a lower --lr"),
@@ -378,6 +379,11 @@ def test_far_away_few_texts_are_a_hack_whatever_they_earn():
     assert verdict_on(0.95, 0.9, unique=0.39).startswith("wasted KL")
 
 
+def test_rewards_that_were_equal_and_are_no_more_are_not_nothing_to_learn():
+    said = "gain unknown: all rewards before training were equal; some are higher now"
+    assert verdict_on(0.07, 0.3, before=[0.0] * 2000) == said
+
+
 def test_few_texts_are_a_hack_where_the_limit_is_not_known():
     few = [0.0, 1.0] * 25
     said = "hacked: KL 6.1, and 8% of the texts are unique; try --kl_budget 0.4"
@@ -392,7 +398,7 @@ def test_small_minibatches_are_what_wastes_kl():
 
 
 def test_a_verdict_waits_for_samples_where_a_good_run_and_a_short_one_look_alike():
-    more = "gain unknown: judge again by more samples, with --eval_only and --eval_samples 16384"
+    more = "good or short, which these samples cannot tell: --eval_only with --eval_samples 16384 would"
     assert verdict_on(0.9, 0.5, noise=4.5) == more  # a standard error of 0.1 in J, of 1/2: 2 * 0.2 / 0.15 squared
     assert verdict_on(0.9, 0.5, noise=2.5).startswith("good")
     assert verdict_on(0.2, 0.5, noise=4.5).startswith("wasted")  # 0.7 is far from -0.6
@@ -405,7 +411,7 @@ def test_a_verdict_waits_for_samples_where_a_good_run_and_a_short_one_look_alike
         (0.05, NORMAL, "hacked, or about to be: at this --init_kl_coef the best policy writes a handful of texts; "
          "KL is 11; try --kl_budget 0.4"),
         (100.0, NORMAL, "unmoved: at this --init_kl_coef hardly any KL is worth it; try --kl_budget 0.4"),
-        (1.0, [0.25] * 2000, "nothing to learn: all completions of a prompt have the same reward; change --reward"),
+        (1.0, [50.0] * 2000, "nothing to learn: all completions of a prompt have the same reward; change --reward"),
         (1.0, [0.0, 1.0] * 25, "gain unknown: judge again by more samples, with --eval_only and --eval_samples 256"),
         (0.0, NORMAL, "no limit: KL, 11 now, has no price; try --kl_budget 0.4"),
     ],

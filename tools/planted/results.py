@@ -116,7 +116,7 @@ BUGS = [  # (file, what stands there, the bug)
     ("support/evaluation.py", "> UNSURE and abs(share - GOOD) < 2 * error", "> UNSURE"),
     ("support/evaluation.py", "if share >= GOOD:", 'if after["reward"] >= GOOD:'),
     ("support/evaluation.py", 'kl > CLOSE * limit["kl"] or', 'kl > FAR * limit["kl"] or'),
-    ("support/evaluation.py", "bought < 0.5 * (buyable", "bought < 0 * (buyable"),
+    ("support/evaluation.py", "bought + luck < 0.5 * (buyable", "bought < 0 * (buyable"),
     ("support/evaluation.py", 'point["beta"] * (kl - point["kl"])', 'point["beta"] * kl'),
     ("support/evaluation.py", "if config.minibatch_size == config.batch_size else", "if True else"),
     ("support/run_folder.py", "evaluation.verdict(results, self.config)", '""'),
