@@ -55,7 +55,8 @@ def train(config: PPOConfig, run_dir: Path, resume: bool, argv: list[str]) -> in
             results["before"]["noise"] = noise(reward, results["before"])
         folder.write_evaluation(results)
     if config.kl_budget and trainer.n_steps == 0:
-        trainer.set_kl_coef(kl_coef_for(*scores_and_prompts(results["before"], prompts), config.kl_budget))
+        with folder.given_up_on_error():
+            trainer.set_kl_coef(kl_coef_for(*scores_and_prompts(results["before"], prompts), config.kl_budget))
     folder.expect(results["before"], prompts)
     folder.track()
 

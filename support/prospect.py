@@ -27,8 +27,8 @@ def kl_coef_for(rewards: torch.Tensor, prompt_index: torch.Tensor, kl_budget: fl
     low, high = math.log(scale / 1000), math.log(scale * 1000)
     farthest = gibbs_policy(rewards, prompt_index, math.exp(low))["kl"]
     if farthest <= kl_budget:
-        most = f"even the best of {len(rewards):,} completions before training are only {farthest:.2f} nats away"
-        raise UserError(f"--kl_budget {kl_budget:g} is never spent: {most}; give less")
+        most = f"the best possible policy is at most {farthest:.2f} nats away, whatever the coefficient"
+        raise UserError(f"--kl_budget {kl_budget:g} is more than these scores can use: {most}; give less than that")
     for _ in range(50):
         middle = (low + high) / 2
         farther = gibbs_policy(rewards, prompt_index, math.exp(middle))["kl"] > kl_budget

@@ -82,6 +82,7 @@ class RunFolder:
 
     def open(self, trainer, resume: bool) -> None:
         """Make the folder or, to resume, put its newest checkpoint into the trainer; start its log."""
+        self.resumed = resume
         if not resume:
             collectives.broadcast_from_rank_0(self.make)
         self.hold()
@@ -146,6 +147,18 @@ class RunFolder:
         if meeting.job():
             write_whole(self.path / JOB_FILE, meeting.job())
         self.write_settings()
+
+    @contextlib.contextmanager
+    def given_up_on_error(self):
+        """Where what stands inside is refused, before any step of a new run, its folder goes and its name is free."""
+        try:
+            yield
+        except UserError:
+            if self.writes and not self.resumed:
+                self.run_log.close()
+                self.lock.release()
+                remove(self.path)
+            raise
 
     def expect(self, before: dict, prompts: list[str]) -> None:
         """Say what is possible, by how the policy before training was judged, and look out for signs of a sick run."""
@@ -370,6 +383,10 @@ class RunLog:
         self.metrics.close()
         write_whole(self.path, "".join(f"{line}\r\n" for line in table))
         self.metrics = self.path.open("a", encoding="utf-8", newline="")
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.samples.close()
 
     def sync(self) -> None:
         """Wait until both are on disk."""

@@ -12,6 +12,7 @@ trainer.save("my_model")
 
 import copy
 import dataclasses
+import math
 import os
 from pathlib import Path
 
@@ -86,6 +87,9 @@ class TextPPOTrainer(PPOTrainer):
         from support.evaluation import SEED, sample_and_score
         from support.prospect import kl_coef_for
 
+        if not listed(prompts) or not isinstance(kl_budget, (int, float)) or not 0 < kl_budget < math.inf:
+            what = f"not {shown(prompts)} and {shown(kl_budget)}"
+            raise ValueError(f"fit_kl_coef() takes one prompt or more, and a budget above 0 in nats, {what}")
         n = self.config.eval_samples
         prompt_index, *_, rewards = sample_and_score(self, self.ref_model, reward, prompts, n, SEED, 0)
         self.set_kl_coef(kl_coef_for(rewards, torch.tensor(prompt_index), kl_budget))

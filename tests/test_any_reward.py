@@ -68,6 +68,9 @@ def test_a_loop_of_ones_own_finds_the_same_coefficient(run, demo):
     assert found == trainer.config.init_kl_coef == read(folder, "config.json")["init_kl_coef"]
     queries = trainer.encode(["刚收到货,感觉"] * 2)
     assert trainer.step(queries, trainer.generate(queries), [1.0, 0.0])["objective/kl_coef"] == found
+    for prompts, budget in ((["刚收到货,感觉"], 0), (["刚收到货,感觉"], "0.4"), ([], 0.4)):
+        with pytest.raises(ValueError, match="fit_kl_coef.. takes one prompt or more, and a budget above 0"):
+            trainer.fit_kl_coef(prompts, any_reward.length, budget)
     with pytest.raises(ValueError, match="before the first step alone"):
         trainer.fit_kl_coef(["刚收到货,感觉"], any_reward.length, 0.3)
 
@@ -77,14 +80,14 @@ def test_a_loop_of_ones_own_finds_the_same_coefficient(run, demo):
     [
         ("same", ["--kl_budget", "0.3"], "error: --kl_budget: of 64 completions before training 0 differ in score"),
         ("rare", ["--kl_budget", "0.3"], "error: --kl_budget: of 64 completions before training 1 differ in score"),
-        ("length", ["--kl_budget", "60"], "error: --kl_budget 60 is never spent"),
+        ("length", ["--kl_budget", "60"], "error: --kl_budget 60 is more than these scores can use"),
         ("length", ["--kl_budget", "0.3", "--init_kl_coef", "0.1"], "--kl_budget finds the value of --init_kl_coef"),
     ],
 )
 def test_a_budget_that_cannot_be_met_ends_the_run_before_training(run, reward, flags, said):
     code, folder, printed = run(reward, *flags)
     assert code == 2 and said in printed.splitlines()[-1] and "Traceback" not in printed
-    assert not (folder / "metrics.csv").exists() or not column(folder, "step")
+    assert not folder.exists()  # so that the same name starts again
 
 
 def test_a_reward_that_is_chance_is_told_and_its_gain_is_unknown(run):
