@@ -32,6 +32,7 @@ GOOD = 0.7  # gain; a share x of KL* buys at most 2 sqrt(x) - x of it, where rew
 UNMOVED = 0.01  # share of KL*, for 0.2
 FAR = 2  # times KL*: with more reward than the limit's, this is no noise; texts were found that no sample held
 CLOSE = 1.5  # times KL*, for 0.95
+LITTLE = 0.03  # possible gain in J, in standard deviations of the rewards: the noise in judging J by a thousand samples
 UNSURE = 0.15  # standard error of the gain, from where a good run and a short one look alike
 UNKNOWN = {  # why the gain is unknown: the verdict
     "beta is 0": "no limit: KL, {kl} now, has no price; try --kl_budget 0.4",
@@ -190,7 +191,7 @@ def gain(before: dict, after: dict, prompts: list[str], beta: float) -> dict:
         return {**result, "gain": None, "why": "too few samples", "samples_needed": needed}
     if deviation == 0:
         return {**result, "gain": None, "why": "the rewards are equal"}
-    if possible < 0.03 * deviation:  # which is the noise in judging J by a thousand samples
+    if possible < LITTLE * deviation:
         return {**result, "gain": None, "why": "beta is too high"}
     share = (result["J"] - result["J_before"]) / possible
     of_after = torch.tensor([s for *_, s in after["samples"]]) - beta * torch.tensor(after["kls"])

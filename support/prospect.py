@@ -8,7 +8,7 @@ import torch
 
 from support.alarms import FAR
 from support.errors import UserError
-from support.evaluation import NOISY, gibbs_policy, scores_and_prompts
+from support.evaluation import LITTLE, NOISY, gibbs_policy, scores_and_prompts
 
 USUAL_BUDGET = 0.4  # nats a completion: where the best policy of the article's job lies
 FEWEST = 10  # scores that differ from the rest: a coefficient that rests on fewer is chance
@@ -36,6 +36,14 @@ def kl_coef_for(rewards: torch.Tensor, prompt_index: torch.Tensor, kl_budget: fl
     return math.exp(high)
 
 
+def what_a_budget_takes(rewards: torch.Tensor, prompt_index: torch.Tensor) -> str:
+    """The way out of a coefficient that is none: that of USUAL_BUDGET, where there is one."""
+    try:
+        return f"--kl_budget {USUAL_BUDGET:g} would take {kl_coef_for(rewards, prompt_index, USUAL_BUDGET):.3g}"
+    except UserError:
+        return "try another"
+
+
 def n_differing(rewards: torch.Tensor, prompt_index: torch.Tensor) -> int:
     """How many rewards (n,) are not the commonest of their prompt."""
     groups = [rewards[prompt_index == i].tolist() for i in prompt_index.unique()]
@@ -57,19 +65,18 @@ def prospect(before: dict, prompts: list[str], kl_coef: float) -> list[str]:
         told = f"{noise:.0%} of the scores' variance is chance: texts that were scored twice got different scores"
         unknown = "the policy may still learn, but what is possible is unknown, and --kl_budget finds too high a price"
         return [f"warning: {told}; {unknown}: a mean of several scores of a text helps"]
-    try:
-        budget = f"--kl_budget {USUAL_BUDGET:g} would take {kl_coef_for(rewards, prompt_index, USUAL_BUDGET):.3g}"
-    except UserError:
-        budget = "try another"
     if kl_coef == 0:
+        budget = what_a_budget_takes(rewards, prompt_index)
         return [f"warning: at --init_kl_coef 0 nothing keeps the policy near the language; {budget}"]
     best = gibbs_policy(rewards, prompt_index, kl_coef)
     possible = f"at a KL coefficient of {kl_coef:.3g} the best possible policy"
     if best["kl"] > FAR:
         carried = f"{max(1, round(best['effective_samples'])):,} of {n:,} samples carry it"
-        lines = [f"warning: {possible} lies {best['kl']:.3g} nats away ({carried}): expect collapse; {budget}"]
-    elif best["J"] - mean < 0.03 * deviation:
-        lines = [f"warning: {possible} gets {best['reward']:.3g} where there is {mean:.3g} now: too dear; {budget}"]
+        told = f"{possible} lies {best['kl']:.3g} nats away ({carried}): expect collapse"
+        lines = [f"warning: {told}; {what_a_budget_takes(rewards, prompt_index)}"]
+    elif best["J"] - mean < LITTLE * deviation:
+        told = f"{possible} gets {best['reward']:.3g} where there is {mean:.3g} now: too dear"
+        lines = [f"warning: {told}; {what_a_budget_takes(rewards, prompt_index)}"]
     else:
         lines = [f"{possible} gets a reward of {best['reward']:.3g} at KL {best['kl']:.2g}; now it is {mean:.3g}"]
     flat = [i for i in prompt_index.unique() if rewards[prompt_index == i].std(correction=0) < 0.01 * deviation]
