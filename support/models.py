@@ -184,17 +184,22 @@ def load_policy(folder: Path, config: GPT2Config, device="cpu") -> GPT2HeadWithV
     return model.to(device).eval()
 
 
-def save_policy(model: GPT2HeadWithValueModel, tokenizer, folder: Path, temperature: float, gen_len: int) -> None:
-    """Write a folder that plain `transformers` opens as a GPT-2, and that opens here with its value head."""
+def save_policy(
+    model: GPT2HeadWithValueModel, tokenizer, folder: Path, temperature: float, gen_len: int, value_unit: float = 1.0
+) -> None:
+    """Write a folder that plain `transformers` opens as a GPT-2, and that opens here with its value head, whose values
+    are those of the model times `value_unit`."""
     with torch.device("meta"):
-        gpt2 = GPT2LMHeadModel(model.config)
+        gpt2 = GPT2LMHeadModel(copy.deepcopy(model.config))
     weights = {name: weight for name, weight in model.state_dict().items() if not name.startswith("v_head.")}
     gpt2.load_state_dict(weights, assign=True)
     # Early 5.x pipelines prefer their own 256 tokens to those of generation_config.json
     gpt2.config.task_specific_params = {"text-generation": {"max_new_tokens": gen_len}}
     with quiet_transformers():
         gpt2.save_pretrained(folder)
-    save_file(model.v_head.state_dict(), folder / VALUE_HEAD)
+    value_head = copy.deepcopy(model.v_head)
+    value_head.scale_(value_unit)
+    save_file(value_head.state_dict(), folder / VALUE_HEAD)
     save_tokenizer(tokenizer, folder)
     GenerationConfig(
         do_sample=True,

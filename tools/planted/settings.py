@@ -212,8 +212,8 @@ BUGS = [  # (file, what stands there, the bug)
     ("support/models.py", "1.1 * len(tokenizer) + 128:", "1.1 * len(tokenizer):"),
     (
         "support/text_trainer.py",
-        "copy.deepcopy(self.policy_for_saving)",
-        "copy.deepcopy(self.model)",
+        "policy, config, unit = self.policy_for_saving",
+        "policy, config, unit = self.model",
     ),
     (
         "support/text_trainer.py",
@@ -270,8 +270,8 @@ BUGS = [  # (file, what stands there, the bug)
         "tensor.detach().cpu().contiguous().flatten()",
         "tensor.detach().cpu().flatten()[:8].contiguous()",
     ),
-    ("support/text_trainer.py", "Path(folder), self.config.temperature,", "Path(folder), 1.0,"),
-    ("support/text_trainer.py", "            policy.v_head.scale_(self.reward_unit or 1.0)\n", ""),
+    ("support/text_trainer.py", "Path(folder), config.temperature,", "Path(folder), 1.0,"),
+    ("support/text_trainer.py", "self.config, self.reward_unit or 1.0", "self.config, 1.0"),
 ]
 SAME = [  # (file, what stands there, what may as well stand there, why it is the same program)
     (
