@@ -6,7 +6,7 @@ NEAREST = {  # file: the tests nearest to it
     "support/user_code.py": "reward config python_api",
     "support/models.py": "loading strangers reward python_api",
     "support/model_card.py": "model_card",
-    "support/text_trainer.py": "python_api strangers loading",
+    "support/text_trainer.py": "python_api any_reward strangers loading",
     "support/demo_models.py": "demo_models",
     "support/load.py": "load",
     "support/errors.py": "strangers faults loading reward",
