@@ -418,7 +418,9 @@ def print_table() -> None:
             )
         print(
             "# Bad input, and the line the user sees\n\n"
-            "Made by `python -m tools.bad_inputs > docs/errors.md`. All exit with code 2.\n"
+            "What each kind of bad input makes the program say; the exit code is always 2. The commonest are\n"
+            "explained in Chinese: [errors.zh.md](errors.zh.md).\n\n"
+            "Made by `python -m tools.bad_inputs > docs/errors.md`.\n"
         )
         print("| what was tried | what is said |\n| --- | --- |")
         for what, change, command, _ in [(f"`{flags}`", lambda: None, flags, "") for flags, _ in FLAGS] + BROKEN:
