@@ -1,4 +1,4 @@
-"""The README's two-machine command between two machines: network namespaces of this one, with a cable between them.
+"""The commands of docs/several_gpus.md between two machines: network namespaces of this one, with a cable between them.
 
     python -m tools.two_machines [SCENARIO ...] [--hosts good|debian|none]
 

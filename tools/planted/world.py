@@ -4,6 +4,10 @@ NEAREST = {  # file: the tests nearest to it
     "support/hub.py": "hub",
     "support/meeting.py": "processes distributed train",
     "support/collectives.py": "processes distributed load train",
+    "docs/errors.zh.md": "bad_inputs",
+    "docs/hub.zh.md": "pages",
+    "docs/several_gpus.md": "pages",
+    "docs/several_gpus.zh.md": "pages",
 }
 BUGS = [  # (file, what stands there, the bug)
     (
@@ -156,6 +160,11 @@ BUGS = [  # (file, what stands there, the bug)
         "    for tensor in model.state_dict().values():",
         "    for tensor in model.parameters():",
     ),
+    ("docs/errors.zh.md", "`no weights in …: neither", "`no weights in …: either"),
+    ("docs/hub.zh.md", "| `HF_HUB_ETAG_TIMEOUT=60` |", "| `HF_HUB_ANSWER_TIMEOUT=60` |"),
+    ("docs/several_gpus.md", "when the last is `--save_every_minutes` old", "when the last is `--save_minutes` old"),
+    ("docs/several_gpus.md", "--nproc-per-node 4 train_ppo.py --resume", "--processes 4 train_ppo.py --resume"),
+    ("docs/several_gpus.zh.md", "is_host=0 --local-addr", "is_host=1 --local-addr"),
 ]
 SAME = [  # (file, what stands there, what may as well stand there, why it is the same program)
 ]
