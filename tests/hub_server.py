@@ -3,8 +3,10 @@
 with Hub({"owner/model": folder}) as hub: ... hub.url is an HF_ENDPOINT, hub.requests lists what was asked for
 hub.fault = ("HEAD", "model.safetensors", 503)
 For the status also 'hang', 'stall', 'late', 'cut', 'cut once', 'page' and 'xet'; on_fault() is called when it comes.
+hub.uploaded holds what was uploaded: by the model's id, {path: bytes}.
 """
 
+import base64
 import hashlib
 import json
 import threading
@@ -21,7 +23,7 @@ class Hub:
 
     def __init__(self, models: dict[str, Path]):
         self.commits, self.main, self.token = {COMMIT: models}, COMMIT, None
-        self.fault, self.headers, self.requests = None, {}, []
+        self.fault, self.headers, self.requests, self.uploaded = None, {}, [], {}
         self.on_fault = lambda: None
         self.released, self.threads = threading.Event(), set()
 
@@ -36,6 +38,9 @@ class Hub:
 
             def do_GET(self):
                 hub.answer(self)
+
+            def do_POST(self):
+                hub.take(self)
 
             do_HEAD = do_GET
 
@@ -88,11 +93,37 @@ class Hub:
                 ):
                     files = [{"rfilename": file.name} for file in sorted(folder.iterdir())]
                     info = {"id": name, "modelId": name, "sha": commit, "siblings": files, "tags": [], "private": False}
-                    return self.send(handler, 200, json.dumps(info).encode(), {"Content-Type": "application/json"})
+                    return self.send_json(handler, 200, info)
                 file = folder / path.rsplit("/", 1)[1]
                 if path == f"/{name}/resolve/{revision}/{file.name}" and file.is_file():
                     return self.send_file(handler, file.read_bytes(), commit, what)
         self.send(handler, 404, b"{}", {"X-Error-Code": "RevisionNotFound" if "/revision/" in path else "RepoNotFound"})
+
+    def take(self, handler) -> None:
+        """The steps of an upload: the model is made, each file is asked about and comes within the commit."""
+        body = handler.rfile.read(int(handler.headers["Content-Length"]))
+        self.requests.append(f"POST {handler.path}")
+        if handler.headers.get("Authorization") is None:
+            return self.send_json(handler, 401, {})
+        name = "/".join(handler.path.split("/")[3:5])
+        if handler.path == "/api/repos/create":
+            made = json.loads(body)
+            name = "/".join(filter(None, (made.get("organization"), made["name"])))
+            return self.send_json(handler, 200, {"url": f"{self.url}/{name}", "name": name, "id": name})
+        if handler.path.endswith("/validate-yaml"):
+            return self.send_json(handler, 200, {"errors": [], "warnings": []})
+        if "/preupload/" in handler.path:
+            files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
+            return self.send_json(
+                handler, 200, {"files": [file | {"shouldIgnore": False, "oid": None} for file in files]}
+            )
+        lines = [json.loads(line) for line in body.splitlines()]
+        files = [line["value"] for line in lines if line["key"] == "file"]
+        self.uploaded[name] = {file["path"]: base64.b64decode(file["content"]) for file in files}
+        self.send_json(handler, 200, {"commitUrl": f"{self.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT})
+
+    def send_json(self, handler, status: int, answer: dict) -> None:
+        self.send(handler, status, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def send_file(self, handler, body: bytes, commit: str, what) -> None:
         headers = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": commit}
@@ -120,5 +151,5 @@ class Hub:
         for key, value in ({"Content-Length": str(len(body))} | headers).items():
             handler.send_header(key, value)
         handler.end_headers()
-        if handler.command == "GET":
+        if handler.command != "HEAD":
             handler.wfile.write(body)

@@ -1,0 +1,88 @@
+"""Every command and every snippet of the READMEs and of the pages for readers runs as pasted, on small models.
+
+`.ci/run` types those that make an environment, tests/test_python_api.py runs the loop of one's own.
+"""
+
+import random
+import re
+import shutil
+import zipfile
+
+import pytest
+
+from support.demo_models import write_review
+from tests.conftest import ROOT, write_classifier, write_gpt2
+from tests.hub_server import Hub
+from tests.shell import Shell
+
+BY_CI = ("python3 -m venv", "pip install ruff")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def without_remarks(code: str) -> str:
+    return re.sub(r" *#.*", "", code)
+
+
+@pytest.mark.parametrize("language", ["bash", "python", "powershell"])
+@pytest.mark.parametrize("page", ["README", "docs/result", "docs/hub", "docs/several_gpus", "docs/trl"])
+def test_both_languages_show_the_same_code(page, language):
+    english, chinese = (list(map(without_remarks, blocks(page + end, language))) for end in (".md", ".zh.md"))
+    assert english == chinese
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory, finished):
+    """In a folder with the files that the pages speak of; a hub on loopback serves the article's models."""
+    folder = tmp_path_factory.mktemp("typed")
+    gpt2, sentiment = write_gpt2(folder / "gpt2"), write_classifier(folder / "sentiment")
+    shutil.copytree(finished, folder / "runs" / "NAME")
+    (folder / "prompts.txt").write_text("刚收到货,感觉\n这本书\n", encoding="utf-8")
+    (folder / "my_reward.py").write_text(next(code for code in blocks("README.md", "python") if "# my_reward" in code))
+    draw = random.Random(1)
+    rows = "\n".join(f"书籍,{label},{text}" for text, label in (write_review(draw) for _ in range(300)))
+    with zipfile.ZipFile(folder / "online_shopping_10_cats.zip", "w") as archive:
+        archive.writestr("online_shopping_10_cats.csv", f"cat,label,review\n{rows}\n")
+    models = {"uer/gpt2-chinese-cluecorpussmall": gpt2, "uer/roberta-base-finetuned-jd-binary-chinese": sentiment}
+    with (
+        Hub(models) as hub,
+        Shell(folder, HF_ENDPOINT=hub.url, HF_HOME=str(folder / "home"), HF_TOKEN="hf_loopback") as shell,
+    ):
+        shell.hub = hub
+        yield shell
+
+
+LEAVES = {  # a word that one block alone has: files that its commands leave, as patterns, and how many
+    "HF_ENDPOINT": {"runs/2*/report.md": 3, "runs/2*/model/model.safetensors": 3},
+    "review_models": {"review_models/gpt2/vocab.txt": 1, "review_models/sentiment/config.json": 1},
+    "--prompts_file": {"runs/films/report.md": 1},
+    "plot_rewards.py": {"runs/lr-*/report.md": 9, "compare.png": 1, "compare.md": 1, "reward.pdf": 1},
+    "--kl_budget": {"runs/*/inputs/my_reward-*.py": 1},
+    "hf upload": {},
+}
+
+
+@pytest.mark.parametrize("word", LEAVES)
+def test_a_command_of_the_readme_as_pasted(shell, word):
+    (block,) = [block for block in blocks("README.md", "bash") if word in block]
+    printed = shell.type(block.replace("https://your-mirror", shell.hub.url).replace("hf auth login\n", ""))
+    for pattern, number in LEAVES[word].items():
+        assert len(list(shell.folder.glob(pattern))) == number
+    if word == "HF_ENDPOINT":
+        assert shell.hub.fetched().count("config.json") == 2  # the mirror is not asked again for what is in the cache
+    if word == "--prompts_file":
+        assert "--lr" in printed and "step 3/3" in printed
+    if word == "hf upload":
+        assert printed.count("| 刚收到货,感觉 |") == printed.count("| 刚收到货,质量 |") == 5
+        folder = shell.folder / "runs" / "NAME" / "model"
+        uploaded = shell.hub.uploaded["YOUR_NAME/happy-reviews"]
+        assert {path: (folder / path).read_bytes() for path in uploaded} == uploaded
+        assert {"README.md", "model.safetensors", "config.json", "tokenizer.json"} <= uploaded.keys()
+
+
+def test_every_command_of_the_readme_is_typed():
+    for block in blocks("README.md", "bash"):
+        assert block.startswith(BY_CI) or sum(word in block for word in LEAVES) == 1
