@@ -341,17 +341,13 @@ def results_table(evaluation: dict) -> str:
 
 
 def commonest(evaluation: dict) -> str:
-    """The ten commonest completions before and after; where none makes up 1% of all and comes three times, a few random
-    ones instead."""
-    digits, lines = decimals(spread(evaluation["before"])), []
+    """The ten commonest completions before and after; none where no one makes up 1% of all and comes three times."""
+    lines = []
     for when in ("before", "after"):
         judged = evaluation[when]
         if judged["commonest"][0][1] >= max(3, 0.01 * judged["n"]):
             lines.append(f"commonest completions {when}, of {judged['n']}:")
             lines += [f"  {count:4d}  {text}" for text, count in judged["commonest"]]
-        else:
-            lines.append(f"random completions {when}:")
-            lines += [f"  {score:.{digits}f}  {prompt}{text}" for prompt, text, score in judged["samples"][:SHOWN]]
     return "\n".join(lines)
 
 

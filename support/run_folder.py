@@ -299,11 +299,12 @@ class RunFolder:
             evaluation.write_json(self.path / "evaluation.json", results)
 
     def report(self, results: dict, prompts: list[str]) -> None:
-        """Work out the gain and the verdict, print the table."""
+        """Work out the gain and the verdict, print completions and figures."""
         if self.writes:
             evaluation.add_yardsticks(results, prompts, self.config.init_kl_coef)
             results["verdict"] = evaluation.verdict(results, self.config)
-            print(f"\n{evaluation.commonest(results)}\n\n{evaluation.summary(results)}")
+            shown = evaluation.commonest(results), evaluation.before_after_table(results), evaluation.summary(results)
+            print("", *filter(None, shown), sep="\n\n")
 
     def finish(self, results: dict) -> None:
         """Write evaluation.json, results.json, the picture, and report.md."""
@@ -314,13 +315,13 @@ class RunFolder:
             evaluation.write_json(self.path / "results.json", evaluation.figures(results))
             if (self.path / "metrics.csv").exists():
                 draw([self.path], self.path / "rewards.png")
-            table = evaluation.before_after_table(results)
             prompts = list(dict.fromkeys(prompt for prompt, *_ in results["before"]["samples"]))
-            judgement = f"```\n{evaluation.summary(results)}\n```\n\nThe same draws before and after:\n\n{table}"
+            figures, texts = evaluation.summary(results), evaluation.before_after_table(results)
+            judgement = f"```\n{figures}\n```\n\nThe same draws before and after:\n\n{texts}"
             write_results(self.path / "model", self.config, prompts, judgement)
             write_whole(self.path / FINAL[-1], run_report(self.path, results, self.inputs, self.starts))
             remove(self.path / "before_after.md")  # of an earlier version, and of an earlier model
-            print(f"\n{table}\n\nmodel, metrics and report.md are in {self.path}")
+            print(f"\nmodel, metrics and report.md are in {self.path}")
 
     @contextlib.contextmanager
     def errors_explained(self, trainer, training: bool = False):
