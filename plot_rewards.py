@@ -12,7 +12,18 @@ from pathlib import Path
 
 import numpy as np
 
-from support.compare import LEGEND, Curve, Run, curves, of_gain, read_run, remarks, table, what_does_not_compare
+from support.compare import (
+    LEGEND,
+    Curve,
+    Run,
+    curves,
+    of_gain,
+    read_run,
+    remarks,
+    reward_decimals,
+    table,
+    what_does_not_compare,
+)
 from support.errors import UserError, escaped
 from support.streams import hold_streams
 from support.writing import whole, write_whole
@@ -241,12 +252,12 @@ def add_figures(axes, drawn: list[Curve]) -> None:
     """
     from matplotlib import rcParams
 
-    starts, ends = {}, []
+    starts, ends, digits = {}, [], reward_decimals(drawn)
     for curve, colour in zip(drawn, colours(drawn)):
         episodes, line = curve.metrics["episodes"][0], smooth(curve.metrics["env/reward_mean"]).mean(0)
-        ends.append((f"{line[-1]:.2f}", episodes[-1], line[-1], colour))
+        ends.append((f"{line[-1]:.{digits}f}", episodes[-1], line[-1], colour))
         if len(line) > 1:
-            text = f"{line[0]:.2f}"
+            text = f"{line[0]:.{digits}f}"
             starts[text] = (text, episodes[0], line[0], "black" if text in starts else colour)
     fig = axes.figure
     layout, to_points = fig.get_layout_engine(), 72 / fig.dpi

@@ -16,10 +16,12 @@ import numpy as np
 
 from config import PRESETS
 from support.errors import UserError, escaped
+from support.figures import decimals
 from support.reading import MEND_LINE, read_json, whole_lines
 from support.settings import NO_CHANGE, published
 
 REQUIRED = ["step", "episodes", "env/reward_mean", "objective/kl"]  # columns of metrics.csv
+STD = "env/reward_std"  # another, which a loop of one's own may lack
 AT = {"kl": float, "reward": float}  # what is read of evaluation.json, where it is there
 JUDGED = {**AT, "unique?": float, "samples": [(str, str, float)]}
 READ = {"before?": JUDGED, "after?": JUDGED, "frontier?": [AT], "best_of_n?": [{**AT, "n": int}]}
@@ -235,10 +237,16 @@ def seconds(run: Run) -> float | None:
     return float(np.median(run.metrics["time/step"])) if "time/step" in run.metrics else None
 
 
-FIGURES = [  # of the table: (header, of a run, of several, format)
-    ("R", after("reward"), np.mean, ".3f"),
+def reward_decimals(drawn: list[Curve]) -> int:
+    """With how many decimals rewards are told apart, by the least standard deviation of a first step."""
+    spreads = [run.metrics[STD][0] for curve in drawn for run in curve.runs if STD in run.metrics]
+    return decimals(min(spreads, default=0))
+
+
+FIGURES = [  # of the table: (header, of a run, of several, format; None: one decimal more than rewards need)
+    ("R", after("reward"), np.mean, None),
     ("KL", after("kl"), np.mean, ".3f"),
-    ("J", J, np.mean, ".3f"),
+    ("J", J, np.mean, None),
     ("gain", of_gain("gain"), np.mean, ".2f"),
     ("SD", of_gain("gain"), lambda gains: gains.std(ddof=1) if len(gains) > 1 else None, ".2f"),
     ("error of judging", of_gain("gain_se"), np.mean, ".2f"),
@@ -255,13 +263,14 @@ def table(drawn: list[Curve]) -> str:
     names = list(dict.fromkeys(name for curve in drawn for name in curve.values if name != "episodes"))
     unit = "runs" if any(curve.unit == "runs" for curve in drawn) else "seeds"
     rows = [[*names, unit, "episodes", *(header for header, *_ in FIGURES)]]
+    of_rewards = f".{reward_decimals(drawn) + 1}f"
     for curve in drawn:
         cells = [curve.values.get(name, "-") for name in names]
         cells += [str(len(curve.runs)), f"{curve.metrics['episodes'][0, -1]:,.0f}"]
         for _, figure, of_several, form in FIGURES:
             found = [value for value in map(figure, curve.runs) if value is not None]
             value = of_several(np.array(found)) if found else None
-            cells.append("-" if value is None else f"{value:{form}}")
+            cells.append("-" if value is None else f"{value:{form or of_rewards}}")
         rows.append([re.sub(r"([\\|])", r"\\\1", escaped(cell)) for cell in cells])
     widths = [max(map(width, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * each for each in widths])

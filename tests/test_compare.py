@@ -188,6 +188,18 @@ def test_the_table_by_hand():
     ]
 
 
+@pytest.mark.parametrize(("unit", "shown"), [(1, "0.900"), (1e4, "9000.0"), (1e-3, "0.000900")])
+def test_rewards_have_the_decimals_of_their_own_unit(unit, shown):
+    """A standard deviation of 0.4 needs two, one of 4,000 none, one of 0.0004 five; the table has one more."""
+    each = run("a", evaluation=evaluated(0.8, 0.02))
+    each.evaluation["after"] = each.evaluation["after"] | {"reward": 0.9 * unit}
+    each.metrics["env/reward_std"] = np.array([0.4, 0.1]) * unit
+    other = run("b", lr=0.5)
+    other.metrics["env/reward_std"] = np.array([0.8, 0.1]) * unit * 100
+    header, _, row, _ = cells(table(curves([each, other])))
+    assert row[header.index("R")] == shown and len(row[header.index("J")]) >= len(shown)
+
+
 def test_episodes_have_one_column_and_what_a_value_holds_breaks_none():
     runs = [run("a", episodes=[128]), run("b", prompts=["a|b\\c\n"])]
     runs[0].settings["episodes"] = 128
