@@ -54,6 +54,9 @@ class TextPPOTrainer(PPOTrainer):
         """
         config = PPOConfig() if config is None else config
         check(config)
+        if config.kl_budget:
+            call = f"trainer.fit_kl_coef(prompts, reward, {config.kl_budget:g})"
+            raise ValueError(f"kl_budget is train_ppo.py's; in your own loop, {call} before the first step")
         config = dataclasses.replace(config, model_name=str(name))
         device = pick_device(config.device)
         folder = model_folder(config.model_name, "--model_name", read_policy_folder)

@@ -68,6 +68,10 @@ def test_a_loop_of_ones_own_finds_the_same_coefficient(run, demo):
     assert found == trainer.config.init_kl_coef == read(folder, "config.json")["init_kl_coef"]
     queries = trainer.encode(["刚收到货,感觉"] * 2)
     assert trainer.step(queries, trainer.generate(queries), [1.0, 0.0])["objective/kl_coef"] == found
+    with pytest.raises(
+        ValueError, match=r"kl_budget is .* in your own loop, trainer.fit_kl_coef\(prompts, reward, 0.3\)"
+    ):
+        TextPPOTrainer.from_pretrained("demo", PPOConfig(preset="demo", device="cpu", kl_budget=0.3))
     for prompts, budget in ((["刚收到货,感觉"], 0), (["刚收到货,感觉"], "0.4"), ([], 0.4)):
         with pytest.raises(ValueError, match="fit_kl_coef.. takes one prompt or more, and a budget above 0"):
             trainer.fit_kl_coef(prompts, any_reward.length, budget)
