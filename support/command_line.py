@@ -138,6 +138,8 @@ def find_run_folder(config: PPOConfig, name: str) -> Path:
         if not runs:
             raise UserError(f"no run to resume in {config.runs_dir}")
         return runs[-1].parent
+    if Path(name).name == "model" and (Path(name).parent / "metrics.csv").exists():
+        raise UserError(f"{name} is the model of a run; give the run, {Path(name).parent}")
     if not (Path(name) / "config.json").is_file():
         raise UserError(f"{name} is no run folder: it has no config.json")
     return Path(name)

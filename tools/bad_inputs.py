@@ -67,6 +67,7 @@ FLAGS = [  # (flags, part of the line)
     ("--resume latest --runs_dir nowhere", "no run to resume"),
     ("--eval_only runs/nothing", "is no run folder"),
     ("--complete runs/nothing", "is no run folder"),
+    ("--complete run/model", "give the run, run"),
     ("--complete run --n 0", "--n must be at least 1"),
     ("--n 3", "--n is how many completions of each prompt --complete shows"),
 ]
