@@ -110,9 +110,7 @@ def draw(paths: list[Path], out: Path, by: list[str] = (), only: str | None = No
         add_names(fig, drawn, what_does_not_compare(runs))
         if only in (None, "reward"):
             add_figures(fig.axes[0], drawn)
-        ending = out.suffix[1:].lower() or "png"
-        if ending not in fig.canvas.get_supported_filetypes():
-            raise UserError(f"{out} cannot be written: no picture ends in .{ending}; take .png, .pdf or .svg")
+        ending = file_type(fig, out)
         with whole(out) as partial:
             fig.savefig(partial, dpi=dpi, format=ending)
             if len(runs) == 1:
@@ -121,6 +119,14 @@ def draw(paths: list[Path], out: Path, by: list[str] = (), only: str | None = No
             write_whole(TABLE, text + "\n")
     print(text)
     return [out, TABLE]
+
+
+def file_type(fig, out: Path) -> str:
+    """How to write a picture, by the end of its name; UserError where matplotlib knows no such file."""
+    ending = out.suffix[1:].lower() or "png"
+    if ending not in fig.canvas.get_supported_filetypes():
+        raise UserError(f"{out} cannot be written: no picture ends in .{ending}; take .png, .pdf or .svg")
+    return ending
 
 
 def draw_all(fig, drawn: list[Curve]) -> None:

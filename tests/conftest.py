@@ -121,6 +121,24 @@ def without_pictures(monkeypatch):
 
 
 @pytest.fixture
+def figures(monkeypatch) -> list:
+    """The figures that are drawn, which are neither laid out nor rendered but leave an empty file; and the options of
+    `savefig`."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    drawn = []
+
+    def savefig(self, out, **options):
+        out.touch()
+        drawn.append((self, options))
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    monkeypatch.setattr(ConstrainedLayoutEngine, "execute", lambda self, figure: None)
+    return drawn
+
+
+@pytest.fixture
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     """Files of the current folder are the test's own."""
     monkeypatch.chdir(tmp_path)

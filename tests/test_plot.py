@@ -69,24 +69,6 @@ def write_evaluation(folder, **evaluation):
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
 
 
-@pytest.fixture
-def figures(monkeypatch) -> list:
-    """The figures that are drawn, which are neither laid out nor rendered but leave an empty file; and the options of
-    `savefig`."""
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    drawn = []
-
-    def savefig(self, out, **options):
-        out.touch()
-        drawn.append((self, options))
-
-    monkeypatch.setattr(Figure, "savefig", savefig)
-    monkeypatch.setattr(ConstrainedLayoutEngine, "execute", lambda self, figure: None)
-    return drawn
-
-
 def titles(figure) -> dict:
     return {axes.get_title(): axes for axes in figure.axes}
 

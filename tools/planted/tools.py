@@ -2,6 +2,7 @@
 
 NEAREST = {  # file: the tests nearest to it
     "tools/fuzz.py": "fuzz",
+    "tools/gain_figure.py": "gain_figure",
     "tools/gpu_check.py": "gpu_check",
     "tools/one_step.py": "one_step",
     "docs/one_step.md": "one_step",
@@ -18,6 +19,12 @@ BUGS = [  # (file, what stands there, the bug)
     ("tools/fuzz.py", "(len(errors) != 1 or err.splitlines()[-1] != errors[0])", "len(errors) != 1"),
     ("tools/fuzz.py", 'MAY_VANISH = {"report.md", ".lock"}', 'MAY_VANISH = {"config.json", ".lock"}'),
     ("tools/fuzz.py", 'values["sha256"][path.name] = sha256(path)', "pass"),
+    ("tools/gain_figure.py", "gains[at == value].mean()", "gains.mean()"),
+    ("tools/gain_figure.py", "std(ddof=1)", "std()"),
+    ("tools/gain_figure.py", 'of_gain("gain_se")(run)) for', "0.02) for"),
+    ("tools/gain_figure.py", "values[0] > 0 and values[-1] >= 10 * values[0]", "values[0] > 0"),
+    ("tools/gain_figure.py", "if others else", "if not others else"),
+    ("tools/gain_figure.py", "        if of_gain", "        if not of_gain"),
     ("tools/gpu_check.py", "        working = working and takes_work(machine.device)\n", ""),
     ("tools/gpu_check.py", "            well &= row.ok is not False\n", "            well = row.ok is not False\n"),
     ("tools/gpu_check.py", "            print(row, flush=True)\n", "            print(row, file=sys.stderr)\n"),
