@@ -1,6 +1,6 @@
 """Proximal policy optimisation for a language model: the mathematics first, then the trainer that uses it.
 
-In these points it departs from textbook PPO or from the article's code (README has the article's side of each):
+In these points it departs from textbook PPO or from the article's code (docs/differences.md has the article's side):
 
  1. One action is one token, and the score stands on a completion's last: what a whole text is worth, each token earns.
  2. The reward has a price on the distance from the reference, per token: without it happy words crowd out language.

@@ -1,4 +1,4 @@
-"""Bugs in what a person runs beside training."""
+"""Bugs in what a person runs beside training, and in pages that tests read."""
 
 NEAREST = {  # file: the tests nearest to it
     "tools/fuzz.py": "fuzz",
@@ -11,8 +11,16 @@ NEAREST = {  # file: the tests nearest to it
     "tools/versions.py": "versions",
     "requirements.txt": "versions",
     "constraints.txt": "versions",
+    "docs/trl.md": "trl_page",
+    "docs/differences.zh.md": "trl_page",
 }
 BUGS = [  # (file, what stands there, the bug)
+    ("docs/trl.md", "    texts = trainer.decode(queries, responses)", "    texts = trainer.decode(responses)"),
+    ("docs/trl.md", "`kl_penalty` (`kl`)", "`kl_form` (`kl`)"),
+    ("docs/trl.md", "| `lam` (1) |", "| `lam` (0.95) |"),
+    ("docs/trl.md", "`ppo/val/explained_variance`", "`ppo/val/var_explained`"),
+    ("docs/trl.md", "`do_sample`, `top_k`, ", "`do_sample`, "),
+    ("docs/differences.zh.md", "0.53（0.03）", "0.35（0.03）"),
     ("tools/fuzz.py", "            resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))\n", ""),
     ("tools/fuzz.py", "if code not in (0, 2, 130):", "if code not in (0, 1, 2, 130):"),
     ("tools/fuzz.py", "if whole and not after.get(path, (1,))[0]", "if whole and not after.get(path, (0,))[0]"),
