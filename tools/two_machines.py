@@ -24,8 +24,10 @@ FLAGS = "--preset demo --device cpu --eval_samples 16 --batch_size 16 --minibatc
 OPTIONS = "--nnodes 2 --node-rank {rank} --master-addr 10.77.0.1 --master-port 29500"
 ELASTIC = "--nnodes 1:2 --max-restarts 3 --rdzv-backend c10d --rdzv-id job --rdzv-endpoint 10.77.0.1:29500"
 ELASTIC += " --rdzv-conf is_host={is_host} --local-addr 10.77.0.{number}"
+ALONE, TOGETHER = r"\non cpu in float32", "2 processes, each on cpu"
 SCENARIOS = {  # the event, each machine's exit code (None: not awaited), what the first one says
     # join: the second machine is started when the first is at work alone; both go on with the same run
+    # leave: the second is killed, and started again when the first is at work alone; the same
     "plain": (None, [0, 0], "model, metrics and report.md are in runs/job"),
     "eval_only": ("judge", [0, 0], "mean reward"),
     "kill": (
@@ -33,7 +35,8 @@ SCENARIOS = {  # the event, each machine's exit code (None: not awaited), what t
         [1, None],
         r"is gone: it has closed its connection.*the newest checkpoint is runs/job/checkpoints",
     ),
-    "join": ("join", [0, 0], r"(?s)\non cpu in float32.*2 processes, each on cpu.*report.md are in runs/job"),
+    "join": ("join", [0, 0], rf"(?s){ALONE}.*{TOGETHER}.*report.md are in runs/job"),
+    "leave": ("leave", [0, 0], rf"(?s){TOGETHER}.*{ALONE}.*{TOGETHER}.*report.md are in runs/job"),
     "vanish": ("cut", [1, None], r"is gone: it did not answer for 10 s.*the newest checkpoint is runs/job/checkpoints"),
 }
 
@@ -69,6 +72,12 @@ class Machine:
         metrics = self.folder / "runs" / "job" / "metrics.csv"
         return metrics.read_text().count("\n") - 1 if metrics.exists() else 0
 
+    def wait_for(self, condition) -> None:
+        """Two minutes at most, and no longer than the machine's torchrun lives."""
+        deadline = time.monotonic() + 120
+        while not condition() and self.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+
     def kill(self) -> None:
         """SIGKILL to the first process of the namespace of processes, and so to all of them at once."""
         pid = self.process.pid
@@ -95,29 +104,29 @@ def run(scenario: str, hosts: str, folder: Path) -> list[str]:
             for link in ("lo", "cable"):
                 ip("-n", name, "link", "set", link, "up")
             machines.append(Machine(number, name, folder / f"m{number}", hosts))
-        episodes = {"kill": 16_000, "cut": 16_000, "join": 4_800}.get(event, 64)
+        episodes = {"kill": 16_000, "cut": 16_000, "join": 4_800, "leave": 4_800}.get(event, 64)
+        options = ELASTIC if event in ("join", "leave") else OPTIONS
+        flags = f"{FLAGS} --process_timeout 10 --episodes {episodes}"
         for machine in machines[:1] if event == "join" else machines:
-            machine.start(
-                f"{FLAGS} --process_timeout 10 --episodes {episodes}", ELASTIC if event == "join" else OPTIONS
-            )
-        if event in ("kill", "cut", "join"):
-            deadline = time.monotonic() + 120
-            while machines[0].steps() < 2 and machines[0].process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.1)
-        if event == "kill":
+            machine.start(flags, options)
+        if event in ("kill", "cut", "join", "leave"):
+            machines[0].wait_for(lambda: machines[0].steps() >= 2)
+        if event in ("kill", "leave"):
             machines[1].kill()
-        elif event == "cut":
+        if event == "cut":
             ip("-n", names[1], "link", "set", "cable", "down")
-        elif event == "join":
-            machines[1].start(f"{FLAGS} --process_timeout 10 --episodes {episodes}", ELASTIC)
-        elif event == "judge":
+        if event == "leave":
+            machines[0].wait_for(lambda: re.search(f"(?s){TOGETHER}.*{ALONE}", machines[0].log()))
+        if event in ("join", "leave"):
+            machines[1].start(flags, options)
+        if event == "judge":
             for machine in machines:
                 machine.process.wait(120)
             for machine in machines:
                 machine.start("--eval_only runs/job")
         found = []
         for machine, code in zip(machines, codes):
-            if code is not None and (got := machine.process.wait(180)) != code:
+            if code is not None and (got := machine.process.wait(300)) != code:
                 found.append(f"machine {machine.number} ended with {got}\n{machine.log()[-3000:]}")
         if not re.search(said, machines[0].log()):
             found.append(f"machine 1 does not say {said!r}\n{machines[0].log()[-3000:]}")
