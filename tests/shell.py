@@ -11,6 +11,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import traceback
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -28,6 +29,12 @@ with socket.socket(socket.AF_UNIX) as server:
 """
 SMALL = "--device cpu --episodes 32 --batch_size 16 --minibatch_size 16 --eval_samples 64".split()
 LONGER = "--episodes 48".split()  # than that, for a run that goes on
+TINY = {  # of a module that is run, constants that make it quick
+    "tools.review_models": {
+        "GPT2_SIZES": {"n_embd": 32, "n_layer": 3, "n_head": 2},
+        "CLASSIFIER_SIZES": {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64},
+    }
+}
 
 
 class Shell:
@@ -114,12 +121,18 @@ def call(program: str, arguments: list[str], folder: str, environment: dict[str,
             command.load()()
         elif arguments[0] == "-m":
             sys.argv = arguments[1:]
-            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+            module = importlib.import_module(arguments[1])
+            for name, value in TINY[arguments[1]].items():
+                setattr(module, name, getattr(module, name) | value)
+            module.main()
         else:
             sys.argv = arguments + small(arguments)
             runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit as end:
         return end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -43,7 +43,7 @@ def shell(tmp_path_factory, finished):
     (folder / "prompts.txt").write_text("刚收到货,感觉\n这本书\n", encoding="utf-8")
     (folder / "my_reward.py").write_text(next(code for code in blocks("README.md", "python") if "# my_reward" in code))
     draw = random.Random(1)
-    rows = "\n".join(f"书籍,{label},{text}" for text, label in (write_review(draw) for _ in range(300)))
+    rows = "\n".join(f'书籍,{label},"{text}"' for text, label in (write_review(draw) for _ in range(300)))
     with zipfile.ZipFile(folder / "online_shopping_10_cats.zip", "w") as archive:
         archive.writestr("online_shopping_10_cats.csv", f"cat,label,review\n{rows}\n")
     models = {"uer/gpt2-chinese-cluecorpussmall": gpt2, "uer/roberta-base-finetuned-jd-binary-chinese": sentiment}
