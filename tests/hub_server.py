@@ -94,6 +94,13 @@ class Hub:
                     files = [{"rfilename": file.name} for file in sorted(folder.iterdir())]
                     info = {"id": name, "modelId": name, "sha": commit, "siblings": files, "tags": [], "private": False}
                     return self.send_json(handler, 200, info)
+                if path == f"/api/models/{name}/tree/{revision}":
+                    files = [(file.name, file.read_bytes()) for file in sorted(folder.iterdir())]
+                    tree = [
+                        {"type": "file", "path": file, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                        for file, content in files
+                    ]
+                    return self.send_json(handler, 200, tree)
                 file = folder / path.rsplit("/", 1)[1]
                 if path == f"/{name}/resolve/{revision}/{file.name}" and file.is_file():
                     return self.send_file(handler, file.read_bytes(), commit, what)
@@ -122,7 +129,7 @@ class Hub:
         self.uploaded[name] = {file["path"]: base64.b64decode(file["content"]) for file in files}
         self.send_json(handler, 200, {"commitUrl": f"{self.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT})
 
-    def send_json(self, handler, status: int, answer: dict) -> None:
+    def send_json(self, handler, status: int, answer) -> None:
         self.send(handler, status, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def send_file(self, handler, body: bytes, commit: str, what) -> None:

@@ -1,4 +1,4 @@
-"""Every command and every snippet of the READMEs and of the pages for readers runs as pasted, on small models.
+"""Every command and every snippet of the README, and those of docs/hub.md, run as pasted, on small models.
 
 `.ci/run` types those that make an environment, tests/test_python_api.py runs the loop of one's own.
 """
@@ -14,6 +14,7 @@ from support.demo_models import write_review
 from tests.conftest import ROOT, write_classifier, write_gpt2
 from tests.hub_server import Hub
 from tests.shell import Shell
+from tests.test_loading import write_bpe_gpt2
 
 BY_CI = ("python3 -m venv", "pip install ruff")
 
@@ -23,22 +24,16 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-def without_remarks(code: str) -> str:
-    return re.sub(r" *#.*", "", code)
-
-
-@pytest.mark.parametrize("language", ["bash", "python", "powershell"])
-@pytest.mark.parametrize("page", ["README", "docs/result", "docs/hub", "docs/several_gpus", "docs/trl"])
-def test_both_languages_show_the_same_code(page, language):
-    english, chinese = (list(map(without_remarks, blocks(page + end, language))) for end in (".md", ".zh.md"))
-    assert english == chinese
-
-
 @pytest.fixture(scope="module")
 def shell(tmp_path_factory, finished):
     """In a folder with the files that the pages speak of; a hub on loopback serves the article's models."""
     folder = tmp_path_factory.mktemp("typed")
-    gpt2, sentiment = write_gpt2(folder / "gpt2"), write_classifier(folder / "sentiment")
+    published = folder / "published"
+    gpt2, sentiment = write_gpt2(published / "gpt2"), write_classifier(published / "sentiment")
+    models = {"uer/gpt2-chinese-cluecorpussmall": gpt2, "uer/roberta-base-finetuned-jd-binary-chinese": sentiment}
+    models |= {"lvwerra/gpt2-imdb": write_bpe_gpt2(published / "bpe"), "lvwerra/distilbert-imdb": sentiment}
+    for name in ("gpt2", "sentiment"):
+        shutil.copytree(published / name, folder / name)
     shutil.copytree(finished, folder / "runs" / "NAME")
     (folder / "prompts.txt").write_text("刚收到货,感觉\n这本书\n", encoding="utf-8")
     (folder / "my_reward.py").write_text(next(code for code in blocks("README.md", "python") if "# my_reward" in code))
@@ -46,7 +41,6 @@ def shell(tmp_path_factory, finished):
     rows = "\n".join(f'书籍,{label},"{text}"' for text, label in (write_review(draw) for _ in range(300)))
     with zipfile.ZipFile(folder / "online_shopping_10_cats.zip", "w") as archive:
         archive.writestr("online_shopping_10_cats.csv", f"cat,label,review\n{rows}\n")
-    models = {"uer/gpt2-chinese-cluecorpussmall": gpt2, "uer/roberta-base-finetuned-jd-binary-chinese": sentiment}
     with (
         Hub(models) as hub,
         Shell(folder, HF_ENDPOINT=hub.url, HF_HOME=str(folder / "home"), HF_TOKEN="hf_loopback") as shell,
@@ -86,3 +80,22 @@ def test_a_command_of_the_readme_as_pasted(shell, word):
 def test_every_command_of_the_readme_is_typed():
     for block in blocks("README.md", "bash"):
         assert block.startswith(BY_CI) or sum(word in block for word in LEAVES) == 1
+
+
+def test_models_are_fetched_by_the_hub_s_own_program_for_a_machine_without_a_network(shell):
+    """docs/hub.md"""
+    for name in ("gpt2", "sentiment"):
+        shutil.rmtree(shell.folder / name)
+    (block,) = [block for block in blocks("docs/hub.md", "bash") if "hf download" in block]
+    fetching, training = block.split("python", 1)
+    shell.type(fetching)
+    shell.type(f"python{training}", HF_ENDPOINT="http://127.0.0.1:9")
+    for name in ("gpt2", "sentiment"):
+        for file in (shell.folder / "published" / name).iterdir():
+            assert (shell.folder / name / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_gpt2_of_another_language(shell):
+    """docs/hub.md"""
+    (block,) = [block for block in blocks("docs/hub.md", "bash") if "lvwerra" in block]
+    assert "| This film was | " in shell.type(block)
