@@ -8,9 +8,11 @@ import json
 import os
 import runpy
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import traceback
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -44,8 +46,7 @@ class Shell:
         self.folder = folder
         for program in ("train_ppo.py", "plot_rewards.py"):
             (folder / program).symlink_to(ROOT / program)
-        programs = folder / ".bin"
-        programs.mkdir()
+        self.programs = programs = Path(tempfile.mkdtemp())  # a short path, as a socket needs it
         address = str(programs / "socket")
         for name in ("python", "hf"):
             client = CLIENT.format(address=address, program=name)
@@ -69,6 +70,7 @@ class Shell:
     def __exit__(self, *exception):
         self.server.kill()
         self.server.join()
+        shutil.rmtree(self.programs)
 
     def type(self, lines: str, **environment: str) -> str:
         """What these lines print; an AssertionError with it where one of them fails."""
