@@ -172,7 +172,7 @@ def gain(before: dict, after: dict, prompts: list[str], beta: float) -> dict:
     """What share of the possible gain `after` got, with its standard error; None with the reason where that is unknown.
 
     The standard error is that of (J - J_ref) / (J* - J_ref) to first order in the errors of all three, for these
-    prompts; of judging alone: a run with another seed differs by more.
+    prompts; of judging alone: runs with other seeds differ, too.
     """
     if beta == 0:
         return {"gain": None, "why": "beta is 0"}
@@ -325,7 +325,7 @@ def summary(evaluation: dict) -> str:
     lines = [f"{what:36}{before:>10}{after:>10}" for what, before, after, _ in shown]
     if result["gain"] is not None:
         best, of_scores = result["limit"], f".{decimals(spread(evaluation['before']), 3)}f"
-        error = f"{result['gain_se']:.2f}, of judging; seeds differ by as much again"
+        error = f"{result['gain_se']:.2f}, of judging alone; seeds differ, too"
         lines.append(f"gain {result['gain']:.2f} (standard error {error}) of what is possible: the limit is")
         lines.append(f"J* {best['J']:{of_scores}}, with reward {best['reward']:{of_scores}} at KL {best['kl']:.2f}")
     return "\n".join([*lines, evaluation["verdict"]])

@@ -459,7 +459,7 @@ def test_the_table_holds_each_figure_before_and_after_with_the_gain():
     gain = {"beta": 0.15, "limit": limit, "J_before": 0.2546, "J": 0.6904, "gain": 0.9177, "gain_se": 0.0234}
     assert evaluation.summary(figures(gain)) == TABLE + (
         "J = reward - 0.15 KL                     0.255     0.690\n"
-        "gain 0.92 (standard error 0.02, of judging; seeds differ by as much again) of what is possible: the limit is\n"
+        "gain 0.92 (standard error 0.02, of judging alone; seeds differ, too) of what is possible: the limit is\n"
         "J* 0.728, with reward 0.932 at KL 1.36\n"
         "good: a sentence"
     )
