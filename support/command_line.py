@@ -34,8 +34,8 @@ def read_command_line(argv: list[str]) -> tuple[PPOConfig, Path, str]:
 
     For 'complete' the config's eval_samples are the completions of all prompts together.
     """
-    complete, n, argv = parse_complete(argv)
-    config, given = parse_args(argv)
+    complete, n, others = parse_complete(argv)
+    config, given = parse_args(others)
     if complete is not None:
         run_dir, mode = find_run_folder(config, complete), "complete"
         given |= {"prompts_file"} if "prompts" in given else set()  # of which the run may have one
@@ -64,7 +64,7 @@ def read_command_line(argv: list[str]) -> tuple[PPOConfig, Path, str]:
     if config.reward is not None and mode != "nothing":
         if "reward" not in given:
             own = f"{run_dir} has a reward of its own, {config.reward}, and code runs only where you name it"
-            raise UserError(f"{own}: python train_ppo.py {flags_to_go_on(run_dir, config, mode)}")
+            raise UserError(f"{own}: {shlex.join(['python', 'train_ppo.py', *argv, '--reward', config.reward])}")
         import_function(config.reward)  # before anything is fetched
     if config.track != "none" and mode in ("train", "resume"):
         check_installed(config.track)
@@ -162,9 +162,9 @@ def saved_config(run_dir: Path, config: PPOConfig, given: set[str], allowed: set
     return config
 
 
-def flags_to_go_on(run_dir: Path, config: PPOConfig, mode: str = "resume") -> str:
+def flags_to_go_on(run_dir: Path, config: PPOConfig) -> str:
     """What to type behind `python train_ppo.py` for a run that is there: a reward of one's own is named again."""
-    return shlex.join([f"--{mode}", run_dir.as_posix(), *(["--reward", config.reward] if config.reward else [])])
+    return shlex.join(["--resume", run_dir.as_posix(), *(["--reward", config.reward] if config.reward else [])])
 
 
 def how_to_go_on(run_dir: Path | None, config: PPOConfig) -> str:

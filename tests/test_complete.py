@@ -150,8 +150,8 @@ def test_an_own_reward_is_named_again(finished, tmp_path, capsys, monkeypatch):
         "def score(texts):\n    assert 'no' not in texts[0]\n    return [len(text) for text in texts]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert main(["--complete", str(run_dir)]) == 2
-    assert f"--complete {run_dir} --reward own_length:score" in capsys.readouterr().err
+    assert main(["--complete", str(run_dir), "--n", "2"]) == 2
+    assert f": python train_ppo.py --complete {run_dir} --n 2 --reward own_length:score\n" in capsys.readouterr().err
     rows = complete(capsys, run_dir, "--reward", "own_length:score", "--n", "2")
     assert [float(row[4]) for row in rows] == [len(row[0] + row[3]) for row in rows]
     monkeypatch.setattr("own_length.score", lambda texts: 1 / 0)

@@ -236,7 +236,8 @@ def test_a_run_folder_runs_no_code_that_was_not_named_here(finished, tmp_path, m
     for given in ([], ["--save_every" if mode == "resume" else "--eval_samples", "5"]):
         assert main([f"--{mode}", "run", *given]) == 2
         own = f"run has a reward of its own, {reward}, and code runs only where you name it"
-        said = f"train_ppo.py: error: {own}: python train_ppo.py --{mode} run --reward {reward}\n"
+        again = " ".join(["python train_ppo.py", f"--{mode} run", *given, f"--reward {reward}"])
+        said = f"train_ppo.py: error: {own}: {again}\n"
         assert capsys.readouterr().err == said
     assert main([f"--{mode}", "run", "--reward", "builtins:len"]) == 2
     assert f"--reward builtins:len would change the result of run, which was started with {reward}" in (

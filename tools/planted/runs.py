@@ -105,6 +105,7 @@ BUGS = [  # (file, what stands there, the bug)
         '*(["--reward", config.reward] if config.reward else [])',
         "",
     ),
+    ("support/command_line.py", "'train_ppo.py', *argv, '--reward'", "'train_ppo.py', *others, '--reward'"),
     ("support/command_line.py", '        if mode not in ("eval_only", "complete") and getattr', "        if getattr"),
     (
         "train_ppo.py",
