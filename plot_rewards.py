@@ -134,14 +134,14 @@ def draw_all(fig, drawn: list[Curve]) -> None:
     panels = [panel for panel in PANELS if changes(panel[1], drawn)]
     n_rows = -(-len(panels) // 4)
     fig.set_size_inches(13, 8 + 2.6 * n_rows)
-    grid = fig.add_gridspec(2 + n_rows, 12, height_ratios=[1.5, 1.6] + [1] * n_rows)
-    for place, draw_it in zip((grid[0, :], grid[1, :6], grid[1, 6:]), BIG.values()):
+    # Rows of their own: in one grid of 12 columns the layout would give each column the widest label's room
+    rows = fig.add_gridspec(2 + n_rows, height_ratios=[1.5, 1.6] + [1] * n_rows)
+    for place, draw_it in zip((rows[0], *rows[1].subgridspec(1, 2)), BIG.values()):
         draw_it(fig.add_subplot(place), drawn)
     for row in range(n_rows):
         some = panels[len(panels) * row // n_rows : len(panels) * (row + 1) // n_rows]
-        width = 12 // len(some)
-        for i, panel in enumerate(some):
-            draw_small(fig.add_subplot(grid[2 + row, i * width : (i + 1) * width]), drawn, *panel)
+        for place, panel in zip(rows[2 + row].subgridspec(1, len(some)), some):
+            draw_small(fig.add_subplot(place), drawn, *panel)
 
 
 def changes(columns: list[str], drawn: list[Curve]) -> bool:

@@ -135,13 +135,25 @@ def test_panels_fill_rows_of_four_at_most_below_reward_plane_and_histogram(tmp_p
     draw([write_run(tmp_path / "run", without=left_out, **still)], tmp_path / "x.png")
     figure, options = figures[0]
     places = [axes.get_subplotspec() for axes in figure.axes]
-    cells = [(spec.rowspan.start, spec.colspan.start, spec.colspan.stop) for spec in places]
-    assert cells[:3] == [(0, 0, 12), (1, 0, 6), (1, 6, 12)]
-    expected = [(2 + row, 12 // n * i, 12 // n * (i + 1)) for row, n in enumerate(rows) for i in range(n)]
-    assert cells[3:] == expected
+    cells = [(spec.get_topmost_subplotspec().num1, spec.num1, spec.get_gridspec().ncols) for spec in places]
+    assert cells[:3] == [(0, 0, 1), (1, 0, 2), (1, 1, 2)]
+    assert cells[3:] == [(2 + row, i, n) for row, n in enumerate(rows) for i in range(n)]
     assert figure.get_size_inches() == pytest.approx([13, 8 + len(rows) * 2.6])
     assert options["dpi"] == 100
     assert {tuple(axes.title.get_fontfamily()) for axes in figure.axes} == {tuple(plot_rewards.fonts())}
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_wide_label_takes_room_from_its_own_row_alone(tmp_path, laid_out):
+    runs = [write_run(tmp_path / f"{kl}", 5, **{"objective/kl_coef": kl}) for kl in (0.18, 0.18018)]
+    draw(runs, tmp_path / "x.png")
+    panels = titles(laid_out[0])
+    assert max(len(label.get_text()) for label in panels["KL coefficient"].get_yticklabels()) >= len("0.18015")
+    width, height = laid_out[0].bbox.size
+    assert panels.pop(REWARD_TITLE).bbox.width > 0.9 * width
+    assert panels.pop(PLANE_TITLE).bbox.width > 0.4 * width and panels.pop(OF_SEVERAL).bbox.width > 0.4 * width
+    assert len(panels) == 8
+    assert all(axes.bbox.width > 0.17 * width and axes.bbox.height > 0.09 * height for axes in panels.values())
 
 
 def test_one_panel_alone_is_as_wide_as_a_page(tmp_path, figures):

@@ -197,7 +197,7 @@ BUGS = [  # (file, what stands there, the bug)
     ),
     ("plot_rewards.py", "    print(text)\n", ""),
     ("plot_rewards.py", "n_rows = -(-len(panels) // 4)", "n_rows = len(panels) // 4"),
-    ("plot_rewards.py", "width = 12 // len(some)", "width = 3"),
+    ("plot_rewards.py", "rows[2 + row].subgridspec(1, len(some)), some", "rows[2 + row].subgridspec(1, 4), some"),
     (
         "plot_rewards.py",
         "for curve in drawn if name in curve.metrics] for name",
