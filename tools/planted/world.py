@@ -170,7 +170,7 @@ BUGS = [  # (file, what stands there, the bug)
     ("README.zh.md", "，菱形是理论上限。", ",菱形是理论上限。"),
     ("docs/hub.md", '"*.msgpack" --local-dir sentiment', '"*.msgpack" --local-dir classifier'),
     ("docs/errors.zh.md", "`no weights in …: neither", "`no weights in …: either"),
-    ("docs/hub.zh.md", "| `HF_HUB_ETAG_TIMEOUT=60` |", "| `HF_HUB_ANSWER_TIMEOUT=60` |"),
+    ("docs/hub.zh.md", "| `HF_HUB_ETAG_TIMEOUT` |", "| `HF_HUB_ANSWER_TIMEOUT` |"),
     ("docs/several_gpus.md", "when the last is `--save_every_minutes` old", "when the last is `--save_minutes` old"),
     ("docs/several_gpus.md", "--nproc-per-node 4 train_ppo.py --resume", "--processes 4 train_ppo.py --resume"),
     ("docs/several_gpus.zh.md", "is_host=0 --local-addr", "is_host=1 --local-addr"),
