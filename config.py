@@ -2,8 +2,9 @@
 
     python train_ppo.py --lr 3e-5 --prompts "刚收到货,感觉" "这部电影很"
 
-Change a default here, or override it by its name on the command line. A preset wins over a default changed here: with
---preset demo, `lr` is the demo's. A run says, and keeps in its folder, where it differs from its preset as shipped.
+Change a default here, or override it by its name on the command line; a yes or no as in --detach_value False. A preset
+wins over a default changed here: with --preset demo, `lr` is the demo's. A run says, and keeps in its folder, where it
+differs from its preset as shipped.
 """
 
 import math
@@ -89,7 +90,8 @@ class PPOConfig:
     ppo_epochs: int = option(4, "Passes over each batch.", at_least=1)
     gamma: float = option(
         1.0,
-        "Discount per token, 0 to 1; a score counts whole, however far its end is from a token.",
+        "Discount per token, 0 to 1. At 1 the score, which comes with the last token, counts in full for every token "
+        "before it, however far away.",
         at_least=0,
         at_most=1,
     )
@@ -111,13 +113,14 @@ class PPOConfig:
     )
     vf_coef: float = option(
         0.1,
-        "Weight of the value loss (the article's); it matters without --detach_value, with it Adam evens it out.",
+        "Weight of the value loss (the article's). It matters with --detach_value False alone: else this loss trains "
+        "the value head only, and Adam evens its weight out.",
         at_least=0,
     )
     detach_value: bool = option(
         True,
-        "Keep the value head's gradient out of the transformer (article: False, which disturbs the policy; see "
-        "docs/learning.md).",
+        "Keep the value head's gradient out of the transformer (article: False, which disturbs the policy where a "
+        "batch has many minibatches; see docs/learning.md).",
     )
 
     frozen_share: float = option(
