@@ -276,7 +276,8 @@ ENGLISH = """\
 This page follows one step of PPO token by token, from the texts that a model writes to its new weights, in real
 numbers. [中文](one_step.zh.md)
 
-You need to know what a probability is and what a gradient is, and nothing else.
+You need to know what a probability is and what a gradient is. A token is what a model reads or writes at a time: here a
+character, or `[SEP]`, which ends a text.
 
 [Scores](#scores) · [KL penalty](#kl-penalty) · [Advantages](#advantages) · [Ratio and clip](#ratio-and-clip) ·
 [Losses](#losses) · [KL coefficient](#kl-coefficient)
@@ -299,11 +300,13 @@ another machine the last digits may differ, and with other library versions the 
 | KL | distance of the policy from the reference model | nats a completion | | |
 | | KL that the adaptive controller aims at | nats a completion | {target:g} | `target` |
 | β | KL coefficient, the price of this distance | reward per nat | {beta:g} | `init_kl_coef` |
-| γ | discount of later rewards, a factor for each token between | 0 to 1 | {gamma:g} | `gamma` |
-| λ | the same for later TD errors, beside γ | 0 to 1 | {lam:g} | `lam` |
-| ε | where the clip takes away a token's push | share of π<sub>old</sub> | {cliprange:g} | `cliprange` |
-| ε<sub>V</sub> | the same for a value | the trainer's reward unit, see [Losses](#losses) | {cliprange_value:g} \
-| `cliprange_value` |
+| γ | discount: each token that a reward comes later multiplies it by γ | 0 to 1 | {gamma:g} | `gamma` |
+| λ | how far each token looks ahead when it is judged: 1 to the end of the text, 0 to the next token | 0 to 1 \
+| {lam:g} | `lam` |
+| ε | how far a step pushes the probability of a token away from π<sub>old</sub>, up or down \
+| share of π<sub>old</sub> | {cliprange:g} | `cliprange` |
+| ε<sub>V</sub> | the same for a value, a guess of the reward still to come \
+| the trainer's reward unit, see [Losses](#losses) | {cliprange_value:g} | `cliprange_value` |
 
 ## Scores
 
@@ -326,7 +329,7 @@ sections lead from the one to the other.
 Policy and reference model read the completions and say how probable each token was where it stands. A token that the
 policy likes better than the reference model does costs something, and one that it likes less earns something. This is
 the KL penalty, the price of leaving the original language. Without it the policy would end up writing the one text
-that the classifier likes best. The score is added at the last token, usually `[SEP]`, which ends a text.
+that the classifier likes best. The score is added at the last token, usually `[SEP]`.
 
 | token | log π<sub>old</sub><br><br>`logprobs_from_logits` | log π<sub>ref</sub><br><br>`logprobs_from_logits` \
 | KL penalty<br>-β (log π<sub>old</sub> - log π<sub>ref</sub>)<br>`compute_rewards` \
@@ -354,21 +357,20 @@ long as the KL is below 2 / {batch} = {noisy_kl} nats.)
 
 The value head, a second output of the policy's network, guesses before each token how much reward is still to come:
 the value V. The first V of both completions is the same, {first_value}, since nothing but the prompt has been read yet.
-Then the guess changes with every token. In the formulas ′ is the next token; after the last token V′ and A′ are 0.
-
-| token | value V<br><br>`ValueHead` | reward r<br><br>`compute_rewards` \
-| TD error δ<br>r + γ V′ - V<br>`compute_advantages` | advantage A<br>δ + γ λ A′<br>`compute_advantages` \
-| return G<br>A + V<br>`compute_advantages` | whitened Â<br>(A - mean) / standard deviation<br>`whiten` |
-| --- | ---: | ---: | ---: | ---: | ---: | ---: |
-{advantage_rows}
-
-With γ = 1 and λ = 1, the defaults, this becomes simple:
+Then the guess changes with every token. From values and rewards come the other columns, in which ′ means the next
+token; after the last token V′ and A′ are 0. With γ = 1 and λ = 1, the defaults, δ, A and G are simple:
 
 - The TD error (temporal-difference error) δ = r + V′ - V is the news that a token brings: its own reward, and by how
   much it changes the guess.
 - The advantage A is the sum of the news from this token to the end. All guesses but the first cancel out, which leaves
   A = G - V: **how much better it ended than was expected here**.
 - The return G = r + r′ + r″ + … is the sum of the rewards from this token to the end, with nothing guessed about it.
+
+| token | value V<br><br>`ValueHead` | reward r<br><br>`compute_rewards` \
+| TD error δ<br>r + γ V′ - V<br>`compute_advantages` | advantage A<br>δ + γ λ A′<br>`compute_advantages` \
+| return G<br>A + V<br>`compute_advantages` | whitened Â<br>(A - mean) / standard deviation<br>`whiten` |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: |
+{advantage_rows}
 
 So nearly the whole score reaches every token. (With a λ below 1 later news counts less, and G is partly guessed.)
 
@@ -427,7 +429,8 @@ completions.
   them can outweigh what this one asks.
 - **The clip bounds the gradient, not the ratio.** In the last epoch it caught 「{happy_clipped}」 in the happy
   completion, which grew too much, and 「{unhappy_clipped}」 in the unhappy one, which shrank too much. They push no
-  more, but their ratios may go on: the other tokens move the same weights, and so does Adam's momentum.
+  more, but their ratios may go on: the other tokens move the same weights, and so does the optimiser's memory of
+  earlier gradients (Adam's momentum).
 - **Beyond the limits and not bold** are the tokens that moved against their Â: above {high:g} with a negative one, or
   below {low:g} with a positive one. They keep their push, which leads back. After the step {n_beyond} of the
   {n_tokens:,} ratios of the batch lie beyond the limits, {n_against} of them not clipped.
@@ -489,7 +492,8 @@ CHINESE = """\
 
 本页用真实的数字，逐个 token 讲清 PPO 的一步：从模型写出续写，到权重更新完毕。[English](one_step.md)
 
-只需要知道概率和梯度是什么，不需要别的基础。
+只需要知道概率和梯度是什么。token 是模型读写文本的最小单位：在这里，一个字就是一个 token，
+表示文本结束的 `[SEP]` 也是一个。
 
 [得分](#得分) · [KL 惩罚](#kl-惩罚) · [优势](#优势) · [概率比与截断](#概率比与截断) · [损失](#损失) ·
 [KL 系数](#kl-系数)
@@ -512,11 +516,12 @@ CHINESE = """\
 | KL | 策略离参考模型有多远 | 每条续写多少 nat | | |
 | | `adaptive` 控制器要达到的 KL | 每条续写多少 nat | {target:g} | `target` |
 | β | KL 系数，偏离参考模型的代价 | 每 nat 扣多少奖励 | {beta:g} | `init_kl_coef` |
-| γ | 折扣因子，奖励每往后一个 token 就乘一次 | 0 到 1 | {gamma:g} | `gamma` |
-| λ | 用在 TD 误差上的另一个折扣因子，与 γ 相乘 | 0 到 1 | {lam:g} | `lam` |
-| ε | 概率比的截断范围 | 占 π<sub>old</sub> 的比例 | {cliprange:g} | `cliprange` |
-| ε<sub>V</sub> | 价值的截断范围 | 训练器的奖励单位，见[损失](#损失)一节 | {cliprange_value:g} \
-| `cliprange_value` |
+| γ | 折扣因子：奖励每晚一个 token 得到，就乘一次 γ | 0 到 1 | {gamma:g} | `gamma` |
+| λ | 评判一个 token 时往后看多远：1 是看到文本结尾，0 是看到下一个 token 为止 | 0 到 1 | {lam:g} | `lam` |
+| ε | 一步之内，最多把一个 token 的概率推离 π<sub>old</sub> 多远，升降都一样 | 占 π<sub>old</sub> 的比例 \
+| {cliprange:g} | `cliprange` |
+| ε<sub>V</sub> | 与 ε 相同，但用于价值，也就是对后面还能得到多少奖励的估计 \
+| 训练器的奖励单位，见[损失](#损失)一节 | {cliprange_value:g} | `cliprange_value` |
 
 ## 得分
 
@@ -528,7 +533,8 @@ CHINESE = """\
 | --- | --- | ---: |
 {completion_rows}
 
-（两条里都有 token 被[截断](#概率比与截断)；好评取更新后概率变大的，差评取更新后概率变小的，各取最短的一条。）
+（这两条是这样选出来的：要有 token 被[截断](#概率比与截断)；好评要在更新后概率变大，差评要在更新后概率变小；
+各取最短的一条。）
 
 一个得分评的是整条文本，训练却需要每个 token 各有一个数：哪些字选对了，哪些选错了？
 接下来两节讲的就是怎样从前者算出后者。
@@ -537,7 +543,7 @@ CHINESE = """\
 
 策略和参考模型都把续写读一遍，给出每个 token 在它那个位置上的概率。策略比参考模型更偏爱的 token 会被扣奖励；
 反过来，策略不如参考模型偏爱的 token 会加奖励。这就是 KL 惩罚，也就是偏离原来语言习惯的代价。没有它，
-策略最后只会反复写分类器最喜欢的那一句。得分加在最后一个 token 上，它通常是表示文本结束的 `[SEP]`。
+策略最后只会反复写分类器最喜欢的那一句。得分加在最后一个 token 上，通常就是 `[SEP]`。
 
 | token | log π<sub>old</sub><br><br>`logprobs_from_logits` | log π<sub>ref</sub><br><br>`logprobs_from_logits` \
 | KL 惩罚<br>-β (log π<sub>old</sub> - log π<sub>ref</sub>)<br>`compute_rewards` \
@@ -563,19 +569,18 @@ KL 是策略可能写出的所有文本的对数概率比的平均，这个平�
 
 价值头是策略网络的第二个输出。在每个 token 出现之前，它都要估计后面还能得到多少奖励，这个估计叫做价值 V。
 两条续写的第一个 V 相同，都是 {first_value}，因为这时只读了提示词。此后每读一个 token，估计就变一次。
-公式里的 ′ 表示下一个 token；最后一个 token 之后，V′ 和 A′ 都是 0。
+表中其余各列由价值和奖励算出，公式里的 ′ 表示下一个 token；最后一个 token 之后，V′ 和 A′ 都是 0。
+γ 和 λ 默认都是 1，这时 δ、A、G 的含义很简单：
+
+- TD 误差（时序差分误差）δ = r + V′ - V，是这个 token 带来的意外：它自己的奖励，加上估计因它而发生的变化。
+- 优势 A 是从这个 token 到结尾的意外之和。后面的估计全部抵消，只剩 A = G - V：**结果比在这里预期的好多少**。
+- 回报 G = r + r′ + r″ + …，是从这个 token 到结尾的奖励之和，里面没有任何估计的成分。
 
 | token | 价值 V<br><br>`ValueHead` | 奖励 r<br><br>`compute_rewards` \
 | TD 误差 δ<br>r + γ V′ - V<br>`compute_advantages` | 优势 A<br>δ + γ λ A′<br>`compute_advantages` \
 | 回报 G<br>A + V<br>`compute_advantages` | 白化后的 Â<br>（A - 均值）/ 标准差<br>`whiten` |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |
 {advantage_rows}
-
-γ 和 λ 默认都是 1，这时事情很简单：
-
-- TD 误差（时序差分误差）δ = r + V′ - V，是这个 token 带来的意外：它自己的奖励，加上估计因它而发生的变化。
-- 优势 A 是从这个 token 到结尾的意外之和。后面的估计全部抵消，只剩 A = G - V：**结果比在这里预期的好多少**。
-- 回报 G = r + r′ + r″ + …，是从这个 token 到结尾的奖励之和，里面没有任何估计的成分。
 
 所以每个 token 都分到了几乎完整的得分。（如果 λ 小于 1，越靠后的意外越不算数，G 里也会掺进估计。）
 
@@ -592,8 +597,8 @@ G 平均是 {mean_return}。所以要对优势做白化：减去整个批次 {n_
 
 ### 价值头有什么用
 
-得分只说明一条文本最后写得怎样。这比平常好还是差，又是从哪个 token 开始变好或变差的，要有东西可比才知道。
-V 就是用来比的：写到这里为止，策略接下来平均能得到多少。做这种估计的，叫做价值函数（critic）。
+得分只说明一条文本最后写得怎样。要知道它比平常好还是差、从哪个 token 开始变好或变差，还需要一个基准。
+V 就是这个基准：写到这里为止，策略接下来平均能得到多少。做这种估计的，叫做价值函数（critic）。
 真正定好坏的是 G，V 估得不准，只会让优势的噪声变大；λ = 1 时不会把优势带偏。
 
 奖励模型代替不了它。奖励模型是用完整的文本训练的，拿半句话给它，得分说明不了什么。
@@ -628,7 +633,7 @@ V 就是用来比的：写到这里为止，策略接下来平均能得到多少
   {against_ratio}。所有续写共用同一组权重，别的 token 的推动可能盖过它自己的。
 - **截断限制的是梯度，不是概率比**：最后一个 epoch 里，好评的「{happy_clipped}」涨得太多，
   差评的「{unhappy_clipped}」跌得太多，都被截断了。它们自己不再推动策略，概率比却可能继续变：
-  别的 token 还在改变同一组权重，Adam 的动量也还在。
+  别的 token 还在改变同一组权重，优化器也还记着之前的梯度（Adam 的动量）。
 - **超出范围却不是粗体**的，是逆着 Â 变的 token：Â 为负而概率比高于 {high:g}，或者 Â 为正而概率比低于 {low:g}。
   它们的梯度还在，会把概率比往回拉。更新后，整个批次 {n_tokens:,} 个概率比里有 {n_beyond} 个超出范围，
   其中 {n_against} 个没有被截断。
@@ -666,7 +671,7 @@ epoch 1 的策略损失是 0，这不等于没有东西可学。概率比全是 
   这部分损失降不下去。
 
 应该看的是平均得分，以及为它付出了多少 KL：`metrics.csv` 里的 `env/reward_mean` 和 `objective/kl`；
-训练结束后再看 gain，它把两者合在一起衡量（[怎样读结果](result.zh.md)）。
+训练结束后再看 gain，它把两者合在一起衡量（[怎样看训练结果](result.zh.md)）。
 
 ## KL 系数
 
@@ -680,7 +685,7 @@ epoch 1 的策略损失是 0，这不等于没有东西可学。概率比全是 
 | `AdaptiveKLController` | β (1 + clip(KL / {target:g} - 1, -0.2, 0.2) · {batch} / {horizon:,}) | {adaptive} |
 
 第 {step} 步到此结束，更新后的策略接着写下一批 {batch} 条续写。它最后能有多好，离理论上限还有多远：
-[怎样读结果](result.zh.md)。
+[怎样看训练结果](result.zh.md)。
 """
 
 TEXTS = {"en": (ENGLISH, "happy", "unhappy", "mean"), "zh": (CHINESE, "好评", "差评", "平均")}

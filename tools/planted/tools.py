@@ -57,7 +57,7 @@ BUGS = [  # (file, what stands there, the bug)
     ("tools/one_step.py", "好评是 {happy_log_ratio}", "好评是 {unhappy_log_ratio}"),
     ("tools/one_step.py", "They keep their push, which leads back.", "Their push is gone."),
     ("docs/one_step.md", "above the target raises β", "above the target lowers β"),
-    ("docs/one_step.zh.md", "更新后概率变大的", "更新后概率变小的"),
+    ("docs/one_step.zh.md", "好评要在更新后概率变大", "好评要在更新后概率变小"),
     ("tools/review_models.py", 'if row["review"].strip():', 'if row["review"]:'),
     ("tools/review_models.py", "len(reviews) < FEWEST or ", ""),
     ("tools/review_models.py", 'row["label"] not in ("0", "1")', 'not row["label"]'),
