@@ -33,7 +33,7 @@ from plot_rewards import draw
 from reward import RewardError
 from support import collectives, evaluation, meeting, tracking
 from support.alarms import Alarms
-from support.checkpoint import load_checkpoint, save_checkpoint
+from support.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from support.command_line import FINAL, JOB_FILE, flags_to_go_on, new_run_folder
 from support.compare import read_rows
 from support.devices import environment
@@ -67,11 +67,15 @@ class RunFolder:
         self.argv, self.starts = [], []  # of this start; lines of environment.jsonl
 
     def compare_inputs(self) -> None:
-        """UserError where the run was started with other models, prompts or reward than these inputs."""
+        """UserError where the run has judged or trained a model with other models, prompts or reward than these."""
         path = self.path / INPUTS
-        before = collectives.broadcast_from_rank_0(
-            lambda: read_json(path, {}, "remove it: it is made again") if path.exists() else {}
-        )
+
+        def those_used() -> dict:
+            results = (self.path / "evaluation.json", self.path / "model", *checkpoints(self.path / "checkpoints"))
+            used = path.exists() and any(result.exists() for result in results)
+            return read_json(path, {}, "remove it: it is made again") if used else {}
+
+        before = collectives.broadcast_from_rank_0(those_used)
         # The demo's models are made anew, and on another machine may differ in the last digits
         now = {name: value for name, value in self.inputs.items() if not name.endswith("_name demo")}
         other = [name for name in now if before.get(name, now[name]) != now[name]]

@@ -22,6 +22,7 @@ from support.command_line import flags_to_go_on, new_run_folder, read_command_li
 from support.errors import UserError
 from support.evaluation import before_after_table, results_table
 from support.run_folder import RunFolder, RunLog
+from support.writing import remove
 from tests.test_train import rows, small_run, weights
 from tools.stress_resume import differences
 from train_ppo import main
@@ -507,6 +508,29 @@ def test_a_run_keeps_the_users_own_files_as_they_were(with_own_files, tmp_path, 
     (run_dir / "inputs.json").unlink()
     assert main(go_on) == 0 and [row["env/reward_mean"] for row in rows(run_dir)] == ["0.25", "0.375"]
     assert sorted(path.read_text() for path in (run_dir / "inputs").glob("judge_of_two-*.py")) == sources
+
+
+def test_a_reward_that_failed_before_anything_was_judged_is_mended_and_the_run_goes_on(tmp_path, demo, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    flags = ["--reward", "judge_to_mend:score"]
+    (tmp_path / "judge_to_mend.py").write_text("def score(texts):\n    return [1 / 0]\n")
+    code, run_dir = small_run(tmp_path, "--episodes", "16", *flags)
+    assert code == 2 and "ZeroDivisionError" in (run_dir / "error.log").read_text()
+    (tmp_path / "judge_to_mend.py").write_text("def score(texts):\n    return [0.25] * len(texts)\n")
+    del sys.modules["judge_to_mend"]
+    assert main(["--resume", str(run_dir), *flags]) == 0
+    assert [row["env/reward_mean"] for row in rows(run_dir)] == ["0.25"]
+
+
+@pytest.mark.parametrize("left", ["evaluation.json", "model", "checkpoints"])
+def test_any_one_result_belongs_to_the_inputs_it_was_made_with(finished, tmp_path, left, capsys):
+    run_dir = copy_of(finished, tmp_path)
+    for result in {"evaluation.json", "report.md", "model", "checkpoints"} - {left}:
+        remove(run_dir / result)
+    hashes = json.loads((run_dir / "inputs.json").read_text())
+    (run_dir / "inputs.json").write_text(json.dumps(hashes | {"the hash of the prompts": "another"}))
+    assert main(["--resume", str(run_dir)]) == 2
+    assert f"this is not what {run_dir} was started with" in capsys.readouterr().err
 
 
 def test_the_demos_models_may_differ_in_the_last_digits(finished, tmp_path):

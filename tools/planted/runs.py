@@ -229,6 +229,8 @@ BUGS = [  # (file, what stands there, the bug)
     ("support/run_folder.py", "                remove(leftover)  #", "                pass  #"),
     ("support/run_folder.py", '+ ",nan" * len(new)', ""),
     ("support/run_folder.py", "            self.compare_inputs()\n            load", "            load"),
+    ("support/run_folder.py", "path.exists() and any(result.exists() for result in results)", "path.exists()"),
+    ("support/run_folder.py", ', self.path / "model", *checkpoints(', ", *checkpoints("),
     ("support/run_folder.py", 'if not name.endswith("_name demo")', ""),
     ("support/run_folder.py", "before.get(name, now[name]) != now[name]", "before.get(name) != now[name]"),
     ("support/run_folder.py", "-{hash_of(content)}{file.suffix}", "{file.suffix}"),
