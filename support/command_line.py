@@ -34,8 +34,9 @@ def read_command_line(argv: list[str]) -> tuple[PPOConfig, Path, str]:
 
     For 'complete' the config's eval_samples are the completions of all prompts together.
     """
-    complete, n, others = parse_complete(argv)
-    config, given = parse_args(others)
+    flags = CompleteFlags()
+    complete, n, others = parse_complete(flags, argv)
+    config, given = parse_args(others, parents=[flags])
     if complete is not None:
         run_dir, mode = find_run_folder(config, complete), "complete"
         given |= {"prompts_file"} if "prompts" in given else set()  # of which the run may have one
@@ -75,17 +76,25 @@ def read_command_line(argv: list[str]) -> tuple[PPOConfig, Path, str]:
     return config, run_dir, mode
 
 
-def parse_complete(argv: list[str]) -> tuple[str | None, int, list[str]]:
-    """--complete and --n, which are no settings of a run, and all other arguments. UserError where they are wrong."""
+class CompleteFlags(argparse.ArgumentParser):
+    """--complete and --n, which are no settings of a run; --help lists them with these."""
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UserError(f"{message}; write --complete runs/NAME --n 5")
+    def __init__(self):
+        super().__init__(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        self.add_argument(
+            "--complete",
+            metavar="RUN",
+            help="Complete --prompts with the model of this run folder, before training and now, and train nothing.",
+        )
+        self.add_argument("--n", type=int, help="Completions of each prompt that --complete shows. (default: 5)")
 
-    parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--complete")
-    parser.add_argument("--n", type=int)
-    asked, others = parser.parse_known_args(argv)
+    def error(self, message):
+        raise UserError(f"{message}; write --complete runs/NAME --n 5")
+
+
+def parse_complete(flags: CompleteFlags, argv: list[str]) -> tuple[str | None, int, list[str]]:
+    """The run of --complete, --n, and all other arguments. UserError where they are wrong."""
+    asked, others = flags.parse_known_args(argv, argparse.Namespace(complete=None, n=None))
     if asked.n is not None and asked.complete is None:
         raise UserError("--n is how many completions of each prompt --complete shows; give it a run folder")
     if asked.n is not None and not 1 <= asked.n <= 10_000:

@@ -32,10 +32,13 @@ DESCRIPTION = """Train a Chinese GPT-2 with PPO towards texts that a reward like
 """
 
 
-def parse_args(argv: list[str], program="python train_ppo.py", description=DESCRIPTION) -> tuple[PPOConfig, set[str]]:
+def parse_args(
+    argv: list[str], program="python train_ppo.py", description=DESCRIPTION, parents=()
+) -> tuple[PPOConfig, set[str]]:
     """The command line as a config, the preset's defaults overridden by the flags; and the names of the flags given.
 
-    UserError, with the nearest name, for an unknown flag. --help shows the preset's defaults and leaves.
+    UserError, with the nearest name, for an unknown flag. --help shows the preset's defaults, and the flags of
+    `parents`, which argv is without, and leaves.
     """
     check_versions()
     from transformers import HfArgumentParser
@@ -65,6 +68,7 @@ def parse_args(argv: list[str], program="python train_ppo.py", description=DESCR
         usage=f"{program} [--NAME VALUE ...]",
         description=description,
         formatter_class=Formatter,
+        parents=parents,
         allow_abbrev=False,
     )
     argv = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), arg) for arg in argv]

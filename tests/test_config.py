@@ -381,6 +381,8 @@ def test_help_in_a_fresh_process_loads_no_model_library():
         "optimisation (Adam, Kingma & Ba 2015)",
         "run and logging",
     ]
+    options = result.stdout.split("options:")[1].split("models:")[0]
+    assert re.findall(r"\n  (?:-h, )?(--\w+) ", options) == ["--help", "--complete", "--n"]
     kl = result.stdout.split("KL to the reference (Ziegler et al. 2019, section 2.2):")[1].split("\n\n")[0]
     assert re.findall(r"\n  --(\w+) ", kl) == ["init_kl_coef", "kl_budget", "kl_controller", "target", "horizon"]
     assert result.stdout.startswith("usage: python train_ppo.py [--NAME VALUE ...]\n\n")

@@ -72,6 +72,7 @@ BUGS = [  # (file, what stands there, the bug)
     ("support/errors.py", "\\x7f-\\x9f", "\\x7f"),
     ("support/errors.py", "        super().__init__(escaped(message))", "        super().__init__(message)"),
     ("support/errors.py", "\\u2028-\\u202e", "\\u2028-\\u202d"),
+    ("support/settings.py", "        parents=parents,\n", ""),
     (
         "support/settings.py",
         "    check_device(config.device)\n\n\n",
