@@ -67,7 +67,6 @@ FLAGS = [  # (flags, part of the line)
     ("--resume latest --runs_dir nowhere", "no run to resume"),
     ("--eval_only runs/nothing", "is no run folder"),
     ("--complete runs/nothing", "is no run folder"),
-    ("--complete run/model", "give the run, run"),
     ("--complete run --n 0", "--n must be at least 1"),
     ("--n 3", "--n is how many completions of each prompt --complete shows"),
 ]
@@ -260,6 +259,7 @@ BROKEN = [  # (what was done, how, command, part of the line)
         f"{NEW} --reward r12:f",
         "is no function but a coroutine function",
     ),
+    ("the model of a run for the run", lambda: None, "--complete run/model", "give the run, run"),
     ("run config is no JSON", write("run/config.json", "{"), "--resume run", "it is no JSON"),
     ("run config nested too deep", write("run/config.json", "[" * 10**5), "--resume run", "it is no JSON"),
     (
