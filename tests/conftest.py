@@ -26,7 +26,6 @@ VOCAB = [
     *"刚收到货,感觉很不错好评差质量快递物流一般满意失望衣服苹果这本书电影!。",
     "good",
     "##s",
-    "部",
 ]
 SPECIAL = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
 

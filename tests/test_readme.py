@@ -30,6 +30,8 @@ def shell(tmp_path_factory, finished):
     folder = tmp_path_factory.mktemp("typed")
     published = folder / "published"
     gpt2, sentiment = write_gpt2(published / "gpt2"), write_classifier(published / "sentiment")
+    vocab = gpt2 / "vocab.txt"  # with the characters of the pages' prompts
+    vocab.write_text(vocab.read_text(encoding="utf-8").replace("苹", "部"), encoding="utf-8")
     models = {"uer/gpt2-chinese-cluecorpussmall": gpt2, "uer/roberta-base-finetuned-jd-binary-chinese": sentiment}
     models |= {"lvwerra/gpt2-imdb": write_bpe_gpt2(published / "bpe"), "lvwerra/distilbert-imdb": sentiment}
     for name in ("gpt2", "sentiment"):

@@ -297,7 +297,8 @@ def test_the_screen_shows_what_the_files_hold(run):
         assert re.search(rf"^{what} +{old} +{new}$", run.printed, re.MULTILINE), what
     assert f"gain {found['gain']:.2f} (standard error {found['gain_se']:.2f}, of judging" in run.printed
     table = "\n".join(completions_table(run))
-    assert run.printed.endswith(f"\n{table}\n\nmodel, metrics and report.md are in {run.folder}\n")
+    assert run.printed.count(f"\n\n{table}\n\n") == 1
+    assert run.printed.endswith(f"\n\nmodel, metrics and report.md are in {run.folder}\n")
 
 
 def completions_table(run) -> list[str]:
