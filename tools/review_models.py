@@ -5,7 +5,7 @@
 writes review_models/gpt2 (6 blocks, 256 wide) and review_models/sentiment (4 blocks, 256 wide) for --model_name and
 --reward_model_name, in the article models' file layout. The reviews are a UTF-8 CSV file, or the only one in a zip; its
 column `review` is a text, and its column `label` is 1 where the writer is happy and 0 where not. Two CPU cores take
-half an hour for 63,000 reviews; on a CPU, they and the same number of threads give the same weights every time.
+26 minutes for 63,000 reviews; on a CPU, they and the same number of threads give the same weights every time.
 """
 
 import argparse
