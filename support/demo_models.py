@@ -24,6 +24,7 @@ from support.errors import UserError
 from support.writing import disk_errors, whole
 
 NEGATIVE, POSITIVE = "negative (stars 1, 2 and 3)", "positive (stars 4 and 5)"
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # the first of a vocabulary
 
 # ----------------------------------------------------------------------------------------------
 # The grammar
@@ -142,7 +143,7 @@ def write_vocab(path: Path, reviews: list[tuple[str, int]], size: int = 0) -> li
 
     [unused1], [unused2], ... fill it up to `size` tokens, as in published vocabularies.
     """
-    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({c for text, _ in reviews for c in text})]
+    vocab = [*SPECIAL_TOKENS, *sorted({c for text, _ in reviews for c in text})]
     vocab += [f"[unused{i}]" for i in range(1, size - len(vocab) + 1)]
     path.write_text("\n".join(vocab) + "\n", encoding="utf-8")
     return vocab
@@ -192,15 +193,27 @@ def fit(model, tokenizer, reviews: list[tuple[str, int]], steps: int, draw: rand
     model.train()
     for _ in tqdm(range(steps), type(model).__name__, unit="step"):
         texts, labels = zip(*draw.sample(reviews, BATCH))
-        batch = tokenizer(list(texts), padding=True, return_tensors="pt").to(model.device)
-        if isinstance(model, GPT2LMHeadModel):
-            targets = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        else:
-            targets = torch.tensor(labels, device=model.device)
-        loss = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=targets).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+        batch = tokenizer(list(texts), padding=True, return_tensors="pt")
+        loss = forward(model, batch["input_ids"], batch["attention_mask"], torch.tensor(labels)).loss
+        descend(model, loss, optimizer, schedule)
     model.eval()
+
+
+def forward(model, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor):
+    """What a model makes of texts, with its loss: a GPT-2's of their tokens, a classifier's of the labels.
+
+    ids, mask (batch, time), labels (batch,), all int64, on any device.
+    """
+    ids, mask, labels = (tensor.to(model.device) for tensor in (ids, mask, labels))
+    if isinstance(model, GPT2LMHeadModel):
+        labels = ids.masked_fill(mask == 0, -100)
+    return model(input_ids=ids, attention_mask=mask, labels=labels)
+
+
+def descend(model, loss: torch.Tensor, optimizer, schedule) -> None:
+    """An optimiser step down a loss, the norm of its gradient at most 1."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    schedule.step()

@@ -23,7 +23,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tqdm import tqdm
 from transformers import BertTokenizer, GPT2LMHeadModel
 
-from support.demo_models import new_classifier, new_gpt2, write_model
+from support.demo_models import SPECIAL_TOKENS, descend, forward, new_classifier, new_gpt2, write_model
 from support.devices import keep_freed_memory, pick_device, pick_dtype
 from support.errors import UserError, exits_on_user_error
 from support.models import quiet_transformers
@@ -107,7 +107,7 @@ def write_vocab(path: Path, texts: list[str]) -> None:
     normalize, split = BertNormalizer(lowercase=True).normalize_str, BertPreTokenizer().pre_tokenize_str
     words = {word for text in texts for word, _ in split(normalize(text))}
     pieces = {word[0] for word in words} | {f"##{character}" for word in words for character in word[1:]}
-    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(pieces)]
+    vocab = [*SPECIAL_TOKENS, *sorted(pieces)]
     path.write_text("\n".join(vocab) + "\n", encoding="utf-8")
 
 
@@ -145,11 +145,7 @@ def fit(model, training: list, judged: list, epochs: int, lr: float, draw: rando
             for ids, mask, labels in bar:
                 with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
                     loss = forward(model, ids, mask, labels).loss
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
+                descend(model, loss, optimizer, schedule)
         model.eval()
         print(f"{len(judged)} reviews that it has not seen: {judge(model, judged, draw)}", flush=True)
 
@@ -163,14 +159,6 @@ def batches(examples: list, draw: random.Random) -> list[tuple[torch.Tensor, ...
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)  # with [PAD]
         found.append((ids, (ids != 0).long(), torch.tensor(labels)))
     return draw.sample(found, len(found))
-
-
-def forward(model, ids, mask, labels):
-    """What a model makes of a batch, and its loss."""
-    ids, mask, labels = (tensor.to(model.device) for tensor in (ids, mask, labels))
-    if isinstance(model, GPT2LMHeadModel):
-        labels = ids.masked_fill(mask == 0, -100)
-    return model(input_ids=ids, attention_mask=mask, labels=labels)
 
 
 @torch.no_grad()

@@ -63,8 +63,6 @@ BUGS = [  # (file, what stands there, the bug)
     ("tools/review_models.py", 'row["label"] not in ("0", "1")', 'not row["label"]'),
     ("tools/review_models.py", 'f"##{character}" for', "character for"),
     ("tools/review_models.py", "*sorted(pieces)]", "*pieces]"),
-    ("tools/review_models.py", "ids.masked_fill(mask == 0, -100)", "ids"),
-    ("tools/review_models.py", "attention_mask=mask, labels", "labels"),
     ("tools/review_models.py", "mask[:, 1:].sum().item()))", "len(labels)))"),
     (
         "tools/review_models.py",
