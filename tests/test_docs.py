@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.pages import anchors, links
 
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 CHINESE = [page for page in PAGES if page.name.endswith(".zh.md")]
@@ -21,20 +22,6 @@ def prose(page: Path) -> str:
     text = re.sub(r"^    .*", "", text, flags=re.MULTILINE)
     text = re.sub(r"`[^`\n]+`|「[^」]*」", "X", text)
     return re.sub(r"刚收到货,感觉(\*\*[^*]*\*\*)?", "X", text)
-
-
-def anchors(page: Path) -> set[str]:
-    """What GitHub makes of the headings."""
-    headings = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.MULTILINE)
-    return {
-        re.sub(r"[^\w\- ]", "", re.sub(r"\[(.*?)\]\(.*?\)", r"\1", line)).lower().replace(" ", "-") for line in headings
-    }
-
-
-def links(page: Path) -> list[tuple[str, str]]:
-    """(file, anchor) of the links within the repository, "" for this page or no anchor."""
-    found = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
-    return [tuple((link + "#").split("#")[:2]) for link in found if "://" not in link]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=of_page)

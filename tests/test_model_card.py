@@ -14,7 +14,8 @@ from support.evaluation import before_after_table
 from support.model_card import write_card, write_results
 from support.models import encode_prompt, load_tokenizer
 from support.text_trainer import TextPPOTrainer
-from tests.conftest import ROOT, VOCAB
+from tests.conftest import VOCAB
+from tests.pages import code_blocks
 from tests.test_loading import write_bpe_gpt2
 from train_ppo import main
 
@@ -45,8 +46,8 @@ def readme_snippet() -> str:
     """What README.md says of a trained model, the same in both languages but for its remark."""
     codes = []
     for name in ("README.md", "README.zh.md"):
-        pattern = "```python\n(from pathlib import Path\nfrom transformers.*?)```"
-        codes += re.findall(pattern, (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
+        begin = "from pathlib import Path\nfrom transformers"
+        codes += [code for code in code_blocks(name, "python") if code.startswith(begin)]
     english, chinese = (re.sub("  # .*", "", code) for code in codes)
     assert english == chinese
     return english

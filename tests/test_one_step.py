@@ -14,6 +14,7 @@ from transformers import GPT2LMHeadModel
 
 from support.load import load
 from support.text_trainer import TextPPOTrainer
+from tests.pages import anchors, links
 from tests.test_step_reference import FORBIDDEN, plain_gpt2
 from tools import one_step
 
@@ -369,10 +370,9 @@ def test_both_pages_are_of_one_step(committed):
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_the_links_within_a_page_lead_to_its_sections(language):
-    text = one_step.PAGES[language].read_text(encoding="utf-8")
-    titles = re.findall(r"^#{2,3} (.+)$", text, re.M)
-    links = re.findall(r"\]\(#([^)]+)\)", text)
-    assert links and set(links) <= {title.lower().replace(" ", "-") for title in titles}
+    page = one_step.PAGES[language]
+    sections = {anchor for file, anchor in links(page) if not file}
+    assert sections and sections <= anchors(page)
 
 
 def test_the_chinese_page_has_chinese_punctuation_and_spacing():

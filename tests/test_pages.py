@@ -12,6 +12,7 @@ from torch.distributed.run import get_args_parser
 
 from config import PPOConfig
 from tests.conftest import ROOT
+from tests.pages import code_blocks, read
 
 PAGES = ["README", "docs/hub", "docs/several_gpus", "docs/result", "docs/trl", "docs/differences"]  # .md and .zh.md
 BOTH = [f"{page}{ending}" for page in PAGES for ending in (".md", ".zh.md")]
@@ -20,13 +21,9 @@ ELSEWHERE = {"WANDB_MODE", "SWANLAB_MODE"}  # in packages that need not be there
 ELSEWHERE |= {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}  # and in torch newer than the oldest, as its pages say
 
 
-def read(page: str) -> str:
-    return (ROOT / page).read_text(encoding="utf-8")
-
-
 def blocks(page: str) -> list[str]:
     """The code blocks of a page without their comments, which are in the page's language."""
-    return [re.sub(r"(?m)(^| +)# .*", "", block) for block in re.findall(r"(?s)```\w+\n(.*?)```", read(page))]
+    return [re.sub(r"(?m)(^| +)# .*", "", block) for block in code_blocks(page)]
 
 
 def spans(page: str) -> list[str]:

@@ -17,7 +17,7 @@ from transformers import pipeline
 
 from config import PPOConfig
 from support.text_trainer import TextPPOTrainer
-from tests.conftest import ROOT
+from tests.pages import code_blocks
 from tests.test_trainer import make
 
 
@@ -269,8 +269,7 @@ def test_lists_of_ids_are_taken(policy):
 
 def test_the_readme_s_loop_as_pasted(tmp_path, monkeypatch, capsys):
     """Its rewards rise, and what it saves opens here and in plain transformers."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (snippet,) = re.findall(r"```python\n(from config import .*?)```", readme, re.DOTALL)
+    (snippet,) = [code for code in code_blocks("README.md", "python") if code.startswith("from config import")]
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(compile(snippet.replace("range(20)", "range(5)"), "README.md", "exec"), names)

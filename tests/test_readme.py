@@ -11,17 +11,13 @@ import zipfile
 import pytest
 
 from support.demo_models import write_review
-from tests.conftest import ROOT, write_classifier, write_gpt2
+from tests.conftest import write_classifier, write_gpt2
 from tests.hub_server import Hub
+from tests.pages import code_blocks
 from tests.shell import Shell
 from tests.test_loading import write_bpe_gpt2
 
 BY_CI = "python3 -m venv"
-
-
-def blocks(page: str, language: str) -> list[str]:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +34,8 @@ def shell(tmp_path_factory, finished):
         shutil.copytree(published / name, folder / name)
     shutil.copytree(finished, folder / "runs" / "NAME")
     (folder / "prompts.txt").write_text("刚收到货,感觉\n这本书\n", encoding="utf-8")
-    (folder / "my_reward.py").write_text(next(code for code in blocks("README.md", "python") if "# my_reward" in code))
+    (reward,) = [code for code in code_blocks("README.md", "python") if "# my_reward" in code]
+    (folder / "my_reward.py").write_text(reward)
     draw = random.Random(1)
     rows = "\n".join(f'书籍,{label},"{text}"' for text, label in (write_review(draw) for _ in range(300)))
     with zipfile.ZipFile(published / "online_shopping_10_cats.zip", "w") as archive:
@@ -63,7 +60,7 @@ LEAVES = {  # a word that one block alone has: files that its commands leave, as
 
 @pytest.mark.parametrize("word", LEAVES)
 def test_a_command_of_the_readme_as_pasted(shell, word):
-    (block,) = [block for block in blocks("README.md", "bash") if word in block]
+    (block,) = [block for block in code_blocks("README.md", "bash") if word in block]
     published = f"file://{shell.folder / 'published'}/"
     block = re.sub(r"https://github\.com/.*/", published, block).replace("https://your-mirror", shell.hub.url)
     if not shutil.which("curl"):
@@ -84,7 +81,7 @@ def test_a_command_of_the_readme_as_pasted(shell, word):
 
 
 def test_every_command_of_the_readme_is_typed():
-    for block in blocks("README.md", "bash"):
+    for block in code_blocks("README.md", "bash"):
         assert block.startswith(BY_CI) or sum(word in block for word in LEAVES) == 1
 
 
@@ -92,7 +89,7 @@ def test_models_are_fetched_by_the_hub_s_own_program_for_a_machine_without_a_net
     """docs/hub.md"""
     for name in ("gpt2", "sentiment"):
         shutil.rmtree(shell.folder / name)
-    (block,) = [block for block in blocks("docs/hub.md", "bash") if "hf download" in block]
+    (block,) = [block for block in code_blocks("docs/hub.md", "bash") if "hf download" in block]
     fetching, training = block.split("python", 1)
     shell.type(fetching)
     shell.type(f"python{training}", HF_ENDPOINT="http://127.0.0.1:9")
@@ -103,5 +100,5 @@ def test_models_are_fetched_by_the_hub_s_own_program_for_a_machine_without_a_net
 
 def test_a_gpt2_of_another_language(shell):
     """docs/hub.md"""
-    (block,) = [block for block in blocks("docs/hub.md", "bash") if "lvwerra" in block]
+    (block,) = [block for block in code_blocks("docs/hub.md", "bash") if "lvwerra" in block]
     assert "| This film was | " in shell.type(block)

@@ -10,7 +10,7 @@ from transformers import pipeline
 
 from config import PPOConfig
 from support.text_trainer import TextPPOTrainer
-from tests.conftest import ROOT
+from tests.pages import code_blocks, read
 
 TRL_SETTINGS = """
     exp_name seed log_with task_name model_name query_dataset reward_model remove_unused_columns tracker_kwargs
@@ -33,17 +33,9 @@ TRL_STATISTICS = """
 """.split()  # what its step returns
 
 
-def page(name: str) -> str:
-    return (ROOT / "docs" / name).read_text(encoding="utf-8")
-
-
-def blocks(name: str) -> list[str]:
-    return re.findall(r"```\w+\n(.*?)```", page(name), re.DOTALL)
-
-
 def tables(name: str) -> list[list[list[str]]]:
     """The page's tables, as rows of cells, without their heads."""
-    found = re.findall(r"(?:^\|.*\|\n)+", page(name), re.MULTILINE)
+    found = re.findall(r"(?:^\|.*\|\n)+", read(f"docs/{name}"), re.MULTILINE)
     return [[row.strip("|").split("|") for row in table.splitlines()[2:]] for table in found]
 
 
@@ -53,12 +45,12 @@ def code(text: str) -> list[str]:
 
 
 def only_here(number: int) -> set[str]:
-    return set(code(re.findall(r"^Only here: (.*)", page("trl.md"), re.MULTILINE)[number]))
+    return set(code(re.findall(r"^Only here: (.*)", read("docs/trl.md"), re.MULTILINE)[number]))
 
 
 def test_the_loop_runs_as_printed(demo, tmp_path, monkeypatch, capsys):
     """With the demo's models and settings; the reward rises, and plain transformers opens the result."""
-    _, after, _ = blocks("trl.md")
+    _, after, _ = code_blocks("docs/trl.md")
     monkeypatch.chdir(tmp_path)
     for printed, here in (
         ("uer/gpt2-chinese-cluecorpussmall", "demo"),
@@ -82,7 +74,7 @@ def test_the_loop_runs_as_printed(demo, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["trl", "differences"])
 def test_both_languages_show_the_same_code_and_name_the_same_things(name):
     """And the same numbers; the last of more than two columns is prose."""
-    assert blocks(f"{name}.md") == blocks(f"{name}.zh.md")
+    assert code_blocks(f"docs/{name}.md") == code_blocks(f"docs/{name}.zh.md")
     english, chinese = tables(f"{name}.md"), tables(f"{name}.zh.md")
     assert [len(table) for table in english] == [len(table) for table in chinese]
     for row, in_chinese in zip(sum(english, []), sum(chinese, [])):
@@ -95,7 +87,7 @@ def test_both_languages_show_the_same_code_and_name_the_same_things(name):
 
 def test_what_the_old_loop_calls_and_sets_is_in_the_tables():
     """What comes from trl, the methods of its trainer, and each setting of PPOConfig and of generate."""
-    before = blocks("trl.md")[0]
+    before = code_blocks("docs/trl.md")[0]
     calls = [node for node in ast.walk(ast.parse(before)) if isinstance(node, ast.Call)]
     (imported,) = re.findall(r"from trl import (.*)", before)
     methods = re.findall(r"(?:trainer|tokenizer)\.(\w+)\(", before)
