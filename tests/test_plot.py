@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
+import matplotlib.font_manager  # writes that list before a test starts a process
 import numpy as np
 import pytest
 
@@ -626,7 +628,8 @@ def test_of_an_evaluation_is_drawn_what_is_there(tmp_path, figures, capsys):
 def test_several_runs_go_into_one_picture_without_a_display(judged_runs, tmp_path):
     out = tmp_path / "all.png"
     command = [sys.executable, str(ROOT / "plot_rewards.py"), *map(str, judged_runs), "--out", "all.png"]
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    fonts = matplotlib.get_cachedir()  # in a new home it builds its list of fonts, and says so after five seconds
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "MPLCONFIGDIR": fonts}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
     table = (tmp_path / "compare.md").read_text()
