@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from support.checkpoint import FILES, sha256
-from tests.conftest import ROOT
+from tests.ranks import context
 from tools import fuzz
 
 
@@ -110,7 +109,15 @@ def test_a_hash_may_be_made_to_fit_the_damage(files, tmp_path):
     assert path.read_bytes() != bytes(100) and fuzz.is_whole(path.with_name("state.json"))
 
 
-def test_a_few_cases_end_as_they_should():
-    command = [sys.executable, "-m", "tools.fuzz", "--first", "100", "--cases", "4"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0 and "4 cases, 100 to 103, in" in result.stdout, result.stdout + result.stderr
+def few_cases(out: Path) -> None:
+    sys.argv = ["fuzz.py", "--first", "100", "--cases", "4"]
+    sys.stdout = open(out, "w", encoding="utf-8")
+    sys.exit(fuzz.main())
+
+
+def test_a_few_cases_end_as_they_should(tmp_path):
+    process = context.Process(target=few_cases, args=(tmp_path / "out",))
+    process.start()
+    process.join()
+    said = (tmp_path / "out").read_text(encoding="utf-8")
+    assert process.exitcode == 0 and "4 cases, 100 to 103, in" in said, said

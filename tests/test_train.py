@@ -254,16 +254,14 @@ def test_a_second_signal_leaves_a_hanging_reward_at_once(tmp_path, demo):
 # --- how far a run is
 
 
-def test_a_log_file_gets_lines_and_no_returns_to_the_start_of_one(tmp_path, demo):
-    with (tmp_path / "log").open("w") as log:
-        command = [sys.executable, ROOT / "train_ppo.py", *SMALL, "--run_name", "run", "--log_samples_every", "0"]
-        assert subprocess.run(command, stdout=log, stderr=log, cwd=tmp_path).returncode == 0
-    lines = (tmp_path / "log").read_bytes().decode().split("\n")
+def test_what_is_no_terminal_gets_lines_and_no_returns_to_the_start_of_one(tmp_path, demo, capfd):
+    small_run(tmp_path, "--log_samples_every", "0")
+    lines = "".join(capfd.readouterr()).split("\n")
     form = r"step (\d)/3  reward ([\d.]+)  KL ([\d.]+)  [\d.]+ s a step, .+ left"
     told = [found.groups() for line in lines if (found := re.fullmatch(form, line))]
     assert [told[0][0], told[-1][0]] == ["1", "3"] and not any("\r" in line or "step/s" in line for line in lines)
     for step, reward, kl in told:
-        row = rows(tmp_path / "runs" / "run")[int(step) - 1]
+        row = rows(tmp_path / "run")[int(step) - 1]
         said = [float(row["env/reward_mean"]), float(row["objective/kl"])]
         assert [float(reward), float(kl)] == pytest.approx(said, abs=0.006)
 
