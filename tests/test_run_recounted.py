@@ -21,7 +21,7 @@ from tests.test_step_reference import Reference
 from train_ppo import main
 
 PROMPTS = ["好", "刚收到货,感觉", "给妈妈买的,"]  # of one, seven and six tokens
-STEPS, BATCH, GEN_LEN, TEMPERATURE, SEED, BETA, JUDGED = 4, 10, 10, 0.8, 3, 1.0, 400
+STEPS, BATCH, GEN_LEN, TEMPERATURE, SEED, BETA, JUDGED = 4, 10, 10, 0.8, 3, 1.0, 200
 SETTINGS = dict(
     preset="demo", device="cpu", prompts=PROMPTS, temperature=TEMPERATURE, gen_len=GEN_LEN, seed=SEED,
     episodes=STEPS * BATCH - 3, batch_size=BATCH, minibatch_size=4, micro_batch_size=3, ppo_epochs=2, lam=0.9,
@@ -228,7 +228,7 @@ def test_the_evaluation_follows_from_its_samples(run):
     for when, gpt2 in (("before", run.policies[0]), ("after", run.saved)):
         judged = run.evaluation[when]
         texts, scores = [sample[:2] for sample in judged["samples"]], [sample[2] for sample in judged["samples"]]
-        assert [prompt for prompt, _ in texts] == (PROMPTS * 134)[:JUDGED]
+        assert [prompt for prompt, _ in texts] == (PROMPTS * JUDGED)[:JUDGED]
         tokens = [tokens_of(run, text) for _, text in texts]
         ours, ref = (logprobs_of(run, model, texts) for model in (gpt2, run.policies[0]))
         kls = [float((a.exp() * (a - b)).sum()) for a, b in zip(ours, ref)]
@@ -236,7 +236,7 @@ def test_the_evaluation_follows_from_its_samples(run):
         exact = {
             "n": JUDGED,
             "reward": np.mean(scores),
-            "reward_ci95": 1.96 * np.std(scores, ddof=1) / 20,
+            "reward_ci95": 1.96 * np.std(scores, ddof=1) / math.sqrt(JUDGED),
             "kl": np.mean(judged["kls"]),
             "length": means(map(len, tokens)),
             "ended": means(SEP in ids for ids in tokens),
