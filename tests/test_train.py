@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from datetime import datetime
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,7 @@ from support.figures import duration
 from support.run_folder import RunFolder
 from support.signals import StopSignal
 from tests.conftest import ROOT, write_gpt2
+from tests.ranks import context
 from train_ppo import main
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
@@ -230,6 +232,13 @@ def test_below_torchrun_which_passes_signals_on_a_second_changes_nothing(monkeyp
     assert capfd.readouterr().err == ""
 
 
+def program_in(folder: Path, flags: list[str]) -> None:
+    """`python train_ppo.py FLAGS` in this folder, what it says on stderr in the file err."""
+    os.chdir(folder)
+    os.dup2(os.open("err", os.O_WRONLY | os.O_CREAT), 2)
+    sys.exit(main(flags))
+
+
 def test_a_second_signal_leaves_a_hanging_reward_at_once(tmp_path, demo):
     """The reward hangs in step 1 (after two calls of the evaluation): one Ctrl-C waits for the step, two do not."""
     (tmp_path / "hangs.py").write_text(
@@ -238,17 +247,19 @@ def test_a_second_signal_leaves_a_hanging_reward_at_once(tmp_path, demo):
         "    if calls > 2:\n        open('hanging', 'w').close()\n        time.sleep(600)\n"
         "    return [0.0] * len(texts)\n"
     )
-    command = [sys.executable, str(ROOT / "train_ppo.py"), *SMALL, "--run_name", "run", "--reward", "hangs:score"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    flags = [*SMALL, "--run_name", "run", "--reward", "hangs:score"]
+    process = context.Process(target=program_in, args=(tmp_path, flags))
+    process.start()
     deadline = time.time() + 60
     while time.time() < deadline and not (tmp_path / "hanging").exists():
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    os.kill(process.pid, signal.SIGINT)
     time.sleep(0.5)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=10)
-    assert process.returncode == 130 and "Traceback" not in err and "once more leaves at once" in err
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(10)
+    err = (tmp_path / "err").read_text()
+    assert process.exitcode == 130 and "Traceback" not in err and "once more leaves at once" in err
 
 
 # --- how far a run is
