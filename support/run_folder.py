@@ -320,8 +320,8 @@ class RunFolder:
             if (self.path / "metrics.csv").exists():
                 draw([self.path], self.path / "rewards.png")
             prompts = list(dict.fromkeys(prompt for prompt, *_ in results["before"]["samples"]))
-            figures, texts = evaluation.summary(results), evaluation.before_after_table(results)
-            judgement = f"```\n{figures}\n```\n\nThe same draws before and after:\n\n{texts}"
+            figures, texts = evaluation.results_table(results), evaluation.before_after_table(results)
+            judgement = f"**{results['verdict']}**\n\n{figures}\n\nThe same draws before and after:\n\n{texts}"
             write_results(self.path / "model", self.config, prompts, judgement)
             write_whole(self.path / FINAL[-1], run_report(self.path, results, self.inputs, self.starts))
             remove(self.path / "before_after.md")  # of an earlier version, and of an earlier model

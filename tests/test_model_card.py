@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
 from config import PPOConfig
-from support.evaluation import before_after_table
+from support.evaluation import before_after_table, results_table
 from support.model_card import write_card, write_results
 from support.models import encode_prompt, load_tokenizer
 from support.text_trainer import TextPPOTrainer
@@ -37,7 +37,7 @@ def test_the_card_of_a_run_tells_what_it_is_and_what_it_reached(finished):
     results = json.loads((finished / "evaluation.json").read_text(encoding="utf-8"))
     assert metadata(finished / "model") == {"language": "zh", **HEAD}
     assert "Trained on 48 completions of `刚收到货,感觉`, with a classifier of texts as the reward." in card
-    assert results["verdict"] in card and f"{results['after']['reward']:.3f}" in card
+    assert f"**{results['verdict']}**\n\n{results_table(results)}\n\nThe same draws" in card
     assert before_after_table(results) in card
     assert not re.search(r"(?<![\w.:/<-])/\w", card)  # no path of this machine
 
