@@ -191,7 +191,7 @@ def fit(model, tokenizer, reviews: list[tuple[str, int]], steps: int, draw: rand
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     model.train()
-    for _ in tqdm(range(steps), type(model).__name__, unit="step"):
+    for _ in tqdm(range(steps), type(model).__name__, unit="step", disable=None):
         texts, labels = zip(*draw.sample(reviews, BATCH))
         batch = tokenizer(list(texts), padding=True, return_tensors="pt")
         loss = forward(model, batch["input_ids"], batch["attention_mask"], torch.tensor(labels)).loss

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shutil
+import sys
 from unittest.mock import Mock
 
 import pytest
@@ -218,8 +219,9 @@ def test_fitting_teaches_labels_and_texts_but_no_padding(tmp_path):
     assert after_the_end[tokenizer.pad_token_id] < 0.1
 
 
-def test_other_sizes_steps_and_a_larger_vocabulary(tmp_path, capsys):
+def test_other_sizes_steps_and_a_larger_vocabulary(tmp_path, monkeypatch, capsys):
     """As a check on a GPU makes them; tokens that nothing uses fill the vocabulary up."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     sizes = {"n_positions": 80, "n_embd": 32, "n_layer": 3, "n_head": 2}
     demo_models.make_demo_models(tmp_path, sizes, vocab_size=150, steps={"gpt2": 2, "sentiment": 1})
     bars = set(re.findall(r"(\w+): 100%\S* (\d+)/", capsys.readouterr().err))

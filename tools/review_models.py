@@ -141,11 +141,11 @@ def fit(model, training: list, judged: list, epochs: int, lr: float, draw: rando
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1, (k + 1) / WARMUP) * (1 - k / steps))
     for epoch in range(1, epochs + 1):
         model.train()
-        with tqdm(batches(training, draw), f"{type(model).__name__}, epoch {epoch} of {epochs}", unit="step") as bar:
-            for ids, mask, labels in bar:
-                with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-                    loss = forward(model, ids, mask, labels).loss
-                descend(model, loss, optimizer, schedule)
+        what = f"{type(model).__name__}, epoch {epoch} of {epochs}"
+        for ids, mask, labels in tqdm(batches(training, draw), what, unit="step", disable=None):
+            with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+                loss = forward(model, ids, mask, labels).loss
+            descend(model, loss, optimizer, schedule)
         model.eval()
         print(f"{len(judged)} reviews that it has not seen: {judge(model, judged, draw)}", flush=True)
 
