@@ -1,6 +1,6 @@
 """Signs in the rows of metrics.csv that a run is sick: each told once, with the way out. None stops anything.
 
-The limits lie between the healthy and the sick runs of docs/learning.md. What comes by chance, in a batch or two, is
+The limits lie between the healthy and the sick runs of docs/experiments.md. What comes by chance, in a batch or two, is
 looked at as a mean over the last steps.
 """
 

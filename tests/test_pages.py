@@ -14,7 +14,8 @@ from config import PPOConfig
 from tests.conftest import ROOT
 from tests.pages import code_blocks, read
 
-PAGES = ["README", "docs/hub", "docs/several_gpus", "docs/result", "docs/trl", "docs/differences"]  # .md and .zh.md
+PAGES = ["README", "docs/hub", "docs/several_gpus", "docs/result", "docs/trl", "docs/differences"]
+PAGES += ["docs/learning"]  # .md and .zh.md
 BOTH = [f"{page}{ending}" for page in PAGES for ending in (".md", ".zh.md")]
 VARIABLE = r"[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+"
 ELSEWHERE = {"WANDB_MODE", "SWANLAB_MODE"}  # in packages that need not be there
@@ -30,6 +31,11 @@ def spans(page: str) -> list[str]:
     """What stands between backticks in the text of a page, and its indented lines."""
     text = re.sub(r"(?s)```.*?```", "", read(page))
     return re.findall(r"`([^`\n]+)`", text) + re.findall(r"(?m)^    (.+)", text)
+
+
+def figures(page: str) -> list[str]:
+    """The numbers with a decimal point in the tables of a page."""
+    return sorted(re.findall(r"\d+\.\d+", "\n".join(re.findall(r"(?m)^\|.*", read(page)))))
 
 
 def flags_of(parser: argparse.ArgumentParser) -> set[str]:
@@ -58,6 +64,16 @@ def commands(page: str) -> list[tuple[list[str], set[str]]]:
 @pytest.mark.parametrize("page", PAGES)
 def test_both_languages_have_the_same_commands(page):
     assert blocks(f"{page}.md") == blocks(f"{page}.zh.md")
+    english, chinese = (
+        sorted(span for span in spans(f"{page}{ending}") if re.match(r"(\w+=\w+ )?python ", span))
+        for ending in (".md", ".zh.md")
+    )
+    assert english == chinese
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_both_languages_have_the_same_figures_in_their_tables(page):
+    assert figures(f"{page}.md") == figures(f"{page}.zh.md")
 
 
 @pytest.mark.parametrize("page", BOTH)
