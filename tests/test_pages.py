@@ -14,8 +14,7 @@ from config import PPOConfig
 from tests.conftest import ROOT
 from tests.pages import code_blocks, read
 
-PAGES = ["README", "docs/hub", "docs/several_gpus", "docs/result", "docs/trl", "docs/differences"]
-PAGES += ["docs/learning"]  # .md and .zh.md
+PAGES = "README docs/hub docs/several_gpus docs/result docs/trl docs/differences docs/learning".split()
 BOTH = [f"{page}{ending}" for page in PAGES for ending in (".md", ".zh.md")]
 VARIABLE = r"[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+"
 ELSEWHERE = {"WANDB_MODE", "SWANLAB_MODE"}  # in packages that need not be there

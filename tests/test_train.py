@@ -248,7 +248,7 @@ def test_a_second_signal_leaves_a_hanging_reward_at_once(tmp_path, demo):
         "    return [0.0] * len(texts)\n"
     )
     flags = [*SMALL, "--run_name", "run", "--reward", "hangs:score"]
-    process = context.Process(target=program_in, args=(tmp_path, flags))
+    process = context.Process(target=program_in, args=(tmp_path, flags), daemon=True)
     process.start()
     deadline = time.time() + 60
     while time.time() < deadline and not (tmp_path / "hanging").exists():
@@ -266,7 +266,7 @@ def test_a_second_signal_leaves_a_hanging_reward_at_once(tmp_path, demo):
 
 
 def test_what_is_no_terminal_gets_lines_and_no_returns_to_the_start_of_one(tmp_path, demo, capfd):
-    small_run(tmp_path, "--log_samples_every", "0")
+    assert small_run(tmp_path, "--log_samples_every", "0")[0] == 0
     lines = "".join(capfd.readouterr()).split("\n")
     form = r"step (\d)/3  reward ([\d.]+)  KL ([\d.]+)  [\d.]+ s a step, .+ left"
     told = [found.groups() for line in lines if (found := re.fullmatch(form, line))]
