@@ -248,7 +248,7 @@ def test_a_second_signal_leaves_a_hanging_reward_at_once(tmp_path, demo):
         "    return [0.0] * len(texts)\n"
     )
     flags = [*SMALL, "--run_name", "run", "--reward", "hangs:score"]
-    process = context.Process(target=program_in, args=(tmp_path, flags), daemon=True)
+    process = context.Process(target=program_in, args=(tmp_path, flags))
     process.start()
     deadline = time.time() + 60
     while time.time() < deadline and not (tmp_path / "hanging").exists():
@@ -258,8 +258,9 @@ def test_a_second_signal_leaves_a_hanging_reward_at_once(tmp_path, demo):
     assert process.is_alive()
     os.kill(process.pid, signal.SIGINT)
     process.join(10)
-    err = (tmp_path / "err").read_text()
-    assert process.exitcode == 130 and "Traceback" not in err and "once more leaves at once" in err
+    code, err = process.exitcode, (tmp_path / "err").read_text()
+    process.kill()
+    assert code == 130 and "Traceback" not in err and "once more leaves at once" in err
 
 
 # --- how far a run is
