@@ -25,8 +25,8 @@ from support.compare import (
     what_does_not_compare,
 )
 from support.errors import UserError, escaped
+from support.files import whole, write_whole
 from support.streams import hold_streams
-from support.writing import whole, write_whole
 
 PANELS = [  # (title, columns drawn as lines, y axis)
     ("KL to the reference", ["objective/kl"], "nats a completion"),

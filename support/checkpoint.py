@@ -22,8 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from support import collectives
 from support.errors import UserError, first_line, is_out_of_memory
-from support.reading import read_json, refuse_device
-from support.writing import disk_errors, remove, whole
+from support.files import disk_errors, read_json, refuse_device, remove, whole
 
 FILES = ("policy.safetensors", "average.safetensors", "optimizer.pt")
 UNUSABLE = (OSError, ValueError)  # what `read_state` raises of a damaged one

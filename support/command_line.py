@@ -12,7 +12,7 @@ from pathlib import Path
 from config import PPOConfig
 from support import collectives, meeting
 from support.errors import UserError
-from support.reading import path_errors, read_evaluation
+from support.files import path_errors, read_evaluation
 from support.settings import check, import_function, load_config, parse_args, read_prompts, total_steps
 from support.tracking import check_installed
 

@@ -17,7 +17,7 @@ import numpy as np
 from config import PRESETS
 from support.errors import UserError, escaped
 from support.figures import decimals
-from support.reading import MEND_LINE, read_json, whole_lines
+from support.files import MEND_LINE, read_json, whole_lines
 from support.settings import NO_CHANGE, published
 
 REQUIRED = ["step", "episodes", "env/reward_mean", "objective/kl"]  # columns of metrics.csv

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer, GPT2Config, GPT2LMHeadModel
 
 from support.errors import UserError
-from support.writing import disk_errors, whole
+from support.files import disk_errors, whole
 
 NEGATIVE, POSITIVE = "negative (stars 1, 2 and 3)", "positive (stars 4 and 5)"
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # the first of a vocabulary

@@ -22,9 +22,8 @@ from ppo import kl_from_logits, logprobs_from_logits, masked_mean
 from reward import score_texts
 from support.errors import UserError
 from support.figures import decimals, in_markdown
-from support.reading import read_evaluation
+from support.files import read_evaluation, write_whole
 from support.text_trainer import TextPPOTrainer
-from support.writing import write_whole
 
 SEED = 20_170_707  # of the evaluation alone: every policy of every run is judged on the same draws
 BETAS = [0.15 * 1.25**i for i in range(22)]  # of the frontier, up to 16, in standard deviations of the rewards

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from support.errors import UserError
-from support.reading import path_errors, read_json
+from support.files import path_errors, read_json
 
 NEEDED = "config.json"
 VOCABULARIES = (("vocab.txt",), ("tokenizer.json",), ("vocab.json", "merges.txt"))

@@ -9,8 +9,8 @@ from config import PPOConfig
 from support import collectives
 from support.devices import environment, in_one_line, keep_freed_memory, pick_device, pick_dtype
 from support.errors import UserError
+from support.files import path_errors
 from support.hub import model_folder
-from support.reading import path_errors
 from support.settings import import_function, read_prompts
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 from config import PPOConfig
+from support.files import write_whole
 from support.hub import HUB_ID
 from support.models import is_bert
-from support.writing import write_whole
 
 CARD = "README.md"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"  # what stands between them is written anew by a judgement

@@ -20,8 +20,8 @@ from transformers.utils import logging as transformers_logging
 from gpt2_value_head import GPT2HeadWithValueModel
 from support.batches import never_sampled_ids
 from support.errors import UserError, first_line, is_out_of_memory
+from support.files import refuse_device
 from support.hub import VALUE_HEAD, has_vocabulary, wanted_weights
-from support.reading import refuse_device
 
 SPECIAL_TOKENS = re.compile(r"\[(PAD|UNK|CLS|SEP|MASK)\]")
 SPACE_BETWEEN_CHARACTERS = re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])")

@@ -10,7 +10,7 @@ from support.compare import read_rows
 from support.errors import escaped
 from support.evaluation import SHOWN, before_after_table, results_table
 from support.figures import duration, in_markdown
-from support.reading import MEND_LINE, parse_json, whole_lines
+from support.files import MEND_LINE, parse_json, whole_lines
 from support.settings import changes, load_config
 
 STARTS = "environment.jsonl"

@@ -40,13 +40,12 @@ from support.devices import environment
 from support.errors import FolderGone, UserError, escaped
 from support.evaluation import gibbs_policy, scores_and_prompts
 from support.figures import decimals, duration
+from support.files import MEND_LINE, disk_errors, parse_json, read_json, remove, whole, whole_lines, write_whole
 from support.load import hash_of, own_files
 from support.model_card import write_results
 from support.prospect import prospect
-from support.reading import MEND_LINE, parse_json, read_json, whole_lines
 from support.report import STARTS, read_starts, run_report
 from support.settings import changes, describe_changes, save_config, total_steps
-from support.writing import disk_errors, remove, whole, write_whole
 
 INPUTS = "inputs.json"
 TELL_EVERY = 10  # seconds

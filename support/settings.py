@@ -18,8 +18,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from config import PRESETS, PPOConfig, Sentence
 from support.devices import check_device, check_versions
 from support.errors import UserError, first_line
-from support.reading import read_json, read_text
-from support.writing import write_whole
+from support.files import read_json, read_text, write_whole
 
 SHIPPED = Path(__file__).with_name("shipped.json")  # every value of each preset as published: tools/ship.py writes it
 NO_CHANGE = {"preset", "run_name", "runs_dir", "track", "resume", "eval_only"}  # what `changes` does not speak of

@@ -21,13 +21,12 @@ import torch
 from config import PPOConfig
 from ppo import PPOTrainer
 from support.devices import pick_device
+from support.files import disk_errors, path_errors
 from support.hub import model_folder
 from support.model_card import write_card
 from support.models import decode, encode_prompt, load_policy, read_policy_folder, save_policy
-from support.reading import path_errors
 from support.settings import check
 from support.user_code import listed, shown
-from support.writing import disk_errors
 
 
 class TextPPOTrainer(PPOTrainer):

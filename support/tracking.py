@@ -24,8 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from support.errors import UserError, first_line
-from support.reading import read_evaluation, read_json, whole_lines
-from support.writing import write_whole
+from support.files import read_evaluation, read_json, whole_lines, write_whole
 
 PROJECT = "ppo-chinese-gpt2"  # unless WANDB_PROJECT, SWANLAB_PROJECT or TRACKIO_PROJECT names another
 EVERY = 1.0  # seconds between looks at the run folder

@@ -17,7 +17,7 @@ import traceback
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from tests.ranks import context
 
 CLIENT = """\

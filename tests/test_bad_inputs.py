@@ -9,7 +9,7 @@ import torch
 import train_ppo
 from support import devices
 from support.hub import Silence, explain
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from tests.test_hub import error_of_kind
 from tools.bad_inputs import BROKEN, FLAGS, try_out, workplace
 

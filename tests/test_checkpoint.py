@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.models import load_gpt2_config, load_policy, load_tokenizer, save_policy
-from tests.conftest import write_gpt2
-from tests.test_trainer import batch_of, make
+from tests.helpers import batch_of, make, write_gpt2
 
 
 def trained(policy, **changes):

@@ -18,7 +18,7 @@ from support.compare import (
 )
 from support.errors import UserError
 from support.settings import published
-from tests.test_plot import COLUMNS, MEAN, judged, write_evaluation, write_run
+from tests.helpers import COLUMNS, MEAN, judged, write_evaluation, write_run
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 DEMO = published("demo")

@@ -22,7 +22,7 @@ from config import PPOConfig
 from support import user_code
 from support.errors import UserError
 from support.settings import check, import_function, load_config, parse_args, read_prompts, save_config
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from tests.test_presets import DEFAULT
 
 NUMBERS = {  # name: (values taken, values refused, what is allowed)

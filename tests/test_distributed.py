@@ -27,9 +27,8 @@ from support.errors import UserError
 from support.hub import model_folder
 from support.models import encode_prompt, load_gpt2_config, load_policy, load_tokenizer
 from support.settings import save_config
-from tests.conftest import ROOT, write_gpt2
+from tests.helpers import ROOT, rows, write_gpt2
 from tests.ranks import STEP, Ranks, agents_store, program
-from tests.test_train import rows
 from train_ppo import main
 
 PROMPTS = ["刚收到货,感觉", "衣服", "这本书很好"]

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
-from tests.pages import anchors, links
+from tests.helpers import ROOT, anchors, links
 
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 CHINESE = [page for page in PAGES if page.name.endswith(".zh.md")]

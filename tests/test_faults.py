@@ -20,9 +20,7 @@ from support.engine import MAX_SKIPPED
 from support.errors import UserError, is_out_of_memory
 from support.signals import StopSignal
 from support.streams import Lasting
-from tests.conftest import ROOT
-from tests.test_train import SMALL, rows, small_run
-from tests.test_trainer import batch_of, make
+from tests.helpers import ROOT, SMALL, batch_of, make, rows, small_run
 from tools.stress_resume import differences
 
 pytestmark = pytest.mark.usefixtures("without_pictures", "signals_restored")
@@ -139,7 +137,7 @@ def test_a_full_disk_names_the_path_and_keeps_earlier_checkpoints(finished, tmp_
 
 
 def test_a_file_that_torch_cannot_finish_is_named(tmp_path, file_limit):
-    from support.writing import disk_errors
+    from support.files import disk_errors
 
     file_limit(1 << 20)
     with pytest.raises(UserError, match="optimizer.pt cannot be written"), disk_errors(tmp_path / "optimizer.pt"):
@@ -147,7 +145,7 @@ def test_a_file_that_torch_cannot_finish_is_named(tmp_path, file_limit):
 
 
 def test_room_needed_is_named_when_the_disk_is_full(tmp_path, monkeypatch):
-    from support.writing import disk_errors
+    from support.files import disk_errors
 
     with pytest.raises(UserError, match=r"no room to write .*model: it needs about 5 MiB, \d+ MiB are free"):
         with disk_errors(tmp_path / "model", 5 << 20):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from support.errors import UserError
-from tests.test_plot import points, words, write_evaluation, write_run
+from tests.helpers import points, words, write_evaluation, write_run
 from tools.gain_figure import main
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")

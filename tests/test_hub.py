@@ -17,7 +17,7 @@ from tqdm import TMonitor
 from support import hub as program
 from support.errors import UserError
 from support.hub import Silence, Watch, explain, is_complete, model_folder
-from tests.conftest import write_classifier, write_gpt2
+from tests.helpers import write_classifier, write_gpt2
 from tests.hub_server import OLDER, Hub
 from train_ppo import main
 

@@ -13,8 +13,7 @@ from config import PPOConfig
 from support.evaluation import evaluate
 from support.models import encode_prompt, load_gpt2_config, load_policy, load_tokenizer
 from support.text_trainer import TextPPOTrainer
-from tests.conftest import VOCAB
-from tests.test_step_reference import FORBIDDEN, SEP, plain_gpt2
+from tests.helpers import FORBIDDEN, SEP, VOCAB, plain_gpt2
 
 PROMPTS, N, GEN_LEN, TEMPERATURE = ["刚收到货,感觉", "衣服", "这本书很不错"], 61, 4, 0.7
 JUDGE = 20_170_707  # the seed of every judgement, in earlier versions too

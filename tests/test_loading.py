@@ -22,7 +22,7 @@ from config import PPOConfig
 from support import models
 from support.errors import UserError, first_line
 from support.text_trainer import TextPPOTrainer, read_policy_folder
-from tests.conftest import write_gpt2
+from tests.helpers import write_bpe_gpt2, write_gpt2
 
 
 def load(folder):
@@ -414,24 +414,6 @@ def test_weights_that_are_slices_of_larger_ones_can_be_saved_again(tmp_path):
 
 
 # --- other tokenizers
-
-
-def write_bpe_gpt2(folder):
-    """A random GPT-2 with a byte-level BPE tokenizer trained on the spot, in the files of English `gpt2`."""
-    folder = write_gpt2(folder, vocab_size=300)
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(["刚收到货,感觉很不错", "this film was great, truly"] * 9, 299, 2, False, ["<|endoftext|>"])
-    bpe.save_model(str(folder))
-    (folder / "vocab.txt").unlink()
-    config = json.loads((folder / "config.json").read_text())
-    del config["tokenizer_class"]
-    size = bpe.get_vocab_size()
-    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": size}))
-    weights = torch.load(folder / "pytorch_model.bin")
-    weights |= {name: weights[name][:size] for name in ("transformer.wte.weight", "lm_head.weight")}
-    torch.save(weights, folder / "pytorch_model.bin")
-    (folder / "tokenizer_config.json").write_text("{}")
-    return folder
 
 
 def test_a_byte_level_tokenizer_starts_and_ends_texts_with_its_own_token(tmp_path):

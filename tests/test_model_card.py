@@ -14,9 +14,7 @@ from support.evaluation import before_after_table, results_table
 from support.model_card import write_card, write_results
 from support.models import encode_prompt, load_tokenizer
 from support.text_trainer import TextPPOTrainer
-from tests.conftest import VOCAB
-from tests.pages import code_blocks
-from tests.test_loading import write_bpe_gpt2
+from tests.helpers import VOCAB, code_blocks, write_bpe_gpt2
 from train_ppo import main
 
 pytestmark = pytest.mark.usefixtures("without_pictures")

@@ -14,8 +14,7 @@ from transformers import GPT2LMHeadModel
 
 from support.load import load
 from support.text_trainer import TextPPOTrainer
-from tests.pages import anchors, links
-from tests.test_step_reference import FORBIDDEN, plain_gpt2
+from tests.helpers import FORBIDDEN, anchors, links, plain_gpt2
 from tools import one_step
 
 LANGUAGES = list(one_step.TEXTS)

@@ -11,8 +11,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from config import PPOConfig
-from tests.conftest import ROOT
-from tests.pages import code_blocks, read
+from tests.helpers import ROOT, code_blocks, read
 
 PAGES = "README docs/hub docs/several_gpus docs/result docs/trl docs/differences docs/learning".split()
 BOTH = [f"{page}{ending}" for page in PAGES for ending in (".md", ".zh.md")]

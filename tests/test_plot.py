@@ -1,6 +1,5 @@
 """plot_rewards.py: what it draws, value by value, and what it says of growing, damaged and missing runs."""
 
-import csv
 import json
 import os
 import struct
@@ -17,10 +16,9 @@ import plot_rewards
 from plot_rewards import draw, main
 from support.compare import read_metrics
 from support.errors import UserError
-from tests.conftest import ROOT
+from tests.helpers import COLUMNS, MEAN, ROOT, STD, judged, points, words, write_evaluation, write_run
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
-MEAN, STD = "env/reward_mean", "env/reward_std"
 PANELS = {  # title: (y axis, {column: (style, name in the key)})
     "KL to the reference": ("nats a completion", {"objective/kl": ("-", None)}),
     "KL coefficient": ("reward a nat", {"objective/kl_coef": ("-", None)}),
@@ -37,50 +35,14 @@ PANELS = {  # title: (y axis, {column: (style, name in the key)})
         {"time/sample": ("-", "sample"), "time/score": ("--", "score"), "time/ppo": (":", "ppo")},
     ),
 }
-COLUMNS = [column for _, columns in PANELS.values() for column in columns]
 REWARD_TITLE = "mean reward of each step"
 PLANE_TITLE = "reward against KL: up is better, right is dearer"
 HISTOGRAM_TITLE = "rewards before (line) and after (filled)"
 OF_SEVERAL = "rewards before (dotted) and after (lines)"
 
 
-def write_run(folder, steps=30, seed=0, without=(), settings=None, **changes):
-    """A run folder with every column that is drawn; `changes`, a column's values by its name. `settings`, what its
-    config.json has in place of these defaults; there is none unless given."""
-    rng = np.random.default_rng(seed)
-    metrics = {"step": np.arange(1, steps + 1), "episodes": 128 * np.arange(1, steps + 1)}
-    metrics |= {name: rng.uniform(0.2, 0.8, steps) for name in (MEAN, STD, *COLUMNS)}
-    metrics |= changes
-    folder.mkdir(parents=True)
-    with (folder / "metrics.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        names = [name for name in metrics if name not in without]
-        writer.writerow(names)
-        writer.writerows(zip(*(np.broadcast_to(metrics[name], steps).tolist() for name in names)))
-    if settings is not None:
-        config = {"preset": "demo", "seed": 1, "init_kl_coef": 0.15, "lr": 1e-4, "run_name": folder.name}
-        (folder / "config.json").write_text(json.dumps(config | settings))
-    return folder
-
-
-def judged(reward, kl, scores):
-    return {"reward": reward, "kl": kl, "samples": [["p", "x", score] for score in scores]}
-
-
-def write_evaluation(folder, **evaluation):
-    (folder / "evaluation.json").write_text(json.dumps(evaluation))
-
-
 def titles(figure) -> dict:
     return {axes.get_title(): axes for axes in figure.axes}
-
-
-def words(legend) -> list[str]:
-    return [text.get_text() for text in legend.get_texts()]
-
-
-def points(line) -> list[list[float]]:
-    return line.get_xydata().tolist()
 
 
 def pairs(xs, ys) -> list[list[float]]:

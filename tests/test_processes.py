@@ -21,7 +21,7 @@ from config import PPOConfig
 from reward import score_texts
 from support import collectives, devices, meeting
 from support.errors import UserError
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from tests.ranks import Ranks, agents_store
 from train_ppo import main
 

@@ -17,8 +17,7 @@ from transformers import pipeline
 
 from config import PPOConfig
 from support.text_trainer import TextPPOTrainer
-from tests.pages import code_blocks
-from tests.test_trainer import make
+from tests.helpers import code_blocks, make
 
 
 def test_queries_one_at_a_time_draw_what_one_call_draws(policy):

@@ -11,11 +11,9 @@ import zipfile
 import pytest
 
 from support.demo_models import write_review
-from tests.conftest import write_classifier, write_gpt2
+from tests.helpers import code_blocks, write_bpe_gpt2, write_classifier, write_gpt2
 from tests.hub_server import Hub
-from tests.pages import code_blocks
 from tests.shell import Shell
-from tests.test_loading import write_bpe_gpt2
 
 BY_CI = "python3 -m venv"
 

@@ -21,9 +21,9 @@ from ppo import PPOTrainer
 from support.command_line import flags_to_go_on, new_run_folder, read_command_line
 from support.errors import UserError
 from support.evaluation import before_after_table, results_table
+from support.files import remove
 from support.run_folder import RunFolder, RunLog
-from support.writing import remove
-from tests.test_train import rows, small_run, weights
+from tests.helpers import rows, small_run, weights
 from tools.stress_resume import differences
 from train_ppo import main
 

@@ -22,7 +22,7 @@ from reward import RewardError, SentimentReward, find_positive_label, read_class
 from support import user_code
 from support.demo_models import NEGATIVE, POSITIVE
 from support.errors import UserError
-from tests.conftest import VOCAB, write_classifier, write_gpt2, write_model
+from tests.helpers import VOCAB, write_classifier, write_gpt2, write_model
 
 
 def edit(path, **values):

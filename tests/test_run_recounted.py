@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import plot_rewards
 from config import PPOConfig
 from support.models import load_gpt2_config, load_policy
-from tests.test_step_reference import Reference
+from tests.helpers import Reference
 from train_ppo import main
 
 PROMPTS = ["好", "刚收到货,感觉", "给妈妈买的,"]  # of one, seven and six tokens

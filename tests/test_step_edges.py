@@ -12,7 +12,7 @@ from config import PPOConfig
 from ppo import PPOTrainer
 from support import batches as b
 from support.evaluation import kl_to_reference
-from tests.test_trainer import batch_of, make
+from tests.helpers import batch_of, make
 
 BAD = 1e30  # a score whose value loss has a gradient beyond float32, once the unit of rewards is that of others
 

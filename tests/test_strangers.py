@@ -19,7 +19,7 @@ from support import models
 from support.checkpoint import load_checkpoint
 from support.errors import UserError
 from support.text_trainer import TextPPOTrainer
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from tests.test_checkpoint import make, whole_ones
 from train_ppo import main
 

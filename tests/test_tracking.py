@@ -18,8 +18,7 @@ from support.command_line import read_command_line
 from support.errors import UserError
 from support.run_folder import RunFolder, RunLog
 from support.settings import load_config
-from tests.conftest import ROOT, TRACKER
-from tests.test_train import SMALL, small_run
+from tests.helpers import ROOT, SMALL, TRACKER, small_run
 from train_ppo import main
 
 pytestmark = pytest.mark.usefixtures("without_pictures")

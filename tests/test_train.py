@@ -1,6 +1,5 @@
 """The whole program on the demo models, as a user runs it."""
 
-import csv
 import fcntl
 import json
 import os
@@ -24,27 +23,11 @@ from support import command_line
 from support.figures import duration
 from support.run_folder import RunFolder
 from support.signals import StopSignal
-from tests.conftest import ROOT, write_gpt2
+from tests.helpers import ROOT, SMALL, rows, small_run, weights, write_gpt2
 from tests.ranks import context
 from train_ppo import main
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
-
-SMALL = "--preset demo --device cpu --episodes 48 --batch_size 16 --minibatch_size 8 --eval_samples 16".split()
-
-
-def small_run(tmp_path, *flags, name="run"):
-    code = main([*SMALL, "--runs_dir", str(tmp_path), *(("--run_name", name) if name else ()), *flags])
-    return code, tmp_path / str(name)
-
-
-def rows(run_dir):
-    with (run_dir / "metrics.csv").open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def weights(run_dir):
-    return (run_dir / "model" / "model.safetensors").read_bytes()
 
 
 def test_the_saved_model_writes_reviews_in_plain_transformers(finished):

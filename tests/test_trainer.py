@@ -10,20 +10,7 @@ from config import PPOConfig
 from ppo import PPOTrainer
 from support.evaluation import kl_to_reference
 from support.models import encode_prompt
-
-PROMPTS = ["刚收到货,感觉", "衣服", "这本书很好"]
-
-
-def make(policy, **changes):
-    model, tokenizer = policy
-    defaults = dict(batch_size=6, minibatch_size=6, gen_len=6, dtype="float32", device="cpu", episodes=60)
-    return PPOTrainer(PPOConfig(**{**defaults, **changes}), model, copy.deepcopy(model), tokenizer)
-
-
-def batch_of(trainer, policy, n=6):
-    queries = [encode_prompt(policy[1], PROMPTS[i % 3]) for i in range(n)]
-    responses = trainer.generate(queries)
-    return queries, responses, [0.1 * i for i in range(n)]
+from tests.helpers import PROMPTS, batch_of, make
 
 
 def test_first_ratio_is_one_and_first_kl_zero(policy):

@@ -10,7 +10,7 @@ from transformers import pipeline
 
 from config import PPOConfig
 from support.text_trainer import TextPPOTrainer
-from tests.pages import code_blocks, read
+from tests.helpers import code_blocks, read
 
 TRL_SETTINGS = """
     exp_name seed log_with task_name model_name query_dataset reward_model remove_unused_columns tracker_kwargs

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from support.errors import UserError
-from support.writing import whole, write_whole
+from support.files import whole, write_whole
 
 
 def write_folder(path: Path, text: str) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from plot_rewards import add_key, add_names, colours, file_type, fonts
 from support.compare import Curve, Run, curves, of_gain, read_run, short, told, what_does_not_compare
 from support.errors import UserError, exits_on_user_error
-from support.writing import whole
+from support.files import whole
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -26,9 +26,8 @@ from transformers import BertTokenizer, GPT2LMHeadModel
 from support.demo_models import SPECIAL_TOKENS, descend, forward, new_classifier, new_gpt2, write_model
 from support.devices import keep_freed_memory, pick_device, pick_dtype
 from support.errors import UserError, exits_on_user_error
+from support.files import path_errors, read_text, refuse_device, whole
 from support.models import quiet_transformers
-from support.reading import path_errors, read_text, refuse_device
-from support.writing import whole
 
 LENGTH = 48  # tokens; of a longer review the beginning is read
 GPT2_SIZES = {"n_positions": LENGTH, "n_embd": 256, "n_layer": 6, "n_head": 4}

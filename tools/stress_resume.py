@@ -159,7 +159,7 @@ def at_every_write(folder: Path, seed: int, seconds: float) -> tuple[dict[str, l
 
     import train_ppo
     from support import run_folder
-    from support.writing import whole
+    from support.files import whole
 
     def draw(runs, out):  # in place of a picture, which takes longer than the run
         with whole(out) as partial:

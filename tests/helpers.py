@@ -1,0 +1,362 @@
+"""What several test files share: small models, small runs, pages, and a trainer on a random model."""
+
+import copy
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+from config import PPOConfig
+from plot_rewards import PANELS
+from ppo import PPOTrainer
+from support.demo_models import NEGATIVE, POSITIVE
+from support.models import encode_prompt
+from train_ppo import main
+
+ROOT = Path(__file__).resolve().parent.parent
+SEP, FORBIDDEN, N = 3, [0, 1, 2, 4], 7
+MEAN, STD = "env/reward_mean", "env/reward_std"
+COLUMNS = [column for _, columns, _ in PANELS for column in columns]
+
+VOCAB = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    *"刚收到货,感觉很不错好评差质量快递物流一般满意失望衣服苹果这本书电影!。",
+    "good",
+    "##s",
+]
+SPECIAL = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
+
+
+def write_model(folder: Path, config: dict, weights: dict, vocab=VOCAB) -> Path:
+    """A model folder laid out as the published ones: weights as pytorch_model.bin, vocab.txt, no special-token ids."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "vocab.txt").write_text("\n".join(vocab) + "\n", encoding="utf-8")
+    tokenizer = {"do_lower_case": True, "tokenizer_class": "BertTokenizer", "model_max_length": 48, **SPECIAL}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    torch.save(weights, folder / "pytorch_model.bin")
+    return folder
+
+
+def write_gpt2(folder: Path, **changes) -> Path:
+    """A random GPT-2, two layers 32 wide, with the old attn.bias buffers of published checkpoints."""
+    torch.manual_seed(0)
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 48, "vocab_size": len(VOCAB)}
+    config = {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "tokenizer_class": "BertTokenizer",
+        **shape,
+        **changes,
+    }
+    config |= {
+        "activation_function": "gelu_new",
+        "resid_pdrop": 0.1,
+        "attn_pdrop": 0.1,
+        "embd_pdrop": 0.1,
+        "initializer_range": 0.2,
+    }
+    model = GPT2LMHeadModel(
+        GPT2Config(**{k: v for k, v in config.items() if k != "model_type"}, bos_token_id=None, eos_token_id=None)
+    )
+    weights = dict(model.state_dict())
+    for i in range(config["n_layer"]):
+        weights[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 48, 48).tril()
+    return write_model(folder, config, weights)
+
+
+def write_classifier(folder: Path, labels=(NEGATIVE, POSITIVE)) -> Path:
+    """A random BERT classifier, one layer 16 wide."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(VOCAB), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=48, initializer_range=0.5, id2label=dict(enumerate(labels)),
+        label2id={label: i for i, label in enumerate(labels)}, architectures=["BertForSequenceClassification"],
+    )  # fmt: skip
+    return write_model(
+        folder,
+        config.to_dict() | {"tokenizer_class": "BertTokenizer"},
+        BertForSequenceClassification(config).state_dict(),
+    )
+
+
+TRACKER = """
+import json
+import sys
+from pathlib import Path
+
+
+def note(*call):
+    with Path(__file__).with_suffix(".calls").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(call, default=vars) + "\\n")
+
+
+class Table:
+    def __init__(self, columns=None, data=None):
+        self.columns, self.data = columns, data
+
+    def add(self, headers, rows):
+        self.columns, self.data = headers, rows
+
+
+class echarts:
+    Table = Table
+
+
+def init(**options):
+    note("init", options | {name: str(options[name]) for name in ("dir",) if name in options})
+    return sys.modules[__name__]
+
+
+def log(data, step=None):
+    note("log", data, step)
+
+
+def finish():
+    note("finish")
+"""
+
+
+def read(page: str) -> str:
+    """page: its path in the repository."""
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def code_blocks(page: str, language: str = r"\w+") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", read(page), re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of the headings."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {
+        re.sub(r"[^\w\- ]", "", re.sub(r"\[(.*?)\]\(.*?\)", r"\1", line)).lower().replace(" ", "-") for line in headings
+    }
+
+
+def links(page: Path) -> list[tuple[str, str]]:
+    """(file, anchor) of the links within the repository, "" for this page or no anchor."""
+    found = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    return [tuple((link + "#").split("#")[:2]) for link in found if "://" not in link]
+
+
+SMALL = "--preset demo --device cpu --episodes 48 --batch_size 16 --minibatch_size 8 --eval_samples 16".split()
+
+
+def small_run(tmp_path, *flags, name="run"):
+    code = main([*SMALL, "--runs_dir", str(tmp_path), *(("--run_name", name) if name else ()), *flags])
+    return code, tmp_path / str(name)
+
+
+def rows(run_dir):
+    with (run_dir / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def weights(run_dir):
+    return (run_dir / "model" / "model.safetensors").read_bytes()
+
+
+PROMPTS = ["刚收到货,感觉", "衣服", "这本书很好"]
+
+
+def make(policy, **changes):
+    model, tokenizer = policy
+    defaults = dict(batch_size=6, minibatch_size=6, gen_len=6, dtype="float32", device="cpu", episodes=60)
+    return PPOTrainer(PPOConfig(**{**defaults, **changes}), model, copy.deepcopy(model), tokenizer)
+
+
+def batch_of(trainer, policy, n=6):
+    queries = [encode_prompt(policy[1], PROMPTS[i % 3]) for i in range(n)]
+    responses = trainer.generate(queries)
+    return queries, responses, [0.1 * i for i in range(n)]
+
+
+class Reference:
+    """Proximal policy optimisation once more, from the documentation of PPOConfig and ppo.py."""
+
+    def __init__(self, config, model, ref_model):
+        self.config, self.n_steps, self.kl_coef, self.unit = config, 0, config.init_kl_coef, None
+        self.gpt2, self.ref_gpt2 = plain_gpt2(model), plain_gpt2(ref_model)
+        self.weight = model.v_head.summary.weight.detach().double()[0].requires_grad_()
+        self.bias = model.v_head.summary.bias.detach().double().requires_grad_()
+        n_frozen = round(config.frozen_share * model.config.n_layer)
+        frozen = ("transformer.wte", "transformer.wpe", *(f"transformer.h.{i}." for i in range(n_frozen)))
+        for name, parameter in self.gpt2.named_parameters():
+            parameter.requires_grad_(not (n_frozen and name.startswith(frozen)))
+        policy = [parameter for parameter in self.gpt2.parameters() if parameter.requires_grad]
+        self.trained = [*policy, self.weight, self.bias]
+        groups = [{"params": policy, "lr": config.lr}, {"params": self.trained[-2:], "lr": config.value_lr}]
+        self.optimizer = torch.optim.Adam(groups, eps=config.adam_epsilon)
+        self.history = []
+
+    def logprobs_and_values(self, gpt2, query, response):
+        """Of one completion: two lists of T numbers, and the entropies."""
+        output = gpt2(torch.cat([query, response])[None], output_hidden_states=True)
+        logits = output.logits[0, len(query) - 1 : -1] / self.config.temperature
+        forbidden = torch.zeros(logits.shape[-1], dtype=torch.bool).index_fill(0, torch.tensor(FORBIDDEN), True)
+        logprobs = logits.masked_fill(forbidden, -1e300).log_softmax(-1)
+        hidden_states = output.hidden_states[-1][0, len(query) - 1 : -1]
+        if self.config.detach_value:
+            hidden_states = hidden_states.detach()
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return logprobs[torch.arange(len(response)), response], hidden_states @ self.weight + self.bias, entropy
+
+    def step(self, queries, responses, scores):
+        c, n = self.config, len(queries)
+        if self.unit is None:
+            self.unit = np.std(scores) / 0.4
+            with torch.no_grad():
+                self.weight /= self.unit
+                self.bias /= self.unit
+        with torch.no_grad():
+            old = [self.logprobs_and_values(self.gpt2, *pair) for pair in zip(queries, responses)]
+            ref = [self.logprobs_and_values(self.ref_gpt2, *pair)[0] for pair in zip(queries, responses)]
+        kls = [logprobs - ref_logprobs for (logprobs, _, _), ref_logprobs in zip(old, ref)]
+        rewards = [-self.kl_coef / self.unit * kl for kl in kls]
+        advantages, returns = [], []
+        for reward, score, (_, values, _) in zip(rewards, scores, old):
+            reward[-1] += score / self.unit
+            advantage = torch.zeros_like(values)
+            for t in range(len(values)):
+                for k in range(t, len(values)):
+                    following = values[k + 1] if k + 1 < len(values) else 0
+                    advantage[t] += (c.gamma * c.lam) ** (k - t) * (reward[k] + c.gamma * following - values[k])
+            advantages.append(advantage)
+            returns.append(advantage + values)
+        together = torch.cat(advantages).numpy()
+        advantages = [(a - together.mean()) / np.sqrt(together.var() + 1e-8) for a in advantages]
+
+        updates = []
+        for epoch in range(c.ppo_epochs):
+            order = np.random.default_rng([c.seed, self.n_steps, epoch]).permutation(n)
+            for start in range(0, n, c.minibatch_size):
+                policy_losses, value_losses, squares, ratios, policy_clips, value_clips = [], [], [], [], [], []
+                for i in order[start : start + c.minibatch_size]:
+                    logprobs, values, _ = self.logprobs_and_values(self.gpt2, queries[i], responses[i])
+                    for t in range(len(values)):
+                        ratio = torch.exp(logprobs[t] - old[i][0][t])
+                        policy_losses.append(
+                            max(
+                                -advantages[i][t] * ratio,
+                                -advantages[i][t] * min(max(ratio, 1 - c.cliprange), 1 + c.cliprange),
+                            )
+                        )
+                        policy_clips.append(float(policy_losses[-1] > -advantages[i][t] * ratio))
+                        before, clip = old[i][1][t], c.cliprange_value
+                        clipped = min(max(values[t], before - clip), before + clip)
+                        errors = [(v - returns[i][t]) ** 2 for v in (values[t], clipped)]
+                        value_losses.append(max(errors) / 2)
+                        value_clips.append(float(errors[1] > errors[0]))
+                        squares.append((logprobs[t] - old[i][0][t]).item() ** 2)
+                        ratios.append(ratio.item())
+                policy_loss, value_loss = sum(policy_losses) / len(ratios), sum(value_losses) / len(ratios)
+                self.optimizer.zero_grad(set_to_none=False)  # where all values are clipped, 0 and not None
+                loss = policy_loss + c.vf_coef * value_loss
+                loss.backward()
+                norm = sum((p.grad**2).sum() for p in self.trained).sqrt().item()
+                for p in self.trained:
+                    p.grad *= min(1.0, c.max_grad_norm / norm)
+                self.optimizer.step()
+                means = (0.5 * np.mean(squares), np.mean(ratios), np.mean(policy_clips), np.mean(value_clips))
+                updates.append([policy_loss.item(), value_loss.item(), loss.item(), *means, norm])
+        names = ("loss/policy", "loss/value", "loss/total", "policy/approxkl", "policy/ratio", "policy/clipfrac")
+        names = [f"ppo/{name}" for name in (*names, "val/clipfrac", "grad_norm")]
+        kl = sum(kl.sum().item() for kl in kls) / n
+        targets, predictions = torch.cat(returns), torch.cat([values for _, values, _ in old])
+        stats = dict(zip(names, np.mean(updates, axis=0).tolist())) | {
+            "objective/kl": kl,
+            "objective/kl_coef": self.kl_coef,
+            "objective/entropy": torch.cat([entropy for _, _, entropy in old]).mean().item(),
+            "objective/non_score_reward": -self.kl_coef * kl,
+            "objective/rlhf_reward": np.mean(scores) - self.kl_coef * kl,
+            "ppo/skipped": 0.0,
+            "ppo/returns/mean": self.unit * targets.mean().item(),
+            "ppo/val/mean": self.unit * predictions.mean().item(),
+            "ppo/val/explained_variance": 1 - (targets - predictions).numpy().var() / targets.numpy().var(),
+            "tokens/completion_length": np.mean([len(response) for response in responses]),
+            "tokens/ended_share": np.mean([SEP in response for response in responses]),
+        }
+        error = min(max(kl / c.target - 1, -0.2), 0.2)
+        self.kl_coef *= 1 + error * n / c.horizon
+        self.n_steps += 1
+        self.history.append(self.weights())
+        return stats
+
+    def weights(self):
+        named = {**self.gpt2.state_dict(), "v_head.summary.weight": self.weight[None], "v_head.summary.bias": self.bias}
+        return {name: tensor.detach().clone() for name, tensor in named.items()}
+
+    def average(self):
+        """The two steps' weights, of which step t weighs as `polynomial_average` says."""
+        share = (self.config.average_power + 1) / (self.config.average_power + 2)
+        first, second = self.history
+        return {name: (1 - share) * first[name] + share * second[name] for name in first}
+
+
+def plain_gpt2(model):
+    gpt2 = GPT2LMHeadModel(model.config)
+    gpt2.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("v_head")})
+    return gpt2.double().eval()
+
+
+def write_bpe_gpt2(folder):
+    """A random GPT-2 with a byte-level BPE tokenizer trained on the spot, in the files of English `gpt2`."""
+    folder = write_gpt2(folder, vocab_size=300)
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["刚收到货,感觉很不错", "this film was great, truly"] * 9, 299, 2, False, ["<|endoftext|>"])
+    bpe.save_model(str(folder))
+    (folder / "vocab.txt").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    del config["tokenizer_class"]
+    size = bpe.get_vocab_size()
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": size}))
+    weights = torch.load(folder / "pytorch_model.bin")
+    weights |= {name: weights[name][:size] for name in ("transformer.wte.weight", "lm_head.weight")}
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "tokenizer_config.json").write_text("{}")
+    return folder
+
+
+def write_run(folder, steps=30, seed=0, without=(), settings=None, **changes):
+    """A run folder with every column that is drawn; `changes`, a column's values by its name. `settings`, what its
+    config.json has in place of these defaults; there is none unless given."""
+    rng = np.random.default_rng(seed)
+    metrics = {"step": np.arange(1, steps + 1), "episodes": 128 * np.arange(1, steps + 1)}
+    metrics |= {name: rng.uniform(0.2, 0.8, steps) for name in (MEAN, STD, *COLUMNS)}
+    metrics |= changes
+    folder.mkdir(parents=True)
+    with (folder / "metrics.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        names = [name for name in metrics if name not in without]
+        writer.writerow(names)
+        writer.writerows(zip(*(np.broadcast_to(metrics[name], steps).tolist() for name in names)))
+    if settings is not None:
+        config = {"preset": "demo", "seed": 1, "init_kl_coef": 0.15, "lr": 1e-4, "run_name": folder.name}
+        (folder / "config.json").write_text(json.dumps(config | settings))
+    return folder
+
+
+def judged(reward, kl, scores):
+    return {"reward": reward, "kl": kl, "samples": [["p", "x", score] for score in scores]}
+
+
+def write_evaluation(folder, **evaluation):
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+
+
+def words(legend) -> list[str]:
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def points(line) -> list[list[float]]:
+    return line.get_xydata().tolist()
