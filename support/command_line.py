@@ -136,7 +136,7 @@ def goes_on(run_dir: Path, config: PPOConfig) -> bool:
 
 def is_finished(run_dir: Path, config: PPOConfig) -> bool:
     """Whether a run has done the steps of its config, and all that its end writes is there."""
-    judged_after = read_evaluation(run_dir, {"steps?": int}).get("steps") or 0
+    judged_after = read_evaluation(run_dir).get("steps") or 0
     return judged_after >= total_steps(config) and all((run_dir / name).exists() for name in FINAL)
 
 

@@ -22,14 +22,6 @@ from support.settings import NO_CHANGE, published
 
 REQUIRED = ["step", "episodes", "env/reward_mean", "objective/kl"]  # columns of metrics.csv
 STD = "env/reward_std"  # another, which a loop of one's own may lack
-AT = {"kl": float, "reward": float}  # what is read of evaluation.json, where it is there
-JUDGED = {**AT, "unique?": float, "samples": [(str, str, float)]}
-READ = {"before?": JUDGED, "after?": JUDGED, "frontier?": [AT], "best_of_n?": [{**AT, "n": int}]}
-READ |= {
-    "gain?": {"gain?": float, "gain_se?": float, "why?": str, "limit?": AT},
-    "alarms?": [{"step": int, "alarm": str}],
-}
-SETTINGS = {"preset": str, "seed": int, "init_kl_coef": float}  # at least these, of config.json
 
 # Settings that tell no run from another: `preset` stands for those that follow from it, see `told`
 SILENT = NO_CHANGE | {"seed", "log_samples_every", "save_every", "save_every_minutes", "keep_checkpoints"}
@@ -63,15 +55,15 @@ class Run:
 def read_run(path: Path) -> Run:
     """UserError where the metrics.csv cannot be used. Of other files that are damaged a warning says so."""
 
-    def unless_damaged(name: str, shape: dict) -> dict:
+    def unless_damaged(name: str) -> dict:
         try:
-            return read_json(path / name, shape, "the run is drawn without it") if (path / name).exists() else {}
+            return read_json(path / name, "the run is drawn without it", missing={})
         except UserError as error:
             print(f"warning: {error}", file=sys.stderr)
             return {}
 
-    metrics, evaluation = read_metrics(path), unless_damaged("evaluation.json", READ)
-    settings, inputs = unless_damaged("config.json", SETTINGS), unless_damaged("inputs.json", {})
+    metrics, evaluation = read_metrics(path), unless_damaged("evaluation.json")
+    settings, inputs = unless_damaged("config.json"), unless_damaged("inputs.json")
     # The demo's models are made anew, and on another machine may differ in the last digits
     inputs = {name: value for name, value in inputs.items() if not name.endswith("_name demo")}
     hashes = {re.sub("^the |(?<=_name) .*|(?<=--reward) .*", "", name): value for name, value in inputs.items()}

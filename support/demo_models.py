@@ -69,7 +69,6 @@ def write_review(draw: random.Random) -> tuple[str, int]:
 
 REVIEWS, STEPS, BATCH, LR = 8_000, {"gpt2": 400, "sentiment": 120}, 64, 2e-3
 GPT2_SIZES = {"n_positions": 64, "n_embd": 96, "n_layer": 2, "n_head": 4}
-ROOM = 4 << 20  # bytes that both take, and some more
 CLASSIFIER_SIZES = {
     "max_position_embeddings": 64,
     "hidden_size": 64,
@@ -86,13 +85,13 @@ def demo_models() -> tuple[Path, Path]:
     folder = cache / f"demo-{hashlib.sha256(source).hexdigest()[:16]}"
     if not folder.exists():
         print(f"making the demo models in {folder} (once, under a minute)", flush=True)
-        with disk_errors(folder, ROOM), tempfile.TemporaryDirectory() as made:
+        with disk_errors(folder), tempfile.TemporaryDirectory() as made:
             make_demo_models(Path(made))
             with FileLock(cache.with_name(f"{cache.name}.lock")):  # another process may be as far
                 for left in cache.glob(".partial-*"):  # by a start that was killed
                     shutil.rmtree(left)
                 if not folder.exists():
-                    with whole(folder, ROOM) as partial:
+                    with whole(folder) as partial:
                         shutil.copytree(made, partial)
     return folder / "gpt2", folder / "sentiment"
 

@@ -22,7 +22,7 @@ from ppo import kl_from_logits, logprobs_from_logits, masked_mean
 from reward import score_texts
 from support.errors import UserError
 from support.figures import decimals, in_markdown
-from support.files import read_evaluation, write_whole
+from support.files import damaged, read_evaluation, write_whole
 from support.text_trainer import TextPPOTrainer
 
 SEED = 20_170_707  # of the evaluation alone: every policy of every run is judged on the same draws
@@ -365,16 +365,9 @@ def before_after_table(evaluation: dict, shown: int = SHOWN) -> str:
 def read(run_dir: Path, prompts: list[str]) -> dict:
     """A run's evaluation.json, or nothing where there is none yet. UserError where the model before training is not
     judged in it, or on other prompts."""
-    before = {
-        "n": int,
-        **{key: float for _, key, _ in ROWS},
-        "noise?": float,
-        "commonest": [(str, int)],
-        "samples": [(str, str, float)],
-    }
-    alarms = [{"step": int, "says": str}]
-    results = read_evaluation(run_dir, {"before": before, "after?": {"n": int}, "steps?": int, "alarms?": alarms})
-    judged = {prompt for prompt, *_ in results["before"]["samples"]} if results else set()
+    results = read_evaluation(run_dir)
+    with damaged(run_dir / "evaluation.json", "remove it: --resume makes it again"):
+        judged = {prompt for prompt, _, _ in results["before"]["samples"]} if results else set()
     if others := judged - set(prompts):
         raise UserError(f"{run_dir / 'evaluation.json'} is of another prompt, {min(others)!r}; is it another run's?")
     return results

@@ -1,22 +1,21 @@
-"""Files: written whole and flushed or not at all, and read with the path in every error."""
+"""Read and write files: written whole and flushed or not at all, with the path in every error."""
 
 import contextlib
 import json
 import os
 import shutil
-from collections import Counter
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from support.errors import UserError
+from support.errors import UserError, first_line
 
 MEND_LINE = "mend that line, or remove it"
 
 
 @contextlib.contextmanager
 def path_errors():
-    """What the system says of any path, as that one may not look there or that its name is too long, in one line."""
+    """Raise UserError if the system refuses a path inside: a name that is too long, no permission to look there."""
     try:
         yield
     except OSError as error:
@@ -25,110 +24,67 @@ def path_errors():
         raise UserError(f"{error.filename} cannot be used: {error.strerror}")
 
 
-def refuse_device(path: Path, name: str = "") -> None:
-    """UserError where a path leads to a device or a pipe, which may never end."""
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise UserError(f"{name or path} is no file, but a device or a pipe; save what it gives in a file")
-
-
-def read_text(path: Path, remedy: str, only_whole_lines: bool = False, name: str = "") -> str:
-    """A UTF-8 text file, perhaps without a last line that has no end yet; a byte order mark does not count.
-
-    UserError, which calls it `name` or by its path, where it is none.
-    """
-    name = name or str(path)
+@contextlib.contextmanager
+def damaged(name, remedy: str):
+    """Raise UserError if the content that the block reads from the file `name` is not what the block expects."""
     try:
-        refuse_device(path, name)
+        yield
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{name} is damaged ({first_line(error)}); {remedy}")
+
+
+def read_text(path: Path, remedy: str, name: str = "", only_whole_lines: bool = False) -> str:
+    """Read a UTF-8 text file, with or without a byte order mark.
+
+    only_whole_lines: leave out a last line that has no end, as a kill leaves one. Raises UserError, which calls the
+    file `name` or by its path, if it cannot be read or isn't UTF-8.
+    """
+    try:
         content = path.read_bytes()
         if only_whole_lines:
             content = content[: content.rfind(b"\n") + 1]
         return content.decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"{name} cannot be read: {error.strerror}")
+        raise UserError(f"{name or path} cannot be read: {error.strerror}")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{name} is damaged in line {line}: it is no UTF-8 text; {remedy}")
+        raise UserError(f"{name or path} is damaged in line {line}: it isn't UTF-8 text; {remedy}")
 
 
 def whole_lines(path: Path) -> list[str]:
-    """The lines of a text file that are whole. They end at a line feed alone: texts may hold U+2028."""
+    """Read the lines of a text file that are whole. Only a line feed ends a line: texts may contain U+2028."""
     return read_text(path, MEND_LINE, only_whole_lines=True).split("\n")[:-1]
 
 
-def read_json(path: Path, shape, remedy: str):
-    """What a JSON file holds, which can be written again. UserError, with the remedy, where it is not of the shape."""
-    value = parse_json(read_text(path, remedy), shape, path, remedy)
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{path} is damaged: it holds half a character; {remedy}")
-    return value
+def read_json(path: Path, remedy: str, missing: dict | None = None) -> dict:
+    """Read a JSON object; `missing`, if it is given and there is no such file. Raises UserError, with the remedy, if
+    the file is damaged."""
+    if missing is not None and not path.exists():
+        return missing
+    with damaged(path, remedy):
+        value = json.loads(read_text(path, remedy))
+        if not isinstance(value, dict):
+            raise TypeError(f"an object was expected, not a {type(value).__name__}")
+        return value
 
 
-def read_evaluation(run_dir: Path, shape: dict, remedy: str = "remove it: --resume makes it again") -> dict:
-    """A run's evaluation.json, or nothing where there is none yet. UserError as in read_json."""
-    path = run_dir / "evaluation.json"
-    return read_json(path, shape, remedy) if path.exists() else {}
-
-
-def parse_json(text: str, shape, name, remedy: str):
-    """The value of a JSON text that is called `name`. UserError where it is none, or not of the shape, see `misfit`."""
-    try:
-        value = json.loads(text, object_pairs_hook=once_each)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{name} is damaged: it is no JSON ({error}); {remedy}")
-    if (place := misfit(value, shape)) is not None:
-        raise UserError(f"{name} is damaged: {place or 'it'} is missing, or not what it should be; {remedy}")
-    return value
-
-
-def once_each(pairs: list[tuple]) -> dict:
-    """The names and values of a JSON object. ValueError where a name stands there twice."""
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        raise ValueError(f"{Counter(name for name, _ in pairs).most_common(1)[0][0]!r} stands there twice")
-    return value
-
-
-def misfit(value, shape, place: str = "") -> str | None:
-    """The first part of a JSON value that is not of a shape, as 'before.samples.3'; None where all of it is.
-
-    A shape is a type, where float takes whole numbers too; a list, for one or more of its only item; a tuple, for just
-    these items; or a dict, for an object with at least these names, of which one with a '?' may be missing or empty.
-    """
-    if isinstance(shape, type):
-        fits = type(value) is shape or (shape is float and type(value) is int)
-        return None if fits and (type(value) is not int or abs(value) < 2**63) else place
-    if type(value) is not (dict if isinstance(shape, dict) else list):
-        return place
-    if isinstance(value, list):
-        shape = shape if isinstance(shape, tuple) else shape * max(1, len(value))
-        if len(value) != len(shape):
-            return place
-        value, shape = ({str(i): item for i, item in enumerate(items)} for items in (value, shape))
-    for name, part in shape.items():
-        if name.endswith("?") and not value.get(name[:-1]):
-            continue
-        name = name.rstrip("?")
-        if (found := misfit(value.get(name), part, f"{place}.{name}".lstrip("."))) is not None:
-            return found
-    return None
+def read_evaluation(run_dir: Path, remedy: str = "remove it: --resume makes it again") -> dict:
+    """Read a run's evaluation.json, {} if there is none yet. Raises UserError as `read_json` does."""
+    return read_json(run_dir / "evaluation.json", remedy, missing={})
 
 
 @contextlib.contextmanager
-def whole(path: Path, needed: int = 0):
-    """A path beside `path`, on which the block writes a file or a folder: flushed to disk, it then replaces `path`.
+def whole(path: Path):
+    """Give the block another path, beside `path`, to write a file or a folder to; flush that, and put it in place.
 
-    A kill leaves the old or the new, and beside it what the next attempt removes; an error leaves the old alone. What
-    is no file, as /dev/stdout, is written where it stands. UserError as in `disk_errors`.
+    A kill leaves the old or the new, and beside it what the next attempt removes. An error leaves the old one only.
+    Raises UserError as `disk_errors` does.
     """
-    if path.exists() and not path.is_file() and not path.is_dir():
-        with disk_errors(path):
-            yield path
-        return
-    target = path.resolve()  # what a link leads to
+    target = path.resolve()  # a link stays, and what it leads to is replaced
     partial, old = target.with_name(f".partial-{target.name}"), target.with_name(f".partial-old-{target.name}")
-    with disk_errors(path, needed):
+    with disk_errors(path):
         clear(target, partial, old)
         try:
             yield partial
@@ -143,7 +99,7 @@ def whole(path: Path, needed: int = 0):
 
 
 def clear(target: Path, partial: Path, old: Path) -> None:
-    """Remove what a writing has left beside its target; the old stands again where the new never took its place."""
+    """Remove what a write has left beside its target; put the old one back if the new one never took its place."""
     if old.exists() and not target.exists():
         old.rename(target)
     for leftover in (partial, old):
@@ -152,7 +108,7 @@ def clear(target: Path, partial: Path, old: Path) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Replace a text file at one stroke: a reader sees the old one or the new one."""
-    with whole(path, len(text.encode())) as partial:
+    with whole(path) as partial:
         partial.write_text(text, encoding="utf-8", newline="")
 
 
@@ -165,13 +121,10 @@ def remove(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file or folder is on disk; a folder only where the system opens one (Windows does not)."""
-    try:
-        descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-    except PermissionError:
-        if path.is_dir():
-            return
-        raise
+    """Wait until a file or a folder is on disk. Windows cannot open folders for this."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -179,20 +132,14 @@ def flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path, needed: int = 0):
-    """What goes wrong with the disk, in any library's words, as a UserError with the path and the room needed."""
+def disk_errors(path: Path):
+    """Raise UserError, with the path and the free room, if the block cannot write, in whichever library's words."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        if not isinstance(error, OSError) and "os error" not in reason and "inline_container" not in reason:
+            raise  # neither safetensors' words for an error of the system nor torch's
         place = next(parent for parent in (path, *path.parents) if os.path.exists(parent))
-        free = shutil.disk_usage(place).free
-        reason = getattr(error, "strerror", None) or str(error)
-        if free < needed or "No space left" in reason:
-            room = f"it needs about {max(needed, 1 << 20) / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free"
-            raise UserError(f"no room to write {path}: {room}")
-        of_disk = (
-            isinstance(error, OSError) or "os error" in reason or "inline_container" in reason
-        )  # safetensors, torch
-        if not of_disk:
-            raise
-        raise UserError(f"{path} cannot be written: {reason.splitlines()[0]}")
+        free = shutil.disk_usage(place).free / 2**20
+        raise UserError(f"{path} cannot be written: {reason} ({free:.0f} MiB are free)")

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from support.errors import UserError
-from support.files import path_errors, read_json
+from support.files import damaged, path_errors, read_json
 
 NEEDED = "config.json"
 VOCABULARIES = (("vocab.txt",), ("tokenizer.json",), ("vocab.json", "merges.txt"))
@@ -66,7 +66,8 @@ def is_complete(folder: Path) -> bool:
     names = {path.name for path in folder.iterdir() if path.exists()}
     weights = wanted_weights(names)
     for index in (name for name in weights if name.endswith(".index.json")):
-        shards = read_json(folder / index, {"weight_map": dict}, "remove it")["weight_map"].values()
+        with damaged(folder / index, "remove it"):
+            shards = read_json(folder / index, "remove it")["weight_map"].values()
         weights = weights if names >= set(shards) else []
     return NEEDED in names and has_vocabulary(names) and bool(weights)
 

@@ -20,7 +20,6 @@ from transformers.utils import logging as transformers_logging
 from gpt2_value_head import GPT2HeadWithValueModel
 from support.batches import never_sampled_ids
 from support.errors import UserError, first_line, is_out_of_memory
-from support.files import refuse_device
 from support.hub import VALUE_HEAD, has_vocabulary, wanted_weights
 
 SPECIAL_TOKENS = re.compile(r"\[(PAD|UNK|CLS|SEP|MASK)\]")
@@ -218,8 +217,6 @@ def read_model_config(folder: Path):
     """A folder's config.json as the library's config object. UserError where it cannot be read."""
     if not (folder / "config.json").is_file():
         raise UserError(f"no model in {folder}: it has no config.json")
-    for path in folder.iterdir():
-        refuse_device(path)
     try:
         if (json.loads((folder / "config.json").read_text(encoding="utf-8")).get("num_labels") or 0) > 10**6:
             raise ValueError("num_labels is over a million, for each of which the library makes a name")

@@ -1,5 +1,6 @@
 """report.md: what a run was and what came of it, for whoever opens its folder, on GitHub as it is."""
 
+import json
 import math
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from support.compare import read_rows
 from support.errors import escaped
 from support.evaluation import SHOWN, before_after_table, results_table
 from support.figures import duration, in_markdown
-from support.files import MEND_LINE, parse_json, whole_lines
+from support.files import MEND_LINE, damaged, whole_lines
 from support.settings import changes, load_config
 
 STARTS = "environment.jsonl"
@@ -84,9 +85,11 @@ def training(run_dir: Path) -> list[tuple[str, str]]:
 def read_starts(run_dir: Path) -> list[dict]:
     """The lines of environment.jsonl; UserError where one is damaged."""
     path = run_dir / STARTS
-    lines = whole_lines(path) if path.exists() else []
-    shape = {"step?": int, "command?": str}
-    return [parse_json(line, shape, f"line {i} of {path}", MEND_LINE) for i, line in enumerate(lines, 1)]
+    starts = []
+    for number, line in enumerate(whole_lines(path) if path.exists() else [], 1):
+        with damaged(f"line {number} of {path}", MEND_LINE):
+            starts.append(json.loads(line))
+    return starts
 
 
 def when(start: dict) -> str:

@@ -40,7 +40,7 @@ from support.devices import environment
 from support.errors import FolderGone, UserError, escaped
 from support.evaluation import gibbs_policy, scores_and_prompts
 from support.figures import decimals, duration
-from support.files import MEND_LINE, disk_errors, parse_json, read_json, remove, whole, whole_lines, write_whole
+from support.files import MEND_LINE, damaged, disk_errors, read_json, remove, whole, whole_lines, write_whole
 from support.load import hash_of, own_files
 from support.model_card import write_results
 from support.prospect import prospect
@@ -72,7 +72,7 @@ class RunFolder:
         def those_used() -> dict:
             results = (self.path / "evaluation.json", self.path / "model", *checkpoints(self.path / "checkpoints"))
             used = path.exists() and any(result.exists() for result in results)
-            return read_json(path, {}, "remove it: it is made again") if used else {}
+            return read_json(path, "remove it: it is made again") if used else {}
 
         before = collectives.broadcast_from_rank_0(those_used)
         # The demo's models are made anew, and on another machine may differ in the last digits
@@ -290,7 +290,7 @@ class RunFolder:
     def save_model(self, trainer) -> None:
         """Replace model/ by the policy that training ended with."""
         if self.writes:
-            with whole(self.path / "model", 4 * trainer.model.num_parameters()) as partial:
+            with whole(self.path / "model") as partial:
                 trainer.save(partial)
 
     def read_evaluation(self, prompts: list[str]) -> dict:
@@ -359,10 +359,10 @@ class RunLog:
             if self.path.exists()
             else []
         )
-        lines = [
-            (line, parse_json(line, {"step": int}, f"line {number} of {samples}", MEND_LINE)["step"])
-            for number, line in enumerate(whole_lines(samples) if samples.exists() else [], 1)
-        ]
+        lines = []
+        for number, line in enumerate(whole_lines(samples) if samples.exists() else [], 1):
+            with damaged(f"line {number} of {samples}", MEND_LINE):
+                lines.append((line, int(json.loads(line)["step"])))
         self.lines, self.rows = [line for line, _ in rows], [row for _, row in rows[1:]]
         self.columns = list(rows[-1][1]) if rows else []
         write_whole(self.path, "".join(f"{line}\n" for line in self.lines))

@@ -187,7 +187,7 @@ def load_config(path: Path, may_lack: set[str] = frozenset()) -> PPOConfig:
 
     UserError where the file is missing, broken or has other fields.
     """
-    values = read_json(path, dict, "a run cannot go on without its settings")
+    values = read_json(path, "a run cannot go on without its settings")
     names = {f.name for f in dataclasses.fields(PPOConfig)}
     if wrong := sorted(set(values) - names):
         raise UserError(f"{path} is no config of this program: it holds {reprlib.repr(wrong[0])}")

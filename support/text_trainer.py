@@ -105,7 +105,7 @@ class TextPPOTrainer(PPOTrainer):
         """
         if not str(folder).strip() or os.path.isfile(folder):
             raise ValueError(f"save() takes the name of a folder, not {str(folder)!r}")
-        with disk_errors(Path(folder), 4 * self.model.num_parameters()):
+        with disk_errors(Path(folder)):
             policy, config, unit = self.policy_for_saving, self.config, self.reward_unit or 1.0
             save_policy(policy, self.tokenizer, Path(folder), config.temperature, config.gen_len, unit)
             write_card(Path(folder), config, self.tokenizer, self.example)

@@ -133,7 +133,7 @@ def hand_on(run_dir: Path, package: str, ended: threading.Event) -> None:
     """Settings, every step that has not been handed on yet, and the results, where the run has come to its end."""
     path, config = run_dir / "tracking.json", json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
     remedy = "remove it: the run is tracked anew"
-    record = read_json(path, {f"{package}?": {"id": str, "step": int}}, remedy) if path.exists() else {}
+    record = read_json(path, remedy, missing={})
     goes_on = package in record
     mine = record.setdefault(package, {"id": secrets.token_hex(8), "step": 0})
     project = os.environ.get(f"{package.upper()}_PROJECT", PROJECT)
@@ -151,7 +151,7 @@ def hand_on(run_dir: Path, package: str, ended: threading.Event) -> None:
                 mine["step"] = step
         write_whole(path, json.dumps(record) + "\n")
 
-    results = read_evaluation(run_dir, {"before?": {"samples": [(str, str, float)]}, "steps?": int})
+    results = read_evaluation(run_dir)
     if results.get("steps") == mine["step"]:
         columns = ["prompt", "before", "score before", "after", "score after"]
         pairs = zip(results["before"]["samples"], results["after"]["samples"])

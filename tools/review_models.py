@@ -26,7 +26,7 @@ from transformers import BertTokenizer, GPT2LMHeadModel
 from support.demo_models import SPECIAL_TOKENS, descend, forward, new_classifier, new_gpt2, write_model
 from support.devices import keep_freed_memory, pick_device, pick_dtype
 from support.errors import UserError, exits_on_user_error
-from support.files import path_errors, read_text, refuse_device, whole
+from support.files import path_errors, read_text, whole
 from support.models import quiet_transformers
 
 LENGTH = 48  # tokens; of a longer review the beginning is read
@@ -41,7 +41,6 @@ CLASSIFIER_SIZES = {
 EPOCHS, LR = {"sentiment": 2, "gpt2": 3}, {"sentiment": 5e-4, "gpt2": 1.5e-3}
 BATCH, WARMUP, SEED = 64, 100, 1
 FEWEST, HELD_BACK = 100, 30  # reviews; one in so many is not trained on, but judges the models
-ROOM = 64 << 20  # bytes that both models take, and some more
 
 
 @path_errors()
@@ -53,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.out.exists():
         raise UserError(f"{args.out} is there already; name another folder, or remove it")
     reviews = read_reviews(args.reviews)
-    with quiet_transformers(), whole(args.out, ROOM) as partial:
+    with quiet_transformers(), whole(args.out) as partial:
         partial.mkdir(parents=True)
         make_review_models(partial, reviews)
     print(f"python train_ppo.py --model_name {args.out / 'gpt2'} --reward_model_name {args.out / 'sentiment'}")
@@ -88,7 +87,6 @@ def read_reviews(path: Path) -> list[tuple[str, int]]:
 def unpack(path: Path) -> str:
     """The text of a file, or of the only .csv file in a zip."""
     remedy = "save it as UTF-8"
-    refuse_device(path)
     if not zipfile.is_zipfile(path):
         return read_text(path, remedy)
     try:
