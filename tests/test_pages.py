@@ -1,105 +1,192 @@
-"""What the pages tell a reader to type: the same in both languages, and nothing that no program knows."""
+"""The README's commands run as pasted on small models, and the links and flags of every page exist."""
 
-import argparse
-import functools
+import glob
 import importlib
+import json
+import os
+import random
 import re
 import shlex
-from pathlib import Path
+import shutil
+import subprocess
+import sys
+import zipfile
 
 import pytest
-from torch.distributed.run import get_args_parser
+from huggingface_hub import constants
 
+import plot_rewards
+import train_ppo
 from config import PPOConfig
-from tests.helpers import ROOT, code_blocks, read
+from support.demo_models import write_review
+from tests.helpers import ROOT, anchors, code_blocks, links, read, write_bpe_gpt2, write_classifier, write_gpt2
+from tests.hub_server import Hub
+from tools import review_models
 
-PAGES = "README docs/hub docs/several_gpus docs/result docs/trl docs/differences docs/learning".split()
-BOTH = [f"{page}{ending}" for page in PAGES for ending in (".md", ".zh.md")]
-VARIABLE = r"[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+"
-ELSEWHERE = {"WANDB_MODE", "SWANLAB_MODE"}  # in packages that need not be there
-ELSEWHERE |= {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}  # and in torch newer than the oldest, as its pages say
-
-
-def blocks(page: str) -> list[str]:
-    """The code blocks of a page without their comments, which are in the page's language."""
-    return [re.sub(r"(?m)(^| +)# .*", "", block) for block in code_blocks(page)]
+PAGES = sorted(str(page.relative_to(ROOT)) for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+IN_BOTH_LANGUAGES = [page for page in PAGES if page.replace(".md", ".zh.md") in PAGES]
+PLOT_FLAGS = {"--against", "--by", "--only", "--out"}
+TRAIN_FLAGS = {f"--{name}" for name in PPOConfig.__dataclass_fields__} | {"--complete", "--n", "--help"}
 
 
-def spans(page: str) -> list[str]:
-    """What stands between backticks in the text of a page, and its indented lines."""
-    text = re.sub(r"(?s)```.*?```", "", read(page))
-    return re.findall(r"`([^`\n]+)`", text) + re.findall(r"(?m)^    (.+)", text)
-
-
-def figures(page: str) -> list[str]:
-    """The numbers with a decimal point in the tables of a page."""
-    return sorted(re.findall(r"\d+\.\d+", "\n".join(re.findall(r"(?m)^\|.*", read(page)))))
-
-
-def flags_of(parser: argparse.ArgumentParser) -> set[str]:
-    return {flag for action in parser._actions for flag in action.option_strings}
-
-
-OURS = {f"--{name}" for name in PPOConfig.__dataclass_fields__} | {"--complete", "--n", "--help"}
-TORCHRUNS = flags_of(get_args_parser())
-FIGURES = {"--by", "--only", "--out"}
-
-
-def commands(page: str) -> list[tuple[list[str], set[str]]]:
-    """The words of each command on a page that starts one of the two programs or torchrun, and the flags it knows."""
-    found = []
-    for line in [line for block in blocks(page) for line in block.splitlines()] + spans(page):
-        words = shlex.split(line) if re.search(r"train_ppo\.py|plot_rewards\.py|torchrun ", line) else []
-        for program, flags in (("train_ppo.py", OURS), ("plot_rewards.py", FIGURES)):
-            if program in words:
-                found.append((words[words.index(program) :], flags))
-        if "torchrun" in words:
-            end = words.index("train_ppo.py") if "train_ppo.py" in words else None
-            found.append((words[words.index("torchrun") : end], TORCHRUNS))
-    return found
+# ----------------------------------------------------------------------------------------------
+# Links and flags
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_a_file_and_a_heading(page):
+    for file, anchor in links(ROOT / page):
+        target = (ROOT / page).parent / file if file else ROOT / page
+        assert target.is_file(), file
+        assert not anchor or anchor in anchors(target), f"{file}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_use_flags_that_exist(page):
+    for line in re.findall(r"(?:train_ppo|plot_rewards)\.py [^`\n]*", read(page)):
+        known = TRAIN_FLAGS if line.startswith("train_ppo") else PLOT_FLAGS
+        assert set(re.findall(r"--[a-z][\w-]*", line)) <= known, line
+
+
+@pytest.mark.parametrize("page", IN_BOTH_LANGUAGES)
 def test_both_languages_have_the_same_commands(page):
-    assert blocks(f"{page}.md") == blocks(f"{page}.zh.md")
     english, chinese = (
-        sorted(span for span in spans(f"{page}{ending}") if re.match(r"(\w+=\w+ )?python ", span))
-        for ending in (".md", ".zh.md")
+        [re.sub(r"(?m) *# .*", "", block) for block in code_blocks(name)]
+        for name in (page, page.replace(".md", ".zh.md"))
     )
     assert english == chinese
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_both_languages_have_the_same_figures_in_their_tables(page):
-    assert figures(f"{page}.md") == figures(f"{page}.zh.md")
+# ----------------------------------------------------------------------------------------------
+# The README's commands
 
 
-@pytest.mark.parametrize("page", BOTH)
-def test_every_flag_of_a_command_is_one_of_its_program(page):
-    for words, flags in commands(page):
-        assert {word for word in words if word.startswith("--")} <= flags, words
+SMALL = "--device cpu --episodes 32 --batch_size 16 --minibatch_size 16 --eval_samples 64".split()
+RECORD = "import json, os, sys; print(json.dumps([os.environ.get('HF_ENDPOINT'), sys.argv[1:]]))"
 
 
-@pytest.mark.parametrize("page", BOTH)
-def test_every_flag_that_is_named_is_one_of_a_program(page):
-    named = {span.split()[0] for span in spans(page) if span.startswith("--")}
-    assert named <= OURS | TORCHRUNS | FIGURES
+def commands(block: str) -> list[tuple[str | None, list[str]]]:
+    """The commands that a shell starts for a block, with loops unrolled: (HF_ENDPOINT, words)."""
+    functions = "".join(
+        f'{name}() {{ {shlex.quote(sys.executable)} -ISc {shlex.quote(RECORD)} {name} "$@"; }}\n'
+        for name in ("python", "hf", "curl")
+    )
+    printed = subprocess.run(["bash", "-euf", "-c", functions + block], capture_output=True, text=True, check=True)
+    return [tuple(json.loads(line)) for line in printed.stdout.splitlines()]
 
 
-@functools.cache
-def known_variables() -> set[str]:
-    """The environment variables in the code of this program, of torch's processes and of the hub's client."""
-    folders = [ROOT / "support"]
-    folders += [
-        Path(importlib.import_module(name).__file__).parent for name in ("torch.distributed", "huggingface_hub")
-    ]
-    sources = (path.read_text(encoding="utf-8") for folder in folders for path in folder.rglob("*.py"))
-    return {name for source in sources for name in re.findall(VARIABLE, source)}
+def small(flags: list[str]) -> list[str]:
+    """Flags that make a run of train_ppo.py small, if the command starts one."""
+    if {"--help", "--complete"} & set(flags):
+        return []
+    return ["--episodes", "48"] if "--resume" in flags else SMALL
 
 
-@pytest.mark.parametrize("page", BOTH)
-def test_every_environment_variable_is_known(page):
-    code = blocks(page) + spans(page)
-    named = {name for text in code for name in re.findall(rf"\b({VARIABLE}) ?=", text)}
-    named |= {span for span in spans(page) if re.fullmatch(VARIABLE, span)}
-    assert named <= known_variables() | ELSEWHERE
+@pytest.fixture(scope="module")
+def typed(tmp_path_factory, finished):
+    """A function that runs a block of shell commands in a folder that has the files the README speaks of.
+
+    A hub on loopback serves the article's models. Every program runs in this process, except `hf`.
+    """
+    folder = tmp_path_factory.mktemp("typed")
+    published = tmp_path_factory.mktemp("published")
+    gpt2, sentiment = write_gpt2(published / "gpt2"), write_classifier(published / "sentiment")
+    vocab = gpt2 / "vocab.txt"  # with the characters of the README's prompts
+    vocab.write_text(vocab.read_text(encoding="utf-8").replace("苹", "部"), encoding="utf-8")
+    models = {"uer/gpt2-chinese-cluecorpussmall": gpt2, "uer/roberta-base-finetuned-jd-binary-chinese": sentiment}
+    models |= {"lvwerra/gpt2-imdb": write_bpe_gpt2(published / "bpe"), "lvwerra/distilbert-imdb": sentiment}
+    for name in ("gpt2", "sentiment"):
+        shutil.copytree(published / name, folder / name)
+    shutil.copytree(finished, folder / "runs" / "NAME")
+    (folder / "prompts.txt").write_text("刚收到货,感觉\n这本书\n", encoding="utf-8")
+    (reward,) = [code for code in code_blocks("README.md", "python") if "# my_reward" in code]
+    (folder / "my_reward.py").write_text(reward)
+    draw = random.Random(1)
+    rows = "\n".join(f'书籍,{label},"{text}"' for text, label in (write_review(draw) for _ in range(300)))
+    with zipfile.ZipFile(folder / "online_shopping_10_cats.zip", "w") as archive:
+        archive.writestr("online_shopping_10_cats.csv", f"cat,label,review\n{rows}\n")
+
+    with Hub(models) as hub, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("support.run_folder.draw", lambda runs, out: out.touch())
+        patch.setitem(review_models.GPT2_SIZES, "n_embd", 32)
+        patch.setitem(review_models.GPT2_SIZES, "n_head", 2)
+        patch.setitem(review_models.CLASSIFIER_SIZES, "hidden_size", 32)
+        for name in [name for name in os.environ if name.startswith("HF_")]:
+            patch.delenv(name)
+        patch.setenv("HF_HOME", str(folder / "home"))
+        patch.setenv("HF_TOKEN", "hf_loopback")
+
+        def run(block: str) -> None:
+            for endpoint, (program, *words) in commands(block.replace("https://your-mirror", hub.url)):
+                patch.setenv("HF_ENDPOINT", endpoint or hub.url)
+                importlib.reload(constants)
+                words = [name for word in words for name in sorted(glob.glob(word)) or [word]]
+                assert call(program, words) in (0, None), words
+
+        yield hub, run
+    importlib.reload(constants)
+
+
+def call(program: str, words: list[str]) -> int | None:
+    if program == "curl" or words == ["auth", "login"]:  # the file is there; asks at a terminal
+        return 0
+    if program == "hf":
+        return subprocess.run([sys.executable, "-m", "huggingface_hub.cli.hf", *words], check=True).returncode
+    script, *flags = words
+    try:
+        if script == "train_ppo.py":
+            return train_ppo.main(flags + small(flags))
+        if script == "plot_rewards.py":
+            return plot_rewards.main(flags)
+        assert words[:2] == ["-m", "tools.review_models"]
+        return review_models.main(flags[1:])
+    except SystemExit as end:
+        return end.code
+
+
+MAKES = {  # a word that only one of the README's blocks has: files that its commands leave, and how many
+    "HF_ENDPOINT": {"runs/2*/report.md": 3, "runs/2*/model/model.safetensors": 3},
+    "review_models": {"review_models/gpt2/vocab.txt": 1, "review_models/sentiment/config.json": 1},
+    "--prompts_file": {"runs/films/report.md": 1},
+    "plot_rewards.py": {"runs/lr-*/report.md": 4, "compare.png": 1, "compare.md": 1, "reward.pdf": 1},
+    "--kl_budget": {"runs/*/inputs/my_reward-*.py": 1},
+    "hf upload": {},
+}
+
+
+@pytest.mark.parametrize("word", MAKES)
+def test_a_block_of_the_readme_runs_as_pasted(typed, word, capfd):
+    hub, run = typed
+    (block,) = [block for block in code_blocks("README.md", "bash") if word in block]
+    run(block.replace("in 3e-5 1e-4 3e-4", "in 3e-5 1e-4").replace("in 1 2 3", "in 1 2"))
+    printed = capfd.readouterr().out
+    for pattern, number in MAKES[word].items():
+        assert len(glob.glob(pattern)) == number, pattern
+    if word == "HF_ENDPOINT":
+        assert hub.fetched().count("config.json") == 2  # one for each model: the second run makes no request
+    if word == "--prompts_file":
+        assert "--lr" in printed and "step 3/3" in printed
+    if word == "hf upload":
+        assert printed.count("| 刚收到货,感觉 |") == printed.count("| 刚收到货,质量 |") == 5
+        uploaded = hub.uploaded["YOUR_NAME/happy-reviews"]
+        assert {"README.md", "model.safetensors", "config.json", "tokenizer.json"} <= uploaded.keys()
+        for name, content in uploaded.items():
+            with open(f"runs/NAME/model/{name}", "rb") as file:
+                assert file.read() == content
+
+
+def test_every_block_of_the_readme_is_run():
+    for block in code_blocks("README.md", "bash"):  # .ci/run types those that make an environment
+        assert block.startswith("python3 -m venv") or sum(word in block for word in MAKES) == 1
+
+
+@pytest.mark.parametrize("word", ["hf download", "lvwerra"])
+def test_a_block_of_the_hub_page_runs_as_pasted(typed, word, capfd):
+    _, run = typed
+    (block,) = [block for block in code_blocks("docs/hub.md", "bash") if word in block]
+    if word == "hf download":
+        shutil.rmtree("gpt2")
+        shutil.rmtree("sentiment")
+    run(block)
+    assert word == "hf download" or "| This film was | " in capfd.readouterr().out
