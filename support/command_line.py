@@ -20,7 +20,6 @@ from support.tracking import check_installed
 # when a saved run is judged again.
 HARMLESS = {"runs_dir", "device", "log_samples_every", "save_every", "save_every_minutes", "keep_checkpoints"}
 HARMLESS |= {"process_timeout", "micro_batch_size", "episodes", "track"}
-MAY_LACK = HARMLESS | {"kl_budget"}  # what the config.json of an earlier version may be without
 FOR_JUDGING = {"runs_dir", "device", "dtype", "process_timeout", "micro_batch_size", "eval_samples"}
 FOR_COMPLETING = FOR_JUDGING - {"eval_samples"} | {"prompts", "prompts_file"}
 FINAL = ("model", "rewards.png", "report.md")  # what the end of a run writes, the last of them last
@@ -156,7 +155,7 @@ def find_run_folder(config: PPOConfig, name: str) -> Path:
 
 def saved_config(run_dir: Path, config: PPOConfig, given: set[str], allowed: set[str]) -> PPOConfig:
     """A run's own config with the allowed flags given here. UserError for flags that would change the result."""
-    saved = load_config(run_dir / "config.json", may_lack=MAY_LACK)
+    saved = load_config(run_dir / "config.json")
     for name in sorted(given):
         old, new = getattr(saved, name), getattr(config, name)
         if name not in allowed and old != new:

@@ -14,17 +14,17 @@ from unicodedata import east_asian_width
 
 import numpy as np
 
-from config import PRESETS
+from config import PRESETS, PPOConfig
 from support.errors import UserError, escaped
 from support.figures import decimals
 from support.files import MEND_LINE, read_json, whole_lines
-from support.settings import NO_CHANGE, published
+from support.settings import NOT_COMPARED
 
 REQUIRED = ["step", "episodes", "env/reward_mean", "objective/kl"]  # columns of metrics.csv
 STD = "env/reward_std"  # another, which a loop of one's own may lack
 
 # Settings that tell no run from another: `preset` stands for those that follow from it, see `told`
-SILENT = NO_CHANGE | {"seed", "log_samples_every", "save_every", "save_every_minutes", "keep_checkpoints"}
+SILENT = NOT_COMPARED | {"seed", "log_samples_every", "save_every", "save_every_minutes", "keep_checkpoints"}
 SILENT |= {"process_timeout"}
 # Settings that decide what a completion earns, and with it the frontier
 REWARD = "model_name reward_model_name positive_label reward prompts prompts_file gen_len temperature".split()
@@ -176,7 +176,7 @@ def differences(runs: list[Run]) -> list[str]:
 
 def told(runs: list[Run]) -> list[str]:
     """The `differences` of runs, with `preset` in place of those which in every run are as its preset has them."""
-    presets = {preset: published(preset) for run in runs if (preset := run.settings["preset"]) in PRESETS}
+    presets = {preset: vars(PPOConfig(preset=preset)) for run in runs if (preset := run.settings["preset"]) in PRESETS}
     absent = object()
 
     def follows(name: str) -> bool:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from support.command_line import MAY_LACK
 from support.compare import read_rows
 from support.errors import escaped
 from support.evaluation import SHOWN, before_after_table, results_table
@@ -58,13 +57,13 @@ def best_of_n(results: dict) -> list[str]:
 
 
 def differences(run_dir: Path) -> list[str]:
-    """Where the run's settings are not those of its preset as published."""
-    config = load_config(run_dir / "config.json", may_lack=MAY_LACK)
-    changed = [(name, str(here), str(published)) for name, (published, here) in changes(config).items()]
+    """Say which settings differ from the run's preset."""
+    config = load_config(run_dir / "config.json")
+    changed = [(name, str(here), str(preset)) for name, (preset, here) in changes(config).items()]
     if not changed:
-        return [f"All settings are those of the preset {config.preset} as published."]
-    what = f"Settings that are not those of the preset {config.preset} as published:"
-    return [what, table(["setting", "here", "published"], changed)]
+        return [f"All settings are those of the preset {config.preset}."]
+    what = f"Settings that differ from the preset {config.preset}:"
+    return [what, table(["setting", "here", "preset"], changed)]
 
 
 def training(run_dir: Path) -> list[tuple[str, str]]:

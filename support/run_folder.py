@@ -2,7 +2,7 @@
 
 runs/<name>/
     config.json       the settings that the run was started with
-    changes.json      where these differ from the preset as published: [published, here]
+    changes.json      those that differ from the preset: [its value, this run's]
     inputs.json       hashes of the models, the prompts, the file of a reward of one's own, which --resume compares
     inputs/           that file and the prompts' file, as they were
     environment.jsonl one line a start: its command and first step, parameters, versions, device, dtype, processes
@@ -96,8 +96,8 @@ class RunFolder:
         if resume and trainer.n_steps == 0:
             print(f"no checkpoint in {self.path / 'checkpoints'} yet: the run starts from the beginning")
         self.saved_at = time.monotonic()
-        for line in describe_changes(self.config):
-            print(line)
+        if changed := describe_changes(self.config):
+            print(changed)
         print(f"run folder {self.path}, {total_steps(self.config)} steps of {self.config.batch_size} completions")
         several = f"{collectives.world_size()} processes, each " if collectives.world_size() > 1 else ""
         print(f"{several}on {trainer.engine.device} in {str(trainer.engine.dtype)[6:]}")

@@ -20,8 +20,8 @@ from support.devices import check_device, check_versions
 from support.errors import UserError, first_line
 from support.files import read_json, read_text, write_whole
 
-SHIPPED = Path(__file__).with_name("shipped.json")  # every value of each preset as published: tools/ship.py writes it
-NO_CHANGE = {"preset", "run_name", "runs_dir", "track", "resume", "eval_only"}  # what `changes` does not speak of
+# Settings of a start or a folder, not of the training: they are never listed as changes
+NOT_COMPARED = {"preset", "run_name", "runs_dir", "track", "resume", "eval_only"}
 
 DESCRIPTION = """Train a Chinese GPT-2 with PPO towards texts that a reward likes.
 
@@ -182,20 +182,20 @@ def total_steps(config: PPOConfig) -> int:
 # config.json
 
 
-def load_config(path: Path, may_lack: set[str] = frozenset()) -> PPOConfig:
-    """The config that a run was started with; of the fields in `may_lack` the default where it has none.
+def load_config(path: Path) -> PPOConfig:
+    """Read the settings that a run was started with. Settings that an older run lacks have their defaults.
 
-    UserError where the file is missing, broken or has other fields.
+    Raises UserError if the file is missing or damaged, or has a setting that this program doesn't know.
     """
     values = read_json(path, "a run cannot go on without its settings")
     names = {f.name for f in dataclasses.fields(PPOConfig)}
-    if wrong := sorted(set(values) - names):
-        raise UserError(f"{path} is no config of this program: it holds {reprlib.repr(wrong[0])}")
+    if unknown := sorted(set(values) - names):
+        way = "use the version of the program that wrote it, or remove that line"
+        raise UserError(f"{path} has a setting that this program does not know, {reprlib.repr(unknown[0])}; {way}")
     config = PPOConfig(**values)
-    check(dataclasses.replace(config, device="auto"))  # a run may go on where its device is not
-    if absent := sorted(names - set(values) - may_lack):
-        wrote = f"{path} was written by another version of this program and lacks {absent[0]!r}"
-        raise UserError(f"{wrote}; add it with the value that the run was made with")
+    check(dataclasses.replace(config, device="auto"))  # the run may go on on a machine without its device
+    if lacking := [f"{name} {getattr(config, name)}" for name in sorted(names - set(values))]:
+        print(f"{path} is from an older version; using these defaults: {', '.join(lacking)}")
     return config
 
 
@@ -203,31 +203,18 @@ def save_config(config: PPOConfig, path: Path) -> None:
     write_whole(path, json.dumps(dataclasses.asdict(config), ensure_ascii=False, indent=2) + "\n")
 
 
-def published(preset: str) -> dict:
-    """Every value of a preset as it was published."""
-    return json.loads(SHIPPED.read_text(encoding="utf-8"))[preset]
-
-
 def changes(config: PPOConfig) -> dict[str, list]:
-    """Where a config differs from its preset as it was published: [published, now] by field."""
-    shipped = published(config.preset)
-    now = dataclasses.asdict(config)
-    return {name: [shipped[name], now[name]] for name in now if name not in NO_CHANGE and shipped[name] != now[name]}
+    """Return the settings that differ from the config's preset: [the preset's value, the config's] by name."""
+    preset, here = vars(PPOConfig(preset=config.preset)), vars(config)
+    return {
+        name: [preset[name], here[name]] for name in here if name not in NOT_COMPARED and preset[name] != here[name]
+    }
 
 
-def describe_changes(config: PPOConfig) -> list[str]:
-    """Lines that say where a run differs from what was published, and where a default in config.py is not used."""
-    lines, preset = [], config.preset
-    if changed := changes(config):
-        values = ", ".join(f"{name} {now} (published: {shipped})" for name, (shipped, now) in changed.items())
-        lines.append(f"not as the preset {preset}: {values}")
-    shipped, defaults = published("default"), dataclasses.asdict(PPOConfig())
-    for name, value in PRESETS[preset].items():
-        if defaults[name] != shipped[name] and getattr(config, name) == value:
-            lines.append(
-                f"{name} is {value}, as the preset {preset} has it; the {defaults[name]} in config.py is not used"
-            )
-    return lines
+def describe_changes(config: PPOConfig) -> str:
+    """Return `changes` as one line, empty if there are none."""
+    changed = [f"{name} {here} (preset: {preset})" for name, (preset, here) in changes(config).items()]
+    return f"changed from the preset {config.preset}: {', '.join(changed)}" if changed else ""
 
 
 def import_function(spec: str) -> Callable:

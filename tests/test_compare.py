@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from config import PPOConfig
 from plot_rewards import main
 from support.compare import (
     Run,
@@ -17,11 +18,10 @@ from support.compare import (
     what_does_not_compare,
 )
 from support.errors import UserError
-from support.settings import published
 from tests.helpers import COLUMNS, MEAN, judged, write_evaluation, write_run
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
-DEMO = published("demo")
+DEMO = vars(PPOConfig(preset="demo"))
 
 
 def run(name="run", episodes=(128, 256), evaluation=None, hashes=None, **settings) -> Run:
@@ -67,7 +67,7 @@ def test_values_that_read_the_same_are_told_apart_by_the_runs_names():
 
 
 def test_a_preset_stands_for_what_follows_from_it():
-    article, default = published("article"), published("default")
+    article, default = vars(PPOConfig(preset="article")), vars(PPOConfig())
     presets = [run("a", **article), run("b", **default)]
     assert labels(*presets) == ["preset article", "preset default"]
     own = run("c", **default | {"lr": 0.5})

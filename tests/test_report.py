@@ -103,9 +103,9 @@ def test_a_report_says_what_came_of_the_run_and_how_it_was_made(run, results):
         "    python train_ppo.py --resume runs/my_run  # from step 3",
         "    (command not kept)  # judged again",
         "",
-        "Settings that are not those of the preset demo as published:",
+        "Settings that differ from the preset demo:",
         "",
-        "| setting | here | published |",
+        "| setting | here | preset |",
         "| --- | --- | --- |",
         "| lr | 0.0002 | 0.0001 |",
         "",
@@ -131,7 +131,7 @@ def test_what_is_not_known_is_left_out_of_a_report(run, results):
     (run / "rewards.png").unlink()
     results |= {"gain": {"gain": None, "why": "no price"}, "best_of_n": [{"n": 2, "gain": None}], "alarms": []}
     report = run_report(run, results, INPUTS, [])
-    assert "All settings are those of the preset demo as published.\n" in report
+    assert "All settings are those of the preset demo.\n" in report
     for left_out in ("![", "| J", "| gain", "drafts", "Warnings", "python", "| training", "| setting"):
         assert left_out not in report
     assert "| mean reward | 0.255 | 0.876 |  |" in report
