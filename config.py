@@ -1,58 +1,41 @@
-"""Every number of a run: what it does, its unit, what it may be, and why it has the value it has.
+"""Every hyperparameter: its default, what it does, its unit and its limits.
 
     python train_ppo.py --lr 3e-5 --prompts "刚收到货,感觉" "这部电影很"
 
-Change a default here, or override it by its name on the command line; a yes or no as in --detach_value False. A preset
-wins over a default changed here: with --preset demo, `lr` is the demo's. A run says, and keeps in its folder, where it
-differs from its preset as shipped.
+Change a default here, or set it by name on the command line (--detach_value False). A new field becomes a flag, too.
+Presets override these defaults: with --preset demo, `lr` is the demo's. Flags override both.
 """
 
-import math
-from contextlib import suppress
+import copy
 from dataclasses import MISSING, dataclass, field, fields
-from decimal import Decimal
-from numbers import Real
-from typing import Literal, Optional
+from typing import Literal
 
 
-class Sentence(str):
-    """What --help says of a field. With it go the limits of its value, and the title of the group in --help that begins
-    with it: HfArgumentParser hands all of a field's metadata to argparse, which knows no such things."""
-
-
-def option(default, help: str, *, above=-math.inf, at_least=-math.inf, at_most=math.inf, group: str | None = None):
-    sentence = Sentence(help)
-    sentence.above, sentence.at_least, sentence.at_most, sentence.group = above, at_least, at_most, group
+def option(default, help: str, *, above=None, at_least=None, at_most=None, group: str | None = None):
+    """A field with its text in --help and the limits of its value. `group` begins a new group of flags in --help."""
+    metadata = {"help": help, "above": above, "at_least": at_least, "at_most": at_most, "group": group}
     if isinstance(default, list):
-        return field(default_factory=default.copy, metadata={"help": sentence})
-    return field(default=default, metadata={"help": sentence})
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(init=False)
 class PPOConfig:
-    """All hyperparameters of a run. `support.settings.check` refuses values that cannot work."""
+    """All settings of a run. `support.settings.check` raises UserError for values that can't work."""
 
-    def __init__(self, **values):
-        """What is not given has the value of the preset and, where that names none, the default below."""
-        defaults = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(self)}
-        if unknown := sorted(set(values) - set(defaults)):
+    def __init__(self, preset: str = "default", **given):
+        """Values that are not given come from the preset, and from the defaults below if it doesn't name them."""
+        values = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(self)}
+        if unknown := sorted(given.keys() - values.keys()):
             raise TypeError(f"PPOConfig has no field {unknown[0]!r}")
-        for name, value in (defaults | PRESETS.get(str(values.get("preset")), {}) | values).items():
-            setattr(self, name, value.copy() if isinstance(value, list) else value)
-
-    def __setattr__(self, name, value):
-        """A number of another type, as Decimal or one of NumPy's, becomes the int or the float of its field."""
-        kind = type(getattr(PPOConfig, name, None))
-        if kind in (int, float) and isinstance(value, (Real, Decimal)) and not isinstance(value, bool):
-            with suppress(ArithmeticError, ValueError):  # of infinity or NaN, which the check refuses
-                value = kind(value) if kind is float or kind(value) == value else value
-        super().__setattr__(name, value)
+        values |= PRESETS.get(str(preset), {}) | given | {"preset": preset}
+        vars(self).update(copy.deepcopy(values))
 
     preset: str = option(
         "default",
-        "Set of defaults: 'default' (the article's job, done as was found best here), 'thorough' (the same with eight "
-        "times the completions, in batches that fill a GPU), 'article' (the article's own settings) or 'demo' (tiny "
-        "models made on the spot).",
+        "Set of defaults: 'default' (the article's task with the settings that worked best here), 'thorough' (the same "
+        "with eight times the completions, in batches that fill a GPU), 'article' (the article's own settings) or "
+        "'demo' (tiny models, built on the spot).",
         group="models",
     )
 
@@ -61,19 +44,19 @@ class PPOConfig:
         "uer/roberta-base-finetuned-jd-binary-chinese",
         "Sentiment classifier that scores the texts: a hub id, a local folder, or 'demo'.",
     )
-    positive_label: Optional[str] = option(
+    positive_label: str | None = option(
         None,
-        "The classifier's label whose probability is the reward; found from the model's id2label unless given.",
+        "The classifier's label whose probability is the reward; by default found in the model's id2label.",
     )
-    reward: Optional[str] = option(
+    reward: str | None = option(
         None,
-        "Your own reward instead of the classifier, as module:function; it gets a list of texts and returns as "
-        "many numbers.",
+        "Your own reward instead of the classifier, as module:function. The function takes a list of texts and returns "
+        "one number per text.",
     )
 
-    prompts: list[str] = option(["刚收到货,感觉"], "Prompts to complete, taken in turn.", group="prompts and sampling")
-    prompts_file: Optional[str] = option(None, "UTF-8 text file with one prompt a line, instead of --prompts.")
-    gen_len: int = option(16, "New tokens per completion at most; a [SEP] ends it earlier.", at_least=1)
+    prompts: list[str] = option(["刚收到货,感觉"], "Prompts to complete, used in turn.", group="prompts and sampling")
+    prompts_file: str | None = option(None, "UTF-8 text file with one prompt per line, used instead of --prompts.")
+    gen_len: int = option(16, "Maximum number of new tokens per completion; [SEP] ends it earlier.", at_least=1)
     temperature: float = option(
         1.0, "Divides the logits everywhere: sampling, policy, reference and evaluation.", above=0
     )
@@ -90,43 +73,43 @@ class PPOConfig:
     ppo_epochs: int = option(4, "Passes over each batch.", at_least=1)
     gamma: float = option(
         1.0,
-        "Discount per token, 0 to 1. At 1 the score, which comes with the last token, counts in full for every token "
-        "before it, however far away.",
+        "Discount per token, 0 to 1. The score comes with the last token; at 1 it counts in full for every token "
+        "before it.",
         at_least=0,
         at_most=1,
     )
     lam: float = option(
         1.0,
-        "Lambda of generalised advantage estimation, 0 to 1 (Schulman et al. 2016; article: 0.95): the values explain "
-        "little of the reward, so what a smaller one cuts off is signal; in the demo they explain more.",
+        "Lambda of generalised advantage estimation, 0 to 1 (Schulman et al. 2016; article: 0.95). The values explain "
+        "little of the reward here, so a smaller lambda cuts off signal; in the demo they explain more.",
         at_least=0,
         at_most=1,
     )
     cliprange: float = option(
-        0.2, "The probability ratio is clipped to 1 plus or minus this (the PPO paper's best).", above=0
+        0.2, "The probability ratio is clipped to 1 plus or minus this (the best value in the PPO paper).", above=0
     )
     cliprange_value: float = option(
         0.2,
-        "Values are clipped to the old value plus or minus this, in a unit in which the scores of the first batch have "
-        "a standard deviation of 0.4 (the article's have about that by themselves).",
+        "Values are clipped to the old value plus or minus this, in units in which the first batch's scores have a "
+        "standard deviation of 0.4 (about what the article's scores have without scaling).",
         above=0,
     )
     vf_coef: float = option(
         0.1,
-        "Weight of the value loss (the article's). It matters with --detach_value False alone: else this loss trains "
-        "the value head only, and Adam evens its weight out.",
+        "Weight of the value loss (the article's). It only matters with --detach_value False; otherwise this loss "
+        "trains only the value head, and Adam cancels its weight.",
         at_least=0,
     )
     detach_value: bool = option(
         True,
-        "Keep the value head's gradient out of the transformer (article: False, which disturbs the policy where a "
-        "batch has many minibatches; see docs/learning.md).",
+        "Keep the value head's gradient out of the transformer (article: False, which disturbs the policy if a batch "
+        "has many minibatches; see docs/learning.md).",
     )
 
     frozen_share: float = option(
         2 / 3,
-        "Share of the blocks, from the lowest, that stay as they are, and the embeddings with them: half the work, and "
-        "with six blocks or twelve no less gain (article: 0, which trains everything; see docs/learning.md).",
+        "Share of the blocks, counted from the bottom, that are frozen, and the embeddings with them. This halves the "
+        "work with no less gain, for 6 blocks and for 12 (article: 0, which trains everything; see docs/learning.md).",
         at_least=0,
         at_most=1,
     )
@@ -139,8 +122,8 @@ class PPOConfig:
     )
     kl_budget: float = option(
         0.0,
-        "Finds --init_kl_coef before training, for any reward: the one at which the best possible policy is this far "
-        "from the reference, in nats a completion (0.4 in the article's job); 0 for none.",
+        "Choose --init_kl_coef before training, for any reward, so that the best possible policy is this far from the "
+        "reference, in nats per completion (0.4 in the article's task); 0 to keep --init_kl_coef.",
         at_least=0,
     )
     kl_controller: Literal["adaptive", "fixed"] = option(
@@ -152,33 +135,33 @@ class PPOConfig:
 
     lr: float = option(
         4e-5,
-        "Adam's learning rate (article: 1.41e-5, with everything trained).",
+        "Adam's learning rate (article: 1.41e-5, with all weights trained).",
         above=0,
         group="optimisation (Adam, Kingma & Ba 2015)",
     )
     value_lr: float = option(
         1e-3,
-        "Adam's learning rate for the value head (article: the same as lr), which starts at zero and has to reach the "
-        "mean reward in a few steps; see docs/learning.md.",
+        "Adam's learning rate for the value head, which starts at zero and must reach the mean reward within a few "
+        "steps (article: the same as lr; see docs/learning.md).",
         above=0,
     )
     adam_epsilon: float = option(
         1e-5,
-        "Added to the root of Adam's second moment: what moves by rounding errors alone stays where it is (article: "
-        "1e-8; Baselines' PPO has 1e-5).",
+        "Added to the root of Adam's second moment, so that weights whose gradient is only rounding error don't move "
+        "(article: 1e-8; PPO in OpenAI Baselines: 1e-5).",
         above=0,
     )
     average_power: float = option(
         3.0,
-        "The saved policy is an average of the weights after each step, in which step t weighs about t to this power, "
-        "so that the first steps fade however long the run is; 1e9 saves the last weights (article: these).",
+        "The saved policy is an average of the weights after each step. Step t weighs about t to this power, so the "
+        "first steps fade in runs of any length; 1e9 saves the last weights (as the article does).",
         at_least=0,
     )
-    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm at most.", above=0)
+    max_grad_norm: float = option(1.0, "Gradients with a larger norm are scaled down to this norm.", above=0)
     micro_batch_size: int = option(
         0,
-        "Completions that go through a model at once, which bounds memory and changes nothing else; 0 for as many as "
-        "an eighth of a CUDA GPU's memory holds, or elsewhere for 64, or for fewer where they would need over 2 GiB.",
+        "Completions that go through a model at once, which limits memory and changes nothing else. 0 takes as many as "
+        "fit in an eighth of a CUDA GPU's memory; on other devices 64, or fewer if 64 need more than 2 GiB.",
         at_least=0,
     )
 
@@ -192,45 +175,47 @@ class PPOConfig:
     device: str = option("auto", "'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'.")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto",
-        "Arithmetic of the models; 'auto' is bfloat16 where the hardware computes it natively. Weights, optimiser "
-        "and losses stay float32.",
+        "Precision in which the models compute; 'auto' is bfloat16 if the hardware supports it natively. Weights, "
+        "optimiser and losses stay float32.",
     )
-    run_name: Optional[str] = option(None, "Folder of this run below --runs_dir; a time stamp unless given.")
-    runs_dir: str = option("runs", "Folder that holds the runs.")
+    run_name: str | None = option(None, "Name of the run's folder in --runs_dir; by default the time.")
+    runs_dir: str = option("runs", "Folder that contains the runs.")
     log_samples_every: int = option(10, "Print a few completions every this many steps; 0 for never.", at_least=0)
     track: Literal["none", "wandb", "swanlab", "trackio"] = option(
         "none",
-        "Show the run in this package too, where it is installed: settings, every column of metrics.csv, samples and "
-        "results. --resume goes on with the same tracked run.",
+        "Also log the run to this package, which must be installed: settings, every column of metrics.csv, samples and "
+        "results. --resume continues the same tracked run.",
     )
-    save_every: int = option(50, "Write a checkpoint every this many steps; 0 for none by steps.", at_least=0)
+    save_every: int = option(50, "Write a checkpoint every this many steps; 0 for never.", at_least=0)
     save_every_minutes: float = option(
-        10.0, "Write one too when the last is this old, in minutes; 0 for never.", at_least=0
+        10.0, "Also write a checkpoint if the last one is this old, in minutes; 0 for never.", at_least=0
     )
-    keep_checkpoints: int = option(2, "Checkpoints kept in the run folder; older ones are removed.", at_least=1)
+    keep_checkpoints: int = option(2, "Checkpoints to keep; older ones are removed.", at_least=1)
     process_timeout: float = option(
         600.0,
-        "Seconds that processes wait for one another before a run ends; a reward or a download may be slow on one.",
+        "Seconds that processes wait for one another before the run ends; one may have a slow reward or download.",
         above=0,
         at_most=10**6,
     )
     eval_samples: int = option(
-        1024, "Completions that judge the policy before and after training, at least 2.", at_least=2
+        1024, "Completions for evaluating the policy, before and after training; at least 2.", at_least=2
     )
-    resume: Optional[str] = option(None, "Continue this run folder, or 'latest', with its own settings.")
-    eval_only: Optional[str] = option(None, "Judge the saved model of this run folder again, and train nothing.")
+    resume: str | None = option(None, "Continue this run folder, or 'latest', with its own settings.")
+    eval_only: str | None = option(None, "Evaluate the saved model of this run folder again, without training.")
+    complete: str | None = option(None, "Complete --prompts with this run's model, before training and now.")
+    n: int = option(5, "Completions per prompt that --complete shows.", at_least=1)
 
 
 PRESETS = {
     "default": {},
-    "thorough": dict(  # one pass at thrice the lr learns as much as four, for a third less work
+    "thorough": dict(  # one pass at three times the lr learns as much as four, with a third less work
         episodes=163_840,
         batch_size=1024,
         ppo_epochs=1,
         lr=1.2e-4,
         eval_samples=8192,
     ),
-    "article": dict(  # advantages are whitened over the batch here too, not inside one sequence
+    "article": dict(  # but here, too, advantages are whitened over the batch, not within one sequence
         prompts=["刚收到货，感觉", "这部电影很", "说实话，真的很", "这次购物总的来说体验很"],  # with full-width commas
         minibatch_size=1,
         lam=0.95,

@@ -15,13 +15,14 @@ A run writes its own folder runs/NAME; `python plot_rewards.py` draws it.
 """
 
 import copy
+import shlex
 import sys
 import time
 from pathlib import Path
 
 from config import PPOConfig
 from support import collectives, meeting, tracking
-from support.command_line import flags_to_go_on, how_to_go_on, is_finished, read_command_line
+from support.command_line import flags_to_go_on, is_finished, read_command_line
 from support.errors import UserError, first_line, is_out_of_memory
 from support.load import input_hashes, load
 from support.settings import total_steps
@@ -192,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         meeting.init_process_group()
-        config, run_dir, mode = collectives.broadcast_from_rank_0(lambda: read_command_line(argv))
+        config, run_dir, mode = collectives.broadcast_from_rank_0(lambda: read_command_line(argv, __doc__))
         meeting.set_timeout(config.process_timeout)
         if mode == "nothing":
             return 0
@@ -213,7 +214,8 @@ def main(argv: list[str] | None = None) -> int:
             meeting.say_why(f"out of memory ({first_line(error)}); {lower}")
             return 2
         if lost := meeting.lost_process(error):
-            meeting.say_why(f"{lost}; {how_to_go_on(run_dir if mode in ('train', 'resume') else None, config)}")
+            flags = flags_to_go_on(run_dir, config) if mode in ("train", "resume") else shlex.join(argv)
+            meeting.say_why(f"{lost}; when all machines are back, go on with: python train_ppo.py {flags}")
             return 1
         raise
     finally:

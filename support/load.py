@@ -11,7 +11,7 @@ from support.devices import environment, in_one_line, keep_freed_memory, pick_de
 from support.errors import UserError
 from support.files import path_errors
 from support.hub import model_folder
-from support.settings import import_function, read_prompts
+from support.settings import read_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = [ROOT / f"{name}.py" for name in ("config", "gpt2_value_head", "ppo", "reward", "train_ppo")]
@@ -47,6 +47,7 @@ def load_folders(config: PPOConfig, device, policy_folder: Path, reward_folder: 
     """As `load`, in this process alone, from local folders."""
     from reward import SentimentReward
     from support.models import encode_prompt, load_policy, read_policy_folder
+    from support.user_code import import_function
 
     gpt2_config, tokenizer = read_policy_folder(policy_folder)
     prompts = read_prompts(config)

@@ -34,7 +34,7 @@ from reward import RewardError
 from support import collectives, evaluation, meeting, tracking
 from support.alarms import Alarms
 from support.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from support.command_line import FINAL, JOB_FILE, flags_to_go_on, new_run_folder
+from support.command_line import FINAL, flags_to_go_on, new_run_folder
 from support.compare import read_rows
 from support.devices import environment
 from support.errors import FolderGone, UserError, escaped
@@ -147,8 +147,6 @@ class RunFolder:
             for leftover in [*self.path.glob(".partial-*"), *folder.glob(".partial-*")]:
                 remove(leftover)  # of a kill
             self.trainer, self.inode = trainer, self.path.stat().st_ino  # for look_for_folder
-        if meeting.job():
-            write_whole(self.path / JOB_FILE, meeting.job())
         self.write_settings()
 
     @contextlib.contextmanager

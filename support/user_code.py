@@ -1,15 +1,18 @@
 """A user's own code: what it sets stays its own, and what it hands over is read in any usual form."""
 
 import contextlib
+import importlib
 import math
 import os
 import reprlib
 import sys
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from decimal import Decimal
 from numbers import Real
 
 import torch
+
+from support.errors import UserError, first_line
 
 SETTINGS = [  # (read, write) of what holds for the whole process
     (torch.is_grad_enabled, torch.set_grad_enabled),
@@ -42,6 +45,24 @@ def apart():
             for write in its_own:
                 write(ours[write])
             sys.argv = argv
+
+
+def import_function(spec: str) -> Callable:
+    """Import the function that 'module:function' names, from the working directory or Python's path.
+
+    This runs the module's code. Raises UserError if that fails or if there is no such function.
+    """
+    module, _, name = spec.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that a reward.py there doesn't hide this program's
+    try:
+        with apart():
+            function = getattr(importlib.import_module(module), name)
+    except (Exception, SystemExit) as error:
+        raise UserError(f"--reward {spec} cannot be imported ({first_line(error)}); give module:function")
+    if not callable(function) or isinstance(function, type):
+        raise UserError(f"--reward {spec} must be a function, not a {type(function).__name__}")
+    return function
 
 
 def listed(values) -> list | None:

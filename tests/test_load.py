@@ -14,8 +14,8 @@ from support import collectives
 from support.demo_models import NEGATIVE
 from support.errors import UserError
 from support.load import PROGRAM, check_same, hash_of, load, load_folders
-from support.settings import import_function
 from support.text_trainer import TextPPOTrainer
+from support.user_code import import_function
 from tests.helpers import ROOT, write_classifier, write_gpt2
 
 PROMPT = "刚收到货,感觉"  # 7 characters, and [CLS] before
