@@ -1,4 +1,4 @@
-"""Everything that a run needs, loaded in the order of what it costs to look."""
+"""Loads everything that a run needs, in the order of what it costs to look at."""
 
 import hashlib
 import sys
@@ -15,26 +15,27 @@ from support.settings import read_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = [ROOT / f"{name}.py" for name in ("config", "gpt2_value_head", "ppo", "reward", "train_ppo")]
-PROGRAM += sorted((ROOT / "support").glob("*.py"))
+PROGRAM += sorted((ROOT / "support").rglob("*.py"))
 
 
 def load(config: PPOConfig):
-    """Policy, tokenizer, reward and prompts of a run: configs first, then the prompts' lengths, and the weights last.
+    """Return the policy, tokenizer, reward and prompts of a run.
 
-    Each process loads for itself, and all must have loaded the same. UserError, on all of them, where any fails.
+    Each process loads for itself; with several, all must have loaded the same. Raises UserError on every process if
+    loading fails on any of them.
     """
     from reward import read_classifier_config
     from support.models import read_policy_folder
 
     device = collectives.on_all_ranks(lambda: pick_device(config.device))
     print(in_one_line(environment(device)))
-    looks = {"model_name": read_policy_folder}
+    checks = {"model_name": read_policy_folder}
     if not config.reward:
-        looks["reward_model_name"] = lambda folder: read_classifier_config(folder, config.positive_label)
-    folders = [
-        collectives.local_rank_0_first(lambda flag=flag: model_folder(getattr(config, flag), f"--{flag}", looks[flag]))
-        for flag in looks
-    ]
+        checks["reward_model_name"] = lambda folder: read_classifier_config(folder, config.positive_label)
+    folders = []
+    for flag, check in checks.items():
+        name = getattr(config, flag)
+        folders.append(collectives.local_rank_0_first(lambda: model_folder(name, f"--{flag}", check)))
     keep_freed_memory()
     loaded = collectives.on_all_ranks(lambda: load_folders(config, device, *folders))
     if collectives.world_size() > 1:
@@ -44,7 +45,7 @@ def load(config: PPOConfig):
 
 @path_errors()
 def load_folders(config: PPOConfig, device, policy_folder: Path, reward_folder: Path | None = None):
-    """As `load`, in this process alone, from local folders."""
+    """Return what `load` returns, from local folders; configs and prompts are checked before weights are read."""
     from reward import SentimentReward
     from support.models import encode_prompt, load_policy, read_policy_folder
     from support.user_code import import_function
@@ -54,8 +55,10 @@ def load_folders(config: PPOConfig, device, policy_folder: Path, reward_folder: 
     longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
     positions = gpt2_config.n_positions
     if longest + config.gen_len > positions:
-        room = f"the longest prompt has {longest} tokens and the model {positions} positions"
-        raise UserError(f"--gen_len {config.gen_len}: {room}, which leaves {max(0, positions - longest)}")
+        lengths = f"the longest prompt has {longest} tokens and the model {positions} positions"
+        raise UserError(
+            f"--gen_len {config.gen_len} is too long: {lengths}, which leaves {max(0, positions - longest)}"
+        )
     if config.reward:
         reward = import_function(config.reward)
     else:
@@ -64,20 +67,20 @@ def load_folders(config: PPOConfig, device, policy_folder: Path, reward_folder: 
 
 
 def check_same(config: PPOConfig, policy, tokenizer, reward, prompts: list[str]) -> None:
-    """See that all processes loaded the same: UserError, on all of them, that names what differs and the hosts.
+    """Check that all processes loaded the same. Raises UserError on all of them, with what differs and on which hosts.
 
-    The demo's models, which every machine makes for itself, differ in the last digits between processors: of them all
-    take rank 0's weights.
+    Each machine trains the demo's models for itself, and processors differ in the last digits, so all processes take
+    rank 0's weights of these.
     """
     import numpy
     import torch
     import transformers
 
-    versions = {library.__name__: library.__version__ for library in (torch, transformers, numpy)}
-    dtype = str(pick_dtype(config.dtype, policy.device)).removeprefix("torch.")
-    picked = {f"--device {config.device}": policy.device.type, f"--dtype {config.dtype}": dtype}
-    program = {"the hash of this program's files": hash_of([path.read_bytes() for path in PROGRAM])}
-    collectives.check_same(versions | program | picked)
+    values = {library.__name__: library.__version__ for library in (torch, transformers, numpy)}
+    values["the hash of this program's files"] = hash_of([path.read_bytes() for path in PROGRAM])
+    values[f"--device {config.device}"] = policy.device.type
+    values[f"--dtype {config.dtype}"] = str(pick_dtype(config.dtype, policy.device)).removeprefix("torch.")
+    collectives.check_same(values)
     if config.model_name == "demo":
         collectives.broadcast_weights(policy)
     if config.reward_model_name == "demo" and not config.reward:
@@ -86,9 +89,9 @@ def check_same(config: PPOConfig, policy, tokenizer, reward, prompts: list[str])
 
 
 def input_hashes(config: PPOConfig, policy, tokenizer, reward, prompts: list[str]) -> dict[str, str]:
-    """Hashes, by name, of what decides a run besides its settings: models, prompts, the file of a reward of one's own.
+    """Return hashes, by name, of what decides a run besides its settings: models, prompts, your reward's file.
 
-    A classifier counts rounded: a run may go on where it computes in another dtype.
+    The classifier's weights are rounded to bfloat16 first, so that a run may go on in another dtype.
     """
     from support.models import encode_prompt
 
@@ -107,20 +110,20 @@ def input_hashes(config: PPOConfig, policy, tokenizer, reward, prompts: list[str
 
 
 def reward_file(config: PPOConfig) -> Path | None:
-    """The file of a reward of one's own, which has been imported; None of a module without one, or of a classifier."""
+    """Return the file of your own reward's module, which has been imported; None for a classifier."""
     file = config.reward and getattr(sys.modules[config.reward.partition(":")[0]], "__file__", None)
     return Path(file) if file else None
 
 
 def own_files(config: PPOConfig) -> list[Path]:
-    """The files of the user's own that decide a run: of a reward, and of prompts."""
+    """Return your own files that decide a run: of the reward and of the prompts."""
     return [path for path in (reward_file(config), config.prompts_file and Path(config.prompts_file)) if path]
 
 
 def hash_of(content) -> str:
-    """The first digits of a SHA-256 of a state dict's names, shapes and tensors, or of what repr() shows whole.
+    """Return 12 digits of a SHA-256 of a state dict's names, shapes, dtypes and numbers, or of repr(content).
 
-    Of each tensor its CRC-32, which is computed several times as fast: of the article's two models in 0.2 s.
+    Each tensor enters by its CRC-32, which is several times as fast to compute.
     """
     import torch
 

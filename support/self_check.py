@@ -1,4 +1,4 @@
-"""A look at itself: this program drives the library's GPT-2 from outside, and a change of the library can be silent."""
+"""Checks that transformers still computes as this program expects: it drives the library's GPT-2 from outside."""
 
 import torch
 import transformers
@@ -11,19 +11,19 @@ from support.shared_prompts import SharedPrompts
 
 @torch.no_grad()
 def check_passes(model) -> None:
-    """See that a GPT2HeadWithValueModel gives a text the same logits in each of the three ways that a run uses.
+    """Check that a GPT2HeadWithValueModel gives the same logits in each of the three ways that a run uses.
 
-    The texts, which share prompts of two lengths, go through it whole and alone, with the library's own mask and
-    positions; as completions that share prompts; and a token at a time with a cache, as they are drawn. UserError where
-    two ways differ by more than rounding: a position's logits by 1% of their size in float32 (TensorFloat-32 included)
-    or 9% in bfloat16. A lost mask makes 13% in an untrained model, wrong positions 32% in a trained one, and more.
+    The texts share prompts of two lengths. They go through the model whole, with the library's own mask and positions;
+    as completions that share prompts; and token by token with a cache, as in sampling. Raises UserError if two ways
+    differ by more than rounding: 1% of the logits' size at a position in float32 (TensorFloat-32 included), 9% in
+    bfloat16. A lost mask makes 13% in an untrained model; wrong positions make 32% in a trained one.
     """
     ids = torch.arange(15, device=model.device) * 7919 % model.config.vocab_size
     queries, responses = [ids[:4], ids[:4], ids[4:6]], ids[6:].view(3, 3)
     texts = [torch.cat([query, response[:-1]])[None] for query, response in zip(queries, responses)]
     whole = torch.cat([model(text, logits_to_keep=3).logits for text in texts])
     if not whole.isfinite().all():
-        return  # sampling says so
+        return  # sampling reports it
 
     prompts, passes = Prompts.from_tensors(queries, 0, model.device), SharedPrompts(model)
     shared, _ = passes(passes.trunk(Completions(prompts, responses, torch.ones_like(responses, dtype=torch.bool))))
@@ -41,7 +41,7 @@ def check_passes(model) -> None:
         if not (difference <= rounding * size).all():
             share = float((difference / size).max())
             raise UserError(
-                f"transformers {transformers.__version__} with torch {torch.__version__} is not what this program was "
-                f"written for: {way} a text gets logits that are {share:.0%} off (rounding makes {rounding:.0%} at "
-                "most); versions that work: pip install -r requirements.txt -c constraints.txt"
+                f"transformers {transformers.__version__} and torch {torch.__version__} don't work with this program: "
+                f"{way} the logits are {share:.0%} off, where rounding explains {rounding:.0%}; for versions that "
+                "work, pip install -r requirements.txt -c constraints.txt"
             )

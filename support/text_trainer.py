@@ -108,4 +108,4 @@ class TextPPOTrainer(PPOTrainer):
         with disk_errors(Path(folder)):
             policy, config, unit = self.policy_for_saving, self.config, self.reward_unit or 1.0
             save_policy(policy, self.tokenizer, Path(folder), config.temperature, config.gen_len, unit)
-            write_card(Path(folder), config, self.tokenizer, self.example)
+            write_card(Path(folder), config, self.example)

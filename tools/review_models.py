@@ -1,11 +1,11 @@
-"""A Chinese GPT-2 and a sentiment classifier, trained from scratch on reviews that people wrote.
+"""Trains a Chinese GPT-2 and a sentiment classifier from scratch on reviews that people wrote.
 
     python -m tools.review_models online_shopping_10_cats.zip review_models
 
 writes review_models/gpt2 (6 blocks, 256 wide) and review_models/sentiment (4 blocks, 256 wide) for --model_name and
---reward_model_name, in the article models' file layout. The reviews are a UTF-8 CSV file, or the only one in a zip; its
-column `review` is a text, and its column `label` is 1 where the writer is happy and 0 where not. Two CPU cores take
-26 minutes for 63,000 reviews; on a CPU, they and the same number of threads give the same weights every time.
+--reward_model_name, in the file layout of the article's models. The reviews are a UTF-8 CSV file, or the only one in a
+zip, with a text in the column `review` and 1 (happy) or 0 (unhappy) in the column `label`. 63,000 reviews take 26
+minutes on two CPU cores. The same CPU, versions and number of threads give the same weights every time.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import csv
 import io
 import random
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -29,18 +28,14 @@ from support.errors import UserError, exits_on_user_error
 from support.files import path_errors, read_text, whole
 from support.models import quiet_transformers
 
-LENGTH = 48  # tokens; of a longer review the beginning is read
+LENGTH = 48  # tokens; longer reviews are cut
 GPT2_SIZES = {"n_positions": LENGTH, "n_embd": 256, "n_layer": 6, "n_head": 4}
-CLASSIFIER_SIZES = {
-    "max_position_embeddings": LENGTH,
-    "hidden_size": 256,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "intermediate_size": 1024,
-}
+CLASSIFIER_SIZES = {"max_position_embeddings": LENGTH, "hidden_size": 256, "num_hidden_layers": 4}
+CLASSIFIER_SIZES |= {"num_attention_heads": 4, "intermediate_size": 1024}
 EPOCHS, LR = {"sentiment": 2, "gpt2": 3}, {"sentiment": 5e-4, "gpt2": 1.5e-3}
 BATCH, WARMUP, SEED = 64, 100, 1
-FEWEST, HELD_BACK = 100, 30  # reviews; one in so many is not trained on, but judges the models
+FEWEST = 100  # reviews
+HELD_OUT = 30  # one review in so many is not trained on but evaluates the models
 
 
 @path_errors()
@@ -50,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="folder to write")
     args = parser.parse_args(argv)
     if args.out.exists():
-        raise UserError(f"{args.out} is there already; name another folder, or remove it")
+        raise UserError(f"{args.out} exists already; name another folder, or remove it")
     reviews = read_reviews(args.reviews)
     with quiet_transformers(), whole(args.out) as partial:
         partial.mkdir(parents=True)
@@ -63,44 +58,38 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def read_reviews(path: Path) -> list[tuple[str, int]]:
-    """Texts that differ, and their labels: 1 happy, 0 unhappy. UserError where the file cannot be used."""
+    """Return the distinct texts of a file and their labels, 1 or 0. Raises UserError if it can't be used."""
     rows = csv.DictReader(io.StringIO(unpack(path), newline=""))
     reviews = {}
     try:
-        for name in ("label", "review"):
-            if name not in (rows.fieldnames or []):
-                raise UserError(f"{path} has no column {name}; its first line must name the columns label and review")
+        if not {"label", "review"} <= set(rows.fieldnames or []):
+            raise UserError(f"{path} needs a first line that names the columns label and review")
         for row in rows:
             if row["label"] not in ("0", "1") or row["review"] is None:
-                raise UserError(
-                    f"{path} is damaged in line {rows.line_num}: a review, and 0 or 1 as its label, belong there"
-                )
+                raise UserError(f"{path} is damaged in line {rows.line_num}: expected a review and 0 or 1 as its label")
             if row["review"].strip():
                 reviews[row["review"]] = int(row["label"])
     except csv.Error as error:
         raise UserError(f"{path} is damaged in line {rows.reader.line_num}: {error}")
     if len(reviews) < FEWEST or len(set(reviews.values())) < 2:
-        raise UserError(f"{path} has {len(reviews)} different reviews; {FEWEST} are needed, happy and unhappy ones")
+        raise UserError(f"{path} has {len(reviews)} different reviews; at least {FEWEST} with both labels are needed")
     return list(reviews.items())
 
 
 def unpack(path: Path) -> str:
-    """The text of a file, or of the only .csv file in a zip."""
+    """Return the text of a file, or of the only .csv file in a zip."""
     remedy = "save it as UTF-8"
     if not zipfile.is_zipfile(path):
         return read_text(path, remedy)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name.endswith(".csv")]
-            if len(names) != 1:
-                raise UserError(f"{path} holds {len(names)} .csv files; unpack it, and name one")
-            return read_text(zipfile.Path(archive, names[0]), remedy)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be unpacked: {error}; download it again")
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".csv")]
+        if len(names) != 1:
+            raise UserError(f"{path} contains {len(names)} .csv files; unpack it, and name one")
+        return read_text(zipfile.Path(archive, names[0]), remedy)
 
 
 def write_vocab(path: Path, texts: list[str]) -> None:
-    """Write BERT's special tokens and the texts' characters, one a line; ## stands before those that go on a word."""
+    """Write BERT's special tokens and the texts' characters, one a line; ## marks those that continue a word."""
     normalize, split = BertNormalizer(lowercase=True).normalize_str, BertPreTokenizer().pre_tokenize_str
     words = {word for text in texts for word, _ in split(normalize(text))}
     pieces = {word[0] for word in words} | {f"##{character}" for word in words for character in word[1:]}
@@ -120,57 +109,55 @@ def make_review_models(out: Path, reviews: list[tuple[str, int]]) -> None:
     tokenizer = BertTokenizer(str(out / "vocab.txt"))
     examples = list(zip(tokenizer(list(texts), truncation=True, max_length=LENGTH)["input_ids"], labels))
     random.Random(SEED).shuffle(examples)
-    judged, training = examples[: len(examples) // HELD_BACK], examples[len(examples) // HELD_BACK :]
+    held_out, training = examples[: len(examples) // HELD_OUT], examples[len(examples) // HELD_OUT :]
     for name, new, sizes in (("sentiment", new_classifier, CLASSIFIER_SIZES), ("gpt2", new_gpt2, GPT2_SIZES)):
         torch.manual_seed(SEED)
         model = new(len(tokenizer), sizes).to(pick_device("auto"))
-        model.set_attn_implementation("eager")  # the quickest on a CPU: texts are short
-        fit(model, training, judged, EPOCHS[name], LR[name], random.Random(SEED))
+        model.set_attn_implementation("eager")  # the fastest on a CPU for short texts
+        fit(model, training, held_out, EPOCHS[name], LR[name], random.Random(SEED))
         write_model(out / name, model.cpu(), out / "vocab.txt")
     (out / "vocab.txt").unlink()
 
 
-def fit(model, training: list, judged: list, epochs: int, lr: float, draw: random.Random) -> None:
-    """Train a GPT-2 on token ids, or a classifier on ids and labels, and judge it after each epoch."""
+def fit(model, training: list, held_out: list, epochs: int, lr: float, draw: random.Random) -> None:
+    """Train a GPT-2 on token ids, or a classifier on ids and labels, and evaluate it after each epoch."""
     dtype = pick_dtype("auto", model.device)
     steps = epochs * -(-len(training) // BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1, (k + 1) / WARMUP) * (1 - k / steps))
     for epoch in range(1, epochs + 1):
         model.train()
-        what = f"{type(model).__name__}, epoch {epoch} of {epochs}"
-        for ids, mask, labels in tqdm(batches(training, draw), what, unit="step", disable=None):
+        title = f"{type(model).__name__}, epoch {epoch} of {epochs}"
+        for ids, mask, labels in tqdm(batches(training, draw), title, unit="step", disable=None):
             with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
                 loss = forward(model, ids, mask, labels).loss
             descend(model, loss, optimizer, schedule)
         model.eval()
-        print(f"{len(judged)} reviews that it has not seen: {judge(model, judged, draw)}", flush=True)
+        print(f"on {len(held_out)} held-out reviews: {evaluate(model, held_out, draw)}", flush=True)
 
 
 def batches(examples: list, draw: random.Random) -> list[tuple[torch.Tensor, ...]]:
-    """All examples, those of a length together, in random order: ids and mask (batch, time), labels (batch,), int64."""
+    """Return all examples once, similar lengths together: ids and mask (batch, time), labels (batch,), all int64."""
     ordered = sorted(examples, key=lambda example: len(example[0]) + draw.random())
     found = []
     for start in range(0, len(ordered), BATCH):
         rows, labels = zip(*ordered[start : start + BATCH])
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)  # with [PAD]
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)  # 0 is [PAD]
         found.append((ids, (ids != 0).long(), torch.tensor(labels)))
     return draw.sample(found, len(found))
 
 
 @torch.no_grad()
-def judge(model, examples: list, draw: random.Random) -> str:
-    """A GPT-2's loss a token, or how often a classifier is right."""
-    of_gpt2, found = isinstance(model, GPT2LMHeadModel), []
+def evaluate(model, examples: list, draw: random.Random) -> str:
+    """Return a GPT-2's loss per token, or a classifier's accuracy."""
+    is_gpt2, values, weights = isinstance(model, GPT2LMHeadModel), [], []
     for ids, mask, labels in batches(examples, draw):
         output = forward(model, ids, mask, labels)
-        if of_gpt2:
-            found.append((output.loss.item(), mask[:, 1:].sum().item()))
-        else:
-            found.append(((output.logits.argmax(-1).cpu() == labels).float().mean().item(), len(labels)))
-    values, weights = zip(*found)
+        right = output.logits.argmax(-1).cpu() == labels if not is_gpt2 else None
+        values.append(output.loss.item() if is_gpt2 else right.float().mean().item())
+        weights.append(mask[:, 1:].sum().item() if is_gpt2 else len(labels))
     mean = np.average(values, weights=weights)
-    return f"{mean:.3f} nats a token" if of_gpt2 else f"{mean:.1%} told right"
+    return f"{mean:.3f} nats per token" if is_gpt2 else f"accuracy {mean:.1%}"
 
 
 if __name__ == "__main__":
