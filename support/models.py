@@ -37,12 +37,12 @@ def load_tokenizer(folder: Path):
     if not has_vocabulary(names):
         raise UserError(f"no tokenizer in {folder}; it needs vocab.txt, tokenizer.json, or vocab.json and merges.txt")
     with loading(f"the tokenizer in {folder}"):
-        settings = {}
-        for name in names & {"config.json", "tokenizer_config.json"}:
-            settings |= json.loads((folder / name).read_text(encoding="utf-8"))
-        named = settings.get("tokenizer_class") or names & {"tokenizer.json", "vocab.json"}
+        paths = [folder / name for name in names & {"config.json", "tokenizer_config.json"}]
+        settings = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        named = any(one.get("tokenizer_class") for one in settings) or names & {"tokenizer.json", "vocab.json"}
         # A Chinese GPT-2 may come with vocab.txt and nothing that says that this is BERT's
-        kind = BertTokenizer if settings.get("model_type") == "gpt2" and not named else AutoTokenizer
+        bare = not named and any(one.get("model_type") == "gpt2" for one in settings)
+        kind = BertTokenizer if bare else AutoTokenizer
         tokenizer = kind.from_pretrained(folder, trust_remote_code=False)
         tokenizer("a𪚥", truncation=True)  # a broken one may open and then fail at an unknown character
     for name, other in (("cls_token", "bos_token"), ("sep_token", "eos_token"), ("pad_token", "eos_token")):
@@ -65,7 +65,7 @@ def encode_prompt(tokenizer, prompt: str) -> torch.Tensor:
         if (part := prompt[start:end]) in tokenizer.all_special_tokens:
             raise UserError(f"the prompt {prompt!r} contains the special token {part}; remove it")
         remedy = "use other words, or lower-case letters"
-        raise UserError(f"the model's vocabulary doesn't know {part!r} in the prompt {prompt!r}; {remedy}")
+        raise UserError(f"the vocabulary doesn't know {part!r} in the prompt {prompt!r}; {remedy}")
     return torch.tensor([tokenizer.cls_token_id] + ids)
 
 
@@ -207,12 +207,8 @@ def load_weights(model_class, folder: Path, config, device) -> tuple[nn.Module, 
     """
     if not wanted_weights({path.name for path in folder.iterdir()}):
         raise UserError(f"no weights in {folder}: it needs model.safetensors or pytorch_model.bin")
-    options = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
     with loading(f"the weights in {folder}"):
-        model, info = model_class.from_pretrained(folder, config=config, **options)
-    if other_shapes := sorted(mismatch[0] for mismatch in info["mismatched_keys"]):
-        differ = f"in {folder}, {other_shapes[0]} has another shape than config.json describes"
-        raise UserError(f"{differ}; they don't belong together, download the whole model again")
+        model, info = model_class.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
     if torch.device(device).type == "mps":  # SDPA has been wrong there, see pytorch 181133, 184180, 195910
         model.set_attn_implementation("eager")
     return model, set(info["missing_keys"])
@@ -227,7 +223,9 @@ def loading(what):
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise UserError(f"{what} can't be loaded ({first_line(error)}); download it again, or choose another model")
+        shapes = "mismatched_sizes" in str(error)  # the library's message tells how to ignore this
+        reason = "config.json describes other shapes" if shapes else first_line(error)
+        raise UserError(f"{what} can't be loaded ({reason}); download it again, or choose another model")
 
 
 @contextlib.contextmanager

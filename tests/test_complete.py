@@ -98,7 +98,7 @@ def test_a_run_that_goes_on_past_its_end_is_tried_where_it_is(finished, tmp_path
     [
         (["--n", "0"], "--n must be at least 1 and at most 10000, not 0"),
         (["--n", "few"], "argument --n: invalid int value: 'few'; write --complete runs/NAME --n 5"),
-        (["--prompts", "昨天𪚥"], "the vocabulary does not know '𪚥'"),
+        (["--prompts", "昨天𪚥"], "the vocabulary doesn't know '𪚥'"),
         (["--lr", "1"], "--lr 1.0 would change the result of"),
         (["--eval_samples", "9"], "--eval_samples 9 would change the result of"),
     ],

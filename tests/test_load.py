@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import shutil
 import sys
+import zlib
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ def settings(**changes) -> PPOConfig:
     return PPOConfig(**{"device": "cpu", "dtype": "float32", "gen_len": 4, **changes})
 
 
-# --- one process
+# ----------------------------------------------------------------------------------------------
+# One process
 
 
 def test_a_run_loads_the_parts_that_its_settings_name(gpt2_folder, classifier_folder):
@@ -40,89 +42,81 @@ def test_a_run_loads_the_parts_that_its_settings_name(gpt2_folder, classifier_fo
 
 
 @pytest.mark.parametrize(
-    ("prompts", "gen_len", "leaves"),
+    ("prompts", "gen_len", "fits"),
     [
-        ([PROMPT], 40, None),
-        ([PROMPT], 41, "8 tokens and the model 48 positions, which leaves 40"),
-        (["衣服", PROMPT, "书"], 41, "8 tokens and the model 48 positions, which leaves 40"),
-        (["好" * 46], 1, None),
-        (["好" * 47], 1, "48 tokens and the model 48 positions, which leaves 0"),
-        (["好" * 60], 1, "61 tokens and the model 48 positions, which leaves 0"),
+        ([PROMPT], 40, True),
+        (["衣服", PROMPT, "书"], 41, False),
+        (["好" * 46], 1, True),
+        (["好" * 47], 1, False),
     ],
 )
-def test_the_longest_prompt_and_its_completion_fit_the_model_to_the_last_position(
-    gpt2_folder, classifier_folder, prompts, gen_len, leaves
+def test_the_longest_prompt_and_its_completion_fill_the_48_positions(
+    gpt2_folder, classifier_folder, prompts, gen_len, fits
 ):
     config = settings(prompts=prompts, gen_len=gen_len)
-    if leaves is None:
+    if fits:
         policy, tokenizer, *_ = load_folders(config, "cpu", gpt2_folder, classifier_folder)
         trainer = TextPPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
-        (response,) = trainer.generate(trainer.encode(prompts))
-        assert 1 <= len(response) <= gen_len
+        assert 1 <= len(trainer.generate(trainer.encode(prompts))[0]) <= gen_len
     else:
-        with pytest.raises(UserError, match=f"^--gen_len {gen_len}: the longest prompt has {leaves}$"):
+        with pytest.raises(UserError, match=f"--gen_len {gen_len} is too long: .* which leaves {gen_len - 1}$"):
             load_folders(config, "cpu", gpt2_folder, classifier_folder)
 
 
-def test_what_is_quick_to_look_at_comes_first(tmp_path):
-    """Both configs, the prompts and their lengths, the reward, and the policy's weights last: mended one by one."""
+def test_quick_checks_come_before_weights(tmp_path):
     gpt2, sentiment = write_gpt2(tmp_path / "gpt2"), write_classifier(tmp_path / "s", ("a", "b"))
-    names = dict(model_name=str(gpt2), reward_model_name=str(sentiment))
     for folder in (gpt2, sentiment):
         (folder / "pytorch_model.bin").unlink()
-    config = settings(**names, prompts=["好" * 60])
-    with pytest.raises(UserError, match="--gen_len 4: the longest prompt"):
-        load(config)
-    config = dataclasses.replace(config, prompts=["好"])
-    with pytest.raises(UserError, match="which label"):
-        load(config)
-    config = dataclasses.replace(config, positive_label="b")
-    with pytest.raises(UserError, match=f"no weights in {sentiment}"):
-        load(config)
-    with pytest.raises(UserError, match=f"no weights in {gpt2}"):
-        load(dataclasses.replace(config, reward="math:fsum"))
+    config = settings(model_name=str(gpt2), reward_model_name=str(sentiment), prompts=["好" * 60])
+    for change, line in (
+        ({}, "--gen_len 4"),
+        ({"prompts": ["好"]}, "which label"),
+        ({"positive_label": "b"}, f"no weights in {sentiment}"),
+        ({"reward": "math:fsum"}, f"no weights in {gpt2}"),
+    ):
+        config = dataclasses.replace(config, **change)
+        with pytest.raises(UserError, match=line):
+            load(config)
 
 
-def test_each_flag_asks_for_its_model_and_looks_at_its_small_files(
+def test_both_models_are_checked_before_their_weights_are_downloaded(
     gpt2_folder, classifier_folder, tmp_path, monkeypatch
 ):
-    asked = []
-    unclear = write_classifier(tmp_path / "unclear", ("a", "b"))
+    folders = {"gpt2": gpt2_folder, "sentiment": classifier_folder, "unclear": write_classifier(tmp_path, ("a", "b"))}
+    found = []
 
     def model_folder(name, flag, check):
-        folder = {"gpt2": gpt2_folder, "sentiment": classifier_folder, "unclear": unclear}[name]
-        asked.append((name, flag, check(folder) is not None))
-        return folder
+        check(folders[name])
+        found.append(flag)
+        return folders[name]
 
     monkeypatch.setattr("support.load.model_folder", model_folder)
-    load(settings(model_name="gpt2", reward_model_name="sentiment"))
-    assert asked == [("gpt2", "--model_name", True), ("sentiment", "--reward_model_name", True)]
-    asked.clear()
-    with pytest.raises(UserError, match="--positive_label 'happy' is none of"):
-        load(settings(model_name="gpt2", reward_model_name="sentiment", positive_label="happy"))
-    assert asked == [("gpt2", "--model_name", True)]
-    _, _, reward, *_ = load(settings(model_name="gpt2", reward_model_name="unclear", positive_label="b"))
-    assert reward.positive_label == "b"
-    asked.clear()
-    _, _, reward, *_ = load(settings(model_name="gpt2", reward_model_name="missing", reward="builtins:len"))
-    assert reward is len and asked == [("gpt2", "--model_name", True)]
+    for name, label, line in (("gpt2", None, "which label"), ("unclear", "happy", "happy")):
+        found.clear()
+        with pytest.raises(UserError, match=line):
+            load(settings(model_name="gpt2", reward_model_name=name, positive_label=label))
+        assert found == ["--model_name"]
+    with pytest.raises(UserError, match="type 'bert'"):
+        load(settings(model_name="sentiment", reward_model_name="sentiment"))
+    found.clear()
+    _, _, reward, _ = load(settings(model_name="gpt2", reward_model_name="missing", reward="builtins:len"))
+    assert reward is len and found == ["--model_name"]
 
 
-# --- several
+# ----------------------------------------------------------------------------------------------
+# Several processes
 
 
 @pytest.fixture
 def compared(monkeypatch):
-    """All that `check_same` would compare of a run's parts, by name; and the models that took rank 0's weights."""
-    given = []
-    monkeypatch.setattr(collectives, "broadcast_weights", given.append)
+    """A function that returns what `check_same` compares, and the models that are replaced by rank 0's."""
 
     def compare(config, *parts):
-        found = {}
-        monkeypatch.setattr(collectives, "check_same", found.update)
-        given.clear()
+        values, replaced = {}, []
+        monkeypatch.setattr(collectives, "check_same", values.update)
+        monkeypatch.setattr(collectives, "broadcast_weights", replaced.append)
         check_same(config, *parts)
-        return found, list(given)
+        return values, replaced
 
     return compare
 
@@ -132,127 +126,94 @@ def parts(gpt2_folder, classifier_folder):
     return load_folders(settings(), "cpu", gpt2_folder, classifier_folder)
 
 
-def differing(first: dict, second: dict) -> list[str]:
-    assert list(first) == list(second)
-    return [name for name in first if first[name] != second[name]]
-
-
 GPT2, SENTIMENT = "uer/gpt2-chinese-cluecorpussmall", "uer/roberta-base-finetuned-jd-binary-chinese"
+HASHES = [  # these names are in the inputs.json of every run
+    f"the hash of the weights of --model_name {GPT2}",
+    f"the hash of the tokenizer of --model_name {GPT2}",
+    f"the hash of the weights of --reward_model_name {SENTIMENT}",
+    f"the hash of the tokenizer of --reward_model_name {SENTIMENT}",
+    "the hash of the prompts",
+]
 
 
-def test_processes_compare_versions_program_device_models_and_prompts(compared, parts):
-    found, given = compared(settings(), *parts)
-    assert given == []
-    assert [name for name in found if "hash" not in name] == [
-        "torch", "transformers", "numpy", "--device cpu", "--dtype float32",
-    ]  # fmt: skip
-    assert [name for name in found if "hash" in name] == [
-        "the hash of this program's files",
-        f"the hash of the weights of --model_name {GPT2}",
-        f"the hash of the tokenizer of --model_name {GPT2}",
-        f"the hash of the weights of --reward_model_name {SENTIMENT}",
-        f"the hash of the tokenizer of --reward_model_name {SENTIMENT}",
-        "the hash of the prompts",
-    ]
-    assert found["torch"] == torch.__version__ and found["--device cpu"] == "cpu"
-    assert found["--dtype float32"] == "float32"
-    again, _ = compared(settings(), *parts)
-    assert again == found
+def test_processes_compare_versions_program_device_dtype_and_inputs(compared, parts):
+    values, replaced = compared(settings(dtype="bfloat16"), *parts)
+    assert values["torch"] == torch.__version__ and {"transformers", "numpy"} < values.keys()
+    assert values["--device cpu"] == "cpu" and values["--dtype bfloat16"] == "bfloat16"
+    assert [name for name in values if "hash" in name] == ["the hash of this program's files", *HASHES]
+    assert compared(settings(dtype="bfloat16"), *parts) == (values, replaced) and replaced == []
 
 
-@pytest.mark.parametrize(("native", "dtype"), [(True, "bfloat16"), (False, "float32")])
-def test_processes_compare_the_device_and_the_dtype_that_each_found(compared, parts, monkeypatch, native, dtype):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native)
-    found, _ = compared(settings(device="auto", dtype="auto"), *parts)
-    assert found["--device auto"] == "cpu" and found["--dtype auto"] == dtype
-
-
-def test_each_part_that_differs_is_told_by_its_name(compared, parts, tmp_path, monkeypatch):
+def test_each_part_that_differs_changes_its_own_hash(compared, parts, tmp_path, monkeypatch):
     policy, tokenizer, reward, prompts = parts
-    found, _ = compared(settings(), *parts)
+    values, _ = compared(settings(), *parts)
 
-    now, _ = compared(settings(), policy, tokenizer, reward, ["衣服"])
-    assert differing(found, now) == ["the hash of the prompts"]
-    with monkeypatch.context() as other:
-        other.setattr(type(tokenizer), "encode", lambda self, text, **options: [5] * len(text))
+    def changed(*parts) -> list[str]:
         now, _ = compared(settings(), *parts)
-    assert differing(found, now) == ["the hash of the prompts"]  # a tokenizer of other settings
+        return [name for name in values if now[name] != values[name]]
 
-    bias = reward.pipeline.model.classifier.bias.data
-    bias += 1
-    now, _ = compared(settings(), *parts)
-    bias -= 1
-    assert differing(found, now) == [f"the hash of the weights of --reward_model_name {SENTIMENT}"]
-
-    policy.v_head.summary.bias.data += 1
-    now, _ = compared(settings(), *parts)
-    policy.v_head.summary.bias.data -= 1
-    assert differing(found, now) == [f"the hash of the weights of --model_name {GPT2}"]
-
+    assert changed(policy, tokenizer, reward, ["衣服"]) == ["the hash of the prompts"]
     renamed = {"新" if token == "错" else token: number for token, number in tokenizer.get_vocab().items()}
-    now, _ = compared(settings(), policy, type(tokenizer)(vocab=renamed), reward, prompts)
-    assert differing(found, now) == [f"the hash of the tokenizer of --model_name {GPT2}"]
+    assert changed(policy, type(tokenizer)(vocab=renamed), reward, prompts) == [HASHES[1]]
+    for name, weight in ((HASHES[0], policy.v_head.summary.bias), (HASHES[2], reward.pipeline.model.classifier.bias)):
+        weight.data[-1] += 1
+        assert changed(*parts) == [name]
+        weight.data[-1] -= 1
+    reward.pipeline.model.bfloat16()
+    assert changed(*parts) == []  # a run may go on where the classifier computes in another dtype
 
     program = tmp_path / "ppo.py"
     shutil.copy(ROOT / "ppo.py", program)
     monkeypatch.setattr("support.load.PROGRAM", [program if path.name == "ppo.py" else path for path in PROGRAM])
-    now, _ = compared(settings(), *parts)
-    assert now == found
+    assert changed(*parts) == []
     program.write_bytes(program.read_bytes() + b"#")
-    now, _ = compared(settings(), *parts)
-    assert differing(found, now) == ["the hash of this program's files"]
+    assert changed(*parts) == ["the hash of this program's files"]
 
 
-def test_a_reward_s_file_is_compared_in_place_of_a_classifier(compared, parts, tmp_path, monkeypatch):
+def test_the_file_of_your_own_reward_is_compared(compared, parts, tmp_path, monkeypatch):
     (tmp_path / "judge.py").write_text("def score(texts):\n    return [0.5] * len(texts)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     config = settings(reward="judge:score")
     import_function(config.reward)
-    found, _ = compared(config, *parts)
-    assert not any("--reward_model_name" in name for name in found)
+    before, _ = compared(config, *parts)
     (tmp_path / "judge.py").write_text("def score(texts):\n    return [0.6] * len(texts)\n")
-    now, _ = compared(config, *parts)
-    assert differing(found, now) == ["the hash of the file of --reward judge:score"]
+    after, _ = compared(config, *parts)
     del sys.modules["judge"]
-    found, _ = compared(settings(reward="builtins:len"), *parts)  # a module without a file
-    assert not any("--reward" in name for name in found)
+    different = [name for name in before if after[name] != before[name]]
+    assert different == ["the hash of the file of --reward judge:score"]
+    assert not any("--reward" in name for name in compared(settings(reward="builtins:len"), *parts)[0])
 
 
-def test_only_the_demo_s_models_are_given_to_all(compared, parts):
-    policy, _, reward, *_ = parts
-    for names, expected in (
-        ({"model_name": "demo"}, [policy]),
-        ({"reward_model_name": "demo"}, [reward.pipeline.model]),
-        ({"model_name": "demo", "reward_model_name": "demo"}, [policy, reward.pipeline.model]),
-    ):
-        _, given = compared(settings(**names), *parts)
-        assert list(map(id, given)) == list(map(id, expected))
+@pytest.mark.parametrize("policy_is_demo", [True, False])
+@pytest.mark.parametrize("reward_is_demo", [True, False])
+def test_only_the_demo_models_are_replaced_by_those_of_rank_0(compared, parts, policy_is_demo, reward_is_demo):
+    names = {"model_name": "demo"} if policy_is_demo else {}
+    names |= {"reward_model_name": "demo"} if reward_is_demo else {}
+    policy, _, reward, _ = parts
+    expected = [policy] * policy_is_demo + [reward.pipeline.model] * reward_is_demo
+    _, replaced = compared(settings(**names), *parts)
+    assert list(map(id, replaced)) == list(map(id, expected))
 
 
 def test_the_program_is_every_file_that_a_run_needs():
-    names = {str(path.relative_to(ROOT)).replace("\\", "/") for path in PROGRAM}
-    assert {path.name for path in (ROOT / "support").glob("*.py")} == {
-        name.removeprefix("support/") for name in names if "/" in name
-    }
-    here = {path.name for path in ROOT.glob("*.py")} - {"plot_rewards.py"}
-    assert {name for name in names if "/" not in name} == here
+    here = {path for path in ROOT.glob("*.py") if path.name != "plot_rewards.py"}
+    assert set(PROGRAM) == here | set((ROOT / "support").rglob("*.py"))
 
 
-def test_a_hash_sees_names_shapes_and_every_number():
+def test_a_hash_depends_on_names_shapes_dtypes_and_every_number():
     weights = {"a": torch.arange(600.0).reshape(20, 30), "b": torch.zeros(2, dtype=torch.bfloat16)}
-    expected = hash_of(weights)
-    assert expected == hash_of({name: weight.clone() for name, weight in weights.items()})
-    other_strides = weights["a"].T.contiguous().T
-    assert expected == hash_of(weights | {"a": other_strides}) and len(expected) == 12
-    last_is_another = weights["a"].clone()
-    last_is_another[-1, -1] += 1e-3
+    last = weights["a"].clone()
+    last[-1, -1] += 1e-3
     others = [
         {"a": weights["a"], "c": weights["b"]},
-        weights | {"a": weights["a"].reshape(30, 20)},
-        weights | {"a": last_is_another},
-        weights | {"b": torch.tensor([0, 1e-30], dtype=torch.bfloat16)},
+        {"a": weights["a"].reshape(30, 20), "b": weights["b"]},
+        {"a": last, "b": weights["b"]},
+        {"a": weights["a"], "b": weights["b"].half()},
         {"a": weights["a"]},
     ]
-    assert len({expected, *map(hash_of, others)}) == 6
-    assert hash_of(["a", 1]) == hashlib.sha256(b"['a', 1]").hexdigest()[:12] != hash_of(["a", 2])
+    assert len({hash_of(weights), *map(hash_of, others)}) == 6
+    assert hash_of(weights) == hash_of({"a": weights["a"].T.contiguous().T, "b": weights["b"].clone()})
+    # A run's inputs.json has these hashes, so that a later version must compute the same
+    line = f"a (2,) torch.int64 {zlib.crc32((3).to_bytes(8, 'little') + (4).to_bytes(8, 'little'))}\n"
+    assert hash_of({"a": torch.tensor([3, 4])}) == hashlib.sha256(line.encode()).hexdigest()[:12]
+    assert hash_of(["a", 1]) == hashlib.sha256(b"['a', 1]").hexdigest()[:12]

@@ -1,230 +1,345 @@
-"""Loading published layouts and saving what plain transformers opens."""
+"""Opening models and tokenizers in published layouts, rejecting broken ones, and saving for plain transformers."""
 
 import json
-import re
+import os
 import shutil
-import warnings
 
 import pytest
 import safetensors.torch
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BertTokenizer,
-    pipeline,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from transformers.utils import logging as transformers_logging
 
 from config import PPOConfig
+from reward import SentimentReward
 from support import models
-from support.errors import UserError, first_line
-from support.text_trainer import TextPPOTrainer, read_policy_folder
+from support.errors import UserError
+from support.text_trainer import TextPPOTrainer
 from tests.helpers import write_bpe_gpt2, write_gpt2
+from train_ppo import main
+
+IDS = torch.tensor([[2, 5, 6, 7, 8, 9]])
 
 
-def load(folder):
-    return models.load_policy(folder, models.load_gpt2_config(folder))
+def load_gpt2(folder):
+    config, tokenizer = models.read_policy_folder(folder)
+    return models.load_policy(folder, config), tokenizer
 
 
-def edit_config(folder, **values):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+def load_classifier(folder):
+    return SentimentReward(folder, "cpu")
+
+
+def edit(folder, file="config.json", **values):
+    """Change values of a JSON file; None removes one."""
+    settings = json.loads((folder / file).read_text()) | values
+    settings = {name: value for name, value in settings.items() if value is not None}
+    (folder / file).write_text(json.dumps(settings))
+
+
+def edit_weights(folder, change):
+    path = folder / "pytorch_model.bin"
+    torch.save(change(torch.load(path)), path)
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS).logits
+
+
+def plain(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def same_logits(one, other) -> bool:
+    """Whether logits agree up to float32's rounding: sums of some hundred products, relative to the largest logit."""
+    return (logits(one) - logits(other)).abs().max() <= 200 * torch.finfo(torch.float32).eps * logits(one).abs().max()
+
+
+# ----------------------------------------------------------------------------------------------
+# Bad model folders, and those of strangers
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+CODE = {"auto_map": {"AutoConfig": "evil.C", "AutoModelForSequenceClassification": "evil.C"}}
+CODE_OF_TOKENIZER = {"auto_map": {"AutoTokenizer": ["evil.C", "evil.C"]}}
+BIN = "pytorch_model.bin"
+OTHER_MODEL = "config.json describes other shapes"
+FOLDERS = {  # name: (which model, the change to its folder, part of the line; None if it opens all the same)
+    "no config": ("gpt2", lambda f: (f / "config.json").unlink(), "no config.json"),
+    "config cut off": ("gpt2", lambda f: (f / "config.json").write_text("{"), "config.json can't be loaded"),
+    "another architecture": ("gpt2", lambda f: edit(f, model_type="bert"), "one of type 'bert'"),
+    "no weights": ("gpt2", lambda f: (f / BIN).unlink(), "no weights in"),
+    "weights cut off": ("gpt2", lambda f: (f / BIN).write_bytes((f / BIN).read_bytes()[:-200]), "can't be loaded"),
+    "a web page for weights": ("gpt2", lambda f: (f / BIN).write_text("<html>log in</html>"), "can't be loaded"),
+    "an index without shards": (
+        "gpt2",
+        lambda f: (f / BIN).rename(f / "pytorch_model-00001-of-00002.bin"),
+        "can't be loaded",
+    ),
+    "half of the weights": (
+        "gpt2",
+        lambda f: edit_weights(f, lambda weights: {n: w for n, w in weights.items() if "h.1." not in n}),
+        "lack transformer.h.1.attn.c_attn.bias",
+    ),
+    "NaN": (
+        "gpt2",
+        lambda f: edit_weights(f, lambda w: w | {"transformer.ln_f.bias": torch.full((32,), torch.nan)}),
+        "NaN",
+    ),
+    "config of a wider model": ("gpt2", lambda f: edit(f, n_embd=64), OTHER_MODEL),
+    "config of a deeper model": ("gpt2", lambda f: edit(f, n_layer=3), "lack transformer.h.2"),
+    "config with more positions": ("gpt2", lambda f: edit(f, n_positions=64), OTHER_MODEL),
+    "no vocabulary": ("gpt2", lambda f: (f / "vocab.txt").unlink(), "no tokenizer in"),
+    "another vocabulary": (
+        "gpt2",
+        lambda f: (f / "vocab.txt").write_text((f / "vocab.txt").read_text() + "a\nb\n"),
+        "has 45 tokens, but the model has 43; they don't belong together",
+    ),
+    "a vocabulary without [UNK]": (
+        "gpt2",
+        lambda f: (f / "vocab.txt").write_text("\n".join("[PAD] [CLS] [SEP] [MASK] a".split())),
+        "the tokenizer in",
+    ),
+    "a vocabulary that isn't text": (
+        "gpt2",
+        lambda f: (f / "vocab.txt").write_bytes(b"\xff\xfe\x00"),
+        "the tokenizer in",
+    ),
+    "tokenizer config cut off": ("gpt2", lambda f: (f / "tokenizer_config.json").write_text("{"), "the tokenizer in"),
+    "a value head of another model": (
+        "gpt2",
+        lambda f: safetensors.torch.save_file({"summary.weight": torch.zeros(1, 31)}, f / models.VALUE_HEAD),
+        "value_head.safetensors can't be loaded",
+    ),
+    "a classifier without its head": (
+        "sentiment",
+        lambda f: edit_weights(f, lambda weights: {n: w for n, w in weights.items() if "classifier" not in n}),
+        "lack classifier.bias",
+    ),
+    "config of another classifier": ("sentiment", lambda f: edit(f, hidden_size=32), OTHER_MODEL),
+    "one label": ("sentiment", lambda f: edit(f, id2label={"0": "stars"}, label2id={"stars": 0}), "one label"),
+    "code for a config": ("gpt2", lambda f: edit(f, model_type="evil", **CODE), "config.json can't be loaded"),
+    "code for a classifier's config": ("sentiment", lambda f: edit(f, model_type="evil", **CODE), "can't be loaded"),
+    "code for a classifier": ("sentiment", lambda f: edit(f, model_type="bert-generation", **CODE), "can't be loaded"),
+    "code beside a model": ("gpt2", lambda f: edit(f, **CODE), None),
+    "code beside a classifier": ("sentiment", lambda f: edit(f, **CODE), None),
+    "code beside a tokenizer": ("gpt2", lambda f: edit(f, "tokenizer_config.json", **CODE_OF_TOKENIZER), None),
+    "code for a tokenizer": (
+        "gpt2",
+        lambda f: edit(f, "tokenizer_config.json", tokenizer_class="C", **CODE_OF_TOKENIZER),
+        "the tokenizer in",
+    ),
+    "an attention kernel": ("gpt2", lambda f: edit(f, attn_implementation="evil/kernel"), None),
+    "a classifier's kernel": ("sentiment", lambda f: edit(f, _attn_implementation="evil/kernel"), None),
+    "code in weights": ("gpt2", lambda f: torch.save({"a": Evil()}, f / BIN), "can't be loaded"),
+    "code in a classifier's weights": ("sentiment", lambda f: torch.save([Evil()], f / BIN), "can't be loaded"),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_a_bad_model_folder_is_one_line_and_runs_no_code(gpt2_folder, classifier_folder, tmp_path, monkeypatch, case):
+    which, change, line = FOLDERS[case]
+    folder = shutil.copytree({"gpt2": gpt2_folder, "sentiment": classifier_folder}[which], tmp_path / "model")
+    (folder / "evil.py").write_text("open('ran', 'w')\nclass C: pass\n")
+    change(folder)
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "n")
+    load = {"gpt2": load_gpt2, "sentiment": load_classifier}[which]
+    if line is None:
+        load(folder)
+    else:
+        with pytest.raises(UserError, match=line) as error:
+            load(folder)
+        assert "\n" not in str(error.value) and (str(folder) in str(error.value) or case == "one label")
+    assert asked == [] and os.listdir(tmp_path) == ["model"] and not (folder / "__pycache__").exists()
+
+
+def test_a_program_given_a_bad_folder_ends_with_code_2_and_no_run_folder(gpt2_folder, tmp_path, capsys):
+    folder = shutil.copytree(gpt2_folder, tmp_path / "model")
+    (folder / BIN).write_bytes(b"")
+    flags = ["--preset", "demo", "--model_name", str(folder), "--runs_dir", str(tmp_path / "runs"), "--device", "cpu"]
+    assert main([*flags, "--prompts", "刚收到货"]) == 2
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1].startswith(f"train_ppo.py: error: the weights in {folder}") and "Traceback" not in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_memory_that_runs_out_is_not_called_a_broken_folder(gpt2_folder, monkeypatch):
+    monkeypatch.setattr(models.GPT2HeadWithValueModel, "from_pretrained", lambda *args, **options: torch.empty(1 << 60))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        load_gpt2(gpt2_folder)
+
+
+@pytest.mark.parametrize(("rows", "fits"), [(42, False), (43, True), (175, True), (176, False)])
+def test_embeddings_may_have_a_tenth_and_128_rows_more_than_the_43_tokens(gpt2_folder, tmp_path, rows, fits):
+    folder = shutil.copytree(gpt2_folder, tmp_path / "gpt2")
+    edit(folder, vocab_size=rows)
+    if fits:
+        assert models.read_policy_folder(folder)[0].vocab_size == rows
+    else:
+        with pytest.raises(UserError, match=f"has 43 tokens, but the model has {rows}"):
+            models.read_policy_folder(folder)
+
+
+# ----------------------------------------------------------------------------------------------
+# Published layouts
+
+
+def test_a_published_gpt2_opens_quietly_with_a_value_head_at_zero(gpt2_folder, capfd):
+    model, _ = load_gpt2(gpt2_folder)
+    out, err = capfd.readouterr()
+    assert out.count("\n") == 1 and "value head" in out and err == ""
+    assert not model.v_head.summary.weight.any() and not model.v_head.summary.bias.any()
+    assert not model.training and model.dtype == torch.float32 and model.config.eos_token_id is None
+    assert model.config._attn_implementation == "eager" and model.lm_head.weight is model.transformer.wte.weight
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"activation_function": "gelu"},
+        {"activation_function": "relu"},
+        {"tie_word_embeddings": False},
+        {"use_cache": False, "bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": 0},
+    ],
+    ids=["gelu", "relu", "untied", "special tokens"],
+)
+def test_logits_are_those_of_plain_transformers_before_and_after_saving(tmp_path, change):
+    folder = write_gpt2(tmp_path / "gpt2", tie_word_embeddings=change.get("tie_word_embeddings", True))
+    edit(folder, **change)
+    model, tokenizer = load_gpt2(folder)
+    assert same_logits(model, plain(folder))
+    assert (model.lm_head.weight is model.transformer.wte.weight) == change.get("tie_word_embeddings", True)
+    models.save_policy(model, tokenizer, tmp_path / "saved", temperature=1.0, gen_len=8)
+    again, _ = load_gpt2(tmp_path / "saved")
+    assert torch.equal(logits(again), logits(model)) and same_logits(model, plain(tmp_path / "saved"))
+    assert again.config.use_cache and again.config.eos_token_id is None
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_train_and_are_saved_in_float32(tmp_path, stored):
+    folder = write_gpt2(tmp_path / "gpt2")
+    edit_weights(folder, lambda weights: {name: weight.to(stored) for name, weight in weights.items()})
+    edit(folder, dtype=str(stored).removeprefix("torch."))
+    model, tokenizer = load_gpt2(folder)
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    models.save_policy(model, tokenizer, tmp_path / "saved", temperature=1.0, gen_len=8)
+    assert plain(tmp_path / "saved").dtype == torch.float32
+
+
+@pytest.mark.parametrize(("device", "attention"), [("mps", "eager"), ("mps:0", "eager"), ("cuda", "sdpa")])
+def test_neither_model_uses_the_attention_of_an_apple_gpu(gpt2_folder, classifier_folder, device, attention):
+    for kind, folder in (
+        (models.GPT2HeadWithValueModel, gpt2_folder),
+        (AutoModelForSequenceClassification, classifier_folder),
+    ):
+        model, _ = models.load_weights(kind, folder, models.read_model_config(folder), torch.device(device))
+        assert model.config._attn_implementation == attention
+
+
+def test_loading_leaves_the_library_as_loud_as_it_was(gpt2_folder, tmp_path):
+    was = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(transformers_logging.INFO)
+    load_gpt2(gpt2_folder)
+    with pytest.raises(UserError):
+        load_gpt2(tmp_path)
+    now = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(was)
+    assert now == (transformers_logging.INFO, True)
+
+
+@pytest.mark.parametrize("named_in", ["config.json", "tokenizer_config.json", None])
+def test_a_vocab_txt_beside_a_gpt2_is_bert_s_whether_that_is_said_or_not(tmp_path, named_in):
+    folder = write_gpt2(tmp_path / "gpt2")
+    for file in {"config.json", "tokenizer_config.json"} - {named_in}:
+        edit(folder, file, tokenizer_class=None)
+    assert models.encode_prompt(models.load_tokenizer(folder), "刚收到货").tolist() == [2, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("cls_token", "bos_token"), ("sep_token", "eos_token"), ("pad_token", "eos_token")]
+)
+def test_a_tokenizer_needs_tokens_for_start_end_and_padding(tmp_path, name, other):
+    folder = write_bpe_gpt2(tmp_path / "gpt2")
+    ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save(str(folder / "tokenizer.json"))
+    own = {token: "film" for token in ("cls_token", "sep_token", "pad_token") if token != name}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **own}))
+    with pytest.raises(UserError, match=f"has neither {name} nor {other}"):
+        models.load_tokenizer(folder)
+
+
+# ----------------------------------------------------------------------------------------------
+# Saving
 
 
 @pytest.fixture
 def saved(policy, tmp_path):
     model, tokenizer = policy
     torch.nn.init.normal_(model.v_head.summary.weight)
-    models.save_policy(model, tokenizer, tmp_path / "saved", temperature=0.7, gen_len=9)
+    torch.nn.init.ones_(model.v_head.summary.bias)
+    models.save_policy(model, tokenizer, tmp_path / "saved", temperature=0.7, gen_len=9, value_unit=8.0)
     return model, tokenizer, tmp_path / "saved"
 
 
-def test_published_layout_loads_with_one_quiet_line(gpt2_folder, capfd):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model = load(gpt2_folder)
-    out, err = capfd.readouterr()
-    assert out.count("\n") == 1 and "value head" in out and err == ""
-    assert (model.v_head.summary.weight == 0).all() and (model.v_head.summary.bias == 0).all()
-    assert not model.training and model.dtype == torch.float32
-    assert model.config.eos_token_id is None and model.config.bos_token_id is None
-
-
-def test_special_tokens_and_cache_of_a_published_config_do_not_count(tmp_path):
-    folder = write_gpt2(tmp_path / "gpt2")
-    edit_config(folder, use_cache=False, bos_token_id=50256, eos_token_id=50256, pad_token_id=0)
-    config = models.load_gpt2_config(folder)
-    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
-    assert config.use_cache is True
-
-
-@pytest.mark.parametrize(
-    ("activation", "loaded"), [("gelu_new", "gelu_pytorch_tanh"), ("relu", "relu"), ("gelu", "gelu")]
-)
-def test_an_activation_stays_the_function_that_it_is(tmp_path, activation, loaded):
-    folder = write_gpt2(tmp_path / "gpt2")
-    edit_config(folder, activation_function=activation)
-    assert models.load_gpt2_config(folder).activation_function == loaded
-    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
-    ids = torch.tensor([[2, 5, 6, 7, 8, 9]])
-    with torch.no_grad():
-        assert torch.allclose(load(folder)(ids).logits, plain(ids).logits, atol=1e-5)
-
-
-@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
-def test_half_precision_files_train_and_are_saved_in_float32(tmp_path, stored):
-    folder = write_gpt2(tmp_path / "gpt2")
-    weights = {name: weight.to(stored) for name, weight in torch.load(folder / "pytorch_model.bin").items()}
-    torch.save(weights, folder / "pytorch_model.bin")
-    edit_config(folder, dtype=str(stored).removeprefix("torch."))
-    model = load(folder)
-    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
-    name = "transformer.h.1.mlp.c_fc.weight"
-    assert torch.equal(model.state_dict()[name], weights[name].float())
-    models.save_policy(model, models.load_tokenizer(folder), tmp_path / "saved", temperature=1.0, gen_len=8)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").dtype == torch.float32
-
-
-def test_attention_is_the_faster_one_of_each_device(gpt2_folder):
-    on_cpu = models.load_policy(gpt2_folder, models.load_gpt2_config(gpt2_folder))
-    elsewhere = models.load_policy(gpt2_folder, models.load_gpt2_config(gpt2_folder), "meta")
-    assert on_cpu.config._attn_implementation == "eager" and elsewhere.config._attn_implementation == "sdpa"
-    assert elsewhere.device == torch.device("meta")
-
-
-@pytest.mark.parametrize(
-    "model_class", [models.GPT2HeadWithValueModel, AutoModelForSequenceClassification], ids=lambda kind: kind.__name__
-)
-@pytest.mark.parametrize(("device", "attention"), [("mps", "eager"), ("mps:0", "eager"), ("cuda", "sdpa")])
-def test_an_apple_gpu_s_own_attention_is_used_for_neither_model(
-    gpt2_folder, classifier_folder, model_class, device, attention
-):
-    folder = gpt2_folder if model_class is models.GPT2HeadWithValueModel else classifier_folder
-    model, _ = models.load_weights(model_class, folder, models.read_model_config(folder), torch.device(device))
-    assert model.config._attn_implementation == attention
-
-
-def test_loading_leaves_the_library_as_loud_as_it_was(gpt2_folder, tmp_path):
-    was = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(transformers_logging.INFO)
-    transformers_logging.enable_progress_bar()
-    load(gpt2_folder)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError):
-        load(tmp_path)
-    now = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(was[0])
-    assert now == (transformers_logging.INFO, True)
-
-
-def test_logits_are_those_of_plain_transformers(gpt2_folder):
-    plain = AutoModelForCausalLM.from_pretrained(gpt2_folder).eval()
-    ids = torch.tensor([[2, 5, 6, 7, 8, 9]])
-    with torch.no_grad():
-        assert torch.allclose(load(gpt2_folder)(ids).logits, plain(ids).logits, atol=1e-5)
-
-
-def test_saved_folder_opens_here_value_head_included(saved, capfd):
-    model, _, folder = saved
-    capfd.readouterr()
-    again = load(folder)
-    assert capfd.readouterr().out == ""
-    assert sorted(path.name for path in folder.glob("*.safetensors")) == ["model.safetensors", "value_head.safetensors"]
-    for (name, old), new in zip(model.state_dict().items(), again.state_dict().values()):
-        assert torch.equal(old, new), name
-
-
-def test_folder_of_an_earlier_version_opens_with_the_value_head_among_its_weights(saved):
-    model, _, folder = saved
-    (folder / "value_head.safetensors").unlink()
-    weights = safetensors.torch.load_file(folder / "model.safetensors")
-    head = {name: weight for name, weight in model.state_dict().items() if name.startswith("v_head.")}
-    safetensors.torch.save_file(weights | head, folder / "model.safetensors", {"format": "pt"})
-    assert torch.equal(load(folder).v_head.summary.weight, model.v_head.summary.weight)
-
-
-@pytest.mark.parametrize(
-    ("head", "said"),
-    [
-        ({"summary.weight": torch.zeros(1, 31), "summary.bias": torch.zeros(1)}, "is no value head of this model"),
-        ({"summary.weight": torch.zeros(1, 32)}, "is no value head of this model"),
-        (
-            {"summary.weight": torch.zeros(1, 32), "summary.bias": torch.full((1,), torch.nan)},
-            "hold NaN or infinity, first in v_head.summary.bias",
-        ),
-    ],
-    ids=["other shape", "half of it", "broken"],
-)
-def test_a_value_head_that_does_not_fit_is_told(saved, head, said):
-    _, _, folder = saved
-    safetensors.torch.save_file(head, folder / "value_head.safetensors")
-    with pytest.raises(UserError, match=said) as error:
-        load(folder)
-    assert str(folder) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_saved_folder_opens_in_plain_transformers_with_the_same_logits(saved, capfd):
+def test_saving_twice_writes_the_same_files_and_leaves_the_model_as_it_was(saved, tmp_path):
     model, tokenizer, folder = saved
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    models.save_policy(model, tokenizer, tmp_path / "again", temperature=0.7, gen_len=9, value_unit=8.0)
+    assert sorted(os.listdir(folder)) == sorted(os.listdir(tmp_path / "again"))
+    for path in folder.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert model.v_head.summary.bias.item() == 1
+
+
+def test_a_saved_folder_opens_here_with_its_value_head_in_the_unit_of_the_scores(saved, capfd):
+    model, _, folder = saved
     capfd.readouterr()
-    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
-    out, err = capfd.readouterr()
-    assert out == "" and "v_head" not in err and "UNEXPECTED" not in err and "MISSING" not in err
-    ids = torch.tensor([[2, 5, 6, 7, 8, 9]])
-    with torch.no_grad():
-        assert torch.allclose(plain(ids).logits, model(ids).logits, atol=1e-5)
-    config = json.loads((folder / "config.json").read_text())
-    assert config["architectures"] == ["GPT2LMHeadModel"]
-    assert config["task_specific_params"] == {"text-generation": {"max_new_tokens": 9}}
-    again = AutoTokenizer.from_pretrained(folder)
-    assert again.get_vocab() == tokenizer.get_vocab() and again.encode("刚收到goods") == [2, 5, 6, 7, 41, 42]
-    assert again.model_max_length == tokenizer.model_max_length
+    again, _ = load_gpt2(folder)
+    assert capfd.readouterr().out == ""
+    assert again.v_head.summary.bias.item() == 8
+    for name, weight in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], 8 * weight if "v_head" in name else weight), name
 
 
-def test_saved_generation_settings_draw_from_the_distribution_of_the_run(saved):
-    """Neither the library's top-k of 50 nor its greedy search; [CLS] begins, [SEP] ends, [PAD] fills up."""
-    _, _, folder = saved
+def test_a_saved_folder_opens_in_plain_transformers_with_the_settings_of_the_run(saved, capfd):
+    """Neither the library's top-k of 50 nor its greedy search; [CLS] starts, [SEP] ends and [PAD] pads."""
+    model, _, folder = saved
+    capfd.readouterr()
+    assert same_logits(model, plain(folder)) and capfd.readouterr().out == ""
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["GPT2LMHeadModel"]
     settings = json.loads((folder / "generation_config.json").read_text())
     del settings["transformers_version"]
-    assert settings == {
-        "do_sample": True,
-        "temperature": 0.7,
-        "top_k": 0,
-        "top_p": 1.0,
-        "max_new_tokens": 9,
-        "bos_token_id": 2,
-        "eos_token_id": 3,
-        "pad_token_id": 0,
-        "suppress_tokens": [0, 1, 2, 4],
-    }
+    expected = {"do_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "max_new_tokens": 9}
+    expected |= {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0, "suppress_tokens": [0, 1, 2, 4]}
+    assert settings == expected
 
 
-@pytest.mark.parametrize("as_once", [False, True], ids=["prompt alone", "as the README once said"])
-def test_pipeline_encodes_a_prompt_as_training_did(saved, as_once):
+def test_the_pipeline_samples_from_a_prompt_as_training_does(saved):
     model, tokenizer, folder = saved
     generator = pipeline("text-generation", model=str(folder))
     seen = []
     forward = generator.model.forward
     generator.model.forward = lambda *args, **kwargs: (seen.append(kwargs["input_ids"]), forward(*args, **kwargs))[1]
-    given = ("[CLS]刚收到货,感觉", {"add_special_tokens": False}) if as_once else ("刚收到货,感觉", {})
-    texts = [text[0]["generated_text"] for text in generator([given[0]] * 40, return_full_text=False, **given[1])]
+    texts = [text[0]["generated_text"] for text in generator(["刚收到货,感觉"] * 40, return_full_text=False)]
     assert seen[0][0].tolist() == models.encode_prompt(tokenizer, "刚收到货,感觉").tolist()
     assert len(set(texts)) > 10 and max(len(tokenizer.tokenize(text)) for text in texts) == 9
     assert not any(token in text for text in texts for token in ("[UNK]", "[MASK]", "[CLS]", "##"))
-    assert all(re.fullmatch("[a-z]", text[i - 1] + text[i + 1]) for text in texts for i in find_spaces(text))
+    inputs = generator.tokenizer("刚收到货", return_tensors="pt")  # GPT-2 would add embeddings for token types
+    assert set(inputs) == {"input_ids", "attention_mask"}
 
 
-def find_spaces(text):
-    return [i for i, character in enumerate(text) if character == " "]
-
-
-def test_a_saved_tokenizer_encodes_and_decodes_as_the_one_that_it_was(saved, tmp_path):
-    """In plain transformers, and here, saved once or twice; whatever tokens follow one another."""
+def test_a_saved_tokenizer_encodes_and_decodes_like_the_original(saved, tmp_path):
+    """In plain transformers and here, saved once or twice, for any sequence of tokens."""
     _, tokenizer, folder = saved
-    once = models.load_tokenizer(folder)
-    models.save_tokenizer(once, tmp_path / "twice")
+    models.save_tokenizer(models.load_tokenizer(folder), tmp_path / "twice")
     shutil.copy(folder / "config.json", tmp_path / "twice")
     generator = torch.Generator().manual_seed(1)
     sequences = [torch.randint(43, (9,), generator=generator) for _ in range(100)]
@@ -239,100 +354,42 @@ def test_a_saved_tokenizer_encodes_and_decodes_as_the_one_that_it_was(saved, tmp
         assert again.get_vocab() == tokenizer.get_vocab() and again.all_special_ids == tokenizer.all_special_ids
 
 
-def test_a_saved_tokenizer_hands_gpt2_no_token_types(saved):
-    """GPT-2 would add the embedding of token 0 to every position for them."""
-    _, _, folder = saved
-    plain, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    inputs = tokenizer("刚收到货", return_tensors="pt")
-    assert set(inputs) == {"input_ids", "attention_mask"}
+def test_a_byte_level_tokenizer_starts_and_ends_texts_with_its_own_token(tmp_path):
+    trainer = TextPPOTrainer.from_pretrained(write_bpe_gpt2(tmp_path / "gpt2"), PPOConfig(device="cpu", gen_len=24))
+    plain = AutoTokenizer.from_pretrained(tmp_path / "gpt2")
+    end = plain.eos_token_id
+    prompts = ["this film was", "刚收到货,感觉很"]
+    queries = trainer.encode(prompts)
+    assert [query.tolist() for query in queries] == [[end, *plain.encode(prompt)] for prompt in prompts]
+    good = [torch.tensor(plain.encode(text) + [end]) for text in (" great, truly", "不错")]
+    assert trainer.decode(queries, good) == ["this film was great, truly", "刚收到货,感觉很不错"]
+    half_a_character = trainer.decode(queries[1:], [good[1][:-2]])[0]
+    assert half_a_character in ("刚收到货,感觉很不", "刚收到货,感觉很")
+    stats = trainer.step(queries[:1] * 3, [good[0], good[0][:-1], good[1][:2]], [0.1, 0.5, 0.9])
+    assert stats["tokens/ended_share"] == pytest.approx(1 / 3)
+
+    trainer.save(tmp_path / "saved")
+    trainer.save(tmp_path / "saved")
+    again = TextPPOTrainer.from_pretrained(tmp_path / "saved", PPOConfig(device="cpu"))
+    assert again.encode(prompts)[0].tolist() == queries[0].tolist()
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").encode(prompts[0]) == queries[0].tolist()
+    generator = pipeline("text-generation", model=str(tmp_path / "saved"))
+    assert generator(prompts[0], max_new_tokens=1)[0]["generated_text"].startswith(prompts[0])
+
+
+def test_rows_that_pad_the_embeddings_are_never_sampled(tmp_path):
+    trainer = TextPPOTrainer.from_pretrained(write_gpt2(tmp_path / "gpt2", vocab_size=64), PPOConfig(device="cpu"))
     with torch.no_grad():
-        assert torch.equal(plain(**inputs).logits, plain(inputs.input_ids).logits)
+        embeddings = trainer.model.transformer.wte.weight
+        embeddings[50] = embeddings[5] * 9  # otherwise a likely token
+    assert torch.cat(trainer.generate([[2, 5, 6]] * 64)).max() < 43
+    trainer.save(tmp_path / "saved")
+    suppressed = json.loads((tmp_path / "saved" / "generation_config.json").read_text())["suppress_tokens"]
+    assert suppressed == [0, 1, 2, 4, *range(43, 64)]
 
 
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (lambda f: (f / "config.json").unlink(), "no config.json"),
-        (lambda f: (f / "config.json").write_text("{"), "no readable model config"),
-        (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "type 'bert'"),
-        (lambda f: (f / "pytorch_model.bin").unlink(), "no weights"),
-        (
-            lambda f: (f / "pytorch_model.bin").write_bytes((f / "pytorch_model.bin").read_bytes()[:5000]),
-            "cannot be loaded",
-        ),
-        (
-            lambda f: torch.save({"transformer.ln_f.bias": torch.zeros(32)}, f / "pytorch_model.bin"),
-            "it has 2 layers, they are 1 tensors",
-        ),
-        (lambda f: write_gpt2(f, n_embd=16) and shutil.copy(f.parent / "config.json", f), "do not belong together"),
-    ],
-    ids=[
-        "no config",
-        "broken config",
-        "other architecture",
-        "no weights",
-        "truncated weights",
-        "weights missing",
-        "other shape",
-    ],
-)
-def test_unusable_folders_are_named_in_one_line(gpt2_folder, tmp_path, damage, said):
-    folder = shutil.copytree(gpt2_folder, tmp_path / "gpt2")
-    shutil.copy(folder / "config.json", tmp_path)
-    damage(folder)
-    with pytest.raises(UserError, match=said) as error:
-        load(folder)
-    assert str(folder) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_unusable_tokenizers_are_named(gpt2_folder, tmp_path):
-    folder = shutil.copytree(gpt2_folder, tmp_path / "gpt2")
-    (folder / "tokenizer_config.json").write_text("{")
-    with pytest.raises(UserError, match=f"^the tokenizer in {folder} cannot be loaded") as error:
-        models.load_tokenizer(folder)
-    assert "\n" not in str(error.value)
-    (folder / "vocab.txt").unlink()
-    with pytest.raises(UserError, match=f"^no tokenizer in {folder}: it needs vocab.txt, tokenizer.json, or "):
-        models.load_tokenizer(folder)
-
-
-def test_an_error_is_one_short_line():
-    assert first_line(KeyError("\n  missing \n more")) == "KeyError: '\\n  missing \\n more'"
-    assert first_line(ValueError(" first\nsecond")) == "ValueError: first"
-    assert first_line(ValueError("x" * 500)) == "ValueError: " + "x" * 188
-
-
-def test_weights_that_do_not_fit_into_memory_are_not_called_damaged(gpt2_folder, monkeypatch):
-    monkeypatch.setattr(models.GPT2HeadWithValueModel, "from_pretrained", lambda *args, **options: torch.empty(1 << 60))
-    with pytest.raises(RuntimeError, match="can't allocate memory"):
-        load(gpt2_folder)
-
-
-def test_the_first_weight_that_lacks_is_named(tmp_path):
-    folder = write_gpt2(tmp_path / "gpt2")
-    weights = torch.load(folder / "pytorch_model.bin")
-    del weights["transformer.h.1.ln_2.bias"], weights["transformer.h.0.ln_1.weight"]
-    torch.save(weights, folder / "pytorch_model.bin")
-    with pytest.raises(
-        UserError, match=f"^the weights in {folder} lack transformer.h.0.ln_1.weight: not a whole GPT-2"
-    ):
-        load(folder)
-
-
-@pytest.mark.parametrize(("rows", "fit"), [(42, False), (43, True), (48, True), (175, True), (176, False)])
-def test_embeddings_have_a_tenth_and_128_rows_more_than_tokens_at_most(gpt2_folder, tmp_path, rows, fit):
-    """43 tokens; 1.1 * 43 + 128 = 175.3."""
-    folder = shutil.copytree(gpt2_folder, tmp_path / "gpt2")
-    edit_config(folder, vocab_size=rows)
-    if fit:
-        assert read_policy_folder(folder)[0].vocab_size == rows
-    else:
-        said = f"the tokenizer in {folder} has 43 tokens, the model {rows}: they do not belong together"
-        with pytest.raises(UserError, match=f"^{said}$"):
-            read_policy_folder(folder)
-
-
-# --- texts and tokens
+# ----------------------------------------------------------------------------------------------
+# Texts and tokens
 
 
 @pytest.mark.parametrize(
@@ -347,146 +404,32 @@ def test_embeddings_have_a_tenth_and_128_rows_more_than_tokens_at_most(gpt2_fold
         ("##韩 国 ##", "韩国##"),
         ("[SEPT] [cls]", "[SEPT][cls]"),
         ("  ", ""),
-        ("", ""),
     ],
 )
 def test_decoded_tokens_are_joined_as_people_write_them(decoded, text):
-    assert models.clean_text(decoded) == text
-    assert models.clean_text(text) == text
+    assert models.clean_text(decoded) == text == models.clean_text(text)
 
 
-def test_a_prompt_begins_a_text_and_does_not_end_it(policy):
-    tokenizer = policy[1]
-    ids = models.encode_prompt(tokenizer, "刚收到,goods")
+def test_a_prompt_starts_a_text_and_does_not_end_it(policy):
+    ids = models.encode_prompt(policy[1], "刚收到,goods")
     assert ids.dtype == torch.int64 and ids.tolist() == [2, 5, 6, 7, 9, 41, 42]
-    sequences = [ids, torch.tensor([14, 3]), torch.tensor([41, 3, 0, 0]), torch.tensor([41, 41]), torch.tensor([3])]
-    assert models.decode(tokenizer, sequences) == ["刚收到,goods", "错", "good", "good good", ""]
-
-
-def test_one_matrix_stays_one_where_a_file_holds_it_twice(gpt2_folder):
-    model = load(gpt2_folder)
-    assert {"lm_head.weight", "transformer.wte.weight"} <= set(torch.load(gpt2_folder / "pytorch_model.bin"))
-    assert model.lm_head.weight is model.transformer.wte.weight
-
-
-@pytest.mark.parametrize("frozen_share", [0.0, 0.5])
-def test_an_output_matrix_of_its_own_is_kept(tmp_path, frozen_share):
-    """tie_word_embeddings off: the logits of transformers, frozen with the embeddings, and saved whole."""
-    folder = write_gpt2(tmp_path / "gpt2", tie_word_embeddings=False)
-    model, tokenizer = load(folder), models.load_tokenizer(folder)
-    ids = torch.tensor([[2, 5, 6, 7, 8, 9]])
-    with torch.no_grad():
-        plain = AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits
-        assert torch.allclose(model(ids).logits, plain, atol=1e-5)
-        assert not torch.allclose(model.lm_head.weight, model.transformer.wte.weight)
-        model.freeze(frozen_share)
-        assert model.lm_head.weight.requires_grad == (frozen_share == 0)
-        models.save_policy(model, tokenizer, tmp_path / "saved", temperature=1.0, gen_len=8)
-        assert torch.allclose(load(tmp_path / "saved")(ids).logits, plain, atol=1e-5)
-        assert torch.allclose(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(ids).logits, plain, atol=1e-5)
-
-
-def test_broken_weights_are_told(tmp_path):
-    folder = write_gpt2(tmp_path / "gpt2")
-    weights = torch.load(folder / "pytorch_model.bin")
-    weights["transformer.h.1.ln_1.bias"][3] = torch.nan
-    torch.save(weights, folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"NaN or infinity, first in transformer.h.1.ln_1.bias"):
-        load(folder)
-
-
-def test_cross_attention_is_refused(tmp_path):
-    folder = write_gpt2(tmp_path / "gpt2")
-    edit_config(folder, add_cross_attention=True)
-    with pytest.raises(UserError, match="cross-attention"):
-        load(folder)
-
-
-def test_weights_that_are_slices_of_larger_ones_can_be_saved_again(tmp_path):
-    """As a vocabulary cut short leaves them: torch saves the whole tensor with its slice."""
-    folder = write_gpt2(tmp_path / "gpt2")
-    weights = torch.load(folder / "pytorch_model.bin")
-    longer = torch.cat([weights["transformer.wte.weight"], torch.zeros(9, 32)])
-    for name in ("transformer.wte.weight", "lm_head.weight"):
-        weights[name] = longer[:-9]
-    torch.save(weights, folder / "pytorch_model.bin")
-    safetensors.torch.save_model(load(folder), tmp_path / "again.safetensors")
-
-
-# --- other tokenizers
-
-
-def test_a_byte_level_tokenizer_starts_and_ends_texts_with_its_own_token(tmp_path):
-    """Its <|endoftext|> stands before a prompt, ends a completion and pads; texts keep their spaces and characters."""
-    trainer = TextPPOTrainer.from_pretrained(write_bpe_gpt2(tmp_path / "gpt2"), PPOConfig(device="cpu", gen_len=24))
-    plain = AutoTokenizer.from_pretrained(tmp_path / "gpt2")
-    end = plain.eos_token_id
-    queries = trainer.encode(["this film was", "刚收到货,感觉很"])
-    assert [query.tolist() for query in queries] == [
-        [end, *plain.encode(t)] for t in ("this film was", "刚收到货,感觉很")
-    ]
-    good = [torch.tensor(plain.encode(text) + [end]) for text in (" great, truly", "不错")]
-    assert trainer.decode(queries, good) == ["this film was great, truly", "刚收到货,感觉很不错"]
-    assert trainer.decode(queries[1:], [good[1][:-2]])[0] in (
-        "刚收到货,感觉很不",
-        "刚收到货,感觉很",
-    )  # half a character
-
-    responses = trainer.generate(queries * 2 + trainer.encode([""]))
-    assert all((response[:-1] != end).all() for response in responses)
-    assert all(len(response) == 24 or response[-1] == end for response in responses)
-    stats = trainer.step(queries[:1] * 3, [good[0], good[0][:-1], good[1][:2]], [0.1, 0.5, 0.9])
-    assert stats["tokens/ended_share"] == pytest.approx(1 / 3)
-    trainer.save(tmp_path / "saved")
-    again = TextPPOTrainer.from_pretrained(tmp_path / "saved", PPOConfig(device="cpu"))
-    assert [query.tolist() for query in again.encode(["this film was"])] == [queries[0].tolist()]
-    assert AutoTokenizer.from_pretrained(tmp_path / "saved").encode("this film was") == plain.encode("this film was")
-
-
-def test_embeddings_padded_beyond_the_tokenizer(tmp_path):
-    """The rows that pad are neither sampled here nor by plain transformers."""
-    folder = write_gpt2(tmp_path / "gpt2", vocab_size=64)
-    trainer = TextPPOTrainer.from_pretrained(folder, PPOConfig(device="cpu"))
-    with torch.no_grad():
-        trainer.model.transformer.wte.weight[50] = trainer.model.transformer.wte.weight[5] * 9  # a likely token, else
-    responses = torch.cat(trainer.generate([[2, 5, 6]] * 64))
-    assert responses.max() < 43 < trainer.engine.restriction.numel() == 64
-    with pytest.raises(ValueError, match="response 0 holds id 50"):
-        trainer.step([[2, 5]], [[50]], [0.5])
-    trainer.save(tmp_path / "saved")
-    suppressed = json.loads((tmp_path / "saved" / "generation_config.json").read_text())["suppress_tokens"]
-    assert suppressed == [0, 1, 2, 4, *range(43, 64)]
+    sequences = [ids, torch.tensor([14, 3]), torch.tensor([41, 3, 0, 0]), torch.tensor([3])]
+    assert models.decode(policy[1], sequences) == ["刚收到,goods", "错", "good", ""]
 
 
 @pytest.mark.parametrize(
-    ("name", "other"), [("cls_token", "bos_token"), ("sep_token", "eos_token"), ("pad_token", "eos_token")]
+    ("prompt", "line"),
+    [
+        ("衣服Good", "doesn't know 'Good' in the prompt '衣服Good'; .* lower-case"),
+        ("good很👍", "doesn't know '👍'"),
+        ("衣服[SEP]", "contains the special token \\[SEP\\]; remove it"),
+        ("[CLS]衣服", "contains the special token \\[CLS\\]"),
+        ("衣服[UNK]", "contains the special token \\[UNK\\]"),
+    ],
 )
-def test_a_text_needs_a_start_and_an_end(tmp_path, name, other):
-    folder = write_bpe_gpt2(tmp_path / "gpt2")
-    bpe = ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    bpe.save(str(folder / "tokenizer.json"))
-    own = {token: "film" for token in ("cls_token", "sep_token", "pad_token") if token != name}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **own}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    said = f"the tokenizer in {folder} has neither {name} nor {other}; a text needs a start and an end"
-    with pytest.raises(UserError, match=f"^{said}$"):
-        models.load_tokenizer(folder)
-
-
-@pytest.mark.parametrize("note", ["config.json", "tokenizer_config.json"])
-def test_a_tokenizer_that_is_named_is_that_one(gpt2_folder, tmp_path, note):
-    folder = shutil.copytree(gpt2_folder, tmp_path / "gpt2")
-    for name in ("config.json", "tokenizer_config.json"):
-        values = json.loads((folder / name).read_text()) | {"tokenizer_class": None}
-        (folder / name).write_text(json.dumps(values | ({"tokenizer_class": "BertTokenizer"} if name == note else {})))
-    assert not models.is_bare_chinese_gpt2(folder)
-    assert isinstance(models.load_tokenizer(folder), BertTokenizer)
-
-
-def test_a_bare_vocabulary_is_bert_s(tmp_path):
-    """config.json without a tokenizer's class beside vocab.txt, and nothing else."""
-    folder = write_gpt2(tmp_path / "gpt2")
-    (folder / "tokenizer_config.json").unlink()
-    edit_config(folder, tokenizer_class=None)
-    tokenizer = models.load_tokenizer(folder)
-    assert models.encode_prompt(tokenizer, "刚收到货").tolist() == [2, 5, 6, 7, 8]
+def test_a_prompt_that_the_model_would_see_as_another_is_rejected(gpt2_folder, tmp_path, prompt, line):
+    """With a tokenizer that keeps capitals, which its vocabulary lacks, as the article's does."""
+    folder = shutil.copytree(gpt2_folder, tmp_path / "model")
+    edit(folder, "tokenizer_config.json", do_lower_case=False)
+    with pytest.raises(UserError, match=line):
+        models.encode_prompt(models.load_tokenizer(folder), prompt)

@@ -1,4 +1,4 @@
-"""A run looks whether the library still computes as this program drives it."""
+"""A run checks that the library still computes as this program drives it."""
 
 import pytest
 import torch
@@ -9,14 +9,25 @@ import train_ppo
 from support import self_check, shared_prompts
 from support.batches import Prompts
 from support.errors import UserError
+from tests.helpers import make
+
+attention_bias = gpt2_value_head.attention_bias
 
 
 def without_padding(mask, *shape):
-    return gpt2_value_head.attention_bias(None, *shape)
+    return attention_bias(None, *shape)
 
 
 def without_mask(*shape):
-    return torch.zeros_like(gpt2_value_head.attention_bias(*shape))
+    return torch.zeros_like(attention_bias(*shape))
+
+
+def uncached(forward):
+    def call(self, input_ids, attention_mask=None, past_key_values=None, use_cache=False, logits_to_keep=0):
+        mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
+        return forward(self, input_ids, mask, logits_to_keep=logits_to_keep)
+
+    return call
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -27,56 +38,46 @@ def test_all_ways_agree_in_every_dtype(policy, dtype, frozen_share):
     self_check.check_passes(model.to(dtype))
 
 
-@pytest.mark.parametrize("break_it", [without_padding, without_mask])
-def test_shared_prompts_whose_mask_the_library_loses_are_noticed(policy, monkeypatch, break_it):
-    monkeypatch.setattr(shared_prompts, "attention_bias", break_it)
-    with pytest.raises(UserError, match="with a shared prompt a text gets logits that are [0-9]+% off"):
-        self_check.check_passes(policy[0])
-
-
-def test_shared_prompts_at_wrong_positions_are_noticed(policy, monkeypatch):
-    monkeypatch.setattr(shared_prompts, "position_ids", lambda mask: torch.arange(mask.shape[1]).expand_as(mask))
-    with pytest.raises(UserError, match="with a shared prompt"):
-        self_check.check_passes(policy[0])
-
-
-def test_completions_that_read_another_prompt_are_noticed(policy, monkeypatch):
-    monkeypatch.setattr(Prompts, "spread", lambda self, tensor: tensor[self.rows.flip(0)])
-    with pytest.raises(UserError, match="with a shared prompt"):
-        self_check.check_passes(policy[0])
-
-
-def test_a_mask_that_sampling_loses_is_noticed(policy, monkeypatch):
-    attention_bias = gpt2_value_head.attention_bias
-    monkeypatch.setattr(gpt2_value_head, "attention_bias", lambda mask, *shape: attention_bias(None, *shape))
-    with pytest.raises(UserError, match="token by token a text gets"):
-        self_check.check_passes(policy[0])
-
-
-def test_a_cache_that_the_library_does_not_fill_is_noticed(policy, monkeypatch):
-    forward = gpt2_value_head.GPT2HeadWithValueModel.forward
-
-    def uncached(self, input_ids, attention_mask=None, past_key_values=None, use_cache=False, logits_to_keep=0):
-        mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
-        return forward(self, input_ids, mask, logits_to_keep=logits_to_keep)
-
-    monkeypatch.setattr(gpt2_value_head.GPT2HeadWithValueModel, "forward", uncached)
-    with pytest.raises(UserError, match="token by token"):
-        self_check.check_passes(policy[0])
-
-
-def test_a_whole_text_whose_own_mask_is_lost_is_noticed(policy, monkeypatch):
-    """The library's mask for a text without padding; eager attention has no other."""
+@pytest.mark.parametrize(
+    ("module", "name", "broken", "way"),
+    [
+        (shared_prompts, "attention_bias", without_padding, "with a shared prompt"),
+        (shared_prompts, "attention_bias", without_mask, "with a shared prompt"),
+        (shared_prompts, "position_ids", lambda m: torch.arange(m.shape[1]).expand_as(m), "with a shared prompt"),
+        (Prompts, "spread", lambda self, tensor: tensor[self.rows.flip(0)], "with a shared prompt"),
+        (gpt2_value_head, "attention_bias", without_padding, "token by token"),
+        (gpt2_value_head.GPT2HeadWithValueModel, "forward", uncached, "token by token"),
+        (modeling_gpt2, "create_causal_mask", lambda attention_mask, **_: attention_mask, "with a shared prompt"),
+    ],
+    ids=["padding", "mask", "positions", "another prompt", "padding in sampling", "cache", "the library's own mask"],
+)
+def test_what_the_library_might_lose_is_noticed(policy, monkeypatch, module, name, broken, way):
     policy[0].set_attn_implementation("eager")
-    monkeypatch.setattr(modeling_gpt2, "create_causal_mask", lambda attention_mask, **_: attention_mask)
-    with pytest.raises(UserError, match="with a shared prompt"):
+    monkeypatch.setattr(module, name, broken(getattr(module, name)) if broken is uncached else broken)
+    with pytest.raises(UserError, match=f"{way} the logits are [0-9]+% off"):
         self_check.check_passes(policy[0])
 
 
-def test_a_run_ends_with_the_line_before_it_trains(demo, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_model_that_computes_is_checked(policy, monkeypatch, dtype):
+    """In bfloat16 this is a copy: a library that is only wrong in bfloat16 stops the run."""
+
+    def broken(mask, n_keys, seq, like):
+        bias = attention_bias(mask, n_keys, seq, like)
+        return bias if like.dtype == torch.float32 else torch.zeros_like(bias)
+
+    monkeypatch.setattr(shared_prompts, "attention_bias", broken)
+    if dtype == "float32":
+        make(policy, dtype=dtype)
+    else:
+        with pytest.raises(UserError, match="with a shared prompt the logits are"):
+            make(policy, dtype=dtype)
+
+
+def test_a_run_stops_before_it_trains(demo, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shared_prompts, "attention_bias", without_mask)
     assert train_ppo.main(["--preset", "demo", "--runs_dir", str(tmp_path), "--run_name", "r"]) == 2
-    assert "is not what this program was written for: with a shared prompt" in capsys.readouterr().err
+    assert "don't work with this program: with a shared prompt" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
 
 

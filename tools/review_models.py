@@ -15,7 +15,6 @@ import random
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
@@ -41,7 +40,7 @@ HELD_OUT = 30  # one review in so many is not trained on but evaluates the model
 @path_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("reviews", type=Path, help="a CSV file with columns label and review, or a zip with one inside")
+    parser.add_argument("reviews", type=Path, help="a CSV file with columns label and review, or a zip with it inside")
     parser.add_argument("out", type=Path, help="folder to write")
     args = parser.parse_args(argv)
     if args.out.exists():
@@ -61,16 +60,12 @@ def read_reviews(path: Path) -> list[tuple[str, int]]:
     """Return the distinct texts of a file and their labels, 1 or 0. Raises UserError if it can't be used."""
     rows = csv.DictReader(io.StringIO(unpack(path), newline=""))
     reviews = {}
-    try:
-        if not {"label", "review"} <= set(rows.fieldnames or []):
-            raise UserError(f"{path} needs a first line that names the columns label and review")
-        for row in rows:
-            if row["label"] not in ("0", "1") or row["review"] is None:
-                raise UserError(f"{path} is damaged in line {rows.line_num}: expected a review and 0 or 1 as its label")
-            if row["review"].strip():
-                reviews[row["review"]] = int(row["label"])
-    except csv.Error as error:
-        raise UserError(f"{path} is damaged in line {rows.reader.line_num}: {error}")
+    for row in rows:
+        if row.get("label") not in ("0", "1") or row.get("review") is None:
+            expected = "expected 0 or 1 in the column label and a text in the column review, named in the first line"
+            raise UserError(f"{path}, line {rows.line_num}: {expected}")
+        if row["review"].strip():
+            reviews[row["review"]] = int(row["label"])
     if len(reviews) < FEWEST or len(set(reviews.values())) < 2:
         raise UserError(f"{path} has {len(reviews)} different reviews; at least {FEWEST} with both labels are needed")
     return list(reviews.items())
@@ -78,14 +73,13 @@ def read_reviews(path: Path) -> list[tuple[str, int]]:
 
 def unpack(path: Path) -> str:
     """Return the text of a file, or of the only .csv file in a zip."""
-    remedy = "save it as UTF-8"
-    if not zipfile.is_zipfile(path):
-        return read_text(path, remedy)
-    with zipfile.ZipFile(path) as archive:
-        names = [name for name in archive.namelist() if name.endswith(".csv")]
-        if len(names) != 1:
-            raise UserError(f"{path} contains {len(names)} .csv files; unpack it, and name one")
-        return read_text(zipfile.Path(archive, names[0]), remedy)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith(".csv")]
+            if len(names) != 1:
+                raise UserError(f"{path} contains {len(names)} .csv files; unpack it, and name one")
+            return read_text(zipfile.Path(archive, names[0]), "save it as UTF-8")
+    return read_text(path, "save it as UTF-8")
 
 
 def write_vocab(path: Path, texts: list[str]) -> None:
@@ -150,14 +144,15 @@ def batches(examples: list, draw: random.Random) -> list[tuple[torch.Tensor, ...
 @torch.no_grad()
 def evaluate(model, examples: list, draw: random.Random) -> str:
     """Return a GPT-2's loss per token, or a classifier's accuracy."""
-    is_gpt2, values, weights = isinstance(model, GPT2LMHeadModel), [], []
+    total, count, is_gpt2 = 0.0, 0, isinstance(model, GPT2LMHeadModel)
     for ids, mask, labels in batches(examples, draw):
         output = forward(model, ids, mask, labels)
-        right = output.logits.argmax(-1).cpu() == labels if not is_gpt2 else None
-        values.append(output.loss.item() if is_gpt2 else right.float().mean().item())
-        weights.append(mask[:, 1:].sum().item() if is_gpt2 else len(labels))
-    mean = np.average(values, weights=weights)
-    return f"{mean:.3f} nats per token" if is_gpt2 else f"accuracy {mean:.1%}"
+        if is_gpt2:
+            n = mask[:, 1:].sum().item()
+            total, count = total + n * output.loss.item(), count + n
+        else:
+            total, count = total + (output.logits.argmax(-1).cpu() == labels).sum().item(), count + len(labels)
+    return f"{total / count:.3f} nats per token" if is_gpt2 else f"accuracy {total / count:.1%}"
 
 
 if __name__ == "__main__":
