@@ -157,7 +157,7 @@ def complete(config: PPOConfig, run_dir: Path) -> int:
     """Print completions by the model of a run before training and now, of the same draws, with their rewards; the exit
     code. The run may be at work; nothing in its folder changes."""
     from support.checkpoint import load_checkpoint
-    from support.evaluation import SEED, before_after_table, sample_and_score
+    from support.evaluation import before_after_table, sample_and_score
     from support.run_folder import RunFolder
     from support.text_trainer import TextPPOTrainer
 
@@ -178,7 +178,7 @@ def complete(config: PPOConfig, run_dir: Path) -> int:
 
     table = {}
     for when, model in (("before", trainer.ref_model), ("after", now)):
-        index, *_, texts, scores = sample_and_score(trainer, model, reward, prompts, config.eval_samples, SEED, 0)
+        index, *_, texts, scores = sample_and_score(trainer, model, reward, prompts, config.eval_samples)
         rows = sorted(zip(index, range(len(texts))))  # prompt by prompt
         table[when] = {"samples": [(prompts[prompt], texts[row], scores[row].item()) for prompt, row in rows]}
     if folder.writes:

@@ -1,7 +1,7 @@
-"""Signs in the rows of metrics.csv that a run is sick: each told once, with the way out. None stops anything.
+"""Signs in the rows of metrics.csv that a run is in trouble: each is reported once, with the remedy. None stops a run.
 
-The limits lie between the healthy and the sick runs of docs/experiments.md. What comes by chance, in a batch or two, is
-looked at as a mean over the last steps.
+The limits lie between the healthy and the sick runs of docs/experiments.md. Numbers that vary from batch to batch are
+averaged over the last steps.
 """
 
 import math
@@ -16,9 +16,9 @@ DEARER = "a higher --init_kl_coef or --kl_budget 0.4 keeps the texts closer to t
 
 
 class Alarms:
-    """What has been told so far: `found`, a list of {"step", "alarm", "says"}.
+    """Looks at each step of a run. `found` lists what it has reported: {"step", "alarm", "says"}.
 
-    kl_limit: how far away the best possible policy lies, in nats, or None where that is unknown.
+    kl_limit: the KL of the best possible policy in nats, or None if unknown.
     """
 
     def __init__(self, config, kl_limit: float | None):
@@ -27,7 +27,7 @@ class Alarms:
         self.first, self.last, self.found = None, [], []
 
     def look(self, row: dict[str, float]) -> list[dict]:
-        """Take the next step's row of metrics.csv; what it gives reason to tell for the first time."""
+        """Take the next row of metrics.csv. Returns the alarms that it raises for the first time."""
         self.last = [*self.last[1 - LAST :], row]
         first = self.first = self.first or row
         fast, clipped = row["ppo/policy/approxkl"], row["ppo/policy/clipfrac"]
@@ -44,7 +44,7 @@ class Alarms:
             signs["far away"] = f"KL is {kl:.2g} nats, and such a distance does not pay: {DEARER}"
         if entropy < NARROW * first["objective/entropy"]:
             signs["narrow"] = f"entropy has fallen from {first['objective/entropy']:.2g} to {entropy:.2g}: {DEARER}"
-        if unique < ALIKE * first.get("tokens/unique_share", math.nan):
+        if unique < ALIKE * first["tokens/unique_share"]:
             signs["alike"] = f"only {unique:.0%} of the texts in a batch are unique: {DEARER}"
         told = {alarm["alarm"] for alarm in self.found}
         new = [{"step": int(row["step"]), "alarm": name, "says": signs[name]} for name in signs if name not in told]
@@ -52,5 +52,5 @@ class Alarms:
         return new
 
     def recent(self, name: str) -> float:
-        """The mean of a column over the last steps."""
-        return sum(row.get(name, math.nan) for row in self.last) / len(self.last)
+        """Returns the mean of a column over the last steps."""
+        return sum(row[name] for row in self.last) / len(self.last)

@@ -1,304 +1,212 @@
-"""Runs beside one another: what each of them wrote, what differs between them, which are one curve, and their table.
+"""Compare runs: read what each one wrote, group them into curves, and put their figures in a table.
 
-Runs that differ in nothing but the seed are one curve, the mean over the seeds; a spread is the standard deviation.
+Runs that differ only in the seed are one curve: their mean.
 """
 
 import functools
 import json
-import re
+import math
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from unicodedata import east_asian_width
 
 import numpy as np
 
 from config import PRESETS, PPOConfig
-from support.errors import UserError, escaped
-from support.figures import decimals
-from support.files import MEND_LINE, read_json, whole_lines
+from support.errors import UserError
+from support.figures import decimals, table
+from support.files import MEND_LINE, damaged, read_json, whole_lines
 from support.settings import NOT_COMPARED
 
 REQUIRED = ["step", "episodes", "env/reward_mean", "objective/kl"]  # columns of metrics.csv
-STD = "env/reward_std"  # another, which a loop of one's own may lack
-
-# Settings that tell no run from another: `preset` stands for those that follow from it, see `told`
-SILENT = NOT_COMPARED | {"seed", "log_samples_every", "save_every", "save_every_minutes", "keep_checkpoints"}
-SILENT |= {"process_timeout"}
-# Settings that decide what a completion earns, and with it the frontier
-REWARD = "model_name reward_model_name positive_label reward prompts prompts_file gen_len temperature".split()
-SHOWN = 24  # characters of a value
-
-
-# ----------------------------------------------------------------------------------------------
-# What a run wrote
+# Settings that change nothing that a curve shows, and those that decide the limit
+SILENT = {"seed", "log_samples_every", "save_every", "save_every_minutes", "keep_checkpoints", "process_timeout"}
+LIMIT = (
+    "model_name reward_model_name positive_label reward prompts prompts_file gen_len temperature init_kl_coef".split()
+)
+FORMATS = {"R": None, "KL": ".3f", "J": None, "gain": ".2f", "SD": ".2f", "error of judging": ".2f"}
+FORMATS |= {"unique": ".1%", "seconds a step": ".2f"}  # of the table; None: one decimal more than rewards need
+LEGEND = """R, KL, J, gain and unique: means over the trained models of a row, as they were judged. SD: the standard
+deviation of their gains. Error of judging: the standard error of one run's gain, which more --eval_samples reduce."""
 
 
 @dataclass
 class Run:
-    """What a run folder holds. metrics: the columns of metrics.csv, (steps,) float64 each. settings: config.json, {}
-    where there is none. hashes: of models, prompts and a reward of one's own, by what they are hashes of."""
+    """What a run folder contains: the columns of metrics.csv, (steps,) float64 each, evaluation.json, config.json."""
 
     name: str
     metrics: dict[str, np.ndarray]
     evaluation: dict
     settings: dict
-    hashes: dict
 
-    def values(self, names: list[str]) -> tuple[str, ...]:
-        """Settings and hashes as JSON, to be compared."""
-        known = self.settings | self.hashes
-        return tuple(json.dumps(known[name]) if name in known else "unknown" for name in names)
+    def figures(self) -> dict[str, float]:
+        """Returns what the table shows of a run, as far as it is known."""
+        after, gain = self.evaluation.get("after"), known_gain(self)
+        found = {"R": after["reward"], "KL": after["kl"], "unique": after["unique"]} if after else {}
+        if after and "init_kl_coef" in self.settings:
+            found["J"] = after["reward"] - self.settings["init_kl_coef"] * after["kl"]
+        if gain:
+            found |= {"gain": gain["gain"], "error of judging": gain["gain_se"]}
+        if "time/step" in self.metrics:
+            found["seconds a step"] = np.median(self.metrics["time/step"])
+        return found
+
+
+def known_gain(run: Run) -> dict:
+    """Returns a run's gain with its standard error and its limit, {} if it is unknown."""
+    gain = run.evaluation.get("gain") or {}
+    return gain if gain.get("gain") is not None else {}
 
 
 def read_run(path: Path) -> Run:
-    """UserError where the metrics.csv cannot be used. Of other files that are damaged a warning says so."""
+    """Raises UserError if metrics.csv can't be used. Warns if another file is damaged, and goes on without it."""
 
-    def unless_damaged(name: str) -> dict:
+    def read(name: str) -> dict:
         try:
-            return read_json(path / name, "the run is drawn without it", missing={})
+            return read_json(path / name, "the run is shown without it", missing={})
         except UserError as error:
             print(f"warning: {error}", file=sys.stderr)
             return {}
 
-    metrics, evaluation = read_metrics(path), unless_damaged("evaluation.json")
-    settings, inputs = unless_damaged("config.json"), unless_damaged("inputs.json")
-    # The demo's models are made anew, and on another machine may differ in the last digits
-    inputs = {name: value for name, value in inputs.items() if not name.endswith("_name demo")}
-    hashes = {re.sub("^the |(?<=_name) .*|(?<=--reward) .*", "", name): value for name, value in inputs.items()}
-    return Run(path.resolve().name, metrics, evaluation, settings, hashes)
+    settings = read("config.json")
+    if settings.get("reward"):  # the function's file may have changed
+        hashes = [value for name, value in read("inputs.json").items() if "of --reward " in name]
+        settings["reward"] = " ".join([settings["reward"], *hashes])
+    return Run(path.resolve().name, read_metrics(path), read("evaluation.json"), settings)
 
 
 def read_rows(path: Path) -> list[tuple[str, dict[str, float]]]:
-    """The lines of a metrics.csv that are whole, each with its numbers by column; the first, the names, has none.
-
-    UserError, with the line, where one cannot be read without doubt.
-    """
+    """Returns the whole lines of a metrics.csv, each with its numbers by column; the first, the header, has none."""
     rows, names = [], []
     for number, line in enumerate(whole_lines(path), 1):
-        cells = [cell.strip('" \r') for cell in line.split(",")]
-        try:
-            if number == 1:
-                names = cells
-                if missing := [name for name in REQUIRED if name not in names]:
-                    raise ValueError(f"it names no column {missing[0]}")
-                if len(set(names)) < len(names):
-                    raise ValueError("it names a column twice")
-                rows.append((line, {}))
-            elif line.strip():
-                if len(cells) != len(names):
-                    raise ValueError(f"{len(cells)} values below {len(names)} names")
-                rows.append((line, dict(zip(names, map(float, cells)))))
-        except ValueError as error:
-            form = "numbers have points, and commas between them"
-            raise UserError(f"{path} is damaged in line {number}: {error}; {form}; {MEND_LINE}")
+        with damaged(f"line {number} of {path}", MEND_LINE):
+            numbers = dict(zip(names, map(float, line.split(",")), strict=True)) if names else {}
+        names = names or line.strip().split(",")
+        rows.append((line, numbers))
     return rows
 
 
 def read_metrics(run: Path) -> dict[str, np.ndarray]:
-    """The columns of a run's metrics.csv, (steps,) float64 each; a half-written last line is left out."""
-    rows = [row for _, row in read_rows(run / "metrics.csv")[1:]]
+    """Returns the columns of a run's metrics.csv, (steps,) float64 each, without a half-written last line."""
+    path, rows = run / "metrics.csv", [row for _, row in read_rows(run / "metrics.csv")[1:]]
     if not rows:
-        raise UserError(f"{run / 'metrics.csv'} has no step yet: the run has not finished one")
+        raise UserError(f"{path} has no step yet: the run has not finished one")
+    if missing := [name for name in REQUIRED if name not in rows[0]]:
+        raise UserError(f"{path} has no column {missing[0]}; is it the metrics.csv of a run?")
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
-
-
-# ----------------------------------------------------------------------------------------------
-# What differs, and which runs are one curve
 
 
 @dataclass
 class Curve:
-    """Runs that are drawn as one: their mean. values: what tells them from the others, by setting, as it is shown."""
+    """Runs that are drawn as one. name: the settings that tell them from the others."""
 
-    values: dict[str, str]
+    name: str
     runs: list[Run]
-    unit: str = "seeds"  # what there may be several of; "runs" where they differ in more than the seed
+    colour: str = "C0"
 
     @property
     def label(self) -> str:
-        told = [value if name in ("run", "run_name") else f"{name} {value}" for name, value in self.values.items()]
-        return ", ".join(told + ([f"{len(self.runs)} {self.unit}"] if len(self.runs) > 1 else []))
+        return self.name if len(self.runs) == 1 else f"{self.name}, {len(self.runs)} runs"
 
     @functools.cached_property
     def metrics(self) -> dict[str, np.ndarray]:
-        """The columns that all its runs have, at the episodes that all have reached: (runs, steps) float64 each.
-
-        UserError where there are none.
-        """
-        tables = [run.metrics for run in self.runs]
-        episodes = functools.reduce(np.intersect1d, [table["episodes"] for table in tables])
-        if not len(episodes):
-            raise UserError(f"the runs of {self.label} share no number of episodes; let --by tell them apart")
-        rows = [np.intersect1d(table["episodes"], episodes, return_indices=True)[1] for table in tables]
-        shared = [name for name in tables[0] if all(name in table for table in tables)]
-        return {name: np.stack([table[name][at] for table, at in zip(tables, rows)]) for name in shared}
+        """The columns that all its runs have, up to the last step that all have reached: (runs, steps) float64 each."""
+        n = min(len(run.metrics["step"]) for run in self.runs)
+        names = [name for name in self.runs[0].metrics if all(name in run.metrics for run in self.runs)]
+        metrics = {name: np.stack([run.metrics[name][:n] for run in self.runs]) for name in names}
+        if np.ptp(metrics["episodes"], axis=0).any():
+            raise UserError(f"the steps of {self.label} differ in their episodes; tell these runs apart with --by")
+        return metrics
 
 
-def curves(runs: list[Run], by: list[str] = ()) -> list[Curve]:
-    """Runs that have the same settings but for the seed, each as one curve; or the same of the settings `by`.
+def curves(runs: list[Run], by: list[str] | None = None) -> list[Curve]:
+    """Returns a curve for each combination of the settings `by`; by default of all that differ, except for the seed.
 
-    A run without its settings, or one that differs in nothing at all from another, is a curve called by its name.
-    UserError where no run has a setting of `by`.
+    A run without settings, or with the seed of another, is a curve of its own. Raises UserError if no run has a setting
+    of `by`.
     """
     known = [run for run in runs if run.settings]
-    for name in by:
-        if not any(name in run.settings for run in known):
-            differing = ", ".join([*differences(known), "run_name", "seed"])
-            raise UserError(f"--by {name}: no run here has such a setting; take some of {differing}")
-    names = list(by) or told(known)
-    groups = {}
+    names, groups = told(known) if by is None else by, {}
+    if unknown := [name for name in names if not any(name in run.settings for run in known)]:
+        differing = ", ".join([*differences(known), "run_name", "seed"])
+        raise UserError(f"--by {unknown[0]}: no run here has such a setting; take some of {differing}")
     for run in sorted(known, key=lambda run: [order(run.settings.get(name)) for name in names]):
-        groups.setdefault(run.values(names), []).append(run)
-    found = []
+        groups.setdefault(json.dumps([run.settings.get(name) for name in names]), []).append(run)
+    found = [Curve(run.name, [run]) for run in runs if not run.settings]
     for group in groups.values():
-        values = {name: short(name, (group[0].settings | group[0].hashes).get(name, "unknown")) for name in names}
-        if by or len({run.settings["seed"] for run in group}) == len(group):
-            found.append(Curve(values, group, "runs" if differences(group) else "seeds"))
-        else:
-            found += [Curve(dict(values), [run]) for run in group]
-    labels = Counter(curve.label for curve in found)
+        name = ", ".join(f"{name} {short(group[0].settings.get(name, 'unknown'))}" for name in names)
+        together = by is not None or len({run.settings.get("seed") for run in group}) == len(group)
+        for members in [group] if together else [[run] for run in group]:
+            found.append(Curve(name or ("all" if len(members) > 1 else members[0].name), members))
+    same = Counter(curve.name for curve in found)
     for curve in found:
-        if labels[curve.label] > 1 or not curve.label:
-            curve.values["run"] = curve.runs[0].name
-    return found + [Curve({"run": run.name}, [run]) for run in runs if not run.settings]
+        curve.name += f" ({curve.runs[0].name})" if same[curve.name] > 1 else ""
+    return found
 
 
 def differences(runs: list[Run]) -> list[str]:
-    """The settings in which runs differ, and the hashes where the settings do not tell why."""
-    names = dict.fromkeys(name for run in runs for name in run.settings if name not in SILENT)
-    differing = [name for name in names if len({run.values([name]) for run in runs}) > 1]
-    hashes = [name for name in (runs[0].hashes if runs else ()) if all(name in run.hashes for run in runs)]
-    worlds = {run.values(REWARD) for run in runs}
-    return differing + [name for name in hashes if len({run.values([*REWARD, name]) for run in runs}) > len(worlds)]
+    """Returns the settings in which runs differ."""
+    known = [run.settings for run in runs if run.settings]
+    names = dict.fromkeys(name for settings in known for name in settings if name not in SILENT | NOT_COMPARED)
+    return [name for name in names if len({json.dumps(settings.get(name)) for settings in known}) > 1]
 
 
 def told(runs: list[Run]) -> list[str]:
-    """The `differences` of runs, with `preset` in place of those which in every run are as its preset has them."""
-    presets = {preset: vars(PPOConfig(preset=preset)) for run in runs if (preset := run.settings["preset"]) in PRESETS}
-    absent = object()
-
-    def follows(name: str) -> bool:
-        return all(run.settings.get(name) == presets.get(run.settings["preset"], {}).get(name, absent) for run in runs)
-
+    """Returns the `differences` of runs, with `preset` in place of those that are as each run's preset has them."""
+    presets = {name: vars(PPOConfig(preset=name)) for name in PRESETS}
+    of_runs = [(run.settings, presets.get(run.settings.get("preset"), {})) for run in runs]
     names = differences(runs)
-    return ["preset"] * any(map(follows, names)) + [name for name in names if not follows(name)]
+    own = [
+        name for name in names if any(settings.get(name, "unknown") != preset.get(name) for settings, preset in of_runs)
+    ]
+    return ["preset"] * (len(own) < len(names)) + own
 
 
-def order(value) -> tuple:
-    """Numbers by size, and after them anything else."""
-    return (0, value, "") if isinstance(value, (int, float)) else (1, 0, json.dumps(value))
+def order(value) -> tuple[float, str]:
+    """Returns a sort key: numbers by size, and after them everything else."""
+    return (value if isinstance(value, (int, float)) else math.inf, str(value))
 
 
-def short(name: str, value) -> str:
-    """A setting's value in a few characters: 3e-5, 0.15, the last part of a path, the first of several prompts."""
-    if isinstance(value, list) and value:
-        return short(name, value[0]) + f" and {len(value) - 1} more" * (len(value) > 1)
-    if isinstance(value, float):
-        return np.format_float_scientific(value, 5, trim="-", exp_digits=1) if 0 < abs(value) <= 1e-3 else f"{value:g}"
-    text = Path(value).name if isinstance(value, str) and name.endswith(("_name", "_file")) else str(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
-
-
-# ----------------------------------------------------------------------------------------------
-# The table
-
-
-def after(name: str):
-    """What the judgement of the trained model says of a run, None where there is none."""
-    return lambda run: (run.evaluation.get("after") or {}).get(name)
-
-
-def J(run: Run) -> float | None:
-    reward, beta = after("reward")(run), run.settings.get("init_kl_coef")
-    return None if reward is None or beta is None else reward - beta * after("kl")(run)
-
-
-def of_gain(name: str):
-    """A figure of a run's gain, None where the gain is not known."""
-
-    def figure(run: Run):
-        gain = run.evaluation.get("gain") or {}
-        return None if gain.get("gain") is None else gain.get(name)
-
-    return figure
-
-
-def seconds(run: Run) -> float | None:
-    return float(np.median(run.metrics["time/step"])) if "time/step" in run.metrics else None
+def short(value) -> str:
+    """Returns a setting's value in a few characters: the first of several prompts, the end of a path."""
+    if isinstance(value, list):
+        return short(value[0]) + f" and {len(value) - 1} more" * (len(value) > 1)
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float) and 0 < value < 1e-2:
+        text = np.format_float_scientific(value, trim="-", exp_digits=1)
+    return text if len(text) <= 24 else f"…{text[-23:]}"
 
 
 def reward_decimals(drawn: list[Curve]) -> int:
-    """With how many decimals rewards are told apart, by the least standard deviation of a first step."""
-    spreads = [run.metrics[STD][0] for curve in drawn for run in curve.runs if STD in run.metrics]
-    return decimals(min(spreads, default=0))
+    """Returns how many decimals tell rewards apart, by the smallest standard deviation of a first step."""
+    metrics = [run.metrics for curve in drawn for run in curve.runs if "env/reward_std" in run.metrics]
+    return decimals(min([each["env/reward_std"][0] for each in metrics], default=0))
 
 
-FIGURES = [  # of the table: (header, of a run, of several, format; None: one decimal more than rewards need)
-    ("R", after("reward"), np.mean, None),
-    ("KL", after("kl"), np.mean, ".3f"),
-    ("J", J, np.mean, None),
-    ("gain", of_gain("gain"), np.mean, ".2f"),
-    ("SD", of_gain("gain"), lambda gains: gains.std(ddof=1) if len(gains) > 1 else None, ".2f"),
-    ("error of judging", of_gain("gain_se"), np.mean, ".2f"),
-    ("unique", after("unique"), np.mean, ".1%"),
-    ("seconds a step", seconds, np.mean, ".2f"),
-]
-LEGEND = """R, KL, J, gain and unique: of the trained models as they were judged, means over a line's seeds or runs.
-SD: the standard deviation of the gain over them. Error of judging: the standard error of one run's gain, which more
---eval_samples make smaller."""
-
-
-def table(drawn: list[Curve]) -> str:
-    """Curves as a Markdown table; "-" where a figure is not known."""
-    names = list(dict.fromkeys(name for curve in drawn for name in curve.values if name != "episodes"))
-    unit = "runs" if any(curve.unit == "runs" for curve in drawn) else "seeds"
-    rows = [[*names, unit, "episodes", *(header for header, *_ in FIGURES)]]
-    of_rewards = f".{reward_decimals(drawn) + 1}f"
+def comparison(drawn: list[Curve]) -> str:
+    """Returns the figures of curves as a Markdown table; "-" stands for an unknown one."""
+    in_rewards, rows = f".{reward_decimals(drawn) + 1}f", []
     for curve in drawn:
-        cells = [curve.values.get(name, "-") for name in names]
-        cells += [str(len(curve.runs)), f"{curve.metrics['episodes'][0, -1]:,.0f}"]
-        for _, figure, of_several, form in FIGURES:
-            found = [value for value in map(figure, curve.runs) if value is not None]
-            value = of_several(np.array(found)) if found else None
-            cells.append("-" if value is None else f"{value:{form or of_rewards}}")
-        rows.append([re.sub(r"([\\|])", r"\\\1", escaped(cell)) for cell in cells])
-    widths = [max(map(width, column)) for column in zip(*rows)]
-    rows.insert(1, ["-" * each for each in widths])
-    return "\n".join(
-        f"| {' | '.join(cell + ' ' * (each - width(cell)) for cell, each in zip(row, widths))} |" for row in rows
-    )
-
-
-def width(text: str) -> int:
-    """Columns of a terminal, of which a Chinese character takes two."""
-    return sum(1 + (east_asian_width(character) in "WF") for character in text)
-
-
-def what_does_not_compare(runs: list[Run]) -> str:
-    """Why gains of these runs differ by more than training; nothing where they do not."""
-    names = differences([run for run in runs if run.settings])
-    of_reward = [name for name in names if name in REWARD or name.startswith("hash of")]
-    beta = [name for name in names if name == "init_kl_coef"]
-    limit = "a frontier and a limit" if of_reward else "a limit"
-    differ = f"these runs differ in {', '.join(of_reward + beta)}"
-    return f"{differ}: each has {limit} of its own, and their gains do not compare" if of_reward + beta else ""
+        of_runs = [run.figures() for run in curve.runs]
+        known = {name: [each[name] for each in of_runs if name in each] for name in FORMATS}
+        shown = {name: np.mean(values) for name, values in known.items() if values}
+        if len(known["gain"]) > 1:
+            shown["SD"] = np.std(known["gain"], ddof=1)
+        row = [curve.name, str(len(curve.runs)), f"{curve.metrics['episodes'][0, -1]:,.0f}"]
+        rows.append(row + [f"{shown[n]:{FORMATS[n] or in_rewards}}" if n in shown else "-" for n in FORMATS])
+    return table(["", "runs", "episodes", *FORMATS], rows)
 
 
 def remarks(runs: list[Run], drawn: list[Curve]) -> list[str]:
-    """What a reader of the table has to know, a line each."""
-    lines = [what_does_not_compare(runs)]
-    if mixed := dict.fromkeys(name for curve in drawn if curve.unit == "runs" for name in differences(curve.runs)):
-        lines.append(f"runs in one line of this table differ in {', '.join(mixed)}, too; --by tells them apart")
-    for curve in drawn:
-        if missing := sum(after("reward")(run) is None for run in curve.runs):
-            lines.append(f"{curve.label}: {missing} of {len(curve.runs)} not judged yet")
-        if len({run.metrics["episodes"][-1] for run in curve.runs}) > 1:
-            lines.append(f"{curve.label}: drawn as far as all of them have come")
-    unknown = {}
-    for curve in drawn:
-        for why in {(run.evaluation.get("gain") or {}).get("why") for run in curve.runs} - {None}:
-            unknown.setdefault(why, []).append(curve.label)
-    lines += [f"gain unknown of {'; '.join(labels)}: {why}" for why, labels in unknown.items()]
-    return [escaped(line) for line in lines if line]
+    """Returns what a reader of the table has to know, one line each."""
+    lines, unlike = [], [name for name in differences(runs) if name in LIMIT]
+    if unlike:
+        lines.append(f"These runs differ in {', '.join(unlike)}, and so in the limit: don't compare their gains.")
+    if mixed := dict.fromkeys(name for curve in drawn for name in differences(curve.runs)):
+        lines.append(f"Runs in one row differ in {', '.join(mixed)}, too; --by tells them apart.")
+    for run in runs:
+        if not known_gain(run):
+            why = (run.evaluation.get("gain") or {}).get("why", "not judged yet")
+            lines.append(f"The gain of {run.name} is unknown: {why}.")
+    return lines

@@ -3,8 +3,8 @@
 PPO maximises J = R - beta * KL: mean reward minus the KL coefficient times the KL to the reference, per completion.
 The best policy for that is known, the Gibbs policy, proportional to ref * exp(r / beta) (Ziegler et al. 2019,
 section 2; Korbak et al. 2022, "RL with KL penalties is better viewed as Bayesian inference", arXiv:2205.11275).
-Its reward R*, its KL* and its J* follow from rewards of the reference's own samples, so a run can say which share
-of the way it went:
+Its reward R*, its KL* and its J* can be estimated from rewards of the reference's own samples, so a run can say how
+far it got:
 
     gain = (J - J_ref) / (J* - J_ref)        1 is the limit, 0 is nothing, below 0 the run did harm
 """
@@ -21,46 +21,34 @@ from torch.nn.utils.rnn import pad_sequence
 from ppo import kl_from_logits, logprobs_from_logits, masked_mean
 from reward import score_texts
 from support.errors import UserError
-from support.figures import decimals, in_markdown
+from support.figures import decimals, table
 from support.files import damaged, read_evaluation, write_whole
 from support.text_trainer import TextPPOTrainer
 
-SEED = 20_170_707  # of the evaluation alone: every policy of every run is judged on the same draws
+SEED = 20_170_707  # of every evaluation, whatever the run's seed: all policies are judged on the same draws
 BETAS = [0.15 * 1.25**i for i in range(22)]  # of the frontier, up to 16, in standard deviations of the rewards
-GOOD = 0.7  # gain; a share x of KL* buys at most 2 sqrt(x) - x of it, where rewards are normally distributed:
-UNMOVED = 0.01  # share of KL*, for 0.2
-FAR = 2  # times KL*: with more reward than the limit's, this is no noise; texts were found that no sample held
-CLOSE = 1.5  # times KL*, for 0.95
-LITTLE = 0.03  # possible gain in J, in standard deviations of the rewards: the noise in judging J by a thousand samples
-UNSURE = 0.15  # standard error of the gain, from where a good run and a short one look alike
-UNKNOWN = {  # why the gain is unknown: the verdict
-    "beta is 0": "no limit: KL, {kl} now, has no price; try --kl_budget 0.4",
-    "beta is too low": "hacked, or about to be: at this --init_kl_coef the best policy writes a handful of texts; "
-    "KL is {kl}; try --kl_budget 0.4",
-    "beta is too high": "unmoved: at this --init_kl_coef hardly any KL is worth it; try --kl_budget 0.4",
-    "the rewards are chance": "gain unknown: the same text gets different rewards, and what is possible cannot be told "
-    "from luck; what counts is whether the mean reward rose",
-    "the rewards are equal": "nothing to learn: all completions of a prompt have the same reward; change --reward",
-    "too few samples": "gain unknown: judge again by more samples, with --eval_only and --eval_samples {samples}",
-}
+GOOD = 0.7  # gain; with normal rewards a share x of KL* buys at most 2 sqrt(x) - x of it, so the shares of KL* below
+UNMOVED = 0.01  # buy at most 0.2 of the gain,
+FAR = 2  # at most 0.83: more reward than the limit's at this distance means that texts were found which no sample had,
+CLOSE = 1.5  # and at most 0.95
+FEWEST = 10  # rewards that differ from the others of their prompt: what rests on fewer is chance
+LITTLE = 0.03  # possible gain in J, in standard deviations of the rewards: the noise of J with a thousand samples
+UNSURE = 0.15  # standard error of the gain above which a good run and a short one look alike
 TWICE = 64  # texts that are scored a second time
-NOISY = 0.02  # share of the scores' variance that is chance: from here on the limit is a tenth too far away
+NOISY = 0.02  # share of the rewards' variance that is chance above which the limit is over a tenth too far away
 SHOWN = 5  # completions in the before/after table
 
 
 def evaluate(trainer: TextPPOTrainer, model, reward, prompts: list[str]) -> dict:
-    """Judge `model` on `eval_samples` completions, the prompts in turn. A dict that JSON can hold.
+    """Judge `model` on `eval_samples` completions, the prompts in turn. Returns a dict that JSON can hold.
 
     `kl` is the mean over completions of sum_t KL(model || reference) at the sampled prefixes, computed over the whole
     vocabulary at each token: the same expectation as the sampled log-ratios, with less noise.
     """
     n = trainer.config.eval_samples
-    prompt_index, query_tensors, responses, completions, rewards = sample_and_score(
-        trainer, model, reward, prompts, n, SEED, 0
-    )
+    prompt_index, query_tensors, responses, completions, rewards = sample_and_score(trainer, model, reward, prompts, n)
     kl, ref_logprobs, mask = kl_to_reference(trainer, model, query_tensors, responses)
-
-    ended = [bool(response[-1] == trainer.sep_token_id) for response in responses]
+    counts = Counter(zip(prompt_index, completions))
     return {
         "n": n,
         "reward": rewards.mean().item(),
@@ -68,44 +56,38 @@ def evaluate(trainer: TextPPOTrainer, model, reward, prompts: list[str]) -> dict
         "kl": kl.mean().item(),
         "distinct_1": distinct(completions, 1),
         "distinct_2": distinct(completions, 2),
-        "unique": len(set(zip(prompt_index, completions))) / n,
+        "unique": len(counts) / n,
         "length": sum(len(response) for response in responses) / n,
-        "ended": sum(ended) / n,
+        "ended": sum(bool(response[-1] == trainer.sep_token_id) for response in responses) / n,
         "ref_logprob": masked_mean(ref_logprobs, mask).item(),
-        "commonest": [
-            [prompts[i] + text, count] for (i, text), count in Counter(zip(prompt_index, completions)).most_common(10)
-        ],
+        "commonest": [[prompts[i] + text, count] for (i, text), count in counts.most_common(10)],
         "samples": [[prompts[i], text, score] for i, text, score in zip(prompt_index, completions, rewards.tolist())],
         "kls": kl.tolist(),
     }
 
 
-def sample_and_score(trainer: TextPPOTrainer, model, reward, prompts: list[str], n: int, seed: int, step: int):
-    """n completions, the prompts in turn: which prompt each continues, queries, responses, texts, and rewards (n,)."""
+def sample_and_score(trainer: TextPPOTrainer, model, reward, prompts: list[str], n: int):
+    """Returns n completions, the prompts in turn: prompt indices, queries, responses, texts and rewards (n,)."""
     prompt_index, queries = [i % len(prompts) for i in range(n)], trainer.encode(prompts)
     query_tensors = [queries[i] for i in prompt_index]
-    responses = trainer.generate(query_tensors, model, seed, step)
+    responses = trainer.generate(query_tensors, model, SEED, 0)
     completions = trainer.decode(responses)
     rewards = score_texts(reward, [prompts[i] + text for i, text in zip(prompt_index, completions)])
     return prompt_index, query_tensors, responses, completions, rewards
 
 
 def noise(reward, judged: dict) -> float:
-    """Which share of the rewards' variance is chance: half the mean squared difference of TWICE texts' two rewards."""
+    """Returns the share of the rewards' variance that is chance: half the mean squared difference of two rewards of
+    the same text, for TWICE texts, over the variance of all rewards."""
     scores = torch.tensor([score for *_, score in judged["samples"]], dtype=torch.float64)
     again = score_texts(reward, [prompt + text for prompt, text, _ in judged["samples"][:TWICE]])
     difference = (again - scores[:TWICE]).square().mean().item() / 2
     return difference / scores.var(correction=0).item() if difference else 0.0
 
 
-def kl_to_reference(
-    trainer: TextPPOTrainer, model, query_tensors, response_tensors
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """How far `model` is from the reference along some responses.
-
-    Returns, on the CPU, the KL summed over each completion (n,) in nats, over the whole vocabulary at each token; the
-    reference's log-probabilities (n, T) of the tokens; and the mask (n, T).
-    """
+def kl_to_reference(trainer: TextPPOTrainer, model, query_tensors, response_tensors) -> tuple[torch.Tensor, ...]:
+    """Returns how far `model` is from the reference along responses, on the CPU: the KL (n,) in nats, over the whole
+    vocabulary at each token and summed; the reference's log-probabilities (n, T) of the tokens; and the mask (n, T)."""
 
     def compared(ids, policy, reference):
         (logits, _), (ref_logits, _) = policy, reference
@@ -118,29 +100,33 @@ def kl_to_reference(
 
 
 def distinct(texts: list[str], n: int) -> float:
-    """Distinct-n: different runs of n characters over all runs of n characters (Li et al. 2016, arXiv:1510.03055)."""
-    runs = [text[i : i + n] for text in texts for i in range(len(text) - n + 1)]
-    return len(set(runs)) / max(1, len(runs))
+    """Distinct-n: different n-grams of characters over all of them (Li et al. 2016, arXiv:1510.03055)."""
+    ngrams = [text[i : i + n] for text in texts for i in range(len(text) - n + 1)]
+    return len(set(ngrams)) / max(1, len(ngrams))
+
+
+# ----------------------------------------------------------------------------------------------
+# The limit
 
 
 def gibbs_policy(rewards: torch.Tensor, prompt_index: torch.Tensor, beta: float) -> dict:
-    """R*, KL* and J* of the Gibbs policy from rewards (n,) of the reference's samples, and where the estimate rests.
+    """Estimate R*, KL* and J* of the Gibbs policy from rewards (n,) of the reference's samples.
 
-    Of each prompt's m samples, weights w_i proportional to exp(r_i / beta), R* = sum w_i r_i and
+    For each prompt's m samples, weights w_i proportional to exp(r_i / beta), R* = sum w_i r_i and
     J* = beta log mean exp(r_i / beta), without their bias of order 1 / m: the jackknife (Quenouille 1956), which leaves
     out one sample at a time, with a weight of 1/2 at most. Then means over the samples, and KL* = (R* - J*) / beta.
-    `effective_samples` is n / mean (m w_i)^2. `ratios` (n,) float64, m w_i, are the Gibbs policy's probabilities over
-    the reference's: beta times them is how far each sample moves J*, for its standard error.
+    `effective_samples`, on which the estimate rests, is n / mean (m w_i)^2. `ratios` (n,) float64, m w_i, are the Gibbs
+    policy's probabilities over the reference's: beta times them is how far each sample moves J*.
     """
     groups = [(prompt_index == i).nonzero().squeeze(1) for i in prompt_index.unique()]
-    table = pad_sequence([rewards[group].double() for group in groups], batch_first=True)  # (prompts, m)
+    padded = pad_sequence([rewards[group].double() for group in groups], batch_first=True)  # (prompts, m)
     m = torch.tensor([[len(group)] for group in groups], dtype=torch.float64)
-    there = torch.arange(table.shape[1]) < m
-    exponents = (table / beta).where(there, float("-inf"))
+    there = torch.arange(padded.shape[1]) < m
+    exponents = (padded / beta).where(there, float("-inf"))
     weights = exponents.softmax(1)
-    reward, log_mean = (weights * table).sum(1, keepdim=True), exponents.logsumexp(1, keepdim=True) - m.log()
+    reward, log_mean = (weights * padded).sum(1, keepdim=True), exponents.logsumexp(1, keepdim=True) - m.log()
     left_out = weights.clamp(max=0.5)
-    reward += (m - 1) / m * (left_out / (1 - left_out) * (table - reward)).sum(1, keepdim=True)
+    reward += (m - 1) / m * (left_out / (1 - left_out) * (padded - reward)).sum(1, keepdim=True)
     log_mean -= (m - 1) / m * torch.log1p(-left_out).sum(1, keepdim=True) - (m - 1) * torch.log1p(-1 / m.clamp(min=2))
     ratios = torch.empty(len(rewards), dtype=torch.float64)
     ratios[torch.cat(groups)] = (m * weights)[there]
@@ -155,58 +141,78 @@ def gibbs_policy(rewards: torch.Tensor, prompt_index: torch.Tensor, beta: float)
 
 
 def scores_and_prompts(judged: dict, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rewards (n,) float64 of a judged policy's samples, and which prompt each continues (n,)."""
+    """Returns the rewards (n,) float64 of a judged policy's samples, and the index of the prompt of each (n,)."""
     rewards = torch.tensor([score for _, _, score in judged["samples"]], dtype=torch.float64)
     return rewards, torch.tensor([prompts.index(prompt) for prompt, _, _ in judged["samples"]])
 
 
 def variance_within(values: torch.Tensor, prompt_index: torch.Tensor) -> float:
-    """The variance of values (n,) around the mean of their prompt's; exactly 0 where a prompt's are all equal."""
+    """Returns the variance of values (n,) around their prompt's mean; exactly 0 if those of each prompt are equal."""
     groups = [values[prompt_index == i].double() for i in prompt_index.unique()]
     squares = sum((group - group.mean()).square().sum().item() for group in groups if group.min() < group.max())
     return squares / max(1, len(values) - len(groups))
 
 
+def possible(before: dict, prompts: list[str], beta: float) -> dict:
+    """Returns beta, the limit and J_before; and as `why`, if it can't be told how far a run gets, the reason."""
+    if beta == 0:
+        return {"why": "the KL coefficient is 0, so KL has no price; try --kl_budget 0.4"}
+    rewards, prompt_index = scores_and_prompts(before, prompts)
+    best, n, m = gibbs_policy(rewards, prompt_index, beta), len(rewards), len(rewards) / len(prompt_index.unique())
+    result = {"beta": beta, "limit": best, "J_before": rewards.mean().item()}
+    effective, deviation = best["effective_samples"], math.sqrt(variance_within(rewards, prompt_index))
+    if (differing := n_differing(rewards, prompt_index)) < FEWEST:
+        why = f"nothing to learn: only {differing} of {n:,} rewards differ from the others of their prompt"
+    elif (chance := before.get("noise", 0)) > NOISY:
+        why = f"{chance:.0%} of the rewards' variance is chance, as scoring the same texts twice shows"
+    elif m >= 20 and effective < least_effective(prompt_index, 100) and effective * m / n < max(2, m / 100):
+        why = "at this KL coefficient the best policy writes a handful of texts; try --kl_budget 0.4"
+    elif best["J"] - result["J_before"] < LITTLE * deviation:
+        why = "at this KL coefficient hardly any KL is worth it; try --kl_budget 0.4"
+    else:
+        return result
+    return result | {"why": why}
+
+
+def n_differing(rewards: torch.Tensor, prompt_index: torch.Tensor) -> int:
+    """Returns how many rewards (n,) are not the commonest of their prompt."""
+    groups = [rewards[prompt_index == i].tolist() for i in prompt_index.unique()]
+    return sum(len(group) - Counter(group).most_common(1)[0][1] for group in groups)
+
+
 def gain(before: dict, after: dict, prompts: list[str], beta: float) -> dict:
-    """What share of the possible gain `after` got, with its standard error; None with the reason where that is unknown.
+    """Returns the share of the possible gain that `after` got, with its standard error; None and why if unknown.
 
     The standard error is that of (J - J_ref) / (J* - J_ref) to first order in the errors of all three, for these
-    prompts; of judging alone: runs with other seeds differ, too.
+    prompts. It covers only the sampling of the evaluation: runs with other seeds differ, too.
     """
+    result = possible(before, prompts, beta)
     if beta == 0:
-        return {"gain": None, "why": "beta is 0"}
-    rewards, prompt_index = scores_and_prompts(before, prompts)
-    best = gibbs_policy(rewards, prompt_index, beta)
-    ratios = best.pop("ratios")
-    result = {"beta": beta, "limit": best, "J_before": rewards.mean().item(), "J": after["reward"] - beta * after["kl"]}
-    possible, deviation = best["J"] - result["J_before"], math.sqrt(variance_within(rewards, prompt_index))
-    if before.get("noise", 0) > NOISY:
-        return {**result, "gain": None, "why": "the rewards are chance"}
-    if (effective := best["effective_samples"]) < (least := least_effective(prompt_index, 100)):
-        m = len(rewards) / len(prompt_index.unique())
-        if m >= 20 and effective * m / len(rewards) < max(2, m / 100):
-            return {**result, "gain": None, "why": "beta is too low"}
-        needed = power_of_two(2 * len(rewards) * least / effective)
-        return {**result, "gain": None, "why": "too few samples", "samples_needed": needed}
-    if deviation == 0:
-        return {**result, "gain": None, "why": "the rewards are equal"}
-    if possible < LITTLE * deviation:
-        return {**result, "gain": None, "why": "beta is too high"}
-    share = (result["J"] - result["J_before"]) / possible
+        return {"gain": None, **result}
+    best, (rewards, prompt_index) = result["limit"], scores_and_prompts(before, prompts)
+    ratios, result["J"] = best.pop("ratios"), after["reward"] - beta * after["kl"]
+    least = least_effective(prompt_index, 100)
+    if "why" not in result and best["effective_samples"] < least:
+        needed = 2 ** math.ceil(math.log2(2 * len(rewards) * least / best["effective_samples"]))
+        result["why"] = f"too few samples; judge again with --eval_only and --eval_samples {needed}"
+    if "why" in result:
+        return {"gain": None, **result}
+    way = best["J"] - result["J_before"]
+    share = (result["J"] - result["J_before"]) / way
     of_after = torch.tensor([s for *_, s in after["samples"]]) - beta * torch.tensor(after["kls"])
     of_before = (1 - share) * rewards + share * beta * ratios
     values = (of_after, scores_and_prompts(after, prompts)[1]), (of_before, prompt_index)
     variance = sum(variance_within(value, index) / len(value) for value, index in values)
-    return {**result, "gain": share, "gain_se": math.sqrt(variance) / possible}
+    return {**result, "gain": share, "gain_se": math.sqrt(variance) / way}
 
 
 def least_effective(prompt_index: torch.Tensor, altogether: int) -> int:
-    """How many effective samples carry a limit: some altogether, and five a prompt, which the jackknife needs."""
+    """Returns the effective samples that a limit needs: some altogether, and for the jackknife five per prompt."""
     return max(altogether, 5 * len(prompt_index.unique()))
 
 
 def frontier(before: dict, prompts: list[str]) -> list[dict]:
-    """(beta, reward, kl) of the Gibbs policies over a range of beta, as far as the samples carry them."""
+    """Returns (beta, reward, kl) of the Gibbs policies over a range of beta, as far as there are samples for it."""
     rewards, prompt_index = scores_and_prompts(before, prompts)
     deviation = math.sqrt(variance_within(rewards, prompt_index))
     betas = [beta * deviation for beta in BETAS if deviation > 0]
@@ -215,21 +221,13 @@ def frontier(before: dict, prompts: list[str]) -> list[dict]:
     return [{name: p[name] for name in ("beta", "reward", "kl")} for p in points if p["effective_samples"] >= least]
 
 
-def add_yardsticks(results: dict, prompts: list[str], beta: float) -> None:
-    """Put next to "before" and "after" what they are measured against: the gain, the frontier, and best-of-n."""
-    results["gain"] = gain(results["before"], results["after"], prompts, beta)
-    results["frontier"] = frontier(results["before"], prompts)
-    fewest = min(Counter(prompt for prompt, *_ in results["before"]["samples"]).values())
-    results["best_of_n"] = [best_of_n(results, prompts, n) for n in (2, 3, 4, 8) if n <= fewest]
-
-
 def best_of_n(results: dict, prompts: list[str], n: int) -> dict:
-    """What drawing n completions of the reference and keeping the best would give, without any training.
+    """Returns what drawing n completions of the reference and keeping the best would give, without any training.
 
     reward: the expected best of n different samples of a prompt, a mean over prompts, exact for these samples: of m
     rewards in ascending order, m at least n, the i-th is the best of C(i - 1, n - 1) of the C(m, n) choices.
-    kl: log n - (n - 1) / n, an upper bound (Beirami et al. 2024, arXiv:2401.01879). gain: as of a trained model, so a
-    lower bound; None where that of the run is unknown.
+    kl: log n - (n - 1) / n, an upper bound (Beirami et al. 2024, arXiv:2401.01879). gain: as for a trained model, so a
+    lower bound; None if the gain of the run is unknown.
     """
     rewards, prompt_index = scores_and_prompts(results["before"], prompts)
     best = []
@@ -245,27 +243,29 @@ def best_of_n(results: dict, prompts: list[str], n: int) -> dict:
     return {"n": n, "reward": reward, "kl": kl, "gain": share}
 
 
+def add_yardsticks(results: dict, prompts: list[str], beta: float) -> None:
+    """Put next to "before" and "after" what they are measured against: the gain, the frontier, and best-of-n."""
+    results["gain"] = gain(results["before"], results["after"], prompts, beta)
+    results["frontier"] = frontier(results["before"], prompts)
+    fewest = min(Counter(prompt for prompt, *_ in results["before"]["samples"]).values())
+    results["best_of_n"] = [best_of_n(results, prompts, n) for n in (2, 3, 4, 8) if n <= fewest]
+
+
 def verdict(results: dict, config) -> str:
-    """What kind of run this was and the one flag to change, in a sentence; the unit of the rewards does not matter."""
+    """Returns what kind of run this was and the flag to change, in one sentence; the rewards' unit doesn't matter."""
     after, result = results["after"], results["gain"]
-    kl, share, limit = after["kl"], result["gain"], result.get("limit")
-    collapsed = after["unique"] < results["before"]["unique"] / 2
-    if share is None:
-        if result["why"] == "the rewards are equal" and after["reward"] > result["J_before"]:
-            return "gain unknown: all rewards before training were equal; some are higher now"
-        if result["why"] == "too few samples" and collapsed:
-            return (
-                f"hacked: KL {two_digits(kl)}, and {after['unique']:.0%} of the texts are unique; try --kl_budget 0.4"
-            )
-        return UNKNOWN[result["why"]].format(kl=two_digits(kl), samples=result.get("samples_needed"))
-    got, spent = f"{share:.0%} of what is possible", f"KL {two_digits(kl)} where {two_digits(limit['kl'])} is worth it"
+    if (share := result["gain"]) is None:
+        return f"gain unknown: {result['why']}"
+    kl, limit, error = after["kl"], result["limit"], result["gain_se"]
+    got, spent = f"{share:.0%} of what is possible", f"KL {kl:.2g} where {limit['kl']:.2g} is worth it"
     calmer = "a lower --lr" if config.minibatch_size == config.batch_size else f"--minibatch_size {config.batch_size}"
+    collapsed = after["unique"] < results["before"]["unique"] / 2
     if kl < UNMOVED * limit["kl"]:
         return f"unmoved: {spent}; try a higher --lr"
     if kl > FAR * limit["kl"] and (after["reward"] > limit["reward"] or collapsed):
         return f"hacked: {spent}; try {calmer if share < GOOD else 'a higher --init_kl_coef'}"
-    if (error := result["gain_se"]) > UNSURE and abs(share - GOOD) < 2 * error:
-        needed = power_of_two(len(after["samples"]) * (2 * error / UNSURE) ** 2)
+    if error > UNSURE and abs(share - GOOD) < 2 * error:
+        needed = 2 ** math.ceil(math.log2(len(after["samples"]) * (2 * error / UNSURE) ** 2))
         return f"good or short, which these samples cannot tell: --eval_only with --eval_samples {needed} would"
     if share >= GOOD:
         return f"good: {got}"
@@ -277,110 +277,70 @@ def verdict(results: dict, config) -> str:
     return f"short: {got}; go on with more --episodes"
 
 
-def two_digits(value: float) -> str:
-    """A number from 0 on, rounded to two digits."""
-    return f"{float(f'{value:.2g}'):g}"
+# ----------------------------------------------------------------------------------------------
+# Tables and files
 
-
-def power_of_two(value: float) -> int:
-    """The first power of two that is no less."""
-    return 2 ** math.ceil(math.log2(value))
-
-
-ROWS = [  # of the printed table: (what, key, format, none where the unit is that of the scores)
-    ("mean reward", "reward", ""),
-    ("  95% interval, plus or minus", "reward_ci95", ""),
+ROWS = [  # of the table of results: (what, key, format; None for the rewards' own)
+    ("mean reward", "reward", None),
+    ("95% interval, plus or minus", "reward_ci95", None),
     ("KL to the reference, nats", "kl", ".3f"),
     ("distinct-1, characters", "distinct_1", ".3f"),
     ("distinct-2, pairs of characters", "distinct_2", ".3f"),
     ("unique completions", "unique", ".1%"),
     ("mean length, tokens", "length", ".1f"),
-    ("ended by [SEP]", "ended", ".1%"),
+    ("ended by SEP", "ended", ".1%"),
     ("log-probability a token, reference", "ref_logprob", ".2f"),
 ]
 
 
-def spread(judged: dict) -> float:
-    """The standard deviation of a judged policy's rewards."""
-    return statistics.pstdev(score for _, _, score in judged["samples"])
-
-
-def rows(evaluation: dict) -> list[list[str]]:
-    """The figures of an evaluation as they are shown: what, before, after, and the limit, "" where there is none."""
-    before, after, result = evaluation["before"], evaluation["after"], evaluation["gain"]
-    limit = result["limit"] if result["gain"] is not None else {}
-    of_scores = f".{decimals(spread(before), 3)}f"
-    found = [(what, form or of_scores, before[key], after[key], limit.get(key)) for what, key, form in ROWS]
-    if "J" in result:
-        J = result["J_before"], result["J"], limit.get("J")
-        found.append((f"J = reward - {result['beta']:.3g} KL", of_scores, *J))
-    return [[what, *("" if value is None else f"{value:{form}}" for value in values)] for what, form, *values in found]
-
-
-def summary(evaluation: dict) -> str:
-    """The evaluation as a short table for the terminal."""
-    result = evaluation["gain"]
-    shown = [["", "before", "after", ""], *rows(evaluation)]
-    lines = [f"{what:36}{before:>10}{after:>10}" for what, before, after, _ in shown]
-    if result["gain"] is not None:
-        best, of_scores = result["limit"], f".{decimals(spread(evaluation['before']), 3)}f"
-        error = f"{result['gain_se']:.2f}, of judging alone; seeds differ, too"
-        lines.append(f"gain {result['gain']:.2f} (standard error {error}) of what is possible: the limit is")
-        lines.append(f"J* {best['J']:{of_scores}}, with reward {best['reward']:{of_scores}} at KL {best['kl']:.2f}")
-    return "\n".join([*lines, evaluation["verdict"]])
+def reward_decimals(judged: dict, digits: int = 2) -> int:
+    """Returns how many decimals tell a judged policy's rewards apart."""
+    return decimals(statistics.pstdev(score for *_, score in judged["samples"]), digits)
 
 
 def results_table(evaluation: dict) -> str:
-    """The figures of an evaluation as a Markdown table, the limit beside them."""
-    shown, result = rows(evaluation), evaluation["gain"]
-    if result["gain"] is not None:
-        shown.append(["gain", "0", f"{result['gain']:.2f} (standard error {result['gain_se']:.2f})", "1"])
-    lines = [f"| {' | '.join(cells)} |" for cells in shown]
-    return "\n".join(["| | before | after | the limit |", "| --- | ---: | ---: | ---: |", *lines])
-
-
-def commonest(evaluation: dict) -> str:
-    """The ten commonest completions before and after; none where no one makes up 1% of all and comes three times."""
-    lines = []
-    for when in ("before", "after"):
-        judged = evaluation[when]
-        if judged["commonest"][0][1] >= max(3, 0.01 * judged["n"]):
-            lines.append(f"commonest completions {when}, of {judged['n']}:")
-            lines += [f"  {count:4d}  {text}" for text, count in judged["commonest"]]
-    return "\n".join(lines)
+    """Returns the figures before and after training and those of the limit as a Markdown table."""
+    before, after, result = evaluation["before"], evaluation["after"], evaluation["gain"]
+    limit = result["limit"] if result["gain"] is not None else {}
+    in_rewards = f".{reward_decimals(before, 3)}f"
+    rows = [(what, form or in_rewards, before[key], after[key], limit.get(key)) for what, key, form in ROWS]
+    if "J" in result:
+        J = result["J_before"], result["J"], limit.get("J")
+        rows.append((f"J = reward - {result['beta']:.3g} KL", in_rewards, *J))
+    cells = [[what, *("" if value is None else f"{value:{form}}" for value in values)] for what, form, *values in rows]
+    if limit:
+        cells.append(["gain", "0", f"{result['gain']:.2f} (standard error {result['gain_se']:.2f})", "1"])
+    return table(["", "before", "after", "the limit"], cells)
 
 
 def before_after_table(evaluation: dict, shown: int = SHOWN) -> str:
-    """A few completions of the same random draws before and after training, as a Markdown table."""
-    digits = decimals(spread(evaluation["before"]))
-    lines = ["| prompt | before | score | after | score |", "| --- | --- | --- | --- | --- |"]
-    for (prompt, old, old_score), (_, new, new_score) in list(
-        zip(evaluation["before"]["samples"], evaluation["after"]["samples"])
-    )[:shown]:
-        prompt, old, new = map(in_markdown, (prompt, old, new))
-        lines.append(f"| {prompt} | {old} | {old_score:.{digits}f} | {new} | {new_score:.{digits}f} |")
-    return "\n".join(lines)
+    """Returns the first completions before and after training, of the same random draws, as a Markdown table."""
+    digits = reward_decimals(evaluation["before"])
+    pairs = list(zip(evaluation["before"]["samples"], evaluation["after"]["samples"]))[:shown]
+    rows = [
+        [prompt, old, f"{old_score:.{digits}f}", new, f"{new_score:.{digits}f}"]
+        for (prompt, old, old_score), (_, new, new_score) in pairs
+    ]
+    return table(["prompt", "before", "score", "after", "score"], rows)
 
 
-def read(run_dir: Path, prompts: list[str]) -> dict:
-    """A run's evaluation.json, or nothing where there is none yet. UserError where the model before training is not
-    judged in it, or on other prompts."""
-    results = read_evaluation(run_dir)
-    with damaged(run_dir / "evaluation.json", "remove it: --resume makes it again"):
-        judged = {prompt for prompt, _, _ in results["before"]["samples"]} if results else set()
-    if others := judged - set(prompts):
-        raise UserError(f"{run_dir / 'evaluation.json'} is of another prompt, {min(others)!r}; is it another run's?")
-    return results
-
-
-def figures(evaluation: dict) -> dict:
-    """An evaluation without its samples, what matters most first."""
-    of_samples = ("samples", "kls")
+def without_samples(evaluation: dict) -> dict:
+    """Returns an evaluation without its samples, what matters most first."""
     judged = {
-        when: {name: value for name, value in evaluation[when].items() if name not in of_samples}
+        when: {name: value for name, value in evaluation[when].items() if name not in ("samples", "kls")}
         for when in ("before", "after")
     }
     return {"verdict": evaluation["verdict"], "gain": evaluation["gain"], **evaluation, **judged}
+
+
+def read(run_dir: Path, prompts: list[str]) -> dict:
+    """Returns a run's evaluation.json, {} if there is none. Raises UserError if it is damaged or of other prompts."""
+    results, path = read_evaluation(run_dir), run_dir / "evaluation.json"
+    with damaged(path, "remove it: --resume makes it again"):
+        judged = {prompt for prompt, _, _ in results["before"]["samples"]} if results else set()
+    if others := judged - set(prompts):
+        raise UserError(f"{path} judges another prompt, {min(others)!r}; is it another run's?")
+    return results
 
 
 def write_json(path: Path, evaluation: dict) -> None:

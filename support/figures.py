@@ -1,18 +1,19 @@
-"""Numbers and texts for people."""
+"""Numbers, texts and tables for people."""
 
 import math
 import re
+from unicodedata import east_asian_width
 
 from support.errors import escaped
 
 
 def decimals(spread: float, digits: int = 2) -> int:
-    """With how many decimals numbers of this standard deviation are told apart: 2 with 0.38, none with 3,800."""
+    """Returns how many decimals tell numbers of this standard deviation apart: 2 for 0.38, none for 3,800."""
     return max(0, digits - 1 - math.floor(math.log10(spread))) if 0 < spread < math.inf else digits
 
 
 def duration(seconds: float) -> str:
-    """Seconds as "7 s", "5 min 46 s" or "2 h 5 min"."""
+    """Returns seconds as "7 s", "5 min 46 s" or "2 h 5 min"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -21,5 +22,19 @@ def duration(seconds: float) -> str:
 
 
 def in_markdown(text: str) -> str:
-    """A text, on one line, as Markdown that shows it and nothing else: no markup, no HTML, no end of a table's cell."""
-    return re.sub(r"([\\`*_\[<|~&])", r"\\\1", escaped(" ".join(text.split())))
+    """Returns a text on one line, escaped so that Markdown shows it as it is. The underscores of a_name need no \\."""
+    return re.sub(r"([\\`*\[<|~&]|(?<![a-zA-Z0-9])_|_(?![a-zA-Z0-9]))", r"\\\1", escaped(" ".join(text.split())))
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Returns a Markdown table of texts, escaped by `in_markdown`, with columns that line up in a terminal too."""
+    cells = [[in_markdown(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(3, *map(width, column)) for column in zip(*cells)]
+    cells.insert(1, ["-" * each for each in widths])
+    lines = [" | ".join(cell + " " * (each - width(cell)) for cell, each in zip(row, widths)) for row in cells]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def width(text: str) -> int:
+    """Returns the columns that a text takes in a terminal: a Chinese character takes two."""
+    return sum(1 + (east_asian_width(character) in "WF") for character in text)

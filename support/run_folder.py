@@ -304,8 +304,8 @@ class RunFolder:
         if self.writes:
             evaluation.add_yardsticks(results, prompts, self.config.init_kl_coef)
             results["verdict"] = evaluation.verdict(results, self.config)
-            shown = evaluation.commonest(results), evaluation.before_after_table(results), evaluation.summary(results)
-            print("", *filter(None, shown), sep="\n\n")
+            tables = evaluation.before_after_table(results), evaluation.results_table(results)
+            print("", *tables, results["verdict"], sep="\n\n")
 
     def finish(self, results: dict) -> None:
         """Write evaluation.json, results.json, the picture, and report.md."""
@@ -313,7 +313,7 @@ class RunFolder:
             with disk_errors(self.path / FINAL[-1]):
                 (self.path / FINAL[-1]).unlink(missing_ok=True)  # until it belongs to what is written here
             self.write_evaluation(results)
-            evaluation.write_json(self.path / "results.json", evaluation.figures(results))
+            evaluation.write_json(self.path / "results.json", evaluation.without_samples(results))
             if (self.path / "metrics.csv").exists():
                 draw([self.path], self.path / "rewards.png")
             prompts = list(dict.fromkeys(prompt for prompt, *_ in results["before"]["samples"]))

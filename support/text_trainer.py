@@ -86,14 +86,14 @@ class TextPPOTrainer(PPOTrainer):
         reward: a function from a list of texts, each a prompt with its completion, to as many numbers. ValueError where
         no coefficient fits, or after the first step.
         """
-        from support.evaluation import SEED, sample_and_score
+        from support.evaluation import sample_and_score
         from support.prospect import kl_coef_for
 
         if not listed(prompts) or not isinstance(kl_budget, (int, float)) or not 0 < kl_budget < math.inf:
             what = f"not {shown(prompts)} and {shown(kl_budget)}"
             raise ValueError(f"fit_kl_coef() takes one prompt or more, and a budget above 0 in nats, {what}")
         n = self.config.eval_samples
-        prompt_index, *_, rewards = sample_and_score(self, self.ref_model, reward, prompts, n, SEED, 0)
+        prompt_index, *_, rewards = sample_and_score(self, self.ref_model, reward, prompts, n)
         self.set_kl_coef(kl_coef_for(rewards, torch.tensor(prompt_index), kl_budget))
         return self.config.init_kl_coef
 

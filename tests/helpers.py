@@ -346,8 +346,20 @@ def write_run(folder, steps=30, seed=0, without=(), settings=None, **changes):
     return folder
 
 
+def evaluated(unit=1.0) -> dict:
+    """An evaluation.json of rewards with a standard deviation of 0.4 units before training."""
+    figures = {"kl": 1.2346, "distinct_1": 0.1006, "distinct_2": 0.5006, "unique": 0.98765, "length": 12.34}
+    figures |= {"ended": 0.1234, "ref_logprob": -2.345, "reward_ci95": 0.0114 * unit}
+    before = {"samples": [["p|", "old\n1", 0.1 * unit], ["p|", "old2", 0.9 * unit]], "reward": 0.25449 * unit}
+    after = {"samples": [["p|", "new1", 0.876 * unit], ["p|", "new2", 0.5 * unit]], "reward": 0.87551 * unit}
+    limit = {"reward": 0.9317 * unit, "kl": 1.3579, "J": 0.7284 * unit}
+    gain = {"beta": 0.15 * unit, "limit": limit, "J_before": 0.2546 * unit, "J": 0.6904 * unit}
+    gain |= {"gain": 0.9177, "gain_se": 0.0234}
+    return {"before": figures | before, "after": figures | after, "gain": gain, "verdict": "good"}
+
+
 def judged(reward, kl, scores):
-    return {"reward": reward, "kl": kl, "samples": [["p", "x", score] for score in scores]}
+    return {"reward": reward, "kl": kl, "unique": 0.9, "samples": [["p", "x", score] for score in scores]}
 
 
 def write_evaluation(folder, **evaluation):

