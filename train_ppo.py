@@ -24,7 +24,7 @@ from config import PPOConfig
 from support import collectives, meeting, tracking
 from support.command_line import flags_to_go_on, is_finished, read_command_line
 from support.errors import UserError, first_line, is_out_of_memory
-from support.load import input_hashes, load
+from support.load import import_libraries, input_hashes, load
 from support.settings import total_steps
 from support.streams import hold_streams
 
@@ -197,6 +197,7 @@ def main(argv: list[str] | None = None) -> int:
         meeting.set_timeout(config.process_timeout)
         if mode == "nothing":
             return 0
+        import_libraries()
         if mode == "complete":
             return complete(config, run_dir)
         if mode == "eval_only":

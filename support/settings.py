@@ -138,7 +138,7 @@ def read_prompts(config: PPOConfig) -> list[str]:
     if config.prompts_file is not None:
         source = f"--prompts_file {config.prompts_file}"
         text = read_text(Path(config.prompts_file), "save it as UTF-8, one prompt per line", name=source)
-        prompts = text.rstrip().replace("\r\n", "\n").split("\n")
+        prompts = text.replace("\r\n", "\n").rstrip("\n").split("\n")
     for number, prompt in enumerate(prompts or [""], 1):
         if not prompt.strip():
             raise UserError(f"{source}: prompt {number} is empty; each needs at least one character")
