@@ -13,19 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.compare import (
-    LEGEND,
-    Curve,
-    Run,
-    comparison,
-    curves,
-    known_gain,
-    read_run,
-    remarks,
-    reward_decimals,
-    short,
-    told,
-)
+from support.compare import Curve, Run, comparison, curves, known_gain, read_run, reward_decimals, short, told
 from support.errors import UserError
 from support.files import whole, write_whole
 from support.streams import hold_streams
@@ -90,9 +78,7 @@ def draw(paths: list[Path], out: Path, by: list[str] = (), only: str = "", again
     if against:
         known = [run for run in runs if known_gain(run) and type(run.settings.get(against)) in (int, float)]
         if len({run.settings[against] for run in known}) < 2:
-            raise UserError(
-                f"--against {against} needs at least two runs with known gains and different numbers as {against}"
-            )
+            raise UserError(f"--against {against} needs runs with known gains and different numbers as {against}")
         drawn = curves(known, [name for name in by or told(known) if name != against])
     palette = colormaps["tab10" if len(drawn) <= 10 else "turbo"].resampled(max(10, len(drawn)))
     for number, curve in enumerate(drawn):
@@ -112,7 +98,7 @@ def draw(paths: list[Path], out: Path, by: list[str] = (), only: str = "", again
             fig.savefig(partial, dpi=200 if only or against else 100)
     if len(runs) == 1:
         return [out]
-    text = "\n\n".join([comparison(compared), LEGEND, *remarks(runs, compared)])
+    text = comparison(runs, compared)
     write_whole(TABLE, text + "\n")
     print(text)
     return [out, TABLE]
@@ -186,8 +172,7 @@ def draw_reward(axes, drawn: list[Curve]) -> None:
             error = curve.metrics["env/reward_std"][0] / np.sqrt(episodes / curve.metrics["step"][0])
             band, width = "95% interval of a step's mean", 1.96 * smooth(error)
         if width is not None:
-            colours = {"color": curve.colour, "alpha": 0.15, "linewidth": 0}
-            axes.fill_between(episodes, line - width, line + width, **colours, label=band)
+            axes.fill_between(episodes, line - width, line + width, color=curve.colour, alpha=0.15, lw=0, label=band)
         if alarms := [alarm["step"] for run in curve.runs for alarm in run.evaluation.get("alarms") or []]:
             at = [np.interp(alarms, curve.metrics["step"][0], values) for values in (episodes, line)]
             axes.plot(*at, "v", color=curve.colour, markeredgecolor="black", zorder=3, label="alarm")
@@ -227,8 +212,7 @@ def draw_plane(axes, drawn: list[Curve]) -> None:
             axes.plot(*ends.mean(0), "*", color=curve.colour, **big, label="after")
     for points, colour in shared(drawn, lambda run: known_gain(run) and [known_gain(run)["limit"]]):
         axes.plot(*points.T, "D", color=colour, markersize=10, fillstyle="none", label="the limit at this beta")
-    axes.set(title="reward against KL: up is better, right is dearer", xlabel="KL to the reference, nats")
-    axes.set_ylabel("mean reward")
+    axes.set(title="reward against KL", xlabel="KL to the reference, nats", ylabel="mean reward")
     add_key(axes)
 
 

@@ -184,8 +184,8 @@ def reward_decimals(drawn: list[Curve]) -> int:
     return decimals(min([each["env/reward_std"][0] for each in metrics], default=0))
 
 
-def comparison(drawn: list[Curve]) -> str:
-    """Returns the figures of curves as a Markdown table; "-" stands for an unknown one."""
+def comparison(runs: list[Run], drawn: list[Curve]) -> str:
+    """Returns the figures of curves as a Markdown table, and what its reader has to know. "-" is an unknown figure."""
     in_rewards, rows = f".{reward_decimals(drawn) + 1}f", []
     for curve in drawn:
         of_runs = [run.figures() for run in curve.runs]
@@ -195,18 +195,12 @@ def comparison(drawn: list[Curve]) -> str:
             shown["SD"] = np.std(known["gain"], ddof=1)
         row = [curve.name, str(len(curve.runs)), f"{curve.metrics['episodes'][0, -1]:,.0f}"]
         rows.append(row + [f"{shown[n]:{FORMATS[n] or in_rewards}}" if n in shown else "-" for n in FORMATS])
-    return table(["", "runs", "episodes", *FORMATS], rows)
-
-
-def remarks(runs: list[Run], drawn: list[Curve]) -> list[str]:
-    """Returns what a reader of the table has to know, one line each."""
-    lines, unlike = [], [name for name in differences(runs) if name in LIMIT]
-    if unlike:
-        lines.append(f"These runs differ in {', '.join(unlike)}, and so in the limit: don't compare their gains.")
+    parts = [table(["", "runs", "episodes", *FORMATS], rows), LEGEND]
+    if unlike := [name for name in differences(runs) if name in LIMIT]:
+        parts.append(f"These runs differ in {', '.join(unlike)}, and so in the limit: don't compare their gains.")
     if mixed := dict.fromkeys(name for curve in drawn for name in differences(curve.runs)):
-        lines.append(f"Runs in one row differ in {', '.join(mixed)}, too; --by tells them apart.")
-    for run in runs:
-        if not known_gain(run):
-            why = (run.evaluation.get("gain") or {}).get("why", "not judged yet")
-            lines.append(f"The gain of {run.name} is unknown: {why}.")
-    return lines
+        parts.append(f"Runs in one row differ in {', '.join(mixed)}, too; --by tells them apart.")
+    for run in [run for run in runs if not known_gain(run)]:
+        why = (run.evaluation.get("gain") or {}).get("why", "not judged yet")
+        parts.append(f"The gain of {run.name} is unknown: {why}.")
+    return "\n\n".join(parts)

@@ -7,7 +7,7 @@ import pytest
 from config import PPOConfig
 from support.errors import UserError
 from support.evaluation import before_after_table, results_table
-from support.figures import decimals, in_markdown, table
+from support.figures import in_markdown, table
 from support.report import read_starts, run_report
 from support.settings import save_config
 from tests.helpers import evaluated
@@ -62,21 +62,18 @@ def test_a_report_says_what_came_of_the_run_and_how_it_was_made(run):
 
 def test_a_report_leaves_out_what_is_not_known(run):
     save_config(PPOConfig(preset="demo"), run / "config.json")
-    (run / "metrics.csv").unlink()
-    (run / "rewards.png").unlink()
-    results = evaluated()
+    for name in ("metrics.csv", "rewards.png"):
+        (run / name).unlink()
+    results = evaluated() | {"gain": {"gain": None, "why": "no price"}, "best_of_n": [{"n": 2, "gain": None}]}
     results["after"]["n"] = 2
-    results |= {"gain": {"gain": None, "why": "no price"}, "best_of_n": [{"n": 2, "gain": None}], "alarms": []}
     report = run_report(run, results, {}, [])
     assert "All settings are those of the preset demo." in report
-    for left_out in ("![", "| J", "| gain", "drafts", "Warnings", "python", " steps in ", "| setting"):
-        assert left_out not in report
+    assert not any(part in report for part in ("![", "| J", "| gain", "drafts", "Warnings", " steps in ", "| setting"))
 
 
-@pytest.mark.parametrize("line", ["nice!", "[1", ""])
-def test_a_damaged_line_of_a_start_is_refused_with_its_place(run, line):
+def test_a_damaged_line_of_a_start_is_refused_with_its_place(run):
     path = run / "environment.jsonl"
-    path.write_text(f'{{"step": 1}}\n{line}\n')
+    path.write_text('{"step": 1}\nnice!\n')
     with pytest.raises(UserError, match=f"line 2 of {path} is damaged .*; mend that line, or remove it"):
         read_starts(run)
 
@@ -95,8 +92,3 @@ def test_a_table_lines_up_in_a_terminal_where_chinese_characters_are_two_columns
         "| 感觉 | 1\\| |",
         "| x    |     |",
     ]
-
-
-@pytest.mark.parametrize(("spread", "digits"), [(0.38, 2), (3800, 0), (4e-4, 5), (1.0, 1), (0.0, 2), (float("inf"), 2)])
-def test_decimals_tell_numbers_of_a_spread_apart(spread, digits):
-    assert decimals(spread) == digits and decimals(spread, 3) in (digits + 1, 3 if digits == 2 else 0)
