@@ -14,7 +14,7 @@ trap 'rm -rf "$folder"' EXIT
 cd "$folder"
 for version in 4.57.6 5.24.0; do
     python3 -m venv "venv-$version"
-    "venv-$version/bin/pip" install -q "transformers==$version"
+    "venv-$version/bin/pip" install -q --no-compile "transformers==$version"
 done
 export HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error
 cat > look.py <<'PY'

@@ -12,7 +12,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cd "$folder"
 python3 -m venv venv
-venv/bin/pip install -q transformers==5.24.0
+venv/bin/pip install -q --no-compile transformers==5.24.0
 export HF_HUB_OFFLINE=1
 venv/bin/python - <<'PY'
 import json
