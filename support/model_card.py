@@ -11,9 +11,7 @@ from config import PPOConfig
 from support.files import write_whole
 from support.hub import HUB_ID
 
-CARD = "README.md"
 RESULTS = "<!-- results: each evaluation replaces the text below this line -->"
-
 TEXT = """---
 {metadata}
 ---
@@ -43,27 +41,22 @@ def write_card(folder: Path, config: PPOConfig, prompt: str) -> None:
     if RESULTS not in read_card(folder, default=RESULTS):
         return
     name = config.model_name if is_hub_id(config.model_name) else None
-    data = ModelCardData(
-        base_model=name,
-        language="zh" if re.search("[\u4e00-\u9fff]", prompt) else None,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["gpt2", "ppo", "rlhf"],
-    )
+    language = "zh" if re.search("[\u4e00-\u9fff]", prompt) else None
+    head = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["gpt2", "ppo", "rlhf"]}
     text = TEXT.format(
-        metadata=data.to_yaml(),
+        metadata=ModelCardData(base_model=name, language=language, **head).to_yaml(),
         prompt=json.dumps(prompt, ensure_ascii=False),
         base=f"[{name}](https://huggingface.co/{name})" if name else "A GPT-2",
         gen_len=config.gen_len,
         temperature=config.temperature,
         results=RESULTS,
     )
-    write_whole(folder / CARD, text)
+    write_whole(folder / "README.md", text)
 
 
 def write_results(folder: Path, config: PPOConfig, prompts: list[str], evaluation: str) -> None:
     """Put into a model's card how it was trained and evaluated; the text above the results stays as it is."""
-    head, found, _ = read_card(folder).partition(RESULTS)
+    above, found, _ = read_card(folder).partition(RESULTS)
     if not found:
         return
     examples = ", ".join(f"`{prompt}`" for prompt in prompts[:5]) + (", ..." if len(prompts) > 5 else "")
@@ -72,12 +65,12 @@ def write_results(folder: Path, config: PPOConfig, prompts: list[str], evaluatio
     )
     reward = f"the function `{config.reward}`" if config.reward else classifier
     trained = f"Trained on {config.episodes:,} completions of {examples}, with {reward} as the reward."
-    write_whole(folder / CARD, f"{head}{RESULTS}\n\n## Results\n\n{trained}\n\n{evaluation}\n")
+    write_whole(folder / "README.md", f"{above}{RESULTS}\n\n## Results\n\n{trained}\n\n{evaluation}\n")
 
 
 def read_card(folder: Path, default: str = "") -> str:
     """Return the text of a folder's README.md, or `default` if there is none."""
-    path = folder / CARD
+    path = folder / "README.md"
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else default
 
 

@@ -1,9 +1,8 @@
 """A small model hub on loopback for the real client, which can be told to misbehave.
 
 with Hub({"owner/model": folder}) as hub: ... hub.url is an HF_ENDPOINT, hub.requests lists what was asked for
-hub.fault = ("HEAD", "model.safetensors", 503)
-For the status also 'hang', 'stall', 'late', 'cut', 'cut once', 'page' and 'xet'; on_fault() is called when it comes.
-hub.uploaded holds what was uploaded: by the model's id, {path: bytes}.
+hub.fault = ("HEAD", "model.safetensors", 503), or in place of the status 'hang', 'stall', 'cut', 'cut once', 'page',
+'xet', or anything else for no fault; hub.on_fault() is called at each. hub.uploaded: {model: {path: bytes}}.
 """
 
 import base64
@@ -18,14 +17,14 @@ OLDER = "89abcdef0123456789abcdef0123456789abcdef"
 
 
 class Hub:
-    """models: hub id -> local folder, at the commit COMMIT, which is `main`. fault: (method, part of the path, what) or
-    None; `headers` go with a status. token: what opens the hub, where it is not open to all."""
+    """models: hub id -> local folder, at the commit COMMIT, which is `main`. `headers` go with a status. token: what
+    opens the hub, if it isn't open to all."""
 
     def __init__(self, models: dict[str, Path]):
         self.commits, self.main, self.token = {COMMIT: models}, COMMIT, None
         self.fault, self.headers, self.requests, self.uploaded = None, {}, [], {}
         self.on_fault = lambda: None
-        self.released, self.threads = threading.Event(), set()
+        self.released = threading.Event()
 
     def __enter__(self):
         hub = self
@@ -57,17 +56,13 @@ class Hub:
         self.server.server_close()
 
     def fetched(self) -> list[str]:
-        """The files that were fetched, in order."""
-        return [
-            request.rsplit("/", 1)[1]
-            for request in self.requests
-            if "/resolve/" in request and request.startswith("GET")
-        ]
+        """The files that were downloaded, in order."""
+        downloads = [request for request in self.requests if request.startswith("GET") and "/resolve/" in request]
+        return [request.rsplit("/", 1)[1] for request in downloads]
 
     def answer(self, handler) -> None:
         path = handler.path.split("?")[0]
         self.requests.append(f"{handler.command} {path}")
-        self.threads.add(threading.current_thread())
         method, part, what = self.fault or ("", "", None)
         what = what if method == handler.command and part in path else None
         if what:
@@ -87,24 +82,18 @@ class Hub:
     def serve(self, handler, path: str, what) -> None:
         for revision, commit in {"main": self.main, **{commit: commit for commit in self.commits}}.items():
             for name, folder in self.commits[commit].items():
-                if path == f"/api/models/{name}/revision/{revision}" or (path, revision) == (
-                    f"/api/models/{name}",
-                    "main",
-                ):
+                if path == f"/api/models/{name}/revision/{revision}" or path == f"/api/models/{name}":
                     files = [{"rfilename": file.name} for file in sorted(folder.iterdir())]
                     info = {"id": name, "modelId": name, "sha": commit, "siblings": files, "tags": [], "private": False}
                     return self.send_json(handler, 200, info)
                 if path == f"/api/models/{name}/tree/{revision}":
-                    files = [(file.name, file.read_bytes()) for file in sorted(folder.iterdir())]
-                    tree = [
-                        {"type": "file", "path": file, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                        for file, content in files
-                    ]
-                    return self.send_json(handler, 200, tree)
+                    files = [{"type": "file", "path": file.name, "size": file.stat().st_size, "oid": file.name}
+                             for file in sorted(folder.iterdir())]  # fmt: skip
+                    return self.send_json(handler, 200, files)
                 file = folder / path.rsplit("/", 1)[1]
                 if path == f"/{name}/resolve/{revision}/{file.name}" and file.is_file():
                     return self.send_file(handler, file.read_bytes(), commit, what)
-        self.send(handler, 404, b"{}", {"X-Error-Code": "RevisionNotFound" if "/revision/" in path else "RepoNotFound"})
+        self.send(handler, 404, b"{}", {"X-Error-Code": "RepoNotFound"})
 
     def take(self, handler) -> None:
         """The steps of an upload: the model is made, each file is asked about and comes within the commit."""

@@ -76,12 +76,6 @@ def test_models_are_made_once_for_each_source_and_torch(made, tmp_path, monkeypa
     assert len({gpt2, other, demo_models.demo_models()[0]}) == 3 == len(made)
 
 
-def test_without_a_cache_variable_they_are_below_home(made, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert demo_models.demo_models()[0].is_relative_to(tmp_path / "home" / ".cache" / "ppo-chinese-gpt2")
-
-
 def test_a_start_that_fails_leaves_nothing_and_the_next_one_succeeds(made, tmp_path, monkeypatch):
     def fail(out):
         (out / "gpt2").mkdir()

@@ -11,17 +11,16 @@ import pytest
 from huggingface_hub import constants
 
 from support.errors import UserError
-from support.hub import is_complete, model_folder
-from tests.helpers import write_gpt2
+from support.hub import model_folder
 from tests.hub_server import OLDER, Hub
 
 SHARDS = ["{}-00001-of-00002.{}", "{}-00002-of-00002.{}", "{}.{}.index.json"]
 
 
 @pytest.fixture
-def published(tmp_path) -> Path:
+def published(tmp_path, gpt2_folder) -> Path:
     """A model as the Hub has it, with files that this program doesn't need."""
-    folder = write_gpt2(tmp_path / "published")
+    folder = shutil.copytree(gpt2_folder, tmp_path / "published")
     (folder / "tf_model.h5").touch()
     (folder / "README.md").touch()
     return folder
@@ -34,12 +33,7 @@ def hub(published):
 
 
 @pytest.fixture
-def cache(tmp_path) -> Path:
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def find(hub, cache, monkeypatch):
+def find(hub, tmp_path, monkeypatch):
     """A function that finds a model as a new process with these environment variables would.
 
     Waiting takes no time: `find.waited` has the seconds that the client would have slept.
@@ -48,7 +42,7 @@ def find(hub, cache, monkeypatch):
     def find(name="owner/gpt2", check=lambda folder: None, **variables) -> Path:
         for variable in [variable for variable in os.environ if variable.startswith("HF_")]:
             monkeypatch.delenv(variable)
-        defaults = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(cache), "HF_HOME": f"{cache}-home"}
+        defaults = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
         for variable, value in {**defaults, **variables}.items():
             monkeypatch.setenv(variable, value)
         importlib.reload(constants)
@@ -91,9 +85,9 @@ def test_only_what_loading_needs_is_downloaded_and_only_once(hub, published, fin
     assert all((folder / name).read_bytes() == (published / name).read_bytes() for name in names(folder))
     hub.requests.clear()
     assert find() == folder == find(HF_HUB_OFFLINE="1") and hub.requests == []
-    last = sorted(wanted or there)[1 if wanted is None else 0]
-    (folder / last).unlink()  # an interrupted download
-    assert find() == folder and (folder / last).read_text() == f"content of {last}"
+    for name in {"config.json", "vocab.txt", *(wanted or there[:2])}:  # an interrupted download
+        (folder / name).resolve().unlink()
+        assert find() == folder and (folder / name).read_bytes() == (published / name).read_bytes()
 
 
 def test_the_check_sees_the_small_files_and_the_weights_follow_if_it_passes(hub, published, find):
@@ -132,31 +126,7 @@ def test_a_model_that_changes_during_the_download_stays_at_one_commit(hub, publi
     assert hub.main == OLDER and (folder / "vocab.txt").read_bytes() == (published / "vocab.txt").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("present", "complete"),
-    [
-        ("config.json vocab.txt model.safetensors", True),
-        ("config.json tokenizer.json pytorch_model.bin", True),
-        ("config.json vocab.json merges.txt model.safetensors", True),
-        ("config.json vocab.json model.safetensors", False),
-        ("vocab.txt model.safetensors", False),
-        ("config.json vocab.txt tf_model.h5", False),
-        ("config.json vocab.txt model.safetensors.index.json", False),
-        ("config.json vocab.txt model-00001-of-00002.safetensors", False),
-    ],
-)
-def test_a_cached_model_is_complete_with_config_vocabulary_and_all_weights(tmp_path, present, complete):
-    for name in present.split():
-        (tmp_path / name).touch()
-    (tmp_path / "pytorch_model-00001-of-00001.bin").symlink_to("a blob that was removed")
-    assert is_complete(tmp_path) == complete
-
-
-# ----------------------------------------------------------------------------------------------
-# Names
-
-
-@pytest.mark.parametrize("name", ["./missing", "~/missing", "a/b/c", "C:\\models", "/gpt2", "~no-such-user/gpt2"])
+@pytest.mark.parametrize("name", ["./missing", "~no-such-user/gpt2", "a/b/c"])
 def test_a_path_that_does_not_exist_is_never_asked_for_on_the_hub(hub, find, name):
     with pytest.raises(UserError, match="this folder doesn't exist, and it isn't a Hub id"):
         find(name)
@@ -171,10 +141,6 @@ def test_a_folder_is_preferred_to_a_hub_id_and_may_start_at_home(hub, find, tmp_
     assert not hub.requests
 
 
-def test_demo_is_the_gpt2_or_the_classifier(demo):
-    assert (model_folder("demo", "--model_name"), model_folder("demo", "--reward_model_name")) == demo
-
-
 def test_a_private_model_needs_its_token(hub, find):
     hub.token = "secret"
     with pytest.raises(UserError, match="no such model; .* if it is private, set HF_TOKEN"):
@@ -187,16 +153,11 @@ def test_a_private_model_needs_its_token(hub, find):
 
 FAULTS = [  # (method, part of the path, what the hub does), headers of its answer, part of the line
     (("GET", "/api/models", "hang"), {}, "doesn't answer; set HF_ENDPOINT"),
-    (("HEAD", "config.json", "hang"), {}, "doesn't answer.* HF_HUB_ETAG_TIMEOUT=60"),
-    (("HEAD", "pytorch_model.bin", "hang"), {}, "doesn't answer"),
-    (("GET", "pytorch_model.bin", "hang"), {}, "doesn't answer.* HF_HUB_DOWNLOAD_TIMEOUT=60"),
+    (("HEAD", "pytorch_model.bin", "hang"), {}, "doesn't answer.* HF_HUB_ETAG_TIMEOUT=60"),
     (("GET", "pytorch_model.bin", "stall"), {}, "doesn't answer"),
     (("GET", "/api/models", 503), {}, "has a problem .*503.* try later, or set HF_ENDPOINT .* --model_name PATH"),
-    (("GET", "pytorch_model.bin", 503), {}, "has a problem .*503"),
     (("GET", "/api/models", 401), {}, "refuses access.* HF_TOKEN"),
-    (("HEAD", "pytorch_model.bin", 403), {}, "refuses access.* HF_TOKEN"),
     (("HEAD", "config.json", 403), {"X-Error-Code": "GatedRepo"}, "gated; accept its terms at .*/owner/gpt2 and"),
-    (("GET", "/api/models", 404), {"X-Error-Code": "RepoNotFound"}, "has no such model; check the name"),
     (("GET", "/api/models", 404), {}, "has no such model; check the name"),
     (("GET", "/api/models", 429), {}, "too many requests from here; wait"),
     (("GET", "/api/models", "page"), {}, "isn't a model hub, or a login page answers"),
@@ -205,7 +166,7 @@ FAULTS = [  # (method, part of the path, what the hub does), headers of its answ
 
 
 @pytest.mark.parametrize(("fault", "headers", "line"), FAULTS, ids=[" ".join(map(str, fault[0])) for fault in FAULTS])
-def test_a_fault_of_the_hub_is_one_line_within_two_minutes(hub, cache, find, fault, headers, line):
+def test_a_fault_of_the_hub_is_one_line_within_two_minutes(hub, find, fault, headers, line):
     """With the client's default time-outs of 10 seconds a request. The next attempt succeeds."""
     faults = []
     hub.fault, hub.headers, hub.on_fault = fault, headers, lambda: faults.append(fault)
@@ -228,7 +189,7 @@ def test_a_broken_connection_is_resumed_and_xet_storage_is_not_used(hub, publish
     ("name", "variables", "line"),
     [
         ("owner/gpt2", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "connection to http://127.0.0.1:9 failed.*set HF_ENDPOI"),
-        ("owner/gpt2", {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set and .*cache doesn't have all files; unset it"),
+        ("owner/gpt2", {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set and .*hub doesn't have all files; unset it"),
         ("owner/gpt2.git", {}, "it isn't a valid Hub id"),
     ],
     ids=["no connection", "offline", "invalid id"],
@@ -241,7 +202,7 @@ def test_a_model_that_cannot_be_asked_for_is_one_line(hub, find, name, variables
 
 @pytest.mark.parametrize(
     ("number", "line"),
-    [(errno.ENOSPC, "disk of .*cache is full; free some space, or set HF_HOME"), (errno.EROFS, "set HF_HOME")],
+    [(errno.ENOSPC, "disk of .*hub is full; free some space, or set HF_HOME"), (errno.EROFS, "set HF_HOME")],
 )
 def test_a_cache_that_cannot_be_written_is_one_line(find, monkeypatch, number, line):
     def refuse(*args, **options):

@@ -1,7 +1,6 @@
 """What a run loads, in which order, and what several processes compare of it."""
 
 import copy
-import dataclasses
 import hashlib
 import shutil
 import sys
@@ -17,7 +16,7 @@ from support.errors import UserError
 from support.load import PROGRAM, check_same, hash_of, load, load_folders
 from support.text_trainer import TextPPOTrainer
 from support.user_code import import_function
-from tests.helpers import ROOT, write_classifier, write_gpt2
+from tests.helpers import ROOT, write_classifier
 
 PROMPT = "刚收到货,感觉"  # 7 characters, and [CLS] before
 
@@ -44,7 +43,6 @@ def test_a_run_loads_the_parts_that_its_settings_name(gpt2_folder, classifier_fo
 @pytest.mark.parametrize(
     ("prompts", "gen_len", "fits"),
     [
-        ([PROMPT], 40, True),
         (["衣服", PROMPT, "书"], 41, False),
         (["好" * 46], 1, True),
         (["好" * 47], 1, False),
@@ -63,25 +61,8 @@ def test_the_longest_prompt_and_its_completion_fill_the_48_positions(
             load_folders(config, "cpu", gpt2_folder, classifier_folder)
 
 
-def test_quick_checks_come_before_weights(tmp_path):
-    gpt2, sentiment = write_gpt2(tmp_path / "gpt2"), write_classifier(tmp_path / "s", ("a", "b"))
-    for folder in (gpt2, sentiment):
-        (folder / "pytorch_model.bin").unlink()
-    config = settings(model_name=str(gpt2), reward_model_name=str(sentiment), prompts=["好" * 60])
-    for change, line in (
-        ({}, "--gen_len 4"),
-        ({"prompts": ["好"]}, "which label"),
-        ({"positive_label": "b"}, f"no weights in {sentiment}"),
-        ({"reward": "math:fsum"}, f"no weights in {gpt2}"),
-    ):
-        config = dataclasses.replace(config, **change)
-        with pytest.raises(UserError, match=line):
-            load(config)
-
-
-def test_both_models_are_checked_before_their_weights_are_downloaded(
-    gpt2_folder, classifier_folder, tmp_path, monkeypatch
-):
+def test_configs_and_prompts_are_checked_before_any_weights(gpt2_folder, classifier_folder, tmp_path, monkeypatch):
+    """Before they are downloaded, and before they are read."""
     folders = {"gpt2": gpt2_folder, "sentiment": classifier_folder, "unclear": write_classifier(tmp_path, ("a", "b"))}
     found = []
 
@@ -91,16 +72,18 @@ def test_both_models_are_checked_before_their_weights_are_downloaded(
         return folders[name]
 
     monkeypatch.setattr("support.load.model_folder", model_folder)
-    for name, label, line in (("gpt2", None, "which label"), ("unclear", "happy", "happy")):
+    for names, changes, line, flags in (
+        (("sentiment", "sentiment"), {}, "type 'bert'", []),
+        (("gpt2", "unclear"), {}, "which label", ["--model_name"]),
+        (("gpt2", "unclear"), {"positive_label": "happy"}, "happy", ["--model_name"]),
+        (("gpt2", "missing"), {"reward": "builtins:no"}, "no", ["--model_name"]),
+        (("gpt2", "sentiment"), {"prompts": ["好" * 60]}, "--gen_len", ["--model_name", "--reward_model_name"]),
+    ):
         found.clear()
-        with pytest.raises(UserError, match=line):
-            load(settings(model_name="gpt2", reward_model_name=name, positive_label=label))
-        assert found == ["--model_name"]
-    with pytest.raises(UserError, match="type 'bert'"):
-        load(settings(model_name="sentiment", reward_model_name="sentiment"))
-    found.clear()
-    _, _, reward, _ = load(settings(model_name="gpt2", reward_model_name="missing", reward="builtins:len"))
-    assert reward is len and found == ["--model_name"]
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=line):
+            patch.setattr("support.models.load_weights", lambda *args: pytest.fail("read too early"))
+            load(settings(model_name=names[0], reward_model_name=names[1], **changes))
+        assert found == flags
 
 
 # ----------------------------------------------------------------------------------------------
@@ -184,8 +167,7 @@ def test_the_file_of_your_own_reward_is_compared(compared, parts, tmp_path, monk
     assert not any("--reward" in name for name in compared(settings(reward="builtins:len"), *parts)[0])
 
 
-@pytest.mark.parametrize("policy_is_demo", [True, False])
-@pytest.mark.parametrize("reward_is_demo", [True, False])
+@pytest.mark.parametrize(("policy_is_demo", "reward_is_demo"), [(True, False), (False, True)])
 def test_only_the_demo_models_are_replaced_by_those_of_rank_0(compared, parts, policy_is_demo, reward_is_demo):
     names = {"model_name": "demo"} if policy_is_demo else {}
     names |= {"reward_model_name": "demo"} if reward_is_demo else {}

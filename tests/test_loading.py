@@ -5,11 +5,9 @@ import os
 import shutil
 
 import pytest
-import safetensors.torch
 import torch
-from tokenizers import ByteLevelBPETokenizer
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
-from transformers.utils import logging as transformers_logging
 
 from config import PPOConfig
 from reward import SentimentReward
@@ -19,6 +17,7 @@ from support.text_trainer import TextPPOTrainer
 from tests.helpers import write_bpe_gpt2, write_gpt2
 from train_ppo import main
 
+BIN = "pytorch_model.bin"
 IDS = torch.tensor([[2, 5, 6, 7, 8, 9]])
 
 
@@ -39,8 +38,12 @@ def edit(folder, file="config.json", **values):
 
 
 def edit_weights(folder, change):
-    path = folder / "pytorch_model.bin"
-    torch.save(change(torch.load(path)), path)
+    torch.save(change(torch.load(folder / BIN)), folder / BIN)
+
+
+def without(part):
+    """A change to a model folder: the weights with this part of their name are missing."""
+    return lambda f: edit_weights(f, lambda weights: {name: w for name, w in weights.items() if part not in name})
 
 
 @torch.no_grad()
@@ -67,97 +70,70 @@ class Evil:
 
 
 CODE = {"auto_map": {"AutoConfig": "evil.C", "AutoModelForSequenceClassification": "evil.C"}}
-CODE_OF_TOKENIZER = {"auto_map": {"AutoTokenizer": ["evil.C", "evil.C"]}}
-BIN = "pytorch_model.bin"
-OTHER_MODEL = "config.json describes other shapes"
-FOLDERS = {  # name: (which model, the change to its folder, part of the line; None if it opens all the same)
-    "no config": ("gpt2", lambda f: (f / "config.json").unlink(), "no config.json"),
-    "config cut off": ("gpt2", lambda f: (f / "config.json").write_text("{"), "config.json can't be loaded"),
-    "another architecture": ("gpt2", lambda f: edit(f, model_type="bert"), "one of type 'bert'"),
-    "no weights": ("gpt2", lambda f: (f / BIN).unlink(), "no weights in"),
-    "weights cut off": ("gpt2", lambda f: (f / BIN).write_bytes((f / BIN).read_bytes()[:-200]), "can't be loaded"),
-    "a web page for weights": ("gpt2", lambda f: (f / BIN).write_text("<html>log in</html>"), "can't be loaded"),
-    "an index without shards": (
-        "gpt2",
-        lambda f: (f / BIN).rename(f / "pytorch_model-00001-of-00002.bin"),
-        "can't be loaded",
+TOKENIZER_CODE = {"auto_map": {"AutoTokenizer": ["evil.C", "evil.C"]}}
+NAN = {"transformer.ln_f.bias": torch.full((32,), torch.nan)}
+SMALLER_HEAD = {"summary.weight": torch.zeros(1, 31), "summary.bias": torch.zeros(1)}
+GPT2_FOLDERS = {  # name: (the change to the folder, part of the line; None if it opens all the same)
+    "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
+    "config cut off": (lambda f: (f / "config.json").write_text("{"), "config.json can't be loaded"),
+    "another architecture": (lambda f: edit(f, model_type="bert"), "one of type 'bert'"),
+    "no weights": (lambda f: (f / BIN).unlink(), "no weights in"),
+    "weights cut off": (lambda f: (f / BIN).write_bytes((f / BIN).read_bytes()[:-200]), "can't be loaded"),
+    "a web page for weights": (lambda f: (f / BIN).write_text("<html>log in</html>"), "can't be loaded"),
+    "one shard of two": (lambda f: (f / BIN).rename(f / "pytorch_model-00001-of-00002.bin"), "can't be loaded"),
+    "half of the weights": (without("h.1."), "lack transformer.h.1.attn.c_attn.bias"),
+    "NaN": (lambda f: edit_weights(f, lambda weights: weights | NAN), "NaN or infinity"),
+    "config of a wider model": (lambda f: edit(f, n_embd=64), "config.json describes other shapes"),
+    "config of a deeper model": (lambda f: edit(f, n_layer=3), "lack transformer.h.2"),
+    "no vocabulary": (lambda f: (f / "vocab.txt").unlink(), "no tokenizer in"),
+    "vocabulary too long": (
+        lambda f: (f / "vocab.txt").open("a").write("a\nb\n"),
+        "has 45 tokens, but the model has 43",
     ),
-    "half of the weights": (
-        "gpt2",
-        lambda f: edit_weights(f, lambda weights: {n: w for n, w in weights.items() if "h.1." not in n}),
-        "lack transformer.h.1.attn.c_attn.bias",
-    ),
-    "NaN": (
-        "gpt2",
-        lambda f: edit_weights(f, lambda w: w | {"transformer.ln_f.bias": torch.full((32,), torch.nan)}),
-        "NaN",
-    ),
-    "config of a wider model": ("gpt2", lambda f: edit(f, n_embd=64), OTHER_MODEL),
-    "config of a deeper model": ("gpt2", lambda f: edit(f, n_layer=3), "lack transformer.h.2"),
-    "config with more positions": ("gpt2", lambda f: edit(f, n_positions=64), OTHER_MODEL),
-    "no vocabulary": ("gpt2", lambda f: (f / "vocab.txt").unlink(), "no tokenizer in"),
-    "another vocabulary": (
-        "gpt2",
-        lambda f: (f / "vocab.txt").write_text((f / "vocab.txt").read_text() + "a\nb\n"),
-        "has 45 tokens, but the model has 43; they don't belong together",
-    ),
-    "a vocabulary without [UNK]": (
-        "gpt2",
-        lambda f: (f / "vocab.txt").write_text("\n".join("[PAD] [CLS] [SEP] [MASK] a".split())),
-        "the tokenizer in",
-    ),
-    "a vocabulary that isn't text": (
-        "gpt2",
-        lambda f: (f / "vocab.txt").write_bytes(b"\xff\xfe\x00"),
-        "the tokenizer in",
-    ),
-    "tokenizer config cut off": ("gpt2", lambda f: (f / "tokenizer_config.json").write_text("{"), "the tokenizer in"),
-    "a value head of another model": (
-        "gpt2",
-        lambda f: safetensors.torch.save_file({"summary.weight": torch.zeros(1, 31)}, f / models.VALUE_HEAD),
-        "value_head.safetensors can't be loaded",
-    ),
-    "a classifier without its head": (
-        "sentiment",
-        lambda f: edit_weights(f, lambda weights: {n: w for n, w in weights.items() if "classifier" not in n}),
-        "lack classifier.bias",
-    ),
-    "config of another classifier": ("sentiment", lambda f: edit(f, hidden_size=32), OTHER_MODEL),
-    "one label": ("sentiment", lambda f: edit(f, id2label={"0": "stars"}, label2id={"stars": 0}), "one label"),
-    "code for a config": ("gpt2", lambda f: edit(f, model_type="evil", **CODE), "config.json can't be loaded"),
-    "code for a classifier's config": ("sentiment", lambda f: edit(f, model_type="evil", **CODE), "can't be loaded"),
-    "code for a classifier": ("sentiment", lambda f: edit(f, model_type="bert-generation", **CODE), "can't be loaded"),
-    "code beside a model": ("gpt2", lambda f: edit(f, **CODE), None),
-    "code beside a classifier": ("sentiment", lambda f: edit(f, **CODE), None),
-    "code beside a tokenizer": ("gpt2", lambda f: edit(f, "tokenizer_config.json", **CODE_OF_TOKENIZER), None),
+    "vocabulary too short": (lambda f: edit(f, vocab_size=176), "has 43 tokens, but the model has 176"),
+    "embeddings padded": (lambda f: edit(f, vocab_size=175), "config.json describes other shapes"),
+    "vocabulary in UTF-16": (lambda f: (f / "vocab.txt").write_bytes(b"\xff\xfe\x00"), "the tokenizer in"),
+    "no [UNK]": (lambda f: (f / "vocab.txt").write_text("[PAD]\n[CLS]\n[SEP]\n[MASK]\na"), "the tokenizer in"),
+    "value head of another model": (lambda f: save_file(SMALLER_HEAD, f / "value_head.safetensors"), "value_head"),
+    "code for a config": (lambda f: edit(f, model_type="evil", **CODE), "config.json can't be loaded"),
+    "code beside a model": (lambda f: edit(f, **CODE), None),
+    "code beside a tokenizer": (lambda f: edit(f, "tokenizer_config.json", **TOKENIZER_CODE), None),
     "code for a tokenizer": (
-        "gpt2",
-        lambda f: edit(f, "tokenizer_config.json", tokenizer_class="C", **CODE_OF_TOKENIZER),
-        "the tokenizer in",
+        lambda f: edit(f, "tokenizer_config.json", tokenizer_class="C", **TOKENIZER_CODE),
+        "tokeniz",
     ),
-    "an attention kernel": ("gpt2", lambda f: edit(f, attn_implementation="evil/kernel"), None),
-    "a classifier's kernel": ("sentiment", lambda f: edit(f, _attn_implementation="evil/kernel"), None),
-    "code in weights": ("gpt2", lambda f: torch.save({"a": Evil()}, f / BIN), "can't be loaded"),
-    "code in a classifier's weights": ("sentiment", lambda f: torch.save([Evil()], f / BIN), "can't be loaded"),
+    "an attention kernel": (lambda f: edit(f, attn_implementation="evil/kernel"), None),
+    "code in weights": (lambda f: torch.save({"a": Evil()}, f / BIN), "can't be loaded"),
 }
+CLASSIFIER_FOLDERS = {
+    "no head": (without("classifier"), "lack classifier.bias"),
+    "config of another classifier": (lambda f: edit(f, hidden_size=32), "config.json describes other shapes"),
+    "code for a classifier": (lambda f: edit(f, model_type="bert-generation", **CODE), "can't be loaded"),
+    "code beside a classifier": (lambda f: edit(f, **CODE), None),
+    "an attention kernel": (lambda f: edit(f, _attn_implementation="evil/kernel"), None),
+    "code in weights": (lambda f: torch.save([Evil()], f / BIN), "can't be loaded"),
+}
+CASES = [(load_gpt2, case) for case in GPT2_FOLDERS] + [(load_classifier, case) for case in CLASSIFIER_FOLDERS]
 
 
-@pytest.mark.parametrize("case", FOLDERS)
-def test_a_bad_model_folder_is_one_line_and_runs_no_code(gpt2_folder, classifier_folder, tmp_path, monkeypatch, case):
-    which, change, line = FOLDERS[case]
-    folder = shutil.copytree({"gpt2": gpt2_folder, "sentiment": classifier_folder}[which], tmp_path / "model")
+@pytest.mark.parametrize(("load", "case"), CASES)
+def test_a_bad_model_folder_is_one_line_and_runs_no_code(
+    gpt2_folder, classifier_folder, tmp_path, monkeypatch, load, case
+):
+    good, cases = (gpt2_folder, GPT2_FOLDERS) if load is load_gpt2 else (classifier_folder, CLASSIFIER_FOLDERS)
+    folder = shutil.copytree(good, tmp_path / "model")
     (folder / "evil.py").write_text("open('ran', 'w')\nclass C: pass\n")
+    change, line = cases[case]
     change(folder)
     monkeypatch.chdir(tmp_path)
     asked = []
     monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "n")
-    load = {"gpt2": load_gpt2, "sentiment": load_classifier}[which]
     if line is None:
         load(folder)
     else:
         with pytest.raises(UserError, match=line) as error:
             load(folder)
-        assert "\n" not in str(error.value) and (str(folder) in str(error.value) or case == "one label")
+        assert "\n" not in str(error.value) and str(folder) in str(error.value)
     assert asked == [] and os.listdir(tmp_path) == ["model"] and not (folder / "__pycache__").exists()
 
 
@@ -169,23 +145,6 @@ def test_a_program_given_a_bad_folder_ends_with_code_2_and_no_run_folder(gpt2_fo
     err = capsys.readouterr().err
     assert err.splitlines()[-1].startswith(f"train_ppo.py: error: the weights in {folder}") and "Traceback" not in err
     assert not (tmp_path / "runs").exists()
-
-
-def test_memory_that_runs_out_is_not_called_a_broken_folder(gpt2_folder, monkeypatch):
-    monkeypatch.setattr(models.GPT2HeadWithValueModel, "from_pretrained", lambda *args, **options: torch.empty(1 << 60))
-    with pytest.raises(RuntimeError, match="can't allocate memory"):
-        load_gpt2(gpt2_folder)
-
-
-@pytest.mark.parametrize(("rows", "fits"), [(42, False), (43, True), (175, True), (176, False)])
-def test_embeddings_may_have_a_tenth_and_128_rows_more_than_the_43_tokens(gpt2_folder, tmp_path, rows, fits):
-    folder = shutil.copytree(gpt2_folder, tmp_path / "gpt2")
-    edit(folder, vocab_size=rows)
-    if fits:
-        assert models.read_policy_folder(folder)[0].vocab_size == rows
-    else:
-        with pytest.raises(UserError, match=f"has 43 tokens, but the model has {rows}"):
-            models.read_policy_folder(folder)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -205,11 +164,10 @@ def test_a_published_gpt2_opens_quietly_with_a_value_head_at_zero(gpt2_folder, c
     "change",
     [
         {"activation_function": "gelu"},
-        {"activation_function": "relu"},
         {"tie_word_embeddings": False},
         {"use_cache": False, "bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": 0},
     ],
-    ids=["gelu", "relu", "untied", "special tokens"],
+    ids=["gelu", "untied", "special tokens"],
 )
 def test_logits_are_those_of_plain_transformers_before_and_after_saving(tmp_path, change):
     folder = write_gpt2(tmp_path / "gpt2", tie_word_embeddings=change.get("tie_word_embeddings", True))
@@ -223,56 +181,29 @@ def test_logits_are_those_of_plain_transformers_before_and_after_saving(tmp_path
     assert again.config.use_cache and again.config.eos_token_id is None
 
 
-@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
-def test_half_precision_weights_train_and_are_saved_in_float32(tmp_path, stored):
+def test_half_precision_weights_train_and_are_saved_in_float32(tmp_path):
     folder = write_gpt2(tmp_path / "gpt2")
-    edit_weights(folder, lambda weights: {name: weight.to(stored) for name, weight in weights.items()})
-    edit(folder, dtype=str(stored).removeprefix("torch."))
+    edit_weights(folder, lambda weights: {name: weight.bfloat16() for name, weight in weights.items()})
+    edit(folder, dtype="bfloat16")
     model, tokenizer = load_gpt2(folder)
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     models.save_policy(model, tokenizer, tmp_path / "saved", temperature=1.0, gen_len=8)
     assert plain(tmp_path / "saved").dtype == torch.float32
 
 
-@pytest.mark.parametrize(("device", "attention"), [("mps", "eager"), ("mps:0", "eager"), ("cuda", "sdpa")])
-def test_neither_model_uses_the_attention_of_an_apple_gpu(gpt2_folder, classifier_folder, device, attention):
-    for kind, folder in (
-        (models.GPT2HeadWithValueModel, gpt2_folder),
-        (AutoModelForSequenceClassification, classifier_folder),
-    ):
-        model, _ = models.load_weights(kind, folder, models.read_model_config(folder), torch.device(device))
-        assert model.config._attn_implementation == attention
+@pytest.mark.parametrize(("device", "attention"), [("mps:0", "eager"), ("cuda", "sdpa")])
+def test_the_attention_of_apple_gpus_is_not_used(classifier_folder, device, attention):
+    config = models.read_model_config(classifier_folder)
+    model, _ = models.load_weights(AutoModelForSequenceClassification, classifier_folder, config, device)
+    assert model.config._attn_implementation == attention
 
 
-def test_loading_leaves_the_library_as_loud_as_it_was(gpt2_folder, tmp_path):
-    was = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(transformers_logging.INFO)
-    load_gpt2(gpt2_folder)
-    with pytest.raises(UserError):
-        load_gpt2(tmp_path)
-    now = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(was)
-    assert now == (transformers_logging.INFO, True)
-
-
-@pytest.mark.parametrize("named_in", ["config.json", "tokenizer_config.json", None])
+@pytest.mark.parametrize("named_in", ["tokenizer_config.json", None])
 def test_a_vocab_txt_beside_a_gpt2_is_bert_s_whether_that_is_said_or_not(tmp_path, named_in):
     folder = write_gpt2(tmp_path / "gpt2")
     for file in {"config.json", "tokenizer_config.json"} - {named_in}:
         edit(folder, file, tokenizer_class=None)
     assert models.encode_prompt(models.load_tokenizer(folder), "刚收到货").tolist() == [2, 5, 6, 7, 8]
-
-
-@pytest.mark.parametrize(
-    ("name", "other"), [("cls_token", "bos_token"), ("sep_token", "eos_token"), ("pad_token", "eos_token")]
-)
-def test_a_tokenizer_needs_tokens_for_start_end_and_padding(tmp_path, name, other):
-    folder = write_bpe_gpt2(tmp_path / "gpt2")
-    ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save(str(folder / "tokenizer.json"))
-    own = {token: "film" for token in ("cls_token", "sep_token", "pad_token") if token != name}
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **own}))
-    with pytest.raises(UserError, match=f"has neither {name} nor {other}"):
-        models.load_tokenizer(folder)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -398,12 +329,8 @@ def test_rows_that_pad_the_embeddings_are_never_sampled(tmp_path):
         ("很 不 错 , 好 评 [SEP] [PAD] [PAD]", "很不错,好评"),
         ("[CLS] 刚 收 到 [MASK] 货 [UNK]", "刚收到货"),
         ("good phone 很 好 用 5 星", "good phone很好用5星"),
-        ("质 量 iphone 6 plus", "质量iphone 6 plus"),
-        ("a\n\tb", "a b"),
         ("4 . 5 Z 9", "4.5 Z 9"),
         ("##韩 国 ##", "韩国##"),
-        ("[SEPT] [cls]", "[SEPT][cls]"),
-        ("  ", ""),
     ],
 )
 def test_decoded_tokens_are_joined_as_people_write_them(decoded, text):
@@ -423,8 +350,6 @@ def test_a_prompt_starts_a_text_and_does_not_end_it(policy):
         ("衣服Good", "doesn't know 'Good' in the prompt '衣服Good'; .* lower-case"),
         ("good很👍", "doesn't know '👍'"),
         ("衣服[SEP]", "contains the special token \\[SEP\\]; remove it"),
-        ("[CLS]衣服", "contains the special token \\[CLS\\]"),
-        ("衣服[UNK]", "contains the special token \\[UNK\\]"),
     ],
 )
 def test_a_prompt_that_the_model_would_see_as_another_is_rejected(gpt2_folder, tmp_path, prompt, line):

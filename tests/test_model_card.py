@@ -62,9 +62,7 @@ def test_a_byte_level_gpt2_of_your_own_loop_has_its_own_card(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("name", "base"),
     [
-        ("uer/gpt2-chinese-cluecorpussmall", True),
         ("gpt2", True),
-        ("/data/gpt2", False),
         ("here/gpt2", False),
         ("demo", False),
     ],
