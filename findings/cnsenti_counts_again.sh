@@ -5,7 +5,7 @@
 # counts once more for each word that follows it: 我很满意 scores 3, and with six neutral words behind it 21, with the same
 # words in front of it 3. PPO with such a reward learns to put one happy word first and then to ramble on.
 # sentiment_count doesn't have this fault.
-# Source: Sentiment.sentiment_calculate in cnsenti/sentiment.py, where `count1.append` stands inside the loop over words.
+# Source: Sentiment.sentiment_calculate in cnsenti/sentiment.py: `count1.append` stands inside the loop over words.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

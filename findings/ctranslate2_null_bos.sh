@@ -34,7 +34,7 @@ def convert(name, **tokens):
         json.dump({"tokenizer_class": "BertTokenizer", **tokens}, file)
     ctranslate2.converters.TransformersConverter("model").convert(name)
     config = json.load(open(f"{name}/config.json"))
-    print(f"\n{name}: converted, config.json has", {key: config[key] for key in ("bos_token", "eos_token", "unk_token")})
+    print(f"\n{name}: converted, config.json has", {key: config[key] for key in ("bos_token", "eos_token")})
     return name
 
 

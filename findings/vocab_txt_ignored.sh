@@ -4,7 +4,7 @@
 # transformers 5.24.0 picks the tokenizer class from model_type. That class reads spiece.model or vocab.json, finds
 # neither, and builds a vocabulary from its special tokens: 5 tokens for ALBERT and RoBERTa, 1 for GPT-2.
 # Every text of the same shape then has the same ids, so a sentiment classifier used as a reward scores 很好 and 很差
-# equally. Nothing is printed at the default log level. transformers 4.57.6 raises an error for these folders.
+# equally. No message says that vocab.txt was not read. transformers 4.57.6 raises an error for these folders.
 # Source: TOKENIZER_MAPPING_NAMES in models/auto/tokenization_auto.py and `if vocab is None` (ALBERT: `vocab is not
 # None`) in AlbertTokenizer.__init__, RobertaTokenizer.__init__ and GPT2Tokenizer.__init__.
 set -euo pipefail
