@@ -2,18 +2,15 @@
 
     python -m tools.benchmark --model_name DIR --reward_model_name DIR [--batch_size N --gen_len N --dtype ... any flag]
 
-Runs the step of train_ppo.py once to warm up, then a few times, and prints medians. The arithmetic counted is what the
-step needs, not what it does: one prefill per distinct prompt, the vocabulary projection at completion positions only,
-no padding, backward as twice forward in what is trained (the projection as once where it is frozen), no recomputation:
-frozen blocks count once when sampling and once after.
-The ceiling is the best matrix product of this machine in the same dtype, measured in the same run. The last line is
-JSON.
+Runs the step of train_ppo.py once to warm up, then a few times, and prints medians. The arithmetic counted is what a
+step needs, not what it does: one prefill per distinct prompt, the vocabulary projection only at completion positions,
+no padding, no recomputation. A backward pass counts as two forward passes through what is trained, and as one through
+the projection if it is frozen. Frozen blocks count once when sampling and once after. The ceiling is the best matrix
+product of this machine in the same dtype, measured in the same run. The last line is JSON.
 """
 
 import copy
-import functools
 import json
-import math
 import statistics
 import sys
 import time
@@ -30,13 +27,7 @@ from support.text_trainer import TextPPOTrainer
 from train_ppo import draw_prompts
 
 STEPS = 3
-PHASES = {  # of a step, by what the engine or the loop does
-    "generate": "sampling",
-    "score_texts": "scoring",
-    "share_trunk": "logprobs",
-    "evaluate": "logprobs",
-    "optimise": "update",
-}
+PHASES = {"generate": "sampling", "share_trunk": "logprobs", "evaluate": "logprobs", "optimise": "update"}  # by method
 
 
 def main(argv: list[str]) -> None:
@@ -58,26 +49,28 @@ def main(argv: list[str]) -> None:
 
 def measure(config: PPOConfig) -> dict:
     """Medians of a few steps: seconds of a step and of its phases, completions and tokens a second, the arithmetic
-    needed, its share of the ceiling, and the peak memory in GiB (on a CPU that of the process so far).
-    """
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    needed, its share of the ceiling, and the peak memory in GiB (on a CPU that of the process so far)."""
     policy, tokenizer, reward, prompts = load(config)
     trainer = TextPPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
     queries, device = trainer.encode(prompts), trainer.engine.device
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     seconds: dict[str, float] = defaultdict(float)
 
-    def timed(name, call):
-        synchronize()
-        started = time.perf_counter()
-        result = call()
-        synchronize()
-        seconds[PHASES[name]] += time.perf_counter() - started
-        return result
+    def timed(phase, function):
+        def call(*args):
+            synchronize()
+            started = time.perf_counter()
+            result = function(*args)
+            synchronize()
+            seconds[phase] += time.perf_counter() - started
+            return result
 
-    trainer.engine.observer = timed
-    phases, lengths, tokens_scored = [], [], []
+        return call
+
+    for name, phase in PHASES.items():
+        setattr(trainer.engine, name, timed(phase, getattr(trainer.engine, name)))
+    timed_scores = timed("scoring", score_texts)
+    steps = []
     for step in range(1, STEPS + 2):
         seconds.clear()
         synchronize()
@@ -86,99 +79,82 @@ def measure(config: PPOConfig) -> dict:
         batch = [queries[i] for i in drawn]
         responses = trainer.generate(batch)
         texts = [prompts[i] + text for i, text in zip(drawn, trainer.decode(responses))]
-        scores = timed("score_texts", lambda: score_texts(reward, texts))
-        trainer.step(batch, responses, scores)
+        trainer.step(batch, responses, timed_scores(reward, texts))
         synchronize()
-        phases.append({**seconds, "step": time.perf_counter() - started})
-        lengths.append([len(response) for response in responses])
-        tokens_scored.append([len(text) + 2 for text in texts])
-    median = {name: statistics.median(phase[name] for phase in phases[1:]) for name in phases[0]}
-
-    classifier = getattr(getattr(reward, "pipeline", None), "model", None)
-    needed = multiply_adds(
-        trainer.model,
-        classifier and classifier.config,
-        config,
-        [len(q) for q in queries],
-        lengths[-1],
-        tokens_scored[-1],
-    )
-    rate = 2 * needed / median["step"] / 1e12
-    ceiling = best_matrix_product(device, trainer.engine.dtype) / 1e12
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated() / 2**30
-    elif sys.platform == "win32":
-        memory = math.nan  # Python's library does not tell
-    else:
-        import resource
-
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+        steps.append({**seconds, "step": time.perf_counter() - started})
+    median = {name: statistics.median(step[name] for step in steps[1:]) for name in steps[0]}
     step = median.pop("step")
+
+    bert = getattr(getattr(reward, "pipeline", None), "model", None)
+    n_prompt, n_response = [len(query) for query in queries], [len(response) for response in responses]
+    needed = multiply_adds(trainer.model, bert, config, n_prompt, n_response, [len(text) + 2 for text in texts])
+    rate, ceiling = 2 * needed / step / 1e12, best_matrix_product(device, trainer.engine.dtype) / 1e12
     return {
         "seconds_per_step": step,
         "completions_per_second": config.batch_size / step,
-        "tokens_per_second": sum(lengths[-1]) / step,
+        "tokens_per_second": sum(n_response) / step,
         "multiply_adds": needed,
         "rate_tflops": rate,
         "ceiling_tflops": ceiling,
         "ceiling_share": rate / ceiling,
-        "peak_memory_gb": memory,
+        "peak_memory_gb": peak_memory(device) / 2**30,
         "dtype": str(trainer.engine.dtype)[6:],
-        "device": name,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         **median,
     }
 
 
-def blocks(layers: int, width: int, inner: int, tokens: int, context: float) -> float:
-    """Multiply-adds of a transformer's blocks: four width x width matrices, two width x inner, and attention."""
-    return layers * tokens * (4 * width**2 + 2 * width * inner + 2 * width * context)
+def peak_memory(device: torch.device) -> float:
+    """In bytes; NaN on Windows, whose Python doesn't tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return float("nan")
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def multiply_adds(
-    policy, bert, config, prompt_lengths: list[int], lengths: list[int], tokens_scored: list[int]
-) -> float:
-    """What one step needs, in multiply-adds. `lengths` are the completions' tokens, [SEP] included."""
+def multiply_adds(policy, bert, config: PPOConfig, n_prompt: list[int], n_response: list[int], n_text: list[int]):
+    """The multiply-adds that one step needs. bert: the classifier, or None. Tokens of each prompt, of each response
+    (its [SEP] included) and of each text that the classifier scores."""
+
+    def blocks(layers: int, width: int, inner: int, tokens: int, context: float) -> float:
+        """Four width x width matrices, two width x inner, and attention."""
+        return layers * tokens * (4 * width**2 + 2 * width * inner + 2 * width * context)
+
     gpt2 = policy.config
-    inner = gpt2.n_inner or 4 * gpt2.n_embd
-    new = sum(length - 1 for length in lengths)  # nothing is predicted after the last token
-    context = sum(prompt_lengths) / len(prompt_lengths) + new / len(lengths) / 2
-    prefill = sum(blocks(gpt2.n_layer, gpt2.n_embd, inner, length, length / 2) for length in prompt_lengths)
-    completions = blocks(gpt2.n_layer, gpt2.n_embd, inner, new, context)
-    projection = sum(lengths) * gpt2.n_embd * gpt2.vocab_size
-    minibatches = -(-config.batch_size // config.minibatch_size)
+    sizes = gpt2.n_layer, gpt2.n_embd, gpt2.n_inner or 4 * gpt2.n_embd
+    new = sum(n - 1 for n in n_response)  # nothing is predicted after the last token
+    context = sum(n_prompt) / len(n_prompt) + new / len(n_response) / 2
+    prefill = sum(blocks(*sizes, n, n / 2) for n in n_prompt)
+    completions = blocks(*sizes, new, context)
+    projection = sum(n_response) * gpt2.n_embd * gpt2.vocab_size
     frozen = policy.n_frozen / gpt2.n_layer
+    minibatches = -(-config.batch_size // config.minibatch_size)
     total = prefill + completions + projection  # sampling
-    total += frozen * (prefill + completions)  # what the trained blocks start from, once for all the passes below
+    total += frozen * (prefill + completions)  # the frozen blocks, once for all the passes below
     total += 2 * ((1 - frozen) * (prefill + completions) + projection)  # old and reference log-probabilities
     forward = (1 - frozen) * (minibatches * prefill + completions)
     total += config.ppo_epochs * (3 * forward + (2 if frozen else 3) * projection)
     if bert is not None:
-        total += sum(
-            blocks(bert.num_hidden_layers, bert.hidden_size, bert.intermediate_size, n, n) for n in tokens_scored
-        )
+        sizes = bert.config.num_hidden_layers, bert.config.hidden_size, bert.config.intermediate_size
+        total += sum(blocks(*sizes, n, n) for n in n_text)
     return total
 
 
-@functools.cache
 def best_matrix_product(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of the fastest of several matrix products, two operations per multiply-add."""
+    """Operations a second of the fastest of some matrix products, two operations per multiply-add."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     best = 0.0
-    sizes = (
-        [(8192, 8192, 8192), (4096, 4096, 4096)]
-        if device.type == "cuda"
-        else [(2048, 2048, 2048), (512, 768, 3072), (1024, 1024, 1024)]
-    )
-    for m, k, n in sizes:
-        a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
+    for n in (8192, 4096) if device.type == "cuda" else (2048, 1024):
+        a, b = torch.randn(2, n, n, device=device, dtype=dtype)
         for _ in range(10):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize()
             started = time.perf_counter()
             a @ b
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            best = max(best, 2 * m * k * n / (time.perf_counter() - started))
+            synchronize()
+            best = max(best, 2 * n**3 / (time.perf_counter() - started))
     return best
 
 

@@ -1,0 +1,113 @@
+"""What only a GPU can show: python -m pytest -m gpu. A model of the article's shape, random and with few characters."""
+
+import pytest
+import torch
+
+from config import PPOConfig
+from gpt2_value_head import completion_uniforms
+from ppo import logprobs_values_entropy
+from reward import SentimentReward
+from support.text_trainer import TextPPOTrainer
+from tests.helpers import small_run, weights, write_gpt2
+
+GPU = "cuda"
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+PROMPTS = ["刚收到货,感觉", "质量", "这本书很好", "衣服不错,但是"] * 8
+SCORES = [i % 5 / 4 for i in range(32)]
+
+
+@pytest.fixture(scope="module")
+def large_gpt2(tmp_path_factory):
+    shape = dict(n_embd=768, n_layer=12, n_head=12, initializer_range=0.02)
+    return write_gpt2(tmp_path_factory.mktemp("models") / "gpt2", **shape)
+
+
+@pytest.fixture(scope="module")
+def trainers(large_gpt2):
+    """A function that makes a trainer, and the responses of one in float32."""
+
+    def make(dtype="float32", device=GPU, **changes):
+        config = PPOConfig(dtype=dtype, device=device, batch_size=32, minibatch_size=32, **changes)
+        return TextPPOTrainer.from_pretrained(large_gpt2, config)
+
+    trainer = make()
+    return make, trainer.generate(trainer.encode(PROMPTS))
+
+
+def logprobs(trainer, responses, rows=slice(None)):
+    """The policy's log-probabilities of the responses' tokens, in one row, float64 on the CPU."""
+    completions = trainer.engine.collator.completions(trainer.encode(PROMPTS)[rows], responses[rows])
+    found, *_ = trainer.engine.evaluate(logprobs_values_entropy, trainer.engine.share_trunk(completions), trainer.model)
+    return found[completions.mask].cpu().double()
+
+
+def step(trainer, responses):
+    """A step's statistics, and how it moves the weights, in one row, float64 on the CPU."""
+    before = [weight.detach().cpu().double() for weight in trainer.engine.weights]
+    stats = trainer.step(trainer.encode(PROMPTS), responses, SCORES)
+    moved = [weight.detach().cpu().double() - start for weight, start in zip(trainer.engine.weights, before)]
+    return stats, torch.cat([each.flatten() for each in moved])
+
+
+@pytest.mark.parametrize("other", [{"device": "cpu"}, {"micro_batch_size": 5}], ids=str)
+def test_float32_is_that_of_the_cpu_and_of_other_micro_batches(trainers, other):
+    make, responses = trainers
+    one, two = make(), make(**other)
+    difference = (logprobs(one, responses) - logprobs(two, responses)).abs().max()
+    assert difference < 1e-4  # nats: 1,000 times float32's precision, over twelve blocks
+    (stats, moved), (expected, expected_moved) = step(one, responses), step(two, responses)
+    assert stats == pytest.approx(expected, rel=1e-3, abs=1e-3)
+    assert (moved - expected_moved).norm() < 1e-2 * expected_moved.norm()
+
+
+def test_a_bfloat16_step_is_close_to_a_float32_step(trainers):
+    """Rounding must not decide what PPO clips, ratios beyond 1.2: errors are a tenth of that, and none is as large."""
+    make, responses = trainers
+    one, two = make("bfloat16"), make()
+    differences = logprobs(one, responses) - logprobs(two, responses)
+    assert differences.square().mean().sqrt() < 0.02 and differences.abs().max() < 0.2
+    (stats, moved), (_, expected) = step(one, responses), step(two, responses)
+    assert stats["ppo/skipped"] == 0 and (moved - expected).norm() < 0.2 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_same_step_twice_gives_the_same_bits(trainers, dtype):
+    make, responses = trainers
+    (stats, moved), (expected, expected_moved) = step(make(dtype), responses), step(make(dtype), responses)
+    assert stats == expected and moved.equal(expected_moved)
+
+
+def test_prompts_of_other_lengths_in_the_batch_change_no_log_probability(trainers):
+    make, responses = trainers
+    trainer = make()
+    together = logprobs(trainer, responses).split([len(response) for response in responses])
+    for i in range(4):
+        alone = logprobs(trainer, responses, slice(i, None, 4))
+        assert (torch.cat(together[i::4]) - alone).abs().max() < 1e-4
+
+
+def test_tokens_sampled_with_the_cache_are_those_of_one_pass_over_the_text(trainers):
+    """Each draw lies in its token's interval of cumulated probability."""
+    make, responses = trainers
+    trainer = make()
+    completions = trainer.engine.collator.completions(trainer.encode(PROMPTS), responses)
+    (logits,) = trainer.engine.evaluate(lambda ids, policy: (policy[0],), completions, trainer.model)
+    for i, response in enumerate(responses):
+        cumulative = logits[i, : len(response)].double().softmax(-1).cumsum(-1).cpu()
+        draws = completion_uniforms(trainer.config.seed, 1, [i], trainer.config.gen_len)[0, : len(response)].double()
+        chosen = response[:, None]
+        assert (draws < cumulative.gather(1, chosen)[:, 0] + 1e-4).all()
+        assert (draws > cumulative.gather(1, chosen - 1)[:, 0] - 1e-4).all()  # no token is 0, which is [PAD]
+
+
+def test_the_reward_on_the_gpu_is_that_of_the_cpu(classifier_folder):
+    on_gpu, on_cpu = (SentimentReward(classifier_folder, device)(PROMPTS) for device in (torch.device(GPU), "cpu"))
+    assert on_gpu.device.type == "cpu" and on_gpu.tolist() == pytest.approx(on_cpu.tolist(), abs=1e-5)
+
+
+def test_two_whole_runs_and_a_resumed_one_give_the_same_bits(tmp_path, demo, without_pictures):
+    for name in ("one", "two"):
+        assert small_run(tmp_path, "--device", GPU, name=name)[0] == 0
+    assert small_run(tmp_path, "--device", GPU, "--episodes", "32", name="short")[0] == 0
+    code, _ = small_run(tmp_path, "--resume", str(tmp_path / "short"), "--episodes", "48", name=None)
+    assert code == 0 and weights(tmp_path / "one") == weights(tmp_path / "two") == weights(tmp_path / "short")
