@@ -19,14 +19,14 @@ from support.models import (
     quiet_transformers,
     read_model_config,
 )
-from support.user_code import apart, listed, to_float32
+from support.user_code import listed, to_float32
 
 
 class SentimentReward:
-    """Texts -> P(positive) in [0, 1], by the `sentiment-analysis` pipeline around a classifier from a local folder.
+    """Texts -> P(positive) in [0, 1], from the `sentiment-analysis` pipeline around a classifier in a local folder.
 
-    positive_label names the label that counts as happy; None finds it in the model's id2label. UserError where that
-    is ambiguous, or where the folder holds no classifier.
+    positive_label names the label that counts as happy; with None it is found in the model's id2label. Raises UserError
+    if the label is ambiguous, or if the folder doesn't contain a trained classifier.
     """
 
     def __init__(
@@ -40,9 +40,9 @@ class SentimentReward:
         config, self.positive_label = read_classifier_config(folder, positive_label)
         model, missing = load_weights(AutoModelForSequenceClassification, folder, config, device)
         if missing:
-            raise UserError(f"the weights in {folder} lack {sorted(missing)[0]}: no classifier with a trained head")
+            raise UserError(f"{folder} isn't a trained classifier: its weights lack {sorted(missing)[0]}")
         tokenizer = load_tokenizer(folder)
-        model = model.to(device=device, dtype=dtype)  # below torchrun the pipeline leaves a model where it is
+        model = model.to(device=device, dtype=dtype)  # under torchrun the pipeline doesn't move it
         with quiet_transformers():
             self.pipeline = pipeline("sentiment-analysis", model=model, tokenizer=tokenizer, device=device)
         positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
@@ -55,7 +55,7 @@ class SentimentReward:
         )
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
-        """P(positive) of each text, (len(texts),) float32. Shortest first, so that a batch holds little padding."""
+        """P(positive) of each text, (len(texts),) float32. Texts are sorted by length to reduce padding."""
         if is_bert(self.pipeline.tokenizer):
             texts = [clean_text(text) for text in texts]
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -68,28 +68,27 @@ class SentimentReward:
 
 
 def read_classifier_config(folder: Path, positive_label: str | None):
-    """A classifier's config and its happy label, before any weights. UserError where that label is unclear."""
+    """A classifier's config and its happy label, before any weights. Raises UserError if that label is unclear."""
     config = read_model_config(folder)
     return config, find_positive_label(list(config.id2label.values()), positive_label)
 
 
 def find_positive_label(labels: list[str], wanted: str | None) -> str:
-    """The label that counts as happy. UserError, with all labels, where `wanted` is none of them or it is unclear."""
-    listed = ", ".join(repr(label) for label in labels)
+    """The label that counts as happy: `wanted`, or the one that reads like "positive".
+
+    Raises UserError, with all labels, if `wanted` isn't among them, or if not exactly one reads so.
+    """
+    names = ", ".join(repr(label) for label in labels)
     if len(labels) < 2:
-        raise UserError(
-            f"the reward model has one label, {listed}: a regression, and no classifier; use it in a function of "
-            "yours, with --reward module:function"
-        )
+        own = "use it in a function of yours, with --reward module:function"
+        raise UserError(f"the reward model has one label, {names}, so it isn't a classifier but a regression; {own}")
     if wanted is not None:
         if wanted not in labels:
-            raise UserError(f"--positive_label {wanted!r} is none of the classifier's labels: {listed}")
+            raise UserError(f"--positive_label {wanted!r} isn't one of the classifier's labels: {names}")
         return wanted
     positive = [label for label in labels if re.match(r"(very |非常|很)?(pos|正|好|积极)", str(label).strip().lower())]
     if len(positive) != 1:
-        raise UserError(
-            f"which label of the reward model is the happy one? Its labels are {listed}; set --positive_label"
-        )
+        raise UserError(f"which label of the reward model is the happy one? It has {names}; set --positive_label")
     return positive[0]
 
 
@@ -98,7 +97,7 @@ def find_positive_label(labels: list[str], wanted: str | None) -> str:
 
 
 class RewardError(UserError):
-    """A reward function failed; `traceback` is its own, with the texts, for error.log."""
+    """A reward function failed. `traceback` has its traceback and the texts, for error.log."""
 
     def __init__(self, message: str, traceback: str = ""):
         super().__init__(message)
@@ -108,7 +107,7 @@ class RewardError(UserError):
 def score_texts(reward: Callable[[list[str]], object], texts: list[str]) -> torch.Tensor:
     """The rewards of some texts, (len(texts),) float32, from any callable that returns a number for each.
 
-    On several processes each scores its share. RewardError, on all of them, where that fails on any.
+    Each process scores its own share. Raises RewardError on every rank if that fails on any rank.
     """
     scores = torch.zeros(len(texts))
     mine = collectives.rows_of_rank(len(texts))
@@ -117,46 +116,40 @@ def score_texts(reward: Callable[[list[str]], object], texts: list[str]) -> torc
 
 
 def checked_scores(reward: Callable[[list[str]], object], texts: list[str]) -> torch.Tensor:
-    """The rewards of some texts, each a finite number, in float32 too.
+    """The rewards of some texts, (len(texts),) float32. KeyboardInterrupt passes.
 
-    RewardError where the callable raises, be it SystemExit, or returns another count, a non-number, NaN or infinity;
-    KeyboardInterrupt passes.
+    Raises RewardError if the callable raises, even SystemExit, or doesn't return one finite number for each text.
     """
     if not texts:
         return torch.zeros(0)
     try:
-        with apart():
-            return read_scores(reward(list(texts)), texts)
-    except (RewardError, KeyboardInterrupt):
+        return read_scores(reward(list(texts)), texts)
+    except RewardError:
         raise
-    except BaseException as error:
+    except (Exception, SystemExit) as error:
         raise failed_call(texts, error)
 
 
 def read_scores(returned, texts: list[str]) -> torch.Tensor:
-    """What a reward function returned for some texts, (len(texts),) float32. RewardError, with the text, where it is no
-    finite number for each."""
+    """What a reward function returned, as (len(texts),) float32. Raises RewardError with the text that is to blame."""
     if (scores := listed(returned)) is None:
         kind = type(returned).__name__
         raise RewardError(f"the reward function returned a {kind}, not a list of numbers, for {texts[0]!r}")
     if len(scores) != len(texts):
-        raise RewardError(
-            f"the reward function returned {len(scores)} numbers for {len(texts)} texts; "
-            f"the first text was {texts[0]!r}"
-        )
+        counts = f"{len(scores)} numbers for {len(texts)} texts"
+        raise RewardError(f"the reward function returned {counts}; the first text was {texts[0]!r}")
     numbers, wrong = to_float32(scores)
     for i, score in wrong:
-        raise RewardError(f"the reward function returned {score}, no finite number, for {texts[i]!r}")
+        raise RewardError(f"the reward function returned {score}, not a finite number, for {texts[i]!r}")
     return numbers
 
 
 def failed_call(texts: list[str], error: BaseException) -> RewardError:
-    """What to say of an exception inside a reward function: which, and where; for error.log its traceback and texts."""
+    """The error to raise when a reward function raised one: which and where, with its traceback and the texts."""
     whole = "".join(traceback.format_exception(error)).encode(errors="backslashreplace").decode()
     whole += f"\nIt was called with these texts:\n{json.dumps(texts, ensure_ascii=False, indent=1)}\n"
     if is_out_of_memory(error):
         lower = "--gen_len, or how many texts the reward takes at once"
         return RewardError(f"out of memory in the reward function ({first_line(error)}); lower {lower}", whole)
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{frame.filename}, line {frame.lineno}"
-    return RewardError(f"the reward function raised {first_line(error)} ({where})", whole)
+    return RewardError(f"the reward function raised {first_line(error)} ({frame.filename}, line {frame.lineno})", whole)

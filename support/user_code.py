@@ -1,6 +1,5 @@
-"""A user's own code: what it sets stays its own, and what it hands over is read in any usual form."""
+"""A user's own code: a reward to import, and values in any form that users hand over."""
 
-import contextlib
 import importlib
 import math
 import os
@@ -14,74 +13,46 @@ import torch
 
 from support.errors import UserError, first_line
 
-SETTINGS = [  # (read, write) of what holds for the whole process
-    (torch.is_grad_enabled, torch.set_grad_enabled),
-    (torch.get_default_dtype, torch.set_default_dtype),
-    (torch.get_default_device, torch.set_default_device),
-    (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
-    (torch.get_num_threads, torch.set_num_threads),
-    (os.getcwd, os.chdir),
-]
-its_own = {}  # how the user's code left them, by the function that writes them
-
-
-@contextlib.contextmanager
-def apart():
-    """Run a user's code under the settings that it left last, and put the program's own back after it.
-
-    The random generators are shared: nothing in training draws from them, and checkpoints keep their state. It sees no
-    command line: the flags are not meant for it.
-    """
-    global its_own
-    ours, argv = {write: read() for read, write in SETTINGS}, sys.argv
-    sys.argv = argv[:1]
-    with torch.inference_mode(False):  # at its end also what was switched on inside is off
-        for write, value in its_own.items():
-            write(value)
-        try:
-            yield
-        finally:
-            its_own = {write: value for read, write in SETTINGS if (value := read()) != ours[write]}
-            for write in its_own:
-                write(ours[write])
-            sys.argv = argv
-
 
 def import_function(spec: str) -> Callable:
     """Import the function that 'module:function' names, from the working directory or Python's path.
 
-    This runs the module's code. Raises UserError if that fails or if there is no such function.
+    This runs the module's code. Gradient mode and default dtype, which some scripts set for themselves, are put back.
+    Raises UserError if the import fails or if there is no such function.
     """
     module, _, name = spec.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last, so that a reward.py there doesn't hide this program's
+    gradients, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
     try:
-        with apart():
-            function = getattr(importlib.import_module(module), name)
+        function = getattr(importlib.import_module(module), name)
     except (Exception, SystemExit) as error:
         raise UserError(f"--reward {spec} cannot be imported ({first_line(error)}); give module:function")
+    finally:
+        torch.set_grad_enabled(gradients)
+        torch.set_default_dtype(dtype)
     if not callable(function) or isinstance(function, type):
         raise UserError(f"--reward {spec} must be a function, not a {type(function).__name__}")
     return function
 
 
 def listed(values) -> list | None:
-    """The entries of a list, tuple, tensor, array, series or generator; None of what has none, or none in order."""
+    """The entries of a list, tuple, tensor, array, series or generator. None for anything else, such as a dict."""
     values = values.tolist() if hasattr(values, "tolist") else values
     ordered = isinstance(values, Iterable) and not isinstance(values, (str, bytes, Mapping, Set))
     return list(values) if ordered else None
 
 
 def to_float32(values: list) -> tuple[torch.Tensor, list[tuple[int, str]]]:
-    """Numbers of any library as (n,) float32 on the CPU; and which are no finite numbers there, with how they look."""
+    """Numbers of any library as a tensor (n,) float32, and (index, text) of each that isn't a finite number there."""
     floats = [to_float(value) for value in values]
-    numbers = torch.tensor(floats, dtype=torch.float32, device="cpu")
+    numbers = torch.tensor(floats, dtype=torch.float32)
     wrong = (~numbers.isfinite()).nonzero().flatten().tolist()
     return numbers, [(i, shown(values[i]) if math.isnan(floats[i]) else str(floats[i])) for i in wrong]
 
 
 def to_float(value) -> float:
-    """A number of Python's, NumPy's or torch's; NaN for anything else, infinity beyond all floats."""
+    """A number of Python, NumPy or torch as a float: NaN if it isn't a number, infinity if it is too large."""
     if hasattr(value, "item") and math.prod(value.shape) == 1:
         value = value.item()
     try:
@@ -91,15 +62,15 @@ def to_float(value) -> float:
 
 
 def to_ids(values) -> torch.Tensor | None:
-    """Whole numbers, in a list or 1-d in a tensor or array, as int64 on the CPU; None of anything else."""
+    """Token ids in a list, a 1-d tensor or a 1-d array as int64 on the CPU. None if they aren't integers."""
     try:
         ids = torch.as_tensor(values, device="cpu")
-    except Exception:  # texts, None, lists of unequal lists: torch has many words for what it cannot read
+    except Exception:  # torch raises many kinds for texts, None or lists of unequal lengths
         return None
     whole = ids.dtype != torch.bool and torch.can_cast(ids.dtype, torch.int64)
     return ids.long() if ids.dim() == 1 and (whole or not len(ids)) else None
 
 
 def shown(value) -> str:
-    """A value of any kind and size as a few words on one line."""
+    """A value of any type and size in a few words on one line."""
     return " ".join(reprlib.repr(value).split())
