@@ -1,16 +1,15 @@
-"""What ends a run in one line."""
+"""Errors that end a run in one line."""
 
 import contextlib
 import re
 import sys
-import traceback
 
-# What steers a terminal, breaks a line or turns its direction, and halves of characters
+# Characters that steer a terminal, break a line or turn its direction, and halves of characters
 STEERING = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: printed as one line on stderr, an exit code, no traceback."""
+    """A mistake that the user can fix: one line on stderr, exit code 2, no traceback."""
 
     exit_code = 2
 
@@ -26,7 +25,7 @@ class FolderGone(UserError):
 
 @contextlib.contextmanager
 def exits_on_user_error(program: str):
-    """A UserError inside ends the program, exit code 2."""
+    """End the program with exit code 2 and one line if a UserError is raised inside."""
     try:
         yield
     except UserError as error:
@@ -34,22 +33,17 @@ def exits_on_user_error(program: str):
         sys.exit(2)
 
 
-def escaped(text: str, but: str = "") -> str:
-    """A text whose STEERING characters, but those named, stand as their codes: names and files may be a stranger's."""
-    return STEERING.sub(lambda found: found[0] if found[0] in but else ascii(found[0])[1:-1], text)
-
-
-def words(error: BaseException) -> str:
-    """An exception's type and message, also where its own str() fails."""
-    return f"{type(error).__name__}: {str(traceback.TracebackException.from_exception(error)).strip()}"
+def escaped(text: str) -> str:
+    """A text with its STEERING characters as escape codes: names and files may come from a stranger."""
+    return STEERING.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def first_line(error: BaseException) -> str:
-    """An exception as one line."""
-    return words(error).splitlines()[0][:200].removesuffix(": ")
+    """An exception's type and message as one line of at most 200 characters."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200].removesuffix(": ")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU's or this machine's memory ran out, in the words of torch, cuBLAS, cuDNN, numpy, Python or C++."""
+    """Whether GPU or main memory ran out, in the words of torch, cuBLAS, cuDNN, NumPy, Python or C++."""
     names = r"MemoryError|out.of.memory|not enough memory|cannot allocate memory|ALLOC_FAILED|bad_alloc"
-    return re.search(names, words(error), re.IGNORECASE) is not None
+    return re.search(names, f"{type(error).__name__}: {error}", re.IGNORECASE) is not None

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and, of a terminal that goes away, SIGHUP."""
+"""Ctrl-C, SIGTERM, and SIGHUP when the terminal goes away: the run stops after its step."""
 
 import contextlib
 import os
@@ -6,32 +6,29 @@ import signal
 
 from support import meeting
 
-STOPS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}  # with their usual meaning
-if hasattr(signal, "SIGHUP"):  # which Windows lacks
-    STOPS[signal.SIGHUP] = signal.SIG_DFL
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows: two
 
 
 class StopSignal:
-    """These signals ask the loop to stop after its step; a second one leaves at once."""
+    """These signals ask the loop to stop after its step; a second one ends the process at once."""
 
     def __init__(self):
         self.received = 0
+        self.earlier = {}  # handlers, by signal
         for number in STOPS:
-            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # as below nohup
-                signal.signal(number, self.receive)
+            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores SIGHUP
+                self.earlier[number] = signal.signal(number, self.receive)
 
     def receive(self, number, frame) -> None:
-        if meeting.below_torchrun():  # which passes on what the terminal has sent already
-            self.received = number
+        again, self.received = self.received, number
+        if meeting.below_torchrun():  # which repeats what the terminal has sent already
             return
-        if self.received:
+        if again:
             os._exit(128 + number)
-        self.received = number
-        with contextlib.suppress(OSError):  # nobody may read it any more
+        with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, b"\nstopping after this step; once more leaves at once\n")
 
     def release(self) -> None:
-        """Let signals end the process again, where nothing can be lost by it."""
-        for number, usual in STOPS.items():
-            if signal.getsignal(number) == self.receive:
-                signal.signal(number, usual)
+        """Restore the earlier handlers."""
+        for number, handler in self.earlier.items():
+            signal.signal(number, handler)

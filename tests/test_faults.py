@@ -1,7 +1,6 @@
 """What goes wrong from outside: kills, damaged files, full disks, second processes, gradients that are not finite."""
 
 import fcntl
-import io
 import json
 import os
 import resource
@@ -19,7 +18,6 @@ from ppo import PPOTrainer
 from support.engine import MAX_SKIPPED
 from support.errors import UserError, is_out_of_memory
 from support.signals import StopSignal
-from support.streams import Lasting
 from tests.helpers import ROOT, SMALL, batch_of, make, rows, small_run
 from tools.stress_resume import differences
 
@@ -158,25 +156,15 @@ def test_room_needed_is_named_when_the_disk_is_full(tmp_path, monkeypatch):
 # --- the terminal
 
 
-@pytest.mark.parametrize("buffering", [-1, 0])
-def test_what_a_broken_stream_cannot_take_is_lost(buffering):
-    """The disk behind it is full, with a buffer between or, as with python -u, without."""
-    stream = io.TextIOWrapper(open("/dev/full", "wb", buffering), encoding="ascii", write_through=not buffering)
-    held = io.TextIOWrapper(io.BufferedWriter(Lasting(stream)), "utf-8", line_buffering=True)
-    del stream
-    print("感觉\n" * 10_000, file=held)
-    held.close()
-
-
-def test_a_run_outlasts_its_terminal(finished, tmp_path, demo):
-    """Who reads stdout is gone, as after `| head -1`, and stderr is closed from the start: all files are those of a run
-    that was watched, and nothing that is printed goes into one of them."""
-    program = [sys.executable, "-u", ROOT / "train_ppo.py", *SMALL, *"--save_every 1 --keep_checkpoints 5".split()]
-    command = ["sh", "-c", 'exec "$@" 2>&-', "sh", *program, "--log_samples_every", "1", "--run_name", "run"]
+def test_a_run_outlasts_the_reader_of_its_output(finished, tmp_path, demo):
+    """As after `| head -1`, or after Ctrl-C with `| tee log`: all files are those of a run that was watched."""
+    program = [sys.executable, ROOT / "train_ppo.py", *SMALL, *"--save_every 1 --keep_checkpoints 5".split()]
     reader, broken = os.pipe()
     os.close(reader)
-    assert subprocess.run(command, cwd=tmp_path, stdout=broken).returncode == 0
+    command = [*program, "--log_samples_every", "1", "--run_name", "run"]
+    result = subprocess.run(command, cwd=tmp_path, stdout=broken, stderr=subprocess.PIPE, text=True)
     os.close(broken)
+    assert result.returncode == 0 and "BrokenPipe" not in result.stderr
     assert differences(finished, tmp_path / "runs" / "run") == []
 
 
@@ -299,5 +287,5 @@ def test_a_run_goes_on_where_its_device_is_not(finished, tmp_path, capsys):
     config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
     (run_dir / "config.json").write_text(json.dumps(config | {"device": "cuda:7"}), encoding="utf-8")
     assert train_ppo.main(["--resume", str(run_dir)]) == 2
-    assert "--device cuda:7: torch sees 0 CUDA GPUs here; try --device cpu" in capsys.readouterr().err
+    assert "--device cuda:7: " in (err := capsys.readouterr().err) and "try --device cpu" in err
     assert train_ppo.main(["--resume", str(run_dir), "--device", "cpu"]) == 0
