@@ -18,6 +18,7 @@ import copy
 import shlex
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from config import PPOConfig
@@ -81,7 +82,7 @@ def train(config: PPOConfig, run_dir: Path, resume: bool, argv: list[str]) -> in
 
             seconds = {"sample": sampled - started, "score": scored - sampled, "ppo": stepped - scored}
             folder.log(step, seconds, batch_prompts, completions, scores, stats)
-            stopped = collectives.all_reduce_max(stop.received)
+            stopped = max(collectives.all_gather(stop.received))
             if stopped or folder.checkpoint_due(step):
                 folder.save_checkpoint(trainer)
             if stopped:
@@ -218,6 +219,7 @@ def main(argv: list[str] | None = None) -> int:
             flags = flags_to_go_on(run_dir, config) if mode in ("train", "resume") else shlex.join(argv)
             meeting.say_why(f"{lost}; when all machines are back, go on with: python train_ppo.py {flags}")
             return 1
+        meeting.tell_torchrun(traceback.format_exc())
         raise
     finally:
         tracking.finish()
