@@ -35,12 +35,16 @@ def init_process_group() -> None:
     import torch.distributed as dist
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    timeout = timedelta(seconds=PPOConfig.process_timeout)
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=PPOConfig.process_timeout))
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it still has the addresses of dead processes
+            store = dist.PrefixStore(f"start-{restart_count()}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except RuntimeError as error:
         hint = "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network interface between the machines"
         raise UserError(f"host {socket.gethostname()}: found no other process ({first_line(error)}); {hint}")
-    if dist.get_rank():  # libraries print, too
+    if rank:  # libraries print, too
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
