@@ -11,7 +11,6 @@ TOO_FAST, CLIPPED = 0.01, 0.1  # approxkl and clipfrac
 STILL = 3e-5  # approxkl of the first step
 FAR, BEYOND = 2.0, 1.5  # KL in nats, and as a multiple of the limit's
 NARROW, ALIKE = 0.5, 0.4  # entropy and unique texts, as shares of the first step's: texts of four tokens come near
-
 DEARER = "a higher --init_kl_coef or --kl_budget 0.4 keeps the texts closer to the language"
 
 
@@ -31,7 +30,8 @@ class Alarms:
         self.last = [*self.last[1 - LAST :], row]
         first = self.first = self.first or row
         fast, clipped = row["ppo/policy/approxkl"], row["ppo/policy/clipfrac"]
-        kl, entropy, unique = map(self.recent, ("objective/kl", "objective/entropy", "tokens/unique_share"))
+        recent = ("objective/kl", "objective/entropy", "tokens/unique_share")
+        kl, entropy, unique = (sum(each[name] for each in self.last) / len(self.last) for name in recent)
         signs = {}
         if row is first and row["env/reward_std"] <= 1e-6 * abs(row["env/reward_mean"]):
             signs["no spread"] = "all scores of the first batch are equal: so far there is nothing to learn"
@@ -50,7 +50,3 @@ class Alarms:
         new = [{"step": int(row["step"]), "alarm": name, "says": signs[name]} for name in signs if name not in told]
         self.found += new
         return new
-
-    def recent(self, name: str) -> float:
-        """Returns the mean of a column over the last steps."""
-        return sum(row[name] for row in self.last) / len(self.last)

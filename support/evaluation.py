@@ -105,10 +105,6 @@ def distinct(texts: list[str], n: int) -> float:
     return len(set(ngrams)) / max(1, len(ngrams))
 
 
-# ----------------------------------------------------------------------------------------------
-# The limit
-
-
 def gibbs_policy(rewards: torch.Tensor, prompt_index: torch.Tensor, beta: float) -> dict:
     """Estimate R*, KL* and J* of the Gibbs policy from rewards (n,) of the reference's samples.
 
@@ -194,7 +190,7 @@ def gain(before: dict, after: dict, prompts: list[str], beta: float) -> dict:
     least = least_effective(prompt_index, 100)
     if "why" not in result and best["effective_samples"] < least:
         needed = 2 ** math.ceil(math.log2(2 * len(rewards) * least / best["effective_samples"]))
-        result["why"] = f"too few samples; judge again with --eval_only and --eval_samples {needed}"
+        result |= {"why": "too few samples", "samples_needed": needed}
     if "why" in result:
         return {"gain": None, **result}
     way = best["J"] - result["J_before"]
@@ -255,7 +251,8 @@ def verdict(results: dict, config) -> str:
     """Returns what kind of run this was and the flag to change, in one sentence; the rewards' unit doesn't matter."""
     after, result = results["after"], results["gain"]
     if (share := result["gain"]) is None:
-        return f"gain unknown: {result['why']}"
+        more = f"judge again by more samples, with --eval_only and --eval_samples {result.get('samples_needed')}"
+        return f"gain unknown: {more if 'samples_needed' in result else result['why']}"
     kl, limit, error = after["kl"], result["limit"], result["gain_se"]
     got, spent = f"{share:.0%} of what is possible", f"KL {kl:.2g} where {limit['kl']:.2g} is worth it"
     calmer = "a lower --lr" if config.minibatch_size == config.batch_size else f"--minibatch_size {config.batch_size}"
@@ -276,9 +273,6 @@ def verdict(results: dict, config) -> str:
         return f"wasted KL: {spent}; try {calmer}"
     return f"short: {got}; go on with more --episodes"
 
-
-# ----------------------------------------------------------------------------------------------
-# Tables and files
 
 ROWS = [  # of the table of results: (what, key, format; None for the rewards' own)
     ("mean reward", "reward", None),
