@@ -9,14 +9,12 @@ from torch import nn
 from transformers import GPT2Config, GPT2Model, GPT2PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from support.batches import Prompts, never_sampled_ids
-
 # ----------------------------------------------------------------------------------------------
 # The model
 
 
 class ValueHead(nn.Module):
-    """One number for every token: the reward still to come from there on. Starts at zero."""
+    """A value for each token: the reward still to come. Starts at zero."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -30,18 +28,13 @@ class ValueHead(nn.Module):
 
     @torch.no_grad()
     def scale_(self, factor: float) -> None:
-        """Have all values be `factor` times what they are."""
+        """Scale all values by `factor`."""
         self.summary.weight *= factor
         self.summary.bias *= factor
 
 
 class CausalLMOutputWithValue(NamedTuple):
-    """What a forward pass returns.
-
-    logits (batch, seq, vocab): of the next token, unrestricted and without temperature.
-    value (batch, seq): the value head's estimate at each token.
-    past_key_values: the key/value cache, or None where there is none.
-    """
+    """logits (batch, seq, vocab) of the next token, unrestricted at temperature 1; value (batch, seq) at each token."""
 
     logits: torch.Tensor
     value: torch.Tensor
@@ -49,7 +42,8 @@ class CausalLMOutputWithValue(NamedTuple):
 
 
 class GPT2HeadWithValueModel(GPT2PreTrainedModel):
-    """GPT-2 with a language-model head, tied to the embedding unless the config says no, and a value head."""
+    """GPT-2 with a value head and a language-model head, whose weights are the embeddings' unless the config says
+    otherwise."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
 
@@ -62,16 +56,13 @@ class GPT2HeadWithValueModel(GPT2PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The library's GPT-2 initialisation, except that the value head starts at zero."""
+        """Initialise as the library does, except for the value head, which starts at zero."""
         super()._init_weights(module)
         if module is self.v_head.summary:
             nn.init.zeros_(module.weight)
 
     def freeze(self, share: float) -> None:
-        """Keep the lower `share` of the blocks as they are, and the embeddings with the output projection.
-
-        Share 0 freezes nothing.
-        """
+        """Freeze the lower `share` of the blocks, the embeddings and the output projection; a share of 0, nothing."""
         self.n_frozen = round(share * len(self.transformer.h))
         if self.n_frozen:
             embeddings = (self.transformer.wte, self.transformer.wpe, self.lm_head)
@@ -86,34 +77,33 @@ class GPT2HeadWithValueModel(GPT2PreTrainedModel):
         use_cache: bool = False,
         logits_to_keep: int = 0,
     ) -> CausalLMOutputWithValue:
-        """Logits and values at the last `logits_to_keep` positions of `input_ids`, at all where that is 0.
+        """Compute logits and values at the last `logits_to_keep` positions of `input_ids`, or at all if that is 0.
 
-        input_ids (batch, seq) int64. attention_mask (batch, past + seq) with 0 at the padding, which may stand left
-        or right; positions count real tokens only. None means that nothing is padding.
+        input_ids (batch, seq) int64. attention_mask (batch, past + seq) with 0 at the padding, which may be left or
+        right, or None without padding; positions count real tokens only.
         """
         cache = DynamicCache() if use_cache and past_key_values is None else past_key_values
         positions = bias = None
         if attention_mask is not None:
             positions = position_ids(attention_mask)[:, -input_ids.shape[1] :]
             bias = attention_bias(attention_mask, attention_mask.shape[1], input_ids.shape[1], self.lm_head.weight)
-        # The cache's name differs between versions of the library, its place does not
+        # Versions of the library differ in the cache's name, not in its place
         output = self.transformer(input_ids, cache, attention_mask=bias, position_ids=positions, use_cache=use_cache)
         hidden_states = output.last_hidden_state[:, -logits_to_keep:]
         return CausalLMOutputWithValue(self.lm_head(hidden_states), self.v_head(hidden_states), cache)
 
 
 def position_ids(mask: torch.Tensor) -> torch.Tensor:
-    """Positions that count real tokens only: 0 at the first, whatever padding stands before it. mask (batch, seq)."""
+    """Positions that count real tokens only, from 0 at the first one. mask (batch, seq)."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def attention_bias(mask: torch.Tensor | None, n_keys: int, seq: int, like: torch.Tensor) -> torch.Tensor:
-    """What is added to attention scores: 0 where a token may look, the dtype's lowest number elsewhere.
+    """Additive attention mask of the last `seq` of n_keys tokens: 0 at visible keys, else the dtype's lowest number.
 
-    It is of the last `seq` of n_keys tokens. mask (batch, n_keys) is 0 at the padding, or None. Returns
-    (batch, 1, seq, n_keys), or (1, 1, seq, n_keys) without padding, in the dtype of `like`; the library takes four
-    dimensions as they are, and would ask the GPU whether a mask hides anything, at every token. In memory a row is a
-    multiple of 8 numbers long: CUDA's kernels would copy the bias, in every block, to make it so.
+    mask (batch, n_keys) is 0 at the padding, or None. Returns (batch, 1, seq, n_keys), or (1, 1, seq, n_keys) without
+    padding, in the dtype of `like`. The library uses a 4-d mask unchanged; of a 2-d one it would ask the GPU at every
+    token whether it hides anything. In memory a row is a multiple of 8 numbers long, or CUDA's kernels would copy it.
     """
     lowest = torch.finfo(like.dtype).min
     wide = torch.full((seq, -(-n_keys // 8) * 8), lowest, dtype=like.dtype, device=like.device)
@@ -125,33 +115,34 @@ def attention_bias(mask: torch.Tensor | None, n_keys: int, seq: int, like: torch
 
 
 # ----------------------------------------------------------------------------------------------
-# The distribution that completions are drawn from
+# Sampling
+
+
+def never_sampled_ids(tokenizer, vocab_size: int) -> list[int]:
+    """All special tokens except [SEP], which ends a text, and ids beyond the tokenizer's, which pad the embeddings."""
+    return sorted({*tokenizer.all_special_ids, *range(len(tokenizer), vocab_size)} - {tokenizer.sep_token_id})
 
 
 def restriction(tokenizer, vocab_size: int, device="cpu") -> torch.Tensor:
-    """What is added to logits so that some tokens are never sampled: (vocab,) float32, 0 or -inf."""
+    """The term added to logits so that some tokens are never sampled: (vocab,) float32, 0 or -inf."""
     ids = torch.tensor(never_sampled_ids(tokenizer, vocab_size), dtype=torch.int64)
     return torch.zeros(vocab_size).index_fill(0, ids, float("-inf")).to(device)
 
 
 def restrict_logits(logits: torch.Tensor, restriction: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The logits of the distribution that is sampled, logits / temperature + restriction, in float32 at least.
+    """The logits of the distribution that is sampled, logits / temperature + restriction, in float32 or better.
 
-    logits (..., vocab), restriction (vocab,). Sampling, policy, reference and update all use this one distribution;
-    otherwise PPO's ratios and the KL would compare different things. One pass over memory, cast included.
+    logits (..., vocab), restriction (vocab,). Sampling, policy, reference and update all use it, or PPO's ratios
+    and the KL would compare different things. One pass over memory, including the cast.
     """
     return torch.add(restriction, logits, alpha=1 / temperature)
 
 
-# ----------------------------------------------------------------------------------------------
-# Sampling
-
-
 def completion_uniforms(seed: int, step: int, indices: Iterable[int], gen_len: int) -> torch.Tensor:
-    """Uniform numbers in [0, 1), (indices, gen_len) float32: a function of (seed, step, index) alone.
+    """Uniform numbers in [0, 1), (indices, gen_len) float32, which depend only on (seed, step, index).
 
     Philox is a counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): the key
-    is (seed, step), the completion's index stands in the counter, so a batch may be split in any way.
+    is (seed, step), and the completion's index is part of the counter, so a batch may be split in any way.
     """
     rows = [
         np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, 0, index])).random(gen_len, np.float32)
@@ -160,24 +151,31 @@ def completion_uniforms(seed: int, step: int, indices: Iterable[int], gen_len: i
     return torch.from_numpy(np.stack(rows))
 
 
-ASK_EVERY = 8  # tokens between two looks whether all completions have ended: a GPU stops for each
+def completion_mask(responses: torch.Tensor, sep_token_id: int) -> torch.Tensor:
+    """True at a completion's tokens up to and including its first [SEP], (n, T) bool."""
+    ended = (responses == sep_token_id).long().cumsum(-1)
+    return (ended == 0) | ((ended == 1) & (responses == sep_token_id))
+
+
+ASK_EVERY = 8  # tokens between two checks whether all completions have ended: each check waits for the GPU
 
 
 @torch.no_grad()
 def sample(
     model: GPT2HeadWithValueModel,
-    prompts: Prompts,
+    prompts,
     uniforms: torch.Tensor,
     restriction: torch.Tensor,
     sep_token_id: int,
     pad_token_id: int,
     temperature: float = 1.0,
 ) -> torch.Tensor:
-    """Continue every prompt by pure ancestral sampling, with the key/value cache.
+    """Continue every prompt by pure ancestral sampling, with the key/value cache. Returns (n, gen_len) int64, with
+    padding after [SEP].
 
-    uniforms (n, gen_len), where the prompts are, decide the draws: token t of row i is the first whose cumulative
-    probability exceeds uniforms[i, t] (inversion of the distribution function). Returns (n, gen_len) int64; after a
-    [SEP] comes padding. The prefill runs once for each distinct prompt. FloatingPointError where logits are NaN.
+    prompts: a `Prompts` of support/batches.py; each distinct one goes through the model once. uniforms (n, gen_len), on
+    the prompts' device: token t of row i is the first whose cumulative probability exceeds uniforms[i, t] (inversion of
+    the distribution function). Raises FloatingPointError if logits are NaN.
     """
     device = prompts.ids.device
     precise = torch.float32 if device.type == "mps" else torch.float64
@@ -196,7 +194,7 @@ def sample(
         tokens = torch.searchsorted(cumulative, threshold, right=True)
         tokens = tokens.squeeze(1).where(running, pad_token_id)
         responses[:, t] = tokens
-        tokens = tokens.clamp(max=len(restriction) - 1)  # NaN has no token: one past the last, told below
+        tokens = tokens.clamp(max=len(restriction) - 1)  # NaN logits: searchsorted returns vocab_size, see below
         running = running & (tokens != sep_token_id)
         if t + 1 == gen_len or (t % ASK_EVERY == ASK_EVERY - 1 and not running.any()):
             break

@@ -2,25 +2,25 @@
 
 In these points it departs from textbook PPO or from the article's code (docs/differences.md has the article's side):
 
- 1. One action is one token, and the score stands on a completion's last: what a whole text is worth, each token earns.
- 2. The reward has a price on the distance from the reference, per token: without it happy words crowd out language.
- 3. Advantages are whitened over the whole batch, not inside one sequence: else which completion was better is lost.
- 4. Lambda is 1: values explain little of one score at the end, so what a smaller lambda cuts off is signal (in the
-    demo they explain more: 0.95).
- 5. A minibatch is 128 completions, the whole of a usual batch: many steps on a few completions each waste KL.
- 6. The value head's gradient stops at the head, which has a learning rate of its own: in many small minibatches,
-    learning values disturbs the policy.
- 7. The lower blocks are frozen, and reference and policy share them: no less gain, for half the work.
- 8. Old log-probabilities are worked out as the new ones are, not kept from sampling: the first ratio is 1.
- 9. The KL coefficient is fixed: the adaptive controller's target of 6 nats is never met, so it only ever fell.
-10. Saved is an average of the weights over the steps: it averages out the noise of single steps.
+ 1. An action is one token. The score comes with a completion's last token, so each token earns what the text is worth.
+ 2. Each token pays for its distance from the reference: without this price, happy words crowd out the language.
+ 3. Advantages are whitened over the whole batch, not within a sequence, which would lose which completion was better.
+ 4. Lambda is 1: values explain little of a single score at the end, so a smaller lambda cuts off signal (in the demo
+    they explain more: 0.95).
+ 5. A minibatch has 128 completions, a whole batch by default: many steps on a few completions each waste KL.
+ 6. The value head's gradient stops at the head, which has its own learning rate: with many small minibatches, learning
+    values disturbs the policy.
+ 7. The lower blocks are frozen, and reference and policy share them: half the work, and no less gain.
+ 8. Old log-probabilities are recomputed with the same forward pass as the new ones, so the first ratio is exactly 1.
+ 9. The KL coefficient is fixed: the adaptive controller never reaches its target of 6 nats, so it only ever lowered it.
+10. The saved policy is an average of the weights over the steps, without the noise of single steps.
 11. Adam's epsilon is 1e-5: with 1e-8, weights whose gradient is rounding error move as fast as all others.
-12. An optimiser step without a finite gradient is left out and counted, not taken.
-13. Rewards are counted in a unit that the first batch's scores set: scores from 0 to 1 or from 0 to 10,000 are one job.
+12. An optimiser step is skipped and counted if its gradient isn't finite.
+13. The scores of the first batch set the unit of rewards: scores from 0 to 1 and from 0 to 10,000 train alike.
 
 Shapes: n completions, T tokens (completions are right-padded to the longest), V vocabulary entries. A mask is True
-or 1 at a completion's real tokens, its final [SEP] included, and 0 at the padding. Logits and values at t are those
-before token t: they have seen the prompt and the tokens before t, and say how likely t is and what is still to come.
+or 1 at a completion's real tokens, including its final [SEP], and 0 at the padding. Logits and values at t have seen
+the prompt and the tokens before t: they say how likely token t is and how much reward is still to come.
 
 Sources, by the names used below:
     PPO       Schulman et al. 2017, "Proximal policy optimization algorithms", arXiv:1707.06347
@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 from support.batches import Completions, select_rows
-from support.engine import Engine, one_at_a_time
+from support.engine import Engine
 
 # ----------------------------------------------------------------------------------------------
 # Probabilities
@@ -67,7 +67,7 @@ def kl_from_logits(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tens
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of the unmasked entries, a scalar. values and mask of one shape; what is masked may even be NaN."""
+    """Mean of the unmasked entries, a scalar. values and mask have the same shape; masked entries may be NaN."""
     return values.where(mask.bool(), 0).sum() / mask.sum()
 
 
@@ -85,7 +85,7 @@ def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) ->
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """1 - variance(returns - values) / variance(returns) over the unmasked tokens: 1 is perfect, 0 no help.
 
-    0 also where all returns are equal: there is nothing to explain.
+    Returns 0 if all returns are equal: there is nothing to explain.
     """
 
     def variance(x):
@@ -99,15 +99,13 @@ def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.
 # Rewards and advantages
 
 
-SPREAD = 0.4  # about that of a probability's: for it cliprange_value, vf_coef and value_lr were found
+SPREAD = 0.4  # about that of probabilities, for which cliprange_value, vf_coef and value_lr were found
 
 
 def pick_reward_unit(scores: torch.Tensor, kl_coef: float) -> float:
     """The unit in which the scores (n,) of the first batch have a standard deviation of SPREAD (Ziegler, section 2.1,
-    scales its reward model in this way).
-
-    Where they are as good as equal, since a hundredth of what a nat costs is no spread, the unit is that of their size.
-    """
+    scales its reward model similarly). If the scores barely differ (std below kl_coef / 100), use their mean magnitude
+    instead."""
     scores = scores.double().cpu()
     spread = scores.std(correction=0).item()
     if spread <= kl_coef / 100:
@@ -118,12 +116,11 @@ def pick_reward_unit(scores: torch.Tensor, kl_coef: float) -> float:
 def compute_rewards(
     scores: torch.Tensor, logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor, kl_coef: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reward of each token: the KL penalty, and on a completion's last real token its score (Ziegler, section 2.2).
+    """Reward of each token: the KL penalty, plus the score at a completion's last real token (Ziegler, section 2.2).
 
         kl_penalties[t] = -kl_coef * (logprobs[t] - ref_logprobs[t])
 
-    scores (n,), logprobs, ref_logprobs and mask (n, T). Returns (token_rewards, kl_penalties), each (n, T), 0 where
-    masked.
+    scores (n,), the others (n, T). Returns (token_rewards, kl_penalties), each (n, T), 0 where masked.
     """
     kl_penalties = (-kl_coef * (logprobs - ref_logprobs)).where(mask.bool(), 0)
     last = mask.long().sum(-1) - 1
@@ -136,7 +133,7 @@ def compute_rewards(
 def compute_advantages(
     values: torch.Tensor, token_rewards: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generalised advantage estimation (GAE, equation 16), and the returns that the values should learn.
+    """Generalised advantage estimation (GAE, equation 16), and the returns, which the values should learn.
 
         delta[t]     = token_rewards[t] + gamma * values[t + 1] - values[t]
         advantage[t] = delta[t] + gamma * lam * advantage[t + 1]
@@ -167,7 +164,7 @@ def policy_loss(
         ratio = exp(logprobs - old_logprobs)
         loss  = mean max(-advantages * ratio, -advantages * clip(ratio, 1 - cliprange, 1 + cliprange))
 
-    All (n, T). Returns (loss, clipfrac); clipfrac is the share of tokens where the clipped loss is strictly larger.
+    All (n, T). Returns (loss, clipfrac); clipfrac is the share of tokens whose clipped loss is strictly larger.
     """
     ratio = (logprobs - old_logprobs).where(mask.bool(), 0).exp()
     unclipped = -advantages * ratio
@@ -194,16 +191,16 @@ def value_loss(
 
 
 # ----------------------------------------------------------------------------------------------
-# The KL coefficient
+# The KL coefficient and the average of the weights
 
 
 class AdaptiveKLController:
-    """Steers the KL coefficient until the KL meets the target (Ziegler, section 2.2).
+    """Steers the KL coefficient so that the KL approaches the target (Ziegler, section 2.2).
 
         error = clip(current_kl / target - 1, -0.2, 0.2)
         value = value * (1 + error * n_completions / horizon)
 
-    `current_kl` is in nats per completion, `n_completions` since the last update.
+    `current_kl` is in nats per completion; `n_completions` counts them since the last update.
     """
 
     def __init__(self, init_kl_coef: float, target: float, horizon: int):
@@ -226,16 +223,25 @@ class FixedKLController:
         pass
 
 
+@torch.no_grad()
+def polynomial_average(averages: list[torch.Tensor], weights: list[torch.Tensor], step: int, power: float) -> None:
+    """Polynomial-decay averaging of weights, in place (Shamir & Zhang 2013, arXiv:1212.1824, section 4).
+
+    The weights after step t (1-based) count about t^power; power 0 is the plain mean.
+
+        average[t] = (1 - share) * average[t - 1] + share * weights[t],   share = (power + 1) / (power + t)
+    """
+    share = (power + 1) / (power + step)
+    torch._foreach_lerp_(averages, weights, share)  # private; torch's Adam uses its kind
+
+
 # ----------------------------------------------------------------------------------------------
 # The trainer
 
 
 @dataclass
 class Experience:
-    """Completions, and what they taught: all that an optimiser step needs.
-
-    logprobs, values, advantages, returns (n, T) float32: of the policy that drew the completions, before any update.
-    """
+    """A batch for optimiser steps; logprobs and values are the old ones, advantages are whitened. (n, T) float32."""
 
     completions: Completions
     logprobs: torch.Tensor
@@ -247,17 +253,14 @@ class Experience:
     def mask(self) -> torch.Tensor:
         return self.completions.mask
 
-    def __len__(self) -> int:
-        return len(self.completions)
-
     def select(self, rows: torch.Tensor | slice) -> "Experience":
-        """These completions only; rows, a tensor of them, on the CPU."""
+        """Keep only these completions. rows: a slice, or a tensor on the CPU."""
         tensors = select_rows(rows, self.logprobs, self.values, self.advantages, self.returns)
         return Experience(self.completions.select(rows), *tensors)
 
 
 def logprobs_values_entropy(ids: torch.Tensor, logits_and_values: tuple[torch.Tensor, torch.Tensor]):
-    """What a model says of completions: of their ids (n, T), with logits (n, T, V) and values (n, T); all (n, T)."""
+    """Log-probabilities of ids (n, T), values and entropies, (n, T) each, from logits (n, T, V) and values (n, T)."""
     logits, values = logits_and_values
     return logprobs_from_logits(logits, ids), values, entropy_from_logits(logits)
 
@@ -265,10 +268,8 @@ def logprobs_values_entropy(ids: torch.Tensor, logits_and_values: tuple[torch.Te
 class PPOTrainer:
     """Trains a policy, one batch of completions at a time.
 
-    config: a PPOConfig. model: the policy, a GPT2HeadWithValueModel with float32 weights. ref_model: the same before
-    training, in any dtype; the trainer takes it over. tokenizer: gives the special tokens. Dropout stays off in both.
-
-    How batches go through the models, on which device, in which dtype and on how many processes, is `engine`'s.
+    config: a PPOConfig. model: the policy, a GPT2HeadWithValueModel with float32 weights. ref_model: the policy before
+    training, in any dtype, which the trainer takes over. tokenizer: provides the special tokens. Dropout is off.
     """
 
     def __init__(self, config, model, ref_model, tokenizer):
@@ -277,30 +278,29 @@ class PPOTrainer:
         self.sep_token_id = tokenizer.sep_token_id
         self.n_steps = 0
         self.n_drawn = 0  # completions since the last step
-        self.reward_unit = None  # of rewards and values from the first step on, in the unit of the scores
+        self.reward_unit = None  # set by the first step: rewards and values are scores divided by this
         if config.kl_controller == "adaptive":
             self.kl_controller = AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
         else:
             self.kl_controller = FixedKLController(config.init_kl_coef)
 
     def set_kl_coef(self, kl_coef: float) -> None:
-        """Take another KL coefficient, before the first step."""
+        """Change the KL coefficient. Raises ValueError after the first step."""
         if self.n_steps:
-            raise ValueError("the KL coefficient can be set before the first step alone")
+            raise ValueError("the KL coefficient can only be set before the first step")
         self.config.init_kl_coef = self.kl_controller.value = kl_coef
 
     @property
     def policy_for_saving(self):
-        """The policy with an average of its weights over the steps, see `polynomial_average` in support/engine.py."""
+        """The policy with the average of its weights over the steps (`polynomial_average`)."""
         return self.engine.averaged if self.n_steps else self.model
 
-    @one_at_a_time
     def generate(self, query_tensors: list[torch.Tensor], model=None, seed=None, step=None) -> list[torch.Tensor]:
-        """Continue each query (1-d int64, or a list of ids): the responses, 1-d int64 on the CPU, [SEP] included.
+        """Continue each query (1-d int64, or a list of ids). Returns responses, 1-d int64 on the CPU, including [SEP].
 
-        Completion i is decided by (seed, step, i). By default the policy continues, with the run's seed and step, and i
-        counts the completions since the last step: n calls with one query draw what one call with n draws. ValueError
-        where a query leaves no room for `gen_len` tokens.
+        The random numbers of response i depend only on (seed, step, i). By default the policy responds, with the run's
+        seed and step, and i counts the responses since the last step: n calls with one query draw what one call with n
+        queries draws. Raises ValueError if a query leaves no room for `gen_len` tokens.
         """
         query_tensors = self.engine.collator.queries(query_tensors, self.config.gen_len)
         model = self.model if model is None else model
@@ -311,32 +311,31 @@ class PPOTrainer:
         self.n_drawn += len(responses)
         return responses
 
-    @one_at_a_time
-    def step(
-        self, query_tensors: list[torch.Tensor], response_tensors: list[torch.Tensor], rewards
-    ) -> dict[str, float]:
-        """One PPO step on a batch.
+    def step(self, query_tensors: list, response_tensors: list, rewards) -> dict[str, float]:
+        """Take one PPO step on a batch. Returns its statistics as floats.
 
         query_tensors, response_tensors: lists of 1-d int64 tensors, or of lists of ids, of any lengths (a response
-        includes its [SEP]). rewards: one finite score for each response, a list or a tensor (n,). Returns the step's
-        statistics as plain floats. An optimiser step whose gradient is not finite is skipped and counted in
-        `ppo/skipped`. ValueError, before anything moves, where the lists do not fit together, a score is not finite, or
-        a response could not have been sampled; FloatingPointError after MAX_SKIPPED skipped steps in a row.
+        includes its [SEP]). rewards: a finite score for each response, in a list or a tensor (n,). Optimiser steps
+        without a finite gradient are skipped and counted in `ppo/skipped`. Raises ValueError, before anything changes,
+        if the lists don't match, a score isn't finite or a response cannot have been sampled; FloatingPointError after
+        MAX_SKIPPED skipped steps in a row.
         """
         config, engine = self.config, self.engine
-        completions, scores = engine.collate(query_tensors, response_tensors, rewards)
+        completions = engine.collator.completions(query_tensors, response_tensors)
         mask, n = completions.mask, len(completions)
+        scores = engine.collator.scores(rewards, n)
         if self.reward_unit is None:
             self.reward_unit = pick_reward_unit(scores, config.init_kl_coef)
-            engine.scale_values(1 / self.reward_unit)
+            for model in (self.model, engine.averaged):
+                model.v_head.scale_(1 / self.reward_unit)
         unit = self.reward_unit
 
-        # 1. What policy and reference think of the completions before this step's update
+        # 1. Log-probabilities and values of policy and reference before this step's update
         completions = engine.share_trunk(completions)  # through the frozen blocks, once for both (point 7)
         logprobs, values, entropy = engine.evaluate(logprobs_values_entropy, completions, self.model)
         ref_logprobs, *_ = engine.evaluate(logprobs_values_entropy, completions, self.ref_model)
 
-        # 2. Rewards, in the trainer's unit: the KL penalty at every token, the score at the last
+        # 2. Rewards, in the trainer's unit: the KL penalty at every token, plus the score at the last
         kl_coef = self.kl_controller.value / unit
         token_rewards, kl_penalties = compute_rewards(scores / unit, logprobs, ref_logprobs, mask, kl_coef)
 
@@ -344,7 +343,7 @@ class PPOTrainer:
         advantages, returns = compute_advantages(values, token_rewards, mask, config.gamma, config.lam)
         experience = Experience(completions, logprobs, values, whiten(advantages, mask), returns)
 
-        # 4. Several epochs of minibatches, in an order that depends on (seed, step, epoch) alone
+        # 4. Several epochs of minibatches, in an order that depends only on (seed, step, epoch)
         updates = []
         for epoch in range(config.ppo_epochs):
             order = np.random.default_rng([config.seed, self.n_steps, epoch]).permutation(n)
@@ -352,9 +351,9 @@ class PPOTrainer:
                 # zero_grad, loss, backward, clip_grad_norm_, optimizer.step
                 updates.append(engine.optimise(experience.select(rows), self.loss))
         self.n_steps, self.n_drawn = self.n_steps + 1, 0
-        engine.average(self.n_steps)
+        polynomial_average(engine.averages, engine.weights, self.n_steps, config.average_power)
 
-        # 5. Statistics, named as in TRL; all but the losses in the unit of the scores
+        # 5. Statistics, named as in TRL; all except the losses in the unit of the scores
         kl = (logprobs - ref_logprobs).where(mask, 0).sum(-1)
         stats = engine.fetch(
             {
@@ -377,9 +376,9 @@ class PPOTrainer:
         return stats
 
     def loss(self, batch: Experience) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """PPO's loss of some completions and its statistics, scalars, each a mean over their tokens."""
+        """PPO's loss of a micro-batch and its statistics, scalars, each a mean over the micro-batch's tokens."""
         config, mask = self.config, batch.mask
-        logits, values = self.engine.policy(batch.completions)
+        logits, values = self.engine.logits_and_values(batch.completions)
         logprobs = logprobs_from_logits(logits, batch.completions.ids)
         pg_loss, pg_clipfrac = policy_loss(logprobs, batch.logprobs, batch.advantages, mask, config.cliprange)
         vf_loss, vf_clipfrac = value_loss(values, batch.values, batch.returns, mask, config.cliprange_value)

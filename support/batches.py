@@ -1,12 +1,10 @@
-"""Prompts and completions as the models take them, and what cannot be made of them said in one line.
-
-Shapes: n completions, T tokens (completions are right-padded to the longest), P tokens of the longest prompt.
-"""
+"""Prompts and completions as the models take them. Shapes: n completions, T tokens, P tokens of the longest prompt."""
 
 from dataclasses import dataclass, replace
 
 import torch
 
+from gpt2_value_head import completion_mask, never_sampled_ids
 from support.devices import to_device
 from support.user_code import listed, shown, to_float32, to_ids
 
@@ -15,10 +13,9 @@ from support.user_code import listed, shown, to_float32, to_ids
 class Prompts:
     """The distinct prompts of a batch, left-padded, and which of them each completion continues.
 
-    ids (prompts, P) int64. mask (prompts, P) int64, 0 at the padding, or None where all have one length.
-    index (n,) int64, on the CPU: completion i continues prompt index[i]. rows: the same, on the prompts' device,
-    and one_hot, (n, prompts) bool, as a matrix.
-    hidden_states (prompts, P, hidden): what `SharedPrompts.trunk` made of them, or None.
+    ids (prompts, P) int64. mask (prompts, P) int64, 0 at the padding, or None if all have the same length. index (n,)
+    int64, on the CPU: completion i continues prompt index[i]. rows: the same, on the prompts' device, and one_hot,
+    (n, prompts) bool. hidden_states (prompts, P, hidden): the output of `SharedPrompts.trunk`, or None.
     """
 
     ids: torch.Tensor
@@ -32,7 +29,7 @@ class Prompts:
 
     @classmethod
     def from_tensors(cls, query_tensors: list[torch.Tensor], pad_token_id: int, device) -> "Prompts":
-        """Gather n 1-d token tensors, many of them usually equal."""
+        """Collect the distinct prompts of n 1-d token tensors, many of which are usually equal."""
         queries = [tuple(query.tolist()) for query in query_tensors]
         distinct = list(dict.fromkeys(queries))
         longest = max(len(query) for query in distinct)
@@ -45,7 +42,7 @@ class Prompts:
         return cls(ids, mask, index)
 
     def select(self, rows: torch.Tensor | slice) -> "Prompts":
-        """The prompts of these completions only; rows on the CPU, where it is worked out which these are."""
+        """Keep only the prompts of these completions. rows: a slice, or a tensor on the CPU."""
         used, index = self.index[rows].unique(return_inverse=True)
         if len(used) == len(self.ids):
             return replace(self, index=index)
@@ -53,16 +50,15 @@ class Prompts:
         return Prompts(ids, mask, index, hidden_states)
 
     def spread(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor (prompts, ...) of the distinct prompts as one of each completion's prompt, (n, ...).
+        """Repeat a tensor (prompts, ...) of the distinct prompts for each completion, (n, ...).
 
-        It is a product with a one-hot matrix for the sake of the gradient. That of picking by index adds up the
-        completions of a prompt one by one in the tensor's dtype, on a GPU in another order each time; that of a product
-        adds up in float32, in one order.
+        It is a product with a one-hot matrix for the sake of the gradient, which is then summed in float32, always in
+        the same order. Indexing would sum it in the tensor's dtype, on a GPU in a different order each time.
         """
         return (self.one_hot.to(tensor.dtype) @ tensor.flatten(1)).unflatten(1, tensor.shape[1:])
 
     def mask_with(self, n_tokens: int) -> torch.Tensor | None:
-        """Attention mask (n, P + n_tokens) of each completion's prompt followed by n_tokens of its own."""
+        """Attention mask (n, P + n_tokens) of each completion's prompt followed by n_tokens of the completion."""
         if self.mask is None:
             return None
         mask = self.mask[self.rows]
@@ -73,8 +69,8 @@ class Prompts:
 class Completions:
     """A batch of completions and the prompts that they continue.
 
-    ids (n, T) int64, right-padded. mask (n, T) bool, True at the real tokens, a final [SEP] included.
-    hidden_states (n, T - 1, hidden): what `SharedPrompts.trunk` made of them, or None, as in `prompts`.
+    ids (n, T) int64, right-padded. mask (n, T) bool, True at the real tokens, including a final [SEP].
+    hidden_states (n, T - 1, hidden): the output of `SharedPrompts.trunk`, or None, as in `prompts`.
     """
 
     prompts: Prompts
@@ -86,106 +82,71 @@ class Completions:
         return len(self.ids)
 
     def select(self, rows: torch.Tensor | slice) -> "Completions":
-        """These completions only; rows, a tensor of them, on the CPU."""
+        """Keep only these completions. rows: a slice, or a tensor on the CPU."""
         return Completions(self.prompts.select(rows), *select_rows(rows, self.ids, self.mask, self.hidden_states))
 
 
 def select_rows(rows: torch.Tensor | slice, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Some rows of tensors on one device, None of None; rows, a tensor of them, on the CPU: nobody waits for a GPU."""
+    """Select rows of tensors on one device; None, except for the first, stays None. rows: a slice, or on the CPU."""
     if isinstance(rows, torch.Tensor):
-        device = next((tensor.device for tensor in tensors if tensor is not None), rows.device)
-        rows = to_device(rows, device)
+        rows = to_device(rows, tensors[0].device)
     return [None if tensor is None else tensor[rows] for tensor in tensors]
 
 
-def completion_mask(responses: torch.Tensor, sep_token_id: int) -> torch.Tensor:
-    """True at a completion's tokens up to and including its first [SEP], (n, T) bool."""
-    ended = (responses == sep_token_id).long().cumsum(-1)
-    return (ended == 0) | ((ended == 1) & (responses == sep_token_id))
-
-
-def never_sampled_ids(tokenizer, vocab_size: int) -> list[int]:
-    """[PAD] [UNK] [CLS] [MASK]: every special token but the [SEP] that ends a text; and rows of the embeddings beyond
-    the tokenizer's tokens, which only pad them to a round number."""
-    return sorted({*tokenizer.all_special_ids, *range(len(tokenizer), vocab_size)} - {tokenizer.sep_token_id})
-
-
 class Collator:
-    """Makes batches of token ids for a GPT-2 and its tokenizer. ValueError where they could not have been sampled."""
+    """Makes batches of token ids for a GPT-2 and its tokenizer. Raises ValueError if the ids cannot be trained on."""
 
     def __init__(self, tokenizer, gpt2_config, device):
-        self.cls_token_id, self.sep_token_id = tokenizer.cls_token_id, tokenizer.sep_token_id
-        self.pad_token_id = tokenizer.pad_token_id
+        self.tokenizer, self.device = tokenizer, device
+        self.sep_token_id, self.pad_token_id = tokenizer.sep_token_id, tokenizer.pad_token_id
         self.vocab_size, self.n_positions = gpt2_config.vocab_size, gpt2_config.n_positions
         self.never_sampled = set(never_sampled_ids(tokenizer, gpt2_config.vocab_size))
-        self.token_names = tokenizer.convert_ids_to_tokens
-        self.device = device
 
     def token_ids(self, what: str, sequences) -> list[torch.Tensor]:
-        """Token ids, tensors or lists, as 1-d int64 tensors on the CPU. ValueError where one is empty or unknown."""
-        tensors = []
-        for i, given in enumerate(entries(what, sequences)):
-            if (ids := to_ids(given)) is None:
-                wanted = f"a 1-d tensor or a list of token ids, not {shown(given)}"
-                raise ValueError(f"{what} {i} must be {wanted}; a single {what} goes into a list, too")
-            if not len(ids):
-                raise ValueError(f"{what} {i} is empty; it needs at least one token")
+        """Convert token ids, in tensors, arrays or lists, to 1-d int64 tensors on the CPU. what: name in errors"""
+        if (found := listed(sequences)) is None:
+            raise ValueError(f"a list with one {what} for each completion is needed, not {shown(sequences)}")
+        for i, ids in enumerate(tensors := [to_ids(ids) for ids in found]):
+            if ids is None or not len(ids):
+                raise ValueError(f"{what} {i} must be a 1-d tensor or a list of token ids, not {shown(found[i])}")
             if ids.min() < 0 or ids.max() >= self.vocab_size:
-                raise ValueError(f"{what} {i} holds an id outside the vocabulary of {self.vocab_size} tokens")
-            tensors.append(ids)
+                raise ValueError(f"{what} {i} has an id outside the vocabulary of {self.vocab_size} tokens")
         return tensors
 
     def queries(self, query_tensors, gen_len: int) -> list[torch.Tensor]:
-        """Queries as `token_ids`. ValueError where one leaves no room for gen_len tokens, or ends a text."""
-        query_tensors = self.token_ids("query", query_tensors)
-        for i, query in enumerate(query_tensors):
-            if query[-1] == self.sep_token_id != self.cls_token_id:
-                end = self.token_names(self.sep_token_id)
-                raise ValueError(f"query {i} ends with {end}, after which nothing is to follow; encode() leaves it out")
+        """Convert queries with `token_ids`; each must leave room for gen_len tokens and not end with [SEP]."""
+        for i, query in enumerate(query_tensors := self.token_ids("query", query_tensors)):
+            if query[-1] == self.sep_token_id != self.tokenizer.cls_token_id:
+                raise ValueError(f"query {i} ends with {self.tokenizer.sep_token}, which ends a text; remove it")
             if len(query) + gen_len > self.n_positions:
-                more = f"with gen_len {gen_len} more than the model's {self.n_positions} positions"
-                raise ValueError(f"query {i} has {len(query)} tokens, {more}")
+                raise ValueError(f"query {i}: {len(query)} tokens + gen_len {gen_len} > {self.n_positions} positions")
         return query_tensors
 
-    def prompts(self, query_tensors: list[torch.Tensor]) -> Prompts:
-        return Prompts.from_tensors(query_tensors, self.pad_token_id, self.device)
-
     def completions(self, query_tensors, response_tensors) -> Completions:
-        """Queries and their responses, lists of tensors or of lists of ids, as one padded batch."""
+        """Pad queries and their responses, lists of tensors or of lists of ids, to one batch."""
         query_tensors = self.token_ids("query", query_tensors)
         response_tensors = self.token_ids("response", response_tensors)
+        if not len(query_tensors) == len(response_tensors) > 0:
+            raise ValueError(f"{len(query_tensors)} queries need as many responses, not {len(response_tensors)}")
         for i, (query, response) in enumerate(zip(query_tensors, response_tensors)):
             if len(query) + len(response) > self.n_positions:
-                have = f"have {len(query)} and {len(response)} tokens, and the model {self.n_positions} positions"
-                raise ValueError(f"query {i} and its response {have}")
-            tokens = response.tolist()
-            tokens = tokens[: tokens.index(self.sep_token_id)] if self.sep_token_id in tokens else tokens
-            for token in tokens:
-                if token in self.never_sampled:
-                    name = self.token_names(token) or f"id {token}"
-                    raise ValueError(f"response {i} holds {name} before its end, a token that is never sampled")
+                long = f"{len(query)} + {len(response)} tokens > {self.n_positions} positions"
+                raise ValueError(f"query {i} and its response: {long}")
+            tokens = response[completion_mask(response, self.sep_token_id)].tolist()
+            if forbidden := self.never_sampled.intersection(tokens):
+                names = self.tokenizer.convert_ids_to_tokens(sorted(forbidden))
+                raise ValueError(f"response {i} has {names} before its end, which are never sampled")
         responses = torch.nn.utils.rnn.pad_sequence(response_tensors, batch_first=True, padding_value=self.pad_token_id)
         lengths = torch.tensor([len(response) for response in response_tensors])
         mask = completion_mask(responses, self.sep_token_id) & (torch.arange(responses.shape[1]) < lengths[:, None])
         ids, mask = (to_device(tensor, self.device) for tensor in (responses, mask))
-        return Completions(self.prompts(query_tensors), ids, mask)
+        return Completions(Prompts.from_tensors(query_tensors, self.pad_token_id, self.device), ids, mask)
 
-    def with_scores(self, query_tensors, response_tensors, scores) -> tuple[Completions, torch.Tensor]:
-        """As `completions`, and the responses' scores, a list or tensor of n finite numbers, as (n,) float32."""
-        queries, responses = entries("query", query_tensors), entries("response", response_tensors)
-        scores = entries("reward", scores)
-        if not len(queries) == len(responses) == len(scores) > 0:
-            counts = f"{len(queries)} queries, {len(responses)} responses and {len(scores)} rewards"
-            raise ValueError(f"step() needs one response and one reward for each query, not {counts}")
-        completions = self.completions(queries, responses)
-        scores, wrong = to_float32(scores)
+    def scores(self, rewards, n: int) -> torch.Tensor:
+        """Convert n rewards, finite numbers in a list, tensor or array, to (n,) float32."""
+        if (found := listed(rewards)) is None or len(found) != n:
+            raise ValueError(f"a list or tensor of {n} rewards, one for each response, is needed, not {shown(rewards)}")
+        scores, wrong = to_float32(found)
         for i, score in wrong:
             raise ValueError(f"reward {i} is {score}: rewards must be finite numbers, one for each response")
-        return completions, to_device(scores, self.device)
-
-
-def entries(what: str, values) -> list:
-    """The queries, responses or rewards of a batch. ValueError where they are no list or the like."""
-    if (found := listed(values)) is None:
-        raise ValueError(f"one {what} for each completion is needed, in a list or a tensor, not {shown(values)}")
-    return found
+        return to_device(scores, self.device)

@@ -14,8 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BertTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
-from gpt2_value_head import GPT2HeadWithValueModel
-from support.batches import never_sampled_ids
+from gpt2_value_head import GPT2HeadWithValueModel, never_sampled_ids
 from support.errors import UserError, first_line, is_out_of_memory
 from support.hub import VALUE_HEAD, has_vocabulary, wanted_weights
 

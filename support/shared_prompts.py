@@ -1,8 +1,5 @@
-"""The policy's pass over completions that share prompts: each distinct prompt goes through the model once.
-
-Plain `GPT2HeadWithValueModel.forward` would take each completion with its prompt before it. Here the prompts go first,
-and the completions, without them, read their keys and values. `tests/test_sampling.py` holds the two ways together.
-"""
+"""The policy's pass over completions that share prompts: each distinct prompt goes through the model only once, and the
+completions read its keys and values."""
 
 from dataclasses import replace
 
@@ -15,10 +12,7 @@ from support.batches import Completions, Prompts
 
 
 class SharedPrompts(nn.Module):
-    """Logits and values of completions under a GPT2HeadWithValueModel, whose weights are this module's.
-
-    `detach_value` keeps the value head's gradient out of the transformer.
-    """
+    """A GPT2HeadWithValueModel on completions. detach_value: no gradient from the value head to the transformer."""
 
     def __init__(self, model, detach_value: bool = False):
         super().__init__()
@@ -26,11 +20,8 @@ class SharedPrompts(nn.Module):
         self.detach_value = detach_value
 
     def trunk(self, completions: Completions) -> Completions:
-        """The completions with their hidden states below the trained blocks; with nothing frozen, the embeddings.
-
-        The trunk stays as it is in training, so policy and reference share it; a branch of its own is what they have
-        above it. As in trlX (Havrilla et al. 2023), which calls this a hydra.
-        """
+        """Add the hidden states after the frozen blocks; if nothing is frozen, the embeddings. Policy and reference
+        share this trunk and have a branch each above it, like the hydra of trlX (Havrilla et al. 2023)."""
         prompts, ids = completions.prompts, completions.ids[:, :-1]
         gpt2 = self.model.transformer
         prompt_positions = position_ids(torch.ones_like(prompts.ids) if prompts.mask is None else prompts.mask)
@@ -41,11 +32,8 @@ class SharedPrompts(nn.Module):
         return replace(completions, prompts=replace(prompts, hidden_states=prompt_states), hidden_states=states)
 
     def forward(self, completions: Completions) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (n, T, vocab) and values (n, T) where each token was chosen: row t saw the prompt and tokens before t.
-
-        After a completion's last token nothing is predicted, so it is left out. Completions that have been through the
-        trunk go through the branch only.
-        """
+        """Logits (n, T, vocab) and values (n, T); those at t have seen the prompt and the tokens before t, so the last
+        token isn't read. Completions that have been through the trunk only go through the branch."""
         if completions.hidden_states is None:
             completions = self.trunk(completions)
         gpt2, prompts = self.model.transformer, completions.prompts
@@ -58,18 +46,15 @@ class SharedPrompts(nn.Module):
 
 
 def run_blocks(blocks, prompts: Prompts, prompt_states: torch.Tensor, states: torch.Tensor):
-    """Hidden states of the distinct prompts (prompts, P, hidden) and of the completions without their last token
-    (n, T - 1, hidden), through some of the blocks.
-
-    A completion reads the keys and values of its prompt, which are worked out once for all that share it.
-    """
+    """Run some blocks on the hidden states of the distinct prompts (prompts, P, hidden) and of the completions without
+    their last tokens (n, T - 1, hidden). Returns both."""
     (n_prompt, seq), cache = (prompt_states.shape[1], states.shape[1]), DynamicCache()
     bias = attention_bias(prompts.mask, n_prompt, n_prompt, prompt_states)
     for block in blocks:
         prompt_states = block(prompt_states, cache, attention_mask=bias)
     if seq:
         for layer in cache.layers:
-            if layer.is_initialized:  # those below the blocks are not
+            if layer.is_initialized:  # the layers below these blocks are not
                 layer.keys, layer.values = prompts.spread(layer.keys), prompts.spread(layer.values)
         bias = attention_bias(prompts.mask_with(seq), n_prompt + seq, seq, states)
         for block in blocks:
