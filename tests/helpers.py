@@ -286,8 +286,8 @@ class Reference:
             "tokens/completion_length": np.mean([len(response) for response in responses]),
             "tokens/ended_share": np.mean([SEP in response for response in responses]),
         }
-        error = min(max(kl / c.target - 1, -0.2), 0.2)
-        self.kl_coef *= 1 + error * n / c.horizon
+        if c.kl_controller == "adaptive":
+            self.kl_coef *= 1 + min(max(kl / c.target - 1, -0.2), 0.2) * n / c.horizon
         self.n_steps += 1
         self.history.append(self.weights())
         return stats

@@ -1,4 +1,4 @@
-"""A whole run, and all that it wrote recounted by a second reading: plain `transformers` and NumPy."""
+"""A whole run, and everything that it wrote recounted by a second implementation: plain `transformers` and NumPy."""
 
 import contextlib
 import csv
@@ -14,50 +14,64 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2LMHeadModel
 
-import plot_rewards
 from config import PPOConfig
 from support.models import load_gpt2_config, load_policy
 from tests.helpers import Reference
 from train_ppo import main
 
 PROMPTS = ["好", "刚收到货,感觉", "给妈妈买的,"]  # of one, seven and six tokens
-STEPS, BATCH, GEN_LEN, TEMPERATURE, SEED, BETA, JUDGED = 4, 10, 10, 0.8, 3, 1.0, 200
+BATCH, GEN_LEN, TEMPERATURE, SEED, BETA = 10, 10, 0.8, 3, 1.0
 SETTINGS = dict(
     preset="demo", device="cpu", prompts=PROMPTS, temperature=TEMPERATURE, gen_len=GEN_LEN, seed=SEED,
-    episodes=STEPS * BATCH - 3, batch_size=BATCH, minibatch_size=4, micro_batch_size=3, ppo_epochs=2, lam=0.9,
-    gamma=0.97, frozen_share=0.5, vf_coef=0.4, init_kl_coef=BETA, kl_controller="adaptive", target=0.05, horizon=50,
-    lr=3e-4, adam_epsilon=1e-3, average_power=2.0, max_grad_norm=0.7, eval_samples=JUDGED, save_every=1,
-    keep_checkpoints=9, log_samples_every=2, run_name="run",
+    batch_size=BATCH, minibatch_size=4, micro_batch_size=3, ppo_epochs=2, lam=0.9, gamma=0.97, frozen_share=0.5,
+    vf_coef=0.4, init_kl_coef=BETA, kl_controller="adaptive", target=0.05, horizon=50, lr=3e-4, adam_epsilon=1e-3,
+    average_power=2.0, max_grad_norm=0.7, save_every=1, keep_checkpoints=9, log_samples_every=2, run_name="run",
 )  # fmt: skip
+SIZES = {"float32": dict(episodes=27, eval_samples=200), "bfloat16": dict(episodes=20, eval_samples=30)}
 PAD, UNK, CLS, SEP, MASK = range(5)
-CLOSE = {"float32": 1e-4, "bfloat16": 0.01}  # how far two ways to compute a probability may be apart
 JUDGES_SEED = 20_170_707
+
+
+def how_far_apart(dtype: str, spread: float) -> float:
+    """How far two right ways to a logit may be apart, if the logits of a token have a standard deviation of `spread`.
+
+    A pass rounds a number about 25 times: 11 times in each of two blocks, then in the embedding, the norm and the
+    projection. Each time it moves by up to `unit` of its size, by a third of that squared in the mean square. Products
+    in bfloat16 are summed in float32; in float32 a sum of up to 384 terms is rounded as often. Two ways have twice as
+    many errors; of some thousand that are independent, the largest is within 4 standard deviations.
+    """
+    unit, roundings = {"float32": (2**-24, 25 * 384), "bfloat16": (2**-8, 25)}[dtype]
+    return 4 * math.sqrt(2 * roundings / 3) * unit * spread
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def run(request, tmp_path_factory, demo):
     """The run, what it printed, and the models that it used, in plain `transformers`."""
     runs_dir, printed = tmp_path_factory.mktemp("runs"), io.StringIO()
-    flags = []
-    for name, value in {**SETTINGS, "dtype": request.param, "runs_dir": runs_dir}.items():
+    settings, flags = SETTINGS | SIZES[request.param] | {"dtype": request.param}, []
+    for name, value in {**settings, "runs_dir": runs_dir}.items():
         flags += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
-    with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patched:
+        patched.setattr("support.run_folder.draw", lambda runs, out: out.touch())  # the picture has tests of its own
         assert main(flags) == 0
     folder = runs_dir / "run"
     with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
         metrics = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-    checkpoints = [folder / "checkpoints" / f"step-{step:06d}" for step in range(1, STEPS + 1)]
+    checkpoints = sorted((folder / "checkpoints").iterdir())
     start = GPT2LMHeadModel.from_pretrained(demo[0], dtype=torch.float32)
     policies = [start, *(with_weights(demo[0], path / "policy.safetensors") for path in checkpoints)]
     dtype = getattr(torch, request.param)
-    return SimpleNamespace(
+    found = SimpleNamespace(
         folder=folder, printed=printed.getvalue(), metrics=metrics, samples=samples, checkpoints=checkpoints,
-        evaluation=json.loads((folder / "evaluation.json").read_text(encoding="utf-8")), demo=demo,
-        vocab=(demo[0] / "vocab.txt").read_text(encoding="utf-8").split("\n"), close=CLOSE[request.param],
+        evaluation=json.loads((folder / "evaluation.json").read_text(encoding="utf-8")), demo=demo, settings=settings,
+        vocab=(demo[0] / "vocab.txt").read_text(encoding="utf-8").split("\n"), steps=len(metrics),
         policies=[policy.to(dtype).eval() for policy in policies], dtype=dtype,
         saved=AutoModelForCausalLM.from_pretrained(folder / "model").to(dtype).eval(),
     )  # fmt: skip
+    logits = start(torch.tensor([[CLS, *map(found.vocab.index, PROMPTS[1])]])).logits.float() / TEMPERATURE
+    found.close = how_far_apart(request.param, logits.std(-1).max().item())
+    return found
 
 
 def with_weights(folder, file) -> GPT2LMHeadModel:
@@ -78,7 +92,7 @@ def tokens_of(run, completion) -> list[int]:
 
 
 def logprobs_of(run, gpt2, texts) -> list[torch.Tensor]:
-    """Of each text the log-probabilities of all tokens where each of its own was drawn, (T, V)."""
+    """For each text, the log-probabilities (T, V) from which its tokens were drawn."""
     prompts = [[CLS, *map(run.vocab.index, prompt)] for prompt, _ in texts]
     completions = [tokens_of(run, completion) for _, completion in texts]
     whole = [torch.tensor(prompt + completion) for prompt, completion in zip(prompts, completions)]
@@ -90,13 +104,13 @@ def logprobs_of(run, gpt2, texts) -> list[torch.Tensor]:
 
 
 def draws_missed_by(run, gpt2, texts, seed, step) -> float:
-    """The farthest that a random number lies outside the interval, from 0 to 1, of the token that it decided."""
+    """How far a random number lies, at most, outside the interval between 0 and 1 of the token that it decided."""
     farthest = 0.0
     for i, ((_, completion), logprobs) in enumerate(zip(texts, logprobs_of(run, gpt2, texts))):
         draws = np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, 0, i])).random(
             GEN_LEN, np.float32
         )
-        cumulative = logprobs.exp().cumsum(-1)
+        cumulative = logprobs.double().exp().cumsum(-1)
         for t, token in enumerate(tokens_of(run, completion)):
             low, high = cumulative[t, token - 1], cumulative[t, token]
             farthest = max(farthest, float(low - draws[t]), float(draws[t] - high))
@@ -109,34 +123,42 @@ def means(values) -> float:
 
 def test_config_json_holds_what_was_given(run):
     saved = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
-    assert {name: saved[name] for name in SETTINGS} == SETTINGS
-    assert saved["dtype"] == str(run.dtype)[6:] and saved["model_name"] == saved["reward_model_name"] == "demo"
+    assert {name: saved[name] for name in run.settings} == run.settings
+    assert saved["model_name"] == saved["reward_model_name"] == "demo"
 
 
 def test_all_prompts_take_their_turn_each_time_in_a_new_order(run):
     turns = [np.random.default_rng([SEED, turn]).permutation(3) for turn in range(14)]
-    assert [sample["prompt"] for sample in run.samples] == [PROMPTS[i] for turn in turns for i in turn][:40]
-    assert [sample["step"] for sample in run.samples] == [1] * 10 + [2] * 10 + [3] * 10 + [4] * 10
+    n = run.steps * BATCH
+    assert run.steps == len(run.checkpoints) == math.ceil(run.settings["episodes"] / BATCH)
+    assert [sample["prompt"] for sample in run.samples] == [PROMPTS[i] for turn in turns for i in turn][:n]
+    assert [sample["step"] for sample in run.samples] == [1 + i // BATCH for i in range(n)]
 
 
 def test_each_token_is_the_one_that_its_draw_decides(run):
-    """Under the policy that the checkpoint of the step before holds."""
-    for step, policy in zip(range(1, STEPS + 1), run.policies):
-        assert draws_missed_by(run, policy, of_step(run, step), SEED, step) < run.close
+    """Under the policy that the checkpoint of the step before holds.
+
+    If all logits move by at most d, a cumulative probability moves by at most tanh(d) / 2, and by less than d / 2.
+    """
+    for step, policy in zip(range(1, run.steps + 1), run.policies):
+        assert draws_missed_by(run, policy, of_step(run, step), SEED, step) < run.close / 2
     for when, judged in (("before", run.policies[0]), ("after", run.saved)):
-        texts = [(prompt, text) for prompt, text, _ in run.evaluation[when]["samples"][:40]]
-        assert draws_missed_by(run, judged, texts, JUDGES_SEED, 0) < run.close
+        texts = [(prompt, text) for prompt, text, _ in run.evaluation[when]["samples"][:30]]
+        assert draws_missed_by(run, judged, texts, JUDGES_SEED, 0) < run.close / 2
 
 
 def test_scores_are_the_classifiers_probability_of_happy(run):
     classifier = AutoModelForSequenceClassification.from_pretrained(run.demo[1]).to(run.dtype).eval()
     tokenizer = AutoTokenizer.from_pretrained(run.demo[1])
     scored = [(sample["prompt"], sample["completion"], sample["score"]) for sample in run.samples]
-    scored += run.evaluation["before"]["samples"][:50] + run.evaluation["after"]["samples"][:50]
+    scored += run.evaluation["before"]["samples"][:30] + run.evaluation["after"]["samples"][:30]
     texts = tokenizer([prompt + text for prompt, text, _ in scored], padding=True, return_tensors="pt")
     with torch.no_grad():
-        expected = classifier(**texts).logits.float().softmax(-1)[:, 1]  # positive (stars 4 and 5)
-    assert [score for *_, score in scored] == pytest.approx(expected.tolist(), abs=run.close)
+        logits = classifier(**texts).logits.float()
+    expected = logits.softmax(-1)[:, 1]  # positive (stars 4 and 5)
+    # A probability's slope is at most 1/4 of the difference of two logits, of which each may be off
+    close = how_far_apart(run.settings["dtype"], logits.abs().max().item()) / 2
+    assert [score for *_, score in scored] == pytest.approx(expected.tolist(), abs=close)
 
 
 def test_metrics_follow_from_the_samples(run):
@@ -165,17 +187,21 @@ def test_metrics_follow_from_the_samples(run):
             "time/step": row["time/sample"] + row["time/score"] + row["time/ppo"],
         }
         assert {name: row[name] for name in exact} == pytest.approx(exact, rel=1e-4, abs=1e-5)
-        assert row["objective/kl"] == pytest.approx(kl, abs=10 * run.close)
-        assert row["objective/entropy"] == pytest.approx(entropy, abs=4 * run.close)
+        # In a mean over some hundred tokens, errors of single tokens cancel; ten tokens' errors add up to a KL
+        assert row["objective/kl"] == pytest.approx(kl, abs=run.close)
+        assert row["objective/entropy"] == pytest.approx(entropy, abs=run.close)
         kl_coef *= 1 + min(max(row["objective/kl"] / 0.05 - 1, -0.2), 0.2) * 10 / 50
-    assert max(row["objective/kl"] for row in run.metrics) > 0.05 and kl_coef != BETA
+    assert all(row["objective/kl"] for row in run.metrics[1:]) and kl_coef != BETA
 
 
 @pytest.mark.parametrize("run", ["float32"], indirect=True)
 def test_a_second_implementation_learns_the_same_from_the_samples(run):
-    """The first two steps: every column of metrics.csv, and the weights of both checkpoints."""
+    """The first two steps: every column of metrics.csv, and the weights of both checkpoints.
+
+    The tolerances are those of test_step_reference.py times the steps: an error goes on into what comes after it.
+    """
     start = load_policy(run.demo[0], load_gpt2_config(run.demo[0]))
-    reference = Reference(PPOConfig(**SETTINGS), start, start)
+    reference = Reference(PPOConfig(**run.settings), start, start)
     for step in (1, 2):
         scores = [sample["score"] for sample in run.samples if sample["step"] == step]
         queries = [torch.tensor([CLS, *map(run.vocab.index, prompt)]) for prompt, _ in of_step(run, step)]
@@ -225,22 +251,23 @@ def test_the_saved_model_samples_as_the_run_did(run):
 
 
 def test_the_evaluation_follows_from_its_samples(run):
+    n = run.settings["eval_samples"]
     for when, gpt2 in (("before", run.policies[0]), ("after", run.saved)):
         judged = run.evaluation[when]
         texts, scores = [sample[:2] for sample in judged["samples"]], [sample[2] for sample in judged["samples"]]
-        assert [prompt for prompt, _ in texts] == (PROMPTS * JUDGED)[:JUDGED]
+        assert [prompt for prompt, _ in texts] == (PROMPTS * n)[:n]
         tokens = [tokens_of(run, text) for _, text in texts]
         ours, ref = (logprobs_of(run, model, texts) for model in (gpt2, run.policies[0]))
         kls = [float((a.exp() * (a - b)).sum()) for a, b in zip(ours, ref)]
         chosen = torch.cat([logprobs[range(len(ids)), ids] for logprobs, ids in zip(ref, tokens)])
         exact = {
-            "n": JUDGED,
+            "n": n,
             "reward": np.mean(scores),
-            "reward_ci95": 1.96 * np.std(scores, ddof=1) / math.sqrt(JUDGED),
+            "reward_ci95": 1.96 * np.std(scores, ddof=1) / math.sqrt(n),
             "kl": np.mean(judged["kls"]),
             "length": means(map(len, tokens)),
             "ended": means(SEP in ids for ids in tokens),
-            "unique": len(set(map(tuple, texts))) / JUDGED,
+            "unique": len(set(map(tuple, texts))) / n,
         }
         assert {name: judged[name] for name in exact} == pytest.approx(exact, rel=1e-5)
         assert judged["kl"] == pytest.approx(np.mean(kls), abs=run.close)
@@ -262,11 +289,13 @@ def without_bias(scores: np.ndarray) -> np.ndarray:
     return n * plain(scores) - (n - 1) * np.mean([plain(np.delete(scores, i)) for i in range(n)], axis=0)
 
 
+@pytest.mark.parametrize("run", ["float32"], indirect=True)
 def test_the_gain_follows_from_the_evaluation(run):
     """With the run's own KL coefficient as it was at the start, and each prompt by itself."""
     before, after, found = (run.evaluation[name] for name in ("before", "after", "gain"))
+    n = run.settings["eval_samples"]
     scores = {prompt: np.array([score for of, _, score in before["samples"] if of == prompt]) for prompt in PROMPTS}
-    shares = [len(scores[prompt]) / JUDGED for prompt in PROMPTS]
+    shares = [len(scores[prompt]) / n for prompt in PROMPTS]
     reward, kl = sum(share * without_bias(scores[prompt]) for share, prompt in zip(shares, PROMPTS))
     j_before, j = before["reward"], after["reward"] - BETA * after["kl"]
     best = reward - BETA * kl
@@ -281,21 +310,24 @@ def test_the_gain_follows_from_the_evaluation(run):
 
 
 def test_the_screen_shows_what_the_files_hold(run):
-    assert f"run folder {run.folder}, 4 steps of 10 completions\non cpu in {str(run.dtype)[6:]}\n" in run.printed
-    for step in (2, 4):
+    assert (
+        f"run folder {run.folder}, {run.steps} steps of 10 completions\non cpu in {str(run.dtype)[6:]}\n" in run.printed
+    )
+    for step in (2,):
         shown = [f"step {step}, mean reward {run.metrics[step - 1]['env/reward_mean']:.3f}"]
         for sample in [sample for sample in run.samples if sample["step"] == step][:5]:
             shown.append(f"  {sample['score']:.2f}  {sample['prompt']}{sample['completion']}")
         assert "\n".join(shown) + "\n" in run.printed
-    assert re.findall(r"^step (\d+),", run.printed, re.MULTILINE) == ["2", "4"]
+    assert re.findall(r"^step (\d+),", run.printed, re.MULTILINE) == ["2"]
     before, after, found = (run.evaluation[name] for name in ("before", "after", "gain"))
     for what, old, new in (
         ("mean reward", f"{before['reward']:.3f}", f"{after['reward']:.3f}"),
         ("KL to the reference, nats", "0.000", f"{after['kl']:.3f}"),
         ("J = reward - 1 KL", f"{found['J_before']:.3f}", f"{found['J']:.3f}"),
     ):
-        assert re.search(rf"^\| {what} +\| {old} +\| {new} +\|", run.printed, re.MULTILINE), what
-    assert f"{found['gain']:.2f} (standard error {found['gain_se']:.2f})" in run.printed
+        assert re.search(rf"^{what} +{old} +{new}$", run.printed, re.MULTILINE), what
+    if run.dtype == torch.float32:  # enough samples for a gain
+        assert f"gain {found['gain']:.2f} (standard error {found['gain_se']:.2f}, of judging" in run.printed
     table = "\n".join(completions_table(run))
     assert run.printed.count(f"\n\n{table}\n\n") == 1
     assert run.printed.endswith(f"\n\nmodel, metrics and report.md are in {run.folder}\n")
@@ -310,13 +342,5 @@ def completions_table(run) -> list[str]:
 def test_the_table_shows_the_same_draws_before_and_after(run):
     lines = completions_table(run)
     pairs = list(zip(run.evaluation["before"]["samples"], run.evaluation["after"]["samples"]))[:5]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert cells[0] == ["prompt", "before", "score", "after", "score"] and len(lines) == 7
-    assert cells[2:] == [[p, old, f"{s:.2f}", new, f"{t:.2f}"] for (p, old, s), (_, new, t) in pairs]
-
-
-@pytest.mark.parametrize("run", ["float32"], indirect=True)
-def test_the_picture_is_that_of_the_whole_folder(run, tmp_path):
-    """Drawn when the evaluation was there, so with the star and the limit."""
-    assert plot_rewards.main([str(run.folder), "--out", str(tmp_path / "again.png")]) == 0
-    assert (tmp_path / "again.png").read_bytes() == (run.folder / "rewards.png").read_bytes()
+    assert lines[0] == "| prompt | before | score | after | score |" and len(lines) == 7
+    assert lines[2:] == [f"| {p} | {old} | {s:.2f} | {new} | {t:.2f} |" for (p, old, s), (_, new, t) in pairs]

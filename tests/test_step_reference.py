@@ -1,7 +1,7 @@
-"""Whole steps of PPOTrainer against a second implementation: plain forward passes, loops, and float64.
+"""Whole steps of PPOTrainer against a second implementation: `Reference`, in loops and float64.
 
-Nothing of ppo.py or gpt2_value_head.py is used for it: GPT-2 is the library's, every prompt with its completion goes
-through it by itself, without padding or a cache.
+It uses nothing of ppo.py or gpt2_value_head.py: GPT-2 is the library's, and each prompt goes through it with its
+completion, without padding or a cache.
 """
 
 import copy
@@ -18,8 +18,18 @@ SETTINGS = dict(
     batch_size=N, minibatch_size=4, micro_batch_size=3, ppo_epochs=2, gen_len=6, temperature=0.7, gamma=0.9, lam=0.8,
     cliprange=0.05, cliprange_value=0.03, vf_coef=0.6, kl_controller="adaptive", init_kl_coef=0.3, target=0.01,
     horizon=20, lr=2e-3, value_lr=1e-2, adam_epsilon=1e-2, max_grad_norm=0.5, average_power=2.0, seed=5,
-    dtype="float32", device="cpu",
+    dtype="float32", device="cpu", frozen_share=0.5,
 )  # fmt: skip
+OTHERS = [
+    dict(zip(("frozen_share", "detach_value"), pair)) for pair in itertools.product([0, 0.5], [True, False])
+] + [
+    dict(temperature=1.3, gamma=1.0, lam=1.0, kl_controller="fixed", vf_coef=0.1, seed=0),
+    dict(ppo_epochs=1, minibatch_size=N, micro_batch_size=0, average_power=0.0, frozen_share=1, detach_value=False),
+    dict(minibatch_size=1, ppo_epochs=3, max_grad_norm=9.0, horizon=3, target=50.0, cliprange_value=1.0),
+]  # fmt: skip
+# A pass rounds some 4,000 times on its way to a number, each time by 2^-24 at most. Errors that are independent add up
+# to 60 times that, 4e-6; five times as much is allowed. What a step multiplies has a relative error of its own.
+ABS, REL = 2e-5, 1e-3
 
 
 def batches():
@@ -33,24 +43,34 @@ def batches():
         yield [prompts[i % 3] for i in range(N)], responses, torch.rand(N, generator=generator).tolist()
 
 
-@pytest.mark.parametrize("frozen_share, detach_value", list(itertools.product([0, 0.5], [True, False])))
-def test_two_steps_end_at_the_weights_of_a_second_implementation(policy, frozen_share, detach_value):
-    model, tokenizer = policy
-    torch.manual_seed(1)
-    config = PPOConfig(**SETTINGS, frozen_share=frozen_share, detach_value=detach_value)
+def moved_policy(model, seed=1):
+    """A reference, and a policy that has left it, so that the KL counts from the first step on."""
+    torch.manual_seed(seed)
     torch.nn.init.normal_(model.v_head.summary.weight, std=0.1)
     ref_model = copy.deepcopy(model)
-    with torch.no_grad():  # a policy that has left its reference: the KL counts from the first step on
+    with torch.no_grad():
         for parameter in (*model.transformer.h[1].parameters(), *model.transformer.ln_f.parameters()):
             parameter += 0.05 * torch.randn_like(parameter)
+    return model, ref_model
+
+
+@pytest.mark.parametrize("changes", OTHERS, ids=str)
+def test_two_steps_end_at_the_weights_of_a_second_implementation(policy, changes):
+    config = PPOConfig(**SETTINGS | changes)
+    if config.frozen_share == 1:
+        model, ref_model = policy[0], copy.deepcopy(policy[0])
+    else:
+        model, ref_model = moved_policy(policy[0])
     start = {name: tensor.double() for name, tensor in copy.deepcopy(model.state_dict()).items()}
     reference = Reference(config, model, ref_model)
-    trainer = PPOTrainer(config, model, ref_model, tokenizer)
+    trainer = PPOTrainer(config, model, ref_model, policy[1])
     for batch in batches():
         stats, expected = trainer.step(*batch), reference.step(*batch)
-        assert stats == pytest.approx(expected, rel=1e-3, abs=1e-5)
-        assert expected["ppo/policy/clipfrac"] > 0.02 and expected["ppo/val/clipfrac"] > 0.02
-        assert expected["ppo/grad_norm"] > config.max_grad_norm
+        assert stats == pytest.approx(expected, rel=REL, abs=ABS)
+        if config.cliprange_value < 0.2 and config.ppo_epochs == 2 and config.temperature < 1:  # the settings clip
+            assert expected["ppo/policy/clipfrac"] > 0.02 and expected["ppo/val/clipfrac"] > 0.02
+            assert expected["ppo/grad_norm"] > config.max_grad_norm
+    assert trainer.kl_controller.value == pytest.approx(reference.kl_coef, rel=REL)
 
     for name in ("v_head.summary.weight", "v_head.summary.bias"):
         start[name] /= reference.unit
@@ -59,28 +79,29 @@ def test_two_steps_end_at_the_weights_of_a_second_implementation(policy, frozen_
         assert got.keys() == expected.keys()
         for name in expected:
             moved, should = got[name].double() - start[name], expected[name] - start[name]
-            assert (moved - should).norm() <= 2e-3 * should.norm() + 1e-6, name
+            assert (moved - should).norm() <= 2 * REL * should.norm() + ABS * SETTINGS["lr"] / 1e-2, name
 
 
 @pytest.mark.parametrize("c", [0.001, 10_000])
 def test_scores_and_coefficient_in_another_unit_are_the_same_run(policy, c):
-    """The weights up to rounding, the statistics of rewards in the unit of the scores; values learned before too."""
-    model, tokenizer = policy
-    torch.nn.init.normal_(model.v_head.summary.weight, std=0.1)
+    """Also if values have been learned before. The statistics of rewards are in the unit of the scores."""
+    model, ref_model = moved_policy(policy[0])
     of_rewards = {"kl_coef", "non_score_reward", "rlhf_reward", "returns/mean", "val/mean"}
     trainers = []
     for unit in (1, c):
         own = copy.deepcopy(model)
         own.v_head.scale_(unit)
         config = PPOConfig(**SETTINGS | {"init_kl_coef": 0.3 * unit})
-        trainers.append(PPOTrainer(config, own, copy.deepcopy(model), tokenizer))
+        trainers.append(PPOTrainer(config, own, copy.deepcopy(ref_model), policy[1]))
     for queries, responses, scores in batches():
         plain, other = (
-            trainer.step(queries, responses, [unit * score for score in scores])
-            for trainer, unit in zip(trainers, (1, c))
+            trainers[0].step(queries, responses, scores),
+            trainers[1].step(queries, responses, [c * score for score in scores]),
         )
         for name, value in plain.items():
             factor = c if name.split("/", 1)[1] in of_rewards else 1
-            assert other[name] == pytest.approx(factor * value, rel=1e-4, abs=1e-6 * factor), name
+            assert other[name] == pytest.approx(factor * value, rel=REL, abs=ABS * factor), name
     for weight, same in zip(trainers[0].model.parameters(), trainers[1].model.parameters()):
-        assert torch.allclose(weight, same, rtol=1e-4, atol=1e-6)
+        assert torch.allclose(weight, same, rtol=REL, atol=ABS)
+    average = [list(trainer.policy_for_saving.v_head.parameters()) for trainer in trainers]
+    assert all(torch.allclose(weight, same, rtol=REL, atol=ABS) for weight, same in zip(*average))
