@@ -57,8 +57,8 @@ class Engine:
             self.gradients = [weight.grad for weight in self.weights]
         policy, value_head = self.weights[:-2], self.weights[-2:]  # the head's weight and bias come last
         groups = [{"params": policy, "lr": config.lr}, {"params": value_head, "lr": config.value_lr}]
-        self.fused = self.device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.Adam(groups, eps=config.adam_epsilon, fused=self.fused)
+        fused = self.device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.Adam(groups, eps=config.adam_epsilon, fused=fused)
         self.skipped_in_a_row = 0  # optimiser steps, up to the last `fetch`
         self.averaged = copy.deepcopy(model)
         self.averages = [weight for weight in self.averaged.parameters() if weight.requires_grad]
@@ -155,9 +155,9 @@ class Engine:
             torch._foreach_copy_(self.gradients, [weight.grad for weight in self.copied_weights])
         grad_norm = torch.nn.utils.clip_grad_norm_(self.weights, self.config.max_grad_norm)
         skipped = (~grad_norm.isfinite()).float()
-        if self.fused:
+        if fused := self.optimizer.defaults["fused"]:
             self.optimizer.found_inf = skipped  # as GradScaler sets it: if 1, Adam does nothing, without a look at it
-        if self.fused or not skipped:
+        if fused or not skipped:
             self.optimizer.step()
         return {**means, "grad_norm": grad_norm, "skipped": skipped}
 

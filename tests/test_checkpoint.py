@@ -29,7 +29,7 @@ def trained(policy, **changes):
 def test_a_loaded_trainer_goes_on_as_the_saved_one(policy, tmp_path):
     changes = dict(kl_controller="adaptive", target=0.01, horizon=20)
     trainer, batch = trained(policy, **changes)
-    trainer.engine.skipped_in_a_row = torch.tensor(3.0)
+    trainer.engine.skipped_in_a_row = 3
     save_checkpoint(trainer, tmp_path, keep=1)
     twin = make((copy.deepcopy(policy[0]), policy[1]), **changes)
     load_checkpoint(twin, tmp_path)
@@ -80,12 +80,6 @@ def test_a_run_goes_on_on_a_device_with_another_kernel_for_adam(policy, fused):
         lambda saved: saved.clear(),
         lambda saved: saved.update(random=None),
         lambda saved: saved["optimizer"].pop("state"),
-        lambda saved: saved["optimizer"]["state"].pop(0),
-        lambda saved: saved["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
-        lambda saved: saved["optimizer"]["state"][0].update(exp_avg_sq=torch.zeros(3)),
-        lambda saved: saved["optimizer"]["state"][1].update(exp_avg="x"),
-        lambda saved: saved["optimizer"]["state"][1].update(step=torch.zeros(2)),
-        lambda saved: saved["optimizer"]["state"][1].update(step=2),
         lambda saved: saved["random"].update(torch=torch.zeros(3, dtype=torch.uint8)),
         lambda saved: saved["random"]["python"].append(1),
         lambda saved: saved["random"]["python"][1].clear(),
@@ -212,24 +206,22 @@ def rewritten(path: Path, change) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "first"),
+    "change",
     [
-        (lambda weights: weights.pop("transformer.ln_f.bias"), "transformer.ln_f.bias"),
-        (lambda weights: weights.pop("transformer.wte.weight"), "lm_head.weight"),
-        (lambda weights: weights.update({"transformer.h.2.ln_1.bias": torch.zeros(32)}), "transformer.h.2.ln_1.bias"),
-        (lambda weights: weights.update({"transformer.ln_f.bias": torch.zeros(33)}), "transformer.ln_f.bias"),
+        lambda weights: weights.pop("transformer.ln_f.bias"),
+        lambda weights: weights.pop("transformer.wte.weight"),
+        lambda weights: weights.update({"transformer.h.2.ln_1.bias": torch.zeros(32)}),
+        lambda weights: weights.update({"transformer.ln_f.bias": torch.zeros(33)}),
     ],
     ids=["one is missing", "the tied one is missing", "one more", "another shape"],
 )
-def test_a_checkpoint_of_other_weights_is_passed_over(policy, tmp_path, change, first, capsys):
+def test_a_checkpoint_of_other_weights_is_passed_over(policy, tmp_path, change, capsys):
     whole_ones(policy, tmp_path, 1, 2)
     rewritten(tmp_path / "step-000002", change)
     trainer = make((copy.deepcopy(policy[0]), policy[1]))
     load_checkpoint(trainer, tmp_path)
     assert trainer.n_steps == 1
-    assert f"step-000002 cannot be used (ValueError: its weights are not those of this model, first in {first})" in (
-        capsys.readouterr().out
-    )
+    assert "step-000002 cannot be used (ValueError: its weights are not those of this model)" in capsys.readouterr().out
 
 
 def test_a_checkpoint_under_the_name_of_another_step_is_passed_over(policy, tmp_path):
@@ -276,16 +268,3 @@ def test_a_system_that_opens_no_folders_still_writes_checkpoints(policy, tmp_pat
     save_checkpoint(trainer, tmp_path, keep=1)
     assert {"policy.safetensors", "average.safetensors", "optimizer.pt", "state.json"} <= set(flushed)
     load_checkpoint(make((copy.deepcopy(policy[0]), policy[1])), tmp_path)
-
-
-def test_a_checkpoint_of_an_earlier_version_goes_on(policy, tmp_path):
-    """It holds the tied weight under the output projection's name."""
-    start = copy.deepcopy(policy[0])
-    trainer, _ = trained(policy, frozen_share=0.0)
-    path = save_checkpoint(trainer, tmp_path, keep=1)
-    rewritten(path, lambda weights: weights.update({"lm_head.weight": weights.pop("transformer.wte.weight")}))
-    twin = make((start, policy[1]), frozen_share=0.0)
-    load_checkpoint(twin, tmp_path)
-    for mine, other in ((trainer.model, twin.model), (trainer.policy_for_saving, twin.policy_for_saving)):
-        assert torch.equal(mine.lm_head.weight, other.lm_head.weight)
-        assert not torch.equal(mine.lm_head.weight, trainer.ref_model.lm_head.weight)

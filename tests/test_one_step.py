@@ -18,7 +18,7 @@ IN_ENGLISH = {  # the numbers about the whole batch, by their names in tools/one
     "standard error of the KL": r"a standard error of ([\d.]+)\.\n", "mean V": r"the batch V is ([\d.]+) on average",
     "mean G": r"on average and G is ([\d.]+)\. ", "mean A": r"tokens of the batch, ([\d.]+), is taken",
     "tokens": r"over all ([\d,]+) tokens", "happy that rose": r"above 0.9, (\d+) became",
-    "mean product of the happy": r"of all 98 is ([\d.]+)\. ", "unhappy that fell": r"below 0.1, (\d+)\nbecame",
+    "mean product of the happy": r"of all 98 is ([\d.]+)\. ", "unhappy that fell": r"below 0.1, (\d+)\s+became",
     "mean product of the unhappy": r"of all 30 is ([\d.]+)\.\n", "ratios beyond the limits": r"the step (\d+) of the",
     "of them not clipped": r"the limits, (\d+) of them", "reward unit": r"which is ([\d.]+) in scores",
     "first V": r"V at the first token was ([\d.]+)", "first V after": r"and is ([\d.]+) after the step",
@@ -163,11 +163,3 @@ def test_the_tool_agrees_with_the_trainer(step, config):
     for name, ours in (of_losses | {"policy/clipfrac": "clipped"}).items():
         mean = sum(found[f"{ours} {k}"] for k in range(1, 5)) / 4
         assert mean == pytest.approx(stats[f"ppo/{name}"], rel=1e-3, abs=1e-5)
-
-
-def test_the_tool_prints_the_tables(step, monkeypatch, capsys):
-    monkeypatch.setattr(one_step, "take_step", lambda config: step)
-    monkeypatch.setattr("sys.argv", ["one_step"])
-    one_step.main()
-    out = capsys.readouterr().out
-    assert "ratio after" in out and "mean score: 0." in out and out.count("| [SEP] | ") >= 1

@@ -35,6 +35,10 @@ def step(queries=(QUERY, QUERY), responses=(RESPONSE, RESPONSE), rewards=(0.5, 0
     return lambda trainer: trainer.step(queries, responses, rewards)
 
 
+def fit(prompts=("衣服",), reward=lambda texts: [sum(text.encode()) % 99 for text in texts], budget=0.4):
+    return lambda trainer: trainer.fit_kl_coef(prompts, reward, budget)
+
+
 REFUSED = [  # (call, part of what is said)
     (step(rewards=[0.5, math.nan]), "reward 1 is nan"),
     (step(rewards=[math.inf, 0.5]), "reward 0 is inf"),
@@ -74,13 +78,10 @@ REFUSED = [  # (call, part of what is said)
     (lambda trainer: trainer.decode(torch.tensor(RESPONSE)), f"sequence 0 must be {IDS}, not 7"),
     (lambda trainer: trainer.decode([QUERY] * 2, [RESPONSE]), "zip() argument 2 is shorter"),
     (lambda trainer: trainer.decode([[43]]), "sequence 0 has an id outside the vocabulary of 43"),
-    (lambda trainer: trainer.fit_kl_coef([], lambda texts: [0.5] * len(texts), 0.4), "at least one prompt"),
-    (lambda trainer: trainer.fit_kl_coef(["衣服"], lambda texts: [0.5] * len(texts), 0), "a budget above 0"),
-    (lambda trainer: trainer.fit_kl_coef(["衣服"], lambda texts: [0.5] * len(texts), 0.4), "differ in score"),
-    (
-        lambda trainer: trainer.fit_kl_coef(["衣服"], lambda texts: [sum(text.encode()) % 99 for text in texts], 0.4),
-        "first step",
-    ),
+    (fit(prompts=[]), "at least one prompt"),
+    (fit(budget=0), "a budget above 0"),
+    (fit(reward=lambda texts: [0.5] * len(texts)), "differ in score"),
+    (fit(), "first step"),
 ]
 
 

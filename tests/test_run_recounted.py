@@ -1,11 +1,8 @@
 """A whole run, and everything that it wrote recounted by a second implementation: plain `transformers` and NumPy."""
 
-import contextlib
 import csv
-import io
 import json
 import math
-import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,7 +24,7 @@ SETTINGS = dict(
     vf_coef=0.4, init_kl_coef=BETA, kl_controller="adaptive", target=0.05, horizon=50, lr=3e-4, adam_epsilon=1e-3,
     average_power=2.0, max_grad_norm=0.7, save_every=1, keep_checkpoints=9, log_samples_every=2, run_name="run",
 )  # fmt: skip
-SIZES = {"float32": dict(episodes=27, eval_samples=200), "bfloat16": dict(episodes=20, eval_samples=30)}
+SIZES = {"float32": dict(episodes=27, eval_samples=60), "bfloat16": dict(episodes=20, eval_samples=30)}
 PAD, UNK, CLS, SEP, MASK = range(5)
 JUDGES_SEED = 20_170_707
 
@@ -46,12 +43,12 @@ def how_far_apart(dtype: str, spread: float) -> float:
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def run(request, tmp_path_factory, demo):
-    """The run, what it printed, and the models that it used, in plain `transformers`."""
-    runs_dir, printed = tmp_path_factory.mktemp("runs"), io.StringIO()
+    """The run, and the models that it used, in plain `transformers`."""
+    runs_dir = tmp_path_factory.mktemp("runs")
     settings, flags = SETTINGS | SIZES[request.param] | {"dtype": request.param}, []
     for name, value in {**settings, "runs_dir": runs_dir}.items():
         flags += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
-    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patched:
+    with pytest.MonkeyPatch.context() as patched:
         patched.setattr("support.run_folder.draw", lambda runs, out: out.touch())  # the picture has tests of its own
         assert main(flags) == 0
     folder = runs_dir / "run"
@@ -63,7 +60,7 @@ def run(request, tmp_path_factory, demo):
     policies = [start, *(with_weights(demo[0], path / "policy.safetensors") for path in checkpoints)]
     dtype = getattr(torch, request.param)
     found = SimpleNamespace(
-        folder=folder, printed=printed.getvalue(), metrics=metrics, samples=samples, checkpoints=checkpoints,
+        folder=folder, metrics=metrics, samples=samples, checkpoints=checkpoints,
         evaluation=json.loads((folder / "evaluation.json").read_text(encoding="utf-8")), demo=demo, settings=settings,
         vocab=(demo[0] / "vocab.txt").read_text(encoding="utf-8").split("\n"), steps=len(metrics),
         policies=[policy.to(dtype).eval() for policy in policies], dtype=dtype,
@@ -119,12 +116,6 @@ def draws_missed_by(run, gpt2, texts, seed, step) -> float:
 
 def means(values) -> float:
     return float(np.mean([float(value) for value in values]))
-
-
-def test_config_json_holds_what_was_given(run):
-    saved = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
-    assert {name: saved[name] for name in run.settings} == run.settings
-    assert saved["model_name"] == saved["reward_model_name"] == "demo"
 
 
 def test_all_prompts_take_their_turn_each_time_in_a_new_order(run):
@@ -239,17 +230,6 @@ def test_the_saved_model_is_the_average_of_the_steps(run):
     assert len(model) == len(average) and {tensor.dtype for tensor in model.values()} == {torch.float32}
 
 
-def test_the_saved_model_samples_as_the_run_did(run):
-    generation = json.loads((run.folder / "model" / "generation_config.json").read_text(encoding="utf-8"))
-    del generation["transformers_version"]
-    assert generation == {
-        "do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "top_p": 1.0, "max_new_tokens": GEN_LEN,
-        "bos_token_id": CLS, "eos_token_id": SEP, "pad_token_id": PAD, "suppress_tokens": [PAD, UNK, CLS, MASK],
-    }  # fmt: skip
-    tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")
-    assert [tokenizer.convert_tokens_to_ids(token) for token in run.vocab[:-1]] == list(range(len(run.vocab) - 1))
-
-
 def test_the_evaluation_follows_from_its_samples(run):
     n = run.settings["eval_samples"]
     for when, gpt2 in (("before", run.policies[0]), ("after", run.saved)):
@@ -276,71 +256,3 @@ def test_the_evaluation_follows_from_its_samples(run):
         assert counts == sorted(counts, reverse=True) and len(counts) == 10
         assert all(["".join(text) for text in texts].count(text) == count for text, count in judged["commonest"])
     assert run.evaluation["before"]["kl"] == 0 < run.evaluation["after"]["kl"]
-
-
-def without_bias(scores: np.ndarray) -> np.ndarray:
-    """R* and KL* of one prompt: from all scores, and from all but each in turn (the jackknife)."""
-
-    def plain(scores):
-        weights = np.exp(scores / BETA) / np.exp(scores / BETA).sum()
-        return np.array([(weights * scores).sum(), (weights * np.log(len(scores) * weights)).sum()])
-
-    n = len(scores)
-    return n * plain(scores) - (n - 1) * np.mean([plain(np.delete(scores, i)) for i in range(n)], axis=0)
-
-
-@pytest.mark.parametrize("run", ["float32"], indirect=True)
-def test_the_gain_follows_from_the_evaluation(run):
-    """With the run's own KL coefficient as it was at the start, and each prompt by itself."""
-    before, after, found = (run.evaluation[name] for name in ("before", "after", "gain"))
-    n = run.settings["eval_samples"]
-    scores = {prompt: np.array([score for of, _, score in before["samples"] if of == prompt]) for prompt in PROMPTS}
-    shares = [len(scores[prompt]) / n for prompt in PROMPTS]
-    reward, kl = sum(share * without_bias(scores[prompt]) for share, prompt in zip(shares, PROMPTS))
-    j_before, j = before["reward"], after["reward"] - BETA * after["kl"]
-    best = reward - BETA * kl
-    expected = {"beta": BETA, "J_before": j_before, "J": j, "gain": (j - j_before) / (best - j_before)}
-    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
-    limit = {"reward": reward, "kl": kl, "J": best}
-    assert {name: found["limit"][name] for name in limit} == pytest.approx(limit, rel=1e-4)
-    assert [best_of["n"] for best_of in run.evaluation["best_of_n"]] == [2, 3, 4, 8]
-    less, more = (point for point in run.evaluation["frontier"] if 0.8 < point["beta"] / BETA < 1.25)
-    assert less["beta"] < BETA < more["beta"]
-    assert less["reward"] > reward > more["reward"] and less["kl"] > kl > more["kl"]
-
-
-def test_the_screen_shows_what_the_files_hold(run):
-    assert (
-        f"run folder {run.folder}, {run.steps} steps of 10 completions\non cpu in {str(run.dtype)[6:]}\n" in run.printed
-    )
-    for step in (2,):
-        shown = [f"step {step}, mean reward {run.metrics[step - 1]['env/reward_mean']:.3f}"]
-        for sample in [sample for sample in run.samples if sample["step"] == step][:5]:
-            shown.append(f"  {sample['score']:.2f}  {sample['prompt']}{sample['completion']}")
-        assert "\n".join(shown) + "\n" in run.printed
-    assert re.findall(r"^step (\d+),", run.printed, re.MULTILINE) == ["2"]
-    before, after, found = (run.evaluation[name] for name in ("before", "after", "gain"))
-    for what, old, new in (
-        ("mean reward", f"{before['reward']:.3f}", f"{after['reward']:.3f}"),
-        ("KL to the reference, nats", "0.000", f"{after['kl']:.3f}"),
-        ("J = reward - 1 KL", f"{found['J_before']:.3f}", f"{found['J']:.3f}"),
-    ):
-        assert re.search(rf"^{what} +{old} +{new}$", run.printed, re.MULTILINE), what
-    if run.dtype == torch.float32:  # enough samples for a gain
-        assert f"gain {found['gain']:.2f} (standard error {found['gain_se']:.2f}, of judging" in run.printed
-    table = "\n".join(completions_table(run))
-    assert run.printed.count(f"\n\n{table}\n\n") == 1
-    assert run.printed.endswith(f"\n\nmodel, metrics and report.md are in {run.folder}\n")
-
-
-def completions_table(run) -> list[str]:
-    lines = (run.folder / "report.md").read_text(encoding="utf-8").splitlines()
-    start = lines.index("## The first 5 completions, before and after") + 2
-    return lines[start : lines.index("", start)]
-
-
-def test_the_table_shows_the_same_draws_before_and_after(run):
-    lines = completions_table(run)
-    pairs = list(zip(run.evaluation["before"]["samples"], run.evaluation["after"]["samples"]))[:5]
-    assert lines[0] == "| prompt | before | score | after | score |" and len(lines) == 7
-    assert lines[2:] == [f"| {p} | {old} | {s:.2f} | {new} | {t:.2f} |" for (p, old, s), (_, new, t) in pairs]
