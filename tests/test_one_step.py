@@ -128,22 +128,23 @@ def on_the_page() -> dict[str, float]:
 
 
 def test_the_numbers_are_those_of_a_real_step(step, config):
-    """If this machine makes the same demo models, to the last digit. If it makes others, they write other texts: then
-    the page's numbers are another draw, and within six standard errors (from draws of these completions) and a tenth.
+    """Another processor makes slightly other demo models, which write other texts: the page's numbers are another draw.
+
+    They are within six standard errors (from draws of these completions) and a tenth, for the models.
     """
-    found, page = one_step.of_batch(step, config), on_the_page()
+    found, page, generator = one_step.of_batch(step, config), on_the_page(), torch.Generator().manual_seed(0)
     assert found.keys() == page.keys()
-    shown = [step.tokens[i] for i in one_step.happy_and_unhappy(step, config.cliprange).values()]
-    same = shown == [[row[0] for row in tokens_of("docs/one_step.md", name)[0]] for name in ("happy", "unhappy")]
-    generator, draws = torch.Generator().manual_seed(0), []
-    for _ in range(0 if same else 60):
+    draws = []
+    for _ in range(60):
         rows = torch.randint(len(step.scores), (len(step.scores),), generator=generator)
-        drawn = {f.name: pick(getattr(step, f.name), rows) for f in dataclasses.fields(step)}
+        drawn = {field.name: pick(getattr(step, field.name), rows) for field in dataclasses.fields(step)}
         draws.append(one_step.of_batch(dataclasses.replace(step, **drawn), config))
     for name, value in found.items():
-        error = torch.tensor([draw[name] for draw in draws]).std().item() if draws else 0
-        digit = 1.1e-4 if " loss " in name or name.startswith(("clipped", "next")) else 1.1e-3
-        assert page[name] == pytest.approx(value, abs=digit if same else digit + 6 * error + abs(value) / 10), name
+        error = torch.tensor([draw[name] for draw in draws]).std().item()
+        assert page[name] == pytest.approx(value, abs=HALF + 6 * error + abs(value) / 10), name
+    shown = one_step.happy_and_unhappy(step, config.cliprange)
+    assert step.scores[shown["happy"]] > 0.9 and step.scores[shown["unhappy"]] < 0.1
+    assert one_step.columns(step).keys() >= {"penalty", "delta", "ratio 4", "ratio after"}
 
 
 def pick(value, rows):
