@@ -220,7 +220,7 @@ def test_without_a_config_the_settings_are_the_default_ones(gpt2_folder):
 @pytest.mark.parametrize(
     ("name", "config", "said"),
     [
-        ("./missing", {}, "no such folder"),
+        ("./missing", {}, "doesn.t exist"),
         (None, {"lr": -1.0}, "lr must be above 0"),
         (None, {"batch_size": 1.5}, "batch_size must be"),
         (None, {"kl_budget": 0.4}, "call fit_kl_coef before the first step"),

@@ -260,15 +260,6 @@ def test_a_batch_of_one_token(policy):
     assert {name for name in moved if moved[name].any()} == {"v_head.summary.weight", "v_head.summary.bias"}
 
 
-def test_responses_of_one_token_are_learned_from(policy):
-    trainer = make(policy, lr=1e-2, frozen_share=0)
-    for _ in range(5):
-        stats = trainer.step([[2, 5]] * 4, [[3], [6], [3], [6]], [1.0, 0.0, 1.0, 0.0])
-    assert stats["tokens/ended_share"] == 0.5 and stats["tokens/completion_length"] == 1
-    logits, ref_logits = (model(torch.tensor([[2, 5]])).logits[0, -1] for model in (trainer.model, trainer.ref_model))
-    assert logits[3] - ref_logits[3] > 0.5 + logits[6] - ref_logits[6]
-
-
 def test_a_query_and_its_response_may_fill_all_positions_and_no_more(policy):
     trainer = small(policy, n_positions=16, gen_len=6)
     queries = [[2, *range(5, 14)], [2, 5]]

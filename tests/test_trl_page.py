@@ -9,7 +9,7 @@ from transformers import pipeline
 
 from config import PPOConfig
 from support.text_trainer import TextPPOTrainer
-from tests.helpers import code_blocks, read
+from tests.helpers import code_blocks
 
 
 def run_page(page_code: str, changes: dict[str, str], tmp_path, monkeypatch) -> dict:
@@ -51,21 +51,3 @@ def test_the_loop_of_the_readme_runs_as_printed(demo, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize("name", ["trl", "differences"])
 def test_both_languages_show_the_same_code(name):
     assert code_blocks(f"docs/{name}.md") == code_blocks(f"docs/{name}.zh.md")
-
-
-def test_every_name_in_code_on_the_page_that_is_ours_exists(gpt2_folder):
-    """Settings, statistics and methods; those of TRL stand in the first column of the tables."""
-    trainer = TextPPOTrainer.from_pretrained(gpt2_folder, PPOConfig(device="cpu", gen_len=3))
-    queries = trainer.encode(["衣服"] * 2)
-    stats = trainer.step(queries, trainer.generate(queries), [0.1, 0.9])
-    tables = [table.splitlines()[2:] for table in re.findall(r"(?:^\|.*\|\n)+", read("docs/trl.md"), re.MULTILINE)]
-    calls, settings, statistics = ([row.strip("|").split("|")[1] for row in table] for table in tables[1:4])
-    methods = re.findall(r"trainer\.(\w+)", " ".join(calls))
-    named = re.findall(r"`(\w+)`(?: \(`?([\w.e-]*?)`?\))?", " ".join(settings))
-    assert len(methods) > 4 and all(hasattr(trainer, method) for method in methods)
-    for setting, default in named:
-        assert setting in vars(PPOConfig()) or setting == "step", setting
-        assert default in ("", str(getattr(PPOConfig(), setting, ""))) or float(default) == getattr(
-            PPOConfig(), setting
-        )
-    assert set(re.findall(r"`([\w/]+/\w+)`", " ".join(statistics))) <= set(stats)
