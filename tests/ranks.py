@@ -7,10 +7,11 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
+
+from torch.distributed import TCPStore
 
 LIBRARIES = ["torch", "torch.distributed", "torch.multiprocessing", "matplotlib.pyplot", "transformers.pipelines"]
 LIBRARIES += [f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "bert")]
@@ -21,17 +22,22 @@ context.set_forkserver_preload([*LIBRARIES, "tests.conftest", "train_ppo", "supp
 class Ranks:
     """n processes that call function(rank, *arguments) in `folder`; what they print is in the files RANK.out, RANK.err.
 
-    restarts: how often torchrun has started them before.
+    restarts: how often torchrun has started them before. store: that of an earlier start, as torchrun's agent keeps it.
     """
 
-    def __init__(self, folder: Path, function, *arguments, n=2, restarts=0):
+    def __init__(self, folder: Path, function, *arguments, n=2, restarts=0, store=None):
         self.folder, self.processes = folder, []
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        self.store = store or TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank in range(n):
-            numbers = {"RANK": rank, "WORLD_SIZE": n, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": n, "MASTER_PORT": port}
+            numbers = {
+                "RANK": rank,
+                "WORLD_SIZE": n,
+                "LOCAL_RANK": rank,
+                "LOCAL_WORLD_SIZE": n,
+                "MASTER_PORT": self.store.port,
+            }
             elastic = {"RESTART_COUNT": restarts, "RUN_ID": "job", "ERROR_FILE": folder / f"{rank}.json"}
+            elastic |= {"USE_AGENT_STORE": True}
             environment = numbers | {f"TORCHELASTIC_{name}": value for name, value in elastic.items()}
             environment = {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"}
             process = context.Process(target=call, args=(folder, environment, function, arguments))

@@ -192,6 +192,19 @@ def test_only_errors_of_gloo_and_nccl_mean_a_lost_process():
         dist.destroy_process_group()
 
 
+def meet(rank: int) -> None:
+    meeting.init_process_group()
+    meeting.exit_process(0)
+
+
+def test_restarted_processes_do_not_look_for_those_of_an_earlier_start(tmp_path):
+    """torchrun's store still has the addresses of these."""
+    first = Ranks(tmp_path, meet)
+    assert first.wait() == [0, 0]
+    again = Ranks(tmp_path, meet, restarts=1, store=first.store)
+    assert again.wait() == [0, 0], again.err(0)
+
+
 def test_processes_that_do_not_find_each_other_get_one_line(monkeypatch, capsys):
     """Nobody listens at the address of rank 0."""
     monkeypatch.setattr(PPOConfig, "process_timeout", 0.5)
