@@ -22,7 +22,7 @@ import traceback
 from pathlib import Path
 
 from config import PPOConfig
-from support import collectives, meeting, tracking
+from support import collectives, meeting
 from support.command_line import flags_to_go_on, is_finished, read_command_line
 from support.errors import UserError, first_line, is_out_of_memory
 from support.load import import_libraries, input_hashes, load
@@ -30,23 +30,22 @@ from support.settings import total_steps
 from support.streams import hold_streams
 
 
-def train(config: PPOConfig, run_dir: Path, resume: bool, argv: list[str]) -> int:
-    """Train a policy, judge it before and after; the exit code. On several processes all of them run this."""
+def train(config: PPOConfig, policy, tokenizer, reward, prompts: list[str], folder, resume: bool = False) -> int:
+    """Train a policy, judge it before and after, and return the exit code. On several processes all of them run this.
+
+    policy, tokenizer, reward, prompts: what `load` returned. folder: a RunFolder that is not open yet.
+    """
     # Imported here, since --help and what is refused at once need no torch
     from reward import score_texts
     from support.evaluation import evaluate, noise, scores_and_prompts
     from support.prospect import kl_coef_for
-    from support.run_folder import RunFolder
     from support.signals import StopSignal
     from support.text_trainer import TextPPOTrainer
 
-    # 1. Policy, reference, reward and prompts; the run folder
-    policy, tokenizer, reward, prompts = load(config)
+    # 1. Reference and trainer; the run folder
     reference = copy.deepcopy(policy)
     trainer = TextPPOTrainer(config, policy, reference, tokenizer)
     queries = trainer.encode(prompts)
-    folder = RunFolder(run_dir, config)
-    folder.argv, folder.inputs = argv, input_hashes(config, policy, tokenizer, reward, prompts)
     folder.open(trainer, resume)
 
     # 2. How good the policy is before training, measured once; what can be expected, and at which price
@@ -57,10 +56,8 @@ def train(config: PPOConfig, run_dir: Path, resume: bool, argv: list[str]) -> in
             results["before"]["noise"] = noise(reward, results["before"])
         folder.write_evaluation(results)
     if config.kl_budget and trainer.n_steps == 0:
-        with folder.given_up_on_error():
-            trainer.set_kl_coef(kl_coef_for(*scores_and_prompts(results["before"], prompts), config.kl_budget))
+        trainer.set_kl_coef(kl_coef_for(*scores_and_prompts(results["before"], prompts), config.kl_budget))
     folder.expect(results["before"], prompts)
-    folder.track()
 
     # 3. The loop: draw prompts, sample, score, step, log, save
     stop = StopSignal()
@@ -99,7 +96,7 @@ def train(config: PPOConfig, run_dir: Path, resume: bool, argv: list[str]) -> in
         results["after"] = evaluate(trainer, trainer.policy_for_saving, reward, prompts)
     results["steps"], results["alarms"] = trainer.n_steps, folder.alarms.found
     folder.report(results, prompts)
-    folder.finish(results)
+    folder.finish(results, prompts)
     return 0
 
 
@@ -114,31 +111,27 @@ def draw_prompts(n_prompts: int, seed: int, step: int, batch_size: int) -> list[
     return [int(orders[p // n_prompts][p % n_prompts]) for p in positions]
 
 
-def judge_again(config: PPOConfig, run_dir: Path, argv: list[str]) -> int:
-    """Judge the saved model of a run, and train nothing; the exit code."""
+def judge_again(config: PPOConfig, policy, tokenizer, reward, prompts: list[str], folder) -> int:
+    """Judge the saved model of a run without training, and return the exit code. Arguments as for `train`."""
     from support.evaluation import evaluate, noise
-    from support.run_folder import RunFolder
     from support.text_trainer import TextPPOTrainer
 
-    folder = RunFolder(run_dir, config)
-    folder.hold()
-    policy, tokenizer, reward, prompts = load(config)
-    folder.argv, folder.inputs = argv, input_hashes(config, policy, tokenizer, reward, prompts)
+    collectives.broadcast_from_rank_0(folder.hold)
     folder.compare_inputs()
     results = folder.read_evaluation(prompts)
     earlier = (results.get("after") or {"n": 0})["n"]
     trainer = TextPPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
-    saved = saved_policy(run_dir, policy)
+    saved = saved_policy(folder.path, policy)
     with folder.errors_explained(trainer):
         for when, model in (("before", trainer.ref_model), ("after", saved)):
             results[when] = evaluate(trainer, model, reward, prompts)
         results["before"]["noise"] = noise(reward, results["before"])
     folder.report(results, prompts)
     if config.eval_samples < earlier:
-        print(f"{run_dir} keeps its judgement by {earlier} samples, more than these {config.eval_samples}")
+        print(f"{folder.path} keeps its judgement by {earlier} samples, more than these {config.eval_samples}")
     else:
         folder.note_start(trainer, step=None)
-        folder.finish(results)
+        folder.finish(results, prompts)
     return 0
 
 
@@ -154,18 +147,15 @@ def saved_policy(run_dir: Path, policy):
     return saved
 
 
-def complete(config: PPOConfig, run_dir: Path) -> int:
-    """Print completions by the model of a run before training and now, of the same draws, with their rewards; the exit
-    code. The run may be at work; nothing in its folder changes."""
+def complete(config: PPOConfig, policy, tokenizer, reward, prompts: list[str], folder) -> int:
+    """Print completions by the model of a run before training and now, of the same draws, with their rewards, and
+    return the exit code. The run may be at work; nothing in its folder changes. Arguments as for `train`."""
     from support.checkpoint import load_checkpoint
     from support.evaluation import before_after_table, sample_and_score
-    from support.run_folder import RunFolder
     from support.text_trainer import TextPPOTrainer
 
-    folder = RunFolder(run_dir, config)
-    policy, tokenizer, reward, prompts = load(config)
-    inputs = input_hashes(config, policy, tokenizer, reward, prompts)
-    folder.inputs = {name: value for name, value in inputs.items() if name != "the hash of the prompts"}
+    run_dir = folder.path
+    del folder.inputs["the hash of the prompts"]  # which may be any
     folder.compare_inputs()
     trainer = TextPPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
     finished, saved = collectives.broadcast_from_rank_0(
@@ -190,7 +180,7 @@ def complete(config: PPOConfig, run_dir: Path) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program; the exit code."""
-    config = run_dir = mode = None
+    config = run_dir = mode = folder = None
     argv = sys.argv[1:] if argv is None else argv
     try:
         meeting.init_process_group()
@@ -199,14 +189,18 @@ def main(argv: list[str] | None = None) -> int:
         if mode == "nothing":
             return 0
         import_libraries()
+        from support.run_folder import RunFolder
+
+        loaded = load(config)
+        folder = RunFolder(run_dir, config, argv, input_hashes(config, *loaded))
         if mode == "complete":
-            return complete(config, run_dir)
+            return complete(config, *loaded, folder)
         if mode == "eval_only":
-            return judge_again(config, run_dir, argv)
-        return train(config, run_dir, mode == "resume", argv)
+            return judge_again(config, *loaded, folder)
+        return train(config, *loaded, folder, resume=mode == "resume")
     except UserError as error:
         meeting.say_why(str(error))
-        return error.exit_code
+        return 2
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
@@ -222,7 +216,8 @@ def main(argv: list[str] | None = None) -> int:
         meeting.tell_torchrun(traceback.format_exc())
         raise
     finally:
-        tracking.finish()
+        if folder:
+            folder.close()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 from config import PPOConfig
 from support import collectives, meeting
 from support.errors import UserError
-from support.files import path_errors, read_evaluation
+from support.files import path_errors, read_json
 from support.settings import check, load_config, parse_args, read_prompts, total_steps
 from support.tracking import check_installed
 
@@ -95,7 +95,8 @@ def new_run_folder(config: PPOConfig) -> Path:
 
 def is_finished(run_dir: Path, config: PPOConfig) -> bool:
     """Whether a run has done all steps of its config and written everything that the end of a run writes."""
-    steps = read_evaluation(run_dir).get("steps") or 0
+    evaluation = read_json(run_dir / "evaluation.json", "remove it: --resume makes it again", missing={})
+    steps = evaluation.get("steps") or 0
     return steps >= total_steps(config) and all((run_dir / name).exists() for name in FINAL)
 
 

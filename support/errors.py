@@ -11,16 +11,8 @@ STEERING = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u
 class UserError(ValueError):
     """A mistake that the user can fix: one line on stderr, exit code 2, no traceback."""
 
-    exit_code = 2
-
     def __init__(self, message: str):
         super().__init__(escaped(message))
-
-
-class FolderGone(UserError):
-    """A run lost its folder while it was at work, and has kept its state elsewhere."""
-
-    exit_code = 1
 
 
 @contextlib.contextmanager

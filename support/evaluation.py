@@ -22,7 +22,7 @@ from ppo import kl_from_logits, logprobs_from_logits, masked_mean
 from reward import score_texts
 from support.errors import UserError
 from support.figures import decimals, table
-from support.files import damaged, read_evaluation, write_whole
+from support.files import damaged, read_json, write_whole
 from support.text_trainer import TextPPOTrainer
 
 SEED = 20_170_707  # of every evaluation, whatever the run's seed: all policies are judged on the same draws
@@ -329,8 +329,9 @@ def without_samples(evaluation: dict) -> dict:
 
 def read(run_dir: Path, prompts: list[str]) -> dict:
     """Returns a run's evaluation.json, {} if there is none. Raises UserError if it is damaged or of other prompts."""
-    results, path = read_evaluation(run_dir), run_dir / "evaluation.json"
-    with damaged(path, "remove it: --resume makes it again"):
+    path, remedy = run_dir / "evaluation.json", "remove it: --resume makes it again"
+    results = read_json(path, remedy, missing={})
+    with damaged(path, remedy):
         judged = {prompt for prompt, _, _ in results["before"]["samples"]} if results else set()
     if others := judged - set(prompts):
         raise UserError(f"{path} judges another prompt, {min(others)!r}; is it another run's?")

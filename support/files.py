@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from support.errors import UserError, first_line
+from support.errors import UserError, first_line, is_out_of_memory
 
 MEND_LINE = "mend that line, or remove it"
 
@@ -26,26 +26,20 @@ def path_errors():
 
 @contextlib.contextmanager
 def damaged(name, remedy: str):
-    """Raise UserError if the content that the block reads from the file `name` is not what the block expects."""
+    """Raise UserError, whatever the block raises, if what it reads from the file `name` isn't what it expects."""
     try:
         yield
-    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
+    except Exception as error:
+        if isinstance(error, UserError) or is_out_of_memory(error):
             raise
         raise UserError(f"{name} is damaged ({first_line(error)}); {remedy}")
 
 
-def read_text(path: Path, remedy: str, name: str = "", only_whole_lines: bool = False) -> str:
-    """Read a UTF-8 text file, with or without a byte order mark.
-
-    only_whole_lines: leave out a last line that has no end, as a kill leaves one. Raises UserError, which calls the
-    file `name` or by its path, if it cannot be read or isn't UTF-8.
-    """
+def read_text(path: Path, remedy: str, name: str = "") -> str:
+    """Read a UTF-8 text file, with or without a byte order mark. Raises UserError, which calls the file `name` or by
+    its path, if it cannot be read or isn't UTF-8."""
     try:
-        content = path.read_bytes()
-        if only_whole_lines:
-            content = content[: content.rfind(b"\n") + 1]
-        return content.decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{name or path} cannot be read: {error.strerror}")
     except UnicodeDecodeError as error:
@@ -54,13 +48,17 @@ def read_text(path: Path, remedy: str, name: str = "", only_whole_lines: bool = 
 
 
 def whole_lines(path: Path) -> list[str]:
-    """Read the lines of a text file that are whole. Only a line feed ends a line: texts may contain U+2028."""
-    return read_text(path, MEND_LINE, only_whole_lines=True).split("\n")[:-1]
+    """Read the lines of a log, without a last one that a kill has cut short, perhaps inside a character.
+
+    Only a line feed ends a line: texts may contain U+2028.
+    """
+    with damaged(path, MEND_LINE):
+        content = path.read_bytes()
+        return content[: content.rfind(b"\n") + 1].decode("utf-8-sig").split("\n")[:-1]
 
 
 def read_json(path: Path, remedy: str, missing: dict | None = None) -> dict:
-    """Read a JSON object; `missing`, if it is given and there is no such file. Raises UserError, with the remedy, if
-    the file is damaged."""
+    """Read a JSON object; `missing`, if that is given and there is no such file. Raises UserError if it is damaged."""
     if missing is not None and not path.exists():
         return missing
     with damaged(path, remedy):
@@ -70,40 +68,27 @@ def read_json(path: Path, remedy: str, missing: dict | None = None) -> dict:
         return value
 
 
-def read_evaluation(run_dir: Path, remedy: str = "remove it: --resume makes it again") -> dict:
-    """Read a run's evaluation.json, {} if there is none yet. Raises UserError as `read_json` does."""
-    return read_json(run_dir / "evaluation.json", remedy, missing={})
-
-
 @contextlib.contextmanager
 def whole(path: Path):
-    """Give the block another path, beside `path`, to write a file or a folder to; flush that, and put it in place.
+    """Give the block a path beside `path` to write a file or a folder to; flush that, and put it in place.
 
-    A kill leaves the old or the new, and beside it what the next attempt removes. An error leaves the old one only.
-    Raises UserError as `disk_errors` does.
+    An error leaves the old one only. A kill leaves the old or the new one, between removing an old folder and renaming
+    the new one neither, and a .partial- beside it that the next attempt removes.
     """
     target = path.resolve()  # a link stays, and what it leads to is replaced
-    partial, old = target.with_name(f".partial-{target.name}"), target.with_name(f".partial-old-{target.name}")
+    partial = target.with_name(f".partial-{target.name}")
     with disk_errors(path):
-        clear(target, partial, old)
+        remove(partial)
         try:
             yield partial
             for written in (*partial.rglob("*"), partial):
                 flush(written)
             if partial.is_dir() and target.is_dir():  # a folder cannot take another's place
-                target.rename(old)
+                remove(target)
             partial.replace(target)
             flush(target.parent)
         finally:
-            clear(target, partial, old)
-
-
-def clear(target: Path, partial: Path, old: Path) -> None:
-    """Remove what a write has left beside its target; put the old one back if the new one never took its place."""
-    if old.exists() and not target.exists():
-        old.rename(target)
-    for leftover in (partial, old):
-        remove(leftover)
+            remove(partial)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -133,7 +118,7 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path):
-    """Raise UserError, with the path and the free room, if the block cannot write, in whichever library's words."""
+    """Raise UserError, with the path and the free space, if the block cannot write there."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
