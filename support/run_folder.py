@@ -316,5 +316,6 @@ class RunLog:
             os.fsync(file.fileno())
 
     def close(self) -> None:
-        self.metrics.close()
-        self.samples.close()
+        for file in (self.metrics, self.samples):
+            with contextlib.suppress(OSError):  # a full disk, which has ended the run
+                file.close()

@@ -16,7 +16,8 @@ from plot_rewards import PANELS
 from ppo import PPOTrainer
 from support.demo_models import NEGATIVE, POSITIVE
 from support.models import encode_prompt
-from train_ppo import main
+from support.run_folder import RunFolder
+from train_ppo import main, train
 
 ROOT = Path(__file__).resolve().parent.parent
 SEP, FORBIDDEN, N = 3, [0, 1, 2, 4], 7
@@ -155,6 +156,37 @@ SMALL = "--preset demo --device cpu --episodes 48 --batch_size 16 --minibatch_si
 def small_run(tmp_path, *flags, name="run"):
     code = main([*SMALL, "--runs_dir", str(tmp_path), *(("--run_name", name) if name else ()), *flags])
     return code, tmp_path / str(name)
+
+
+def count_characters(texts):
+    return [0.1 * len(set(text)) for text in texts]
+
+
+def tiny_run(run_dir, policy, reward=count_characters, resume=False, inputs=None, **changes) -> int:
+    """The exit code of a run of three steps on a random model, a quarter second long. The caller catches errors."""
+    defaults = dict(
+        episodes=24, batch_size=8, minibatch_size=8, ppo_epochs=1, gen_len=4, eval_samples=8, device="cpu",
+        dtype="float32", save_every=1, log_samples_every=0, runs_dir=str(run_dir.parent), run_name=run_dir.name,
+    )  # fmt: skip
+    config = PPOConfig(**defaults | changes)
+    folder = RunFolder(run_dir, config, ["--resume"] if resume else [], inputs or {})
+    try:
+        return train(config, copy.deepcopy(policy[0]), policy[1], reward, PROMPTS[1:], folder, resume)
+    finally:
+        folder.close()
+
+
+def contents(folder) -> dict:
+    """What is in each file of a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def change_json(path, **changes) -> None:
+    path.write_text(json.dumps(read_json(path) | changes, ensure_ascii=False), encoding="utf-8")
 
 
 def rows(run_dir):

@@ -1,0 +1,127 @@
+"""Files are written whole or not at all, and errors name the path."""
+
+import os
+import resource
+import stat
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from support.errors import UserError
+from support.files import damaged, disk_errors, read_json, read_text, whole, whole_lines, write_whole
+
+
+def write_folder(path, text):
+    with whole(path) as partial:
+        (partial / "below").mkdir(parents=True)
+        (partial / "below" / "file").write_text(text)
+
+
+WRITERS = {"file": write_whole, "folder": write_folder}
+
+
+def content(path):
+    return (path / "below" / "file" if path.is_dir() else path).read_text()
+
+
+@pytest.fixture
+def file_limit():
+    """A function that limits the size of every file written, which stands in for a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_the_old_content_stays_until_the_new_is_on_disk(tmp_path, monkeypatch, kind):
+    """Every file and folder is flushed; the last flush is that of the parent, with the new content in place."""
+    path, seen, fsync = tmp_path / "it", [], os.fsync
+    WRITERS[kind](path, "old")
+
+    def looking(descriptor):
+        seen.append((stat.S_ISDIR(os.fstat(descriptor).st_mode), content(path)))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", looking)
+    WRITERS[kind](path, "new")
+    inside = [(False, "old")] if kind == "file" else [(True, "old"), (False, "old"), (True, "old")]
+    assert seen == [*inside, (True, "new")]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["it"]
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("a bug")])
+def test_an_error_while_writing_leaves_the_old_content_only(tmp_path, kind, error):
+    path = tmp_path / "it"
+    WRITERS[kind](path, "old")
+    with pytest.raises(UserError if isinstance(error, OSError) else type(error)), whole(path) as partial:
+        WRITERS[kind](partial, "new")
+        raise error
+    assert content(path) == "old" and [entry.name for entry in tmp_path.iterdir()] == ["it"]
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_what_a_kill_left_is_removed_by_the_next_write(tmp_path, kind):
+    WRITERS[kind](tmp_path / "it", "old")
+    (tmp_path / ".partial-it" / "below" / "leftover").mkdir(parents=True)
+    WRITERS[kind](tmp_path / "it", "new")
+    assert content(tmp_path / "it") == "new" and [entry.name for entry in tmp_path.iterdir()] == ["it"]
+
+
+def test_a_link_stays_and_its_target_is_replaced(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "it")
+    write_whole(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "elsewhere" / "it").read_text() == "new"
+
+
+@pytest.mark.parametrize("write", [write_whole, write_folder, lambda path, _: torch.save(torch.zeros(1 << 20), path),
+                                   lambda path, _: save_file({"a": torch.zeros(1 << 20)}, path)])  # fmt: skip
+def test_a_full_disk_is_one_line_with_the_path_and_the_free_space(tmp_path, file_limit, write):
+    """Python's, torch's and safetensors' words for it differ."""
+    file_limit(1 << 16)
+    with pytest.raises(UserError) as error, disk_errors(tmp_path / "it"):
+        write(tmp_path / "it", "x" * (1 << 17))
+    said = str(error.value)
+    assert str(tmp_path / "it") in said and "MiB are free" in said and "\n" not in said
+
+
+def test_nothing_is_written_if_the_folder_is_gone(tmp_path):
+    with pytest.raises(UserError, match="it cannot be written: No such file or directory"):
+        write_whole(tmp_path / "gone" / "it", "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bug_while_writing_is_no_disk_error(tmp_path):
+    with pytest.raises(RuntimeError, match="a bug"), disk_errors(tmp_path):
+        raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"\xff", b"{}", b'{"a": {}}', b'{"a": {"b": "x"}}'])
+def test_a_damaged_json_file_is_one_line_with_the_path_and_the_remedy(tmp_path, text):
+    """Whether it isn't JSON or lacks what its reader needs."""
+    path = tmp_path / "it.json"
+    path.write_bytes(text)
+    with pytest.raises(UserError, match=f"^{path} is damaged.*; remove it$"), damaged(path, "remove it"):
+        int(read_json(path, "remove it")["a"]["b"])
+
+
+def test_a_missing_json_file_is_an_error_unless_its_reader_expects_that(tmp_path):
+    assert read_json(tmp_path / "none", "", missing={}) == {}
+    with pytest.raises(UserError, match="none cannot be read"):
+        read_json(tmp_path / "none", "")
+
+
+def test_a_text_that_is_not_utf_8_is_named_with_its_line(tmp_path):
+    (tmp_path / "p").write_bytes("感觉\n".encode() + "感觉".encode("gbk"))
+    with pytest.raises(UserError, match="^--file p is damaged in line 2: .*UTF-8.*; save it again$"):
+        read_text(tmp_path / "p", "save it again", name="--file p")
+
+
+def test_a_log_is_read_without_a_last_line_that_is_cut_short(tmp_path):
+    """Perhaps inside a character. Other characters that end a line for some programs do not end one here."""
+    (tmp_path / "log").write_bytes("\ufeff一\u2028二\n三\r\n四".encode()[:-1])
+    assert whole_lines(tmp_path / "log") == ["一\u2028二", "三\r"]
+    (tmp_path / "log").write_bytes(b"half")
+    assert whole_lines(tmp_path / "log") == []
