@@ -40,7 +40,7 @@ def demo() -> tuple[Path, Path]:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, demo) -> Path:
     """The folder of a finished small run, three steps with all their checkpoints; tests change copies of it only."""
-    from tests.test_train import small_run
+    from tests.helpers import small_run
 
     code, run_dir = small_run(tmp_path_factory.mktemp("runs"), "--save_every", "1", "--keep_checkpoints", "5")
     assert code == 0
@@ -105,5 +105,8 @@ def trackers(tmp_path, monkeypatch) -> Path:
     for name in ("wandb", "swanlab", "trackio"):
         (folder / f"{name}.py").write_text(TRACKER, encoding="utf-8")
         monkeypatch.delenv(f"{name.upper()}_PROJECT", raising=False)
+        sys.modules.pop(name, None)
     monkeypatch.syspath_prepend(folder)
-    return folder
+    yield folder
+    for name in ("wandb", "swanlab", "trackio"):
+        sys.modules.pop(name, None)

@@ -1,4 +1,4 @@
-"""What the command line asks for: one line for each bad flag, which folder a run gets, and a reward of the user's own."""
+"""What the command line asks for: one line for each bad flag, which folder a run gets, and a user's own reward."""
 
 import importlib.machinery
 import json

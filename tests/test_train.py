@@ -1,33 +1,27 @@
-"""The whole program on the demo models, as a user runs it."""
+"""The loop of train_ppo.py: what it draws, scores, logs and says."""
 
 import fcntl
 import json
-import os
-import re
-import shutil
-import signal
-import subprocess
-import sys
+import math
 import time
-from datetime import datetime
-from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from config import PPOConfig
 from ppo import PPOTrainer
-from reward import SentimentReward
-from support import command_line
+from support import evaluation
+from support.alarms import Alarms
+from support.evaluation import gibbs_policy, scores_and_prompts
 from support.figures import duration
-from support.run_folder import RunFolder
-from support.signals import StopSignal
-from tests.helpers import ROOT, SMALL, rows, small_run, weights, write_gpt2
-from tests.ranks import context
-from train_ppo import main
+from tests.helpers import PROMPTS, read_json, rows, small_run, tiny_run
+from train_ppo import draw_prompts
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
+
+
+def samples_of(run_dir):
+    return [json.loads(line) for line in (run_dir / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def test_the_saved_model_writes_reviews_in_plain_transformers(finished):
@@ -39,246 +33,92 @@ def test_the_saved_model_writes_reviews_in_plain_transformers(finished):
     assert text.startswith("刚收到货,感觉") and len(written) > ids.shape[1]
 
 
-def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path, capsys):
-    run_dir = shutil.copytree(finished, tmp_path / "cut")
-    (run_dir / "report.md").unlink()
-    file = run_dir / "checkpoints" / "step-000003" / "policy.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    assert main(["--resume", str(run_dir)]) == 0
-    assert "step-000003 cannot be used" in capsys.readouterr().out
-    assert weights(run_dir) == weights(finished)
+def test_prompts_come_in_turn_in_a_new_order_each_time():
+    """Five prompts in batches of three: each pass over them has each once, and depends on the seed."""
+    drawn = [prompt for step in range(1, 11) for prompt in draw_prompts(5, 7, step, 3)]
+    passes = [drawn[i : i + 5] for i in range(0, 30, 5)]
+    assert all(sorted(each) == [0, 1, 2, 3, 4] for each in passes) and len(set(map(tuple, passes))) > 2
+    assert passes[1] == np.random.default_rng([7, 1]).permutation(5).tolist()
+    assert draw_prompts(5, 8, 1, 5) != draw_prompts(5, 7, 1, 5)
+    assert sorted(draw_prompts(2, 1, 1, 6)) == [0, 0, 0, 1, 1, 1]
 
 
-def test_eval_only_judges_a_saved_run_again(finished, capsys):
-    before = json.loads((finished / "evaluation.json").read_text(encoding="utf-8"))
-    assert main(["--eval_only", str(finished)]) == 0
-    assert json.loads((finished / "evaluation.json").read_text(encoding="utf-8")) == before
-    assert "mean reward" in capsys.readouterr().out
+def test_texts_are_prompt_and_completion_and_rows_follow_from_the_samples(policy, tmp_path):
+    """A reward in a large unit, which tells the prompts apart."""
+    texts = []
+
+    def reward(batch):
+        texts.extend(batch)
+        return [1000.0 * (sum(map(ord, text)) % 97) for text in batch]
+
+    assert tiny_run(tmp_path / "run", policy, reward, episodes=16) == 0
+    samples, both = samples_of(tmp_path / "run"), texts[-8 - 16 : -8]
+    assert [sample["prompt"] + sample["completion"] for sample in samples] == both
+    assert {sample["prompt"] for sample in samples} == set(PROMPTS[1:])
+    for step, row in enumerate(rows(tmp_path / "run")):
+        mine = samples[8 * step : 8 * step + 8]
+        scores = np.array([sample["score"] for sample in mine])
+        assert {sample["step"] for sample in mine} == {step + 1} == {int(row["step"])}
+        expected = [scores.mean(), scores.std(), *np.quantile(scores, [0.1, 0.9])]
+        assert [float(row[f"env/reward_{name}"]) for name in ("mean", "std", "p10", "p90")] == pytest.approx(expected)
+        unique = {(sample["prompt"], sample["completion"]) for sample in mine}
+        assert float(row["tokens/unique_share"]) == len(unique) / 8
 
 
-def test_nothing_is_written_over_an_earlier_run(finished, capsys):
-    before = (finished / "metrics.csv").read_bytes()
-    code, _ = small_run(finished.parent)
-    assert code == 2 and "exists already" in capsys.readouterr().err
-    assert (finished / "metrics.csv").read_bytes() == before
+def test_alarms_get_the_limits_kl_whatever_the_unit_of_the_reward(policy, tmp_path, monkeypatch):
+    """The limit's J is a thousand times as large here. No coefficient, no limit."""
+    limits = []
+
+    def alarms(config, limit):
+        limits.append(limit)
+        return Alarms(config, limit)
+
+    monkeypatch.setattr("support.run_folder.Alarms", alarms)
+
+    def reward(texts):
+        return [1000.0 * len(set(text)) for text in texts]
+
+    for name, kl_coef in (("run", 3000.0), ("free", 0.0)):
+        tiny_run(tmp_path / name, policy, reward, episodes=8, eval_samples=64, init_kl_coef=kl_coef)
+    before = read_json(tmp_path / "run" / "evaluation.json")["before"]
+    expected = gibbs_policy(*scores_and_prompts(before, PROMPTS[1:]), 3000.0)["kl"]
+    assert limits == [pytest.approx(expected), None]
+    assert 0 < expected < math.log(64)  # which no policy over 64 samples exceeds
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--gen_len", "60"], "64 positions, which leaves"),
-        (["--model_name", "{tmp}"], "no config.json"),
-        (["--reward_model_name", "{tmp}"], "no config.json"),
-        (["--positive_label", "happy"], "'happy' is none of the classifier's labels"),
-        (["--reward_model_name", "{gpt2}"], "which label"),
-        (["--model_name", "{other}"], "do not belong together"),
-    ],
-)
-def test_models_that_cannot_work_are_one_line(tmp_path, demo, flags, said, capsys):
-    other = write_gpt2(tmp_path / "other", vocab_size=30)
-    flags = [flag.format(tmp=tmp_path, gpt2=demo[0], other=other) for flag in flags]
-    code, run_dir = small_run(tmp_path, *flags)
-    err = capsys.readouterr().err
-    assert code == 2 and said in err and err.count("\n") == 1
-    assert not run_dir.exists()
+def test_a_run_tells_each_step_and_now_and_then_completions(policy, tmp_path, capsys):
+    """By lines that also make sense in a log."""
+    assert tiny_run(tmp_path / "run", policy, log_samples_every=2, episodes=24) == 0
+    out = capsys.readouterr().out
+    assert "\r" not in out
+    steps = [line for line in out.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in steps] == ["1/3", "2/3", "3/3"] and steps[-1].endswith(" 0 s left")
+    for line, row in zip(steps, rows(tmp_path / "run")):
+        words = line.split()
+        assert float(words[words.index("reward") + 1]) == pytest.approx(float(row["env/reward_mean"]), abs=0.006)
+        assert float(words[words.index("KL") + 1]) == pytest.approx(float(row["objective/kl"]), abs=0.006)
+    second = [sample for sample in samples_of(tmp_path / "run") if sample["step"] == 2]
+    shown = out[out.index("step 2/3") : out.index("step 3/3")]
+    assert all(sample["prompt"] + sample["completion"] in shown for sample in second[:5])
+    said = ("run folder ", "on cpu in float32", "step 1/3", "step 3/3", "report.md are in")
+    places = [out.index(part) for part in said]
+    assert places == sorted(places)
 
 
-@pytest.fixture
-def in_folder(tmp_path, monkeypatch, signals_restored):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    yield tmp_path
-    sys.modules.pop("sends_signal", None)
+def test_the_time_left_is_that_of_the_steps_still_to_do(policy, tmp_path, monkeypatch, capsys):
+    """By a clock that only a reward takes 4 s of; a run that goes on at step 3 counts from there."""
+    now = [0.0]
 
-
-# --- rewards of one's own
-
-
-@pytest.fixture
-def reward_module(tmp_path, in_folder):
-    """A module in the working directory, as a user would write one."""
-    (tmp_path / "my_test_reward.py").write_text(
-        "calls = 0\n"
-        "def varied(texts):\n    return [float(sum(map(ord, text)) % 97) for text in texts]\n"
-        "def breaks(texts):\n"
-        "    global calls\n    calls += 1\n"
-        "    if calls > 3: raise KeyError('no such word')\n"
-        "    return [0.0] * len(texts)\n",
-        encoding="utf-8",
-    )
-    yield
-    sys.modules.pop("my_test_reward", None)
-
-
-def test_a_reward_of_ones_own(tmp_path, demo, reward_module):
-    """Its numbers are logged as they are, and what metrics.csv says of a step follows from them."""
-    code, run_dir = small_run(tmp_path, "--reward", "my_test_reward:varied", "--episodes", "16")
-    samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-    scores = [sample["score"] for sample in samples]
-    assert code == 0
-    assert scores == [sum(map(ord, sample["prompt"] + sample["completion"])) % 97 for sample in samples]
-    (row,), ordered, mean = rows(run_dir), sorted(scores), sum(scores) / 16
-    said = [float(row[f"env/reward_{name}"]) for name in ("mean", "std", "p10", "p90")]
-    std = (sum((score - mean) ** 2 for score in scores) / 16) ** 0.5
-    expected = [mean, std, (ordered[1] + ordered[2]) / 2, (ordered[13] + ordered[14]) / 2]
-    assert said == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_reward_that_raises_keeps_the_run(tmp_path, demo, reward_module, capsys):
-    """Two calls are the evaluation, the third step 1: step 2 fails, and leaves a checkpoint and error.log."""
-    code, run_dir = small_run(tmp_path, "--reward", "my_test_reward:breaks")
-    err = capsys.readouterr().err.splitlines()[-1]
-    assert code == 2
-    assert all(
-        part in err for part in ("step 2", "KeyError", "no such word", "my_test_reward.py", "line 7", "error.log")
-    )
-    log = (run_dir / "error.log").read_text(encoding="utf-8")
-    assert "Traceback" in log and log.count("刚收到货,感觉") == 16
-    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-000001"]
-
-
-# --- stopping
-
-
-def reward_with_signal(folder, call: int, number: int) -> str:
-    """A reward of one's own that sends its process a signal at one of its calls: 1, 2 and 6 judge, 3 to 5 train."""
-    (folder / "sends_signal.py").write_text(
-        "import os\ncalls = 0\n"
-        "def score(texts):\n    global calls\n    calls += 1\n"
-        f"    if calls == {call}:\n        os.kill(os.getpid(), {number})\n"
-        "    return [len(text) / 20 for text in texts]\n"
-    )
-    return "sends_signal:score"
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_stops_after_the_step_with_a_checkpoint(in_folder, demo, number, code, capfd):
-    reward = reward_with_signal(in_folder, 4, number)
-    stopped, run_dir = small_run(in_folder, "--reward", reward)
-    out, err = capfd.readouterr()
-    assert stopped == code and "\nstopping after this step; once more leaves at once\n" in err
-    assert out.endswith(f"stopped after step 2; go on with: python train_ppo.py --resume {run_dir} --reward {reward}\n")
-    assert [row["step"] for row in rows(run_dir)] == ["1", "2"]
-    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-000002"]
-    assert not (run_dir / "model").exists()
-
-
-@pytest.mark.parametrize("call", [1, 6])
-def test_ctrl_c_ends_an_evaluation_at_once(in_folder, demo, call, capfd):
-    """The first lets nothing be lost, the last a trained model that is in its folder already."""
-    reward = reward_with_signal(in_folder, call, signal.SIGINT)
-    code, run_dir = small_run(in_folder, "--reward", reward)
-    assert code == 130 and capfd.readouterr().err.endswith("\nstopped\n")
-    assert (run_dir / "model").exists() == (call == 6) and not (run_dir / "report.md").exists()
-    assert call == 1 or main(["--resume", str(run_dir), "--reward", reward]) == 0
-
-
-def test_after_the_loop_signals_end_the_process_again(in_folder, demo):
-    assert small_run(in_folder, "--episodes", "16")[0] == 0
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "code"),
-    [(signal.SIGINT, signal.SIGINT, 130), (signal.SIGINT, signal.SIGTERM, 143), (signal.SIGTERM, signal.SIGINT, 130)],
-)
-def test_a_second_signal_leaves_at_once(first, second, code):
-    script = (
-        "import signal; from support.signals import StopSignal; stop = StopSignal()\n"
-        f"print(stop.received, flush=True); signal.raise_signal({first:d}); print(stop.received, flush=True)\n"
-        f"signal.raise_signal({second:d}); print('still here', flush=True)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert (result.returncode, result.stdout) == (code, f"0\n{first:d}\n")
-    assert result.stderr == "\nstopping after this step; once more leaves at once\n"
-
-
-def test_below_nohup_a_terminal_that_goes_away_stops_nothing(signals_restored, capfd):
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    stop = StopSignal()
-    signal.raise_signal(signal.SIGHUP)
-    stop.release()
-    assert not stop.received and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for what a script starts with &
-    stop = StopSignal()
-    signal.raise_signal(signal.SIGINT)
-    assert stop.received == signal.SIGINT
-
-
-def test_below_torchrun_which_passes_signals_on_a_second_changes_nothing(monkeypatch, signals_restored, capfd):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    stop = StopSignal()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.raise_signal(number)
-        assert stop.received == number
-    assert capfd.readouterr().err == ""
-
-
-def program_in(folder: Path, flags: list[str]) -> None:
-    """`python train_ppo.py FLAGS` in this folder, what it says on stderr in the file err."""
-    os.chdir(folder)
-    os.dup2(os.open("err", os.O_WRONLY | os.O_CREAT), 2)
-    sys.exit(main(flags))
-
-
-def test_a_second_signal_leaves_a_hanging_reward_at_once(tmp_path, demo):
-    """The reward hangs in step 1 (after two calls of the evaluation): one Ctrl-C waits for the step, two do not."""
-    (tmp_path / "hangs.py").write_text(
-        "import time\ncalls = 0\n"
-        "def score(texts):\n    global calls\n    calls += 1\n"
-        "    if calls > 2:\n        open('hanging', 'w').close()\n        time.sleep(600)\n"
-        "    return [0.0] * len(texts)\n"
-    )
-    flags = [*SMALL, "--run_name", "run", "--reward", "hangs:score"]
-    process = context.Process(target=program_in, args=(tmp_path, flags))
-    process.start()
-    deadline = time.time() + 60
-    while time.time() < deadline and not (tmp_path / "hanging").exists():
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
-    time.sleep(0.5)
-    assert process.is_alive()
-    os.kill(process.pid, signal.SIGINT)
-    process.join(10)
-    code, err = process.exitcode, (tmp_path / "err").read_text()
-    process.kill()
-    assert code == 130 and "Traceback" not in err and "once more leaves at once" in err
-
-
-# --- how far a run is
-
-
-def test_what_is_no_terminal_gets_lines_and_no_returns_to_the_start_of_one(tmp_path, demo, capfd):
-    assert small_run(tmp_path, "--log_samples_every", "0")[0] == 0
-    lines = "".join(capfd.readouterr()).split("\n")
-    form = r"step (\d)/3  reward ([\d.]+)  KL ([\d.]+)  [\d.]+ s a step, .+ left"
-    told = [found.groups() for line in lines if (found := re.fullmatch(form, line))]
-    assert [told[0][0], told[-1][0]] == ["1", "3"] and not any("\r" in line or "step/s" in line for line in lines)
-    for step, reward, kl in told:
-        row = rows(tmp_path / "run")[int(step) - 1]
-        said = [float(row["env/reward_mean"]), float(row["objective/kl"])]
-        assert [float(reward), float(kl)] == pytest.approx(said, abs=0.006)
-
-
-def test_a_terminal_gets_a_bar_and_no_such_lines(tmp_path, demo, monkeypatch, capsys):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    small_run(tmp_path, "--episodes", "16")
-    out, err = capsys.readouterr()
-    assert "1/1 [" in err and "reward=0." in err and "\nstep 1/1" not in out
-
-
-def test_between_the_first_step_and_the_last_a_line_comes_every_ten_seconds(tmp_path, monkeypatch, capsys):
-    """By a clock: a run goes on at step 3 of 9, and its steps take 4 s each."""
-    now = [1000.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    folder = RunFolder(tmp_path, PPOConfig(episodes=9, batch_size=1))
-    for step in folder.steps(SimpleNamespace(n_steps=2)):
+    def slow(texts):
         now[0] += 4
-        folder.tell(step, "figures")
-    assert capsys.readouterr().out.splitlines() == [
-        f"step {step}/9  figures  4.00 s a step, {left} s left" for step, left in ((3, 24), (6, 12), (9, 0))
-    ]
+        return [0.1 * i for i in range(len(texts))]
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    tiny_run(tmp_path / "run", policy, slow, episodes=16)
+    capsys.readouterr()
+    tiny_run(tmp_path / "run", policy, slow, resume=True, episodes=40)
+    ends = [line.rpartition("  ")[2] for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert ends == ["4.00 s a step, 8 s left", "4.00 s a step, 4 s left", "4.00 s a step, 0 s left"]
 
 
 @pytest.mark.parametrize(
@@ -289,11 +129,8 @@ def test_a_duration_is_told_in_its_two_largest_units(seconds, shown):
     assert duration(seconds) == shown
 
 
-# --- parts
-
-
-def test_the_time_of_a_step_is_told_by_its_parts(in_folder, demo, monkeypatch):
-    """By a clock that stands still but in what is timed: 2 seconds of sampling, 3 of scoring, 4 of PPO."""
+def test_the_time_of_a_step_is_told_by_its_parts(policy, tmp_path, monkeypatch):
+    """By a clock that stands still except for 2 seconds of sampling, 3 of scoring and 4 of PPO."""
     now = [0.0]
 
     def takes(seconds, function):
@@ -305,58 +142,40 @@ def test_the_time_of_a_step_is_told_by_its_parts(in_folder, demo, monkeypatch):
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(PPOTrainer, "generate", takes(2, PPOTrainer.generate))
-    monkeypatch.setattr(SentimentReward, "__call__", takes(3, SentimentReward.__call__))
     monkeypatch.setattr(PPOTrainer, "step", takes(4, PPOTrainer.step))
-    _, run_dir = small_run(in_folder, "--episodes", "32")
-    for row in rows(run_dir):
+    tiny_run(tmp_path / "run", policy, takes(3, lambda texts: [0.1 * i for i in range(len(texts))]))
+    for row in rows(tmp_path / "run"):
         assert [float(row[f"time/{part}"]) for part in ("sample", "score", "ppo", "step")] == [2, 3, 4, 9]
 
 
-def test_runs_without_a_name_are_called_after_the_time(in_folder, demo, monkeypatch):
-    monkeypatch.setattr(command_line, "datetime", SimpleNamespace(now=lambda: datetime(2031, 2, 3, 14, 5, 6)))
-    for name in ("20310203-140506", "20310203-140506-2"):
-        assert main([*SMALL, "--episodes", "16"]) == 0
-        config = json.loads((in_folder / "runs" / name / "config.json").read_text(encoding="utf-8"))
-        assert config["run_name"] == name
-    assert command_line.new_run_folder(PPOConfig()).name == "20310203-140506-3"
-
-
-def test_a_run_holds_its_folder_while_it_is_at_work(in_folder, demo, monkeypatch):
-    def locked(self, texts):
-        with (in_folder / "run" / ".lock").open("w") as lock, pytest.raises(BlockingIOError):
+def test_a_run_holds_its_folder_while_it_is_at_work(policy, tmp_path):
+    def locked(texts):
+        with (tmp_path / "run" / ".lock").open("w") as lock, pytest.raises(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return [0.5] * len(texts)
 
-    monkeypatch.setattr(SentimentReward, "__call__", locked)
-    assert small_run(in_folder, "--episodes", "16")[0] == 0
+    assert tiny_run(tmp_path / "run", policy, locked, episodes=8) == 0
 
 
-def test_a_run_says_what_it_is_in_the_order_of_its_work(in_folder, demo, capsys):
-    _, run_dir = small_run(in_folder, "--log_samples_every", "2")
-    out = capsys.readouterr().out
-    said = (
-        f"run folder {run_dir}, 3 steps of 16 completions",
-        "on cpu in float32",
-        "step 2, mean reward",
-        "mean reward",
-    )
-    places = [out.index(part) for part in (*said, "| prompt ", f"report.md are in {run_dir}")]
-    assert places == sorted(places) and "processes" not in out and out.count("step 2, mean reward") == 1
-    assert "step 1, mean" not in out and "step 3, mean" not in out
+def test_the_policy_before_is_the_reference_and_the_one_after_is_the_saved_average(policy, tmp_path, monkeypatch):
+    judged, evaluate = [], evaluation.evaluate
+
+    def judging(trainer, model, *rest):
+        judged.append((trainer, model))
+        return evaluate(trainer, model, *rest)
+
+    monkeypatch.setattr(evaluation, "evaluate", judging)
+    tiny_run(tmp_path / "run", policy)
+    (trainer, before), (_, after) = judged
+    assert before is trainer.ref_model
+    assert all(a.equal(b) for a, b in zip(after.parameters(), trainer.policy_for_saving.parameters()))
+    assert not all(a.equal(b) for a, b in zip(after.parameters(), trainer.model.parameters()))
 
 
-def test_the_program_does_without_what_windows_and_plain_consoles_lack():
-    """Without modules that Windows lacks, and with a console that knows ASCII only."""
-    script = (
-        "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None\n"
-        "import train_ppo, plot_rewards, ppo, reward\n"
-        "from support import run_folder, demo_models, hub, signals\n"
-        "import runpy; sys.argv[1:] = ['--run_name', '\U0001f600']\n"
-        "runpy.run_path('train_ppo.py', run_name='__main__')\n"
-    )
-    environment = dict(os.environ, PYTHONIOENCODING="ascii")
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 2, result.stderr
-    assert result.stderr.startswith("train_ppo.py: error: --run_name '\\U0001f600' is no plain name")
+@pytest.mark.parametrize(
+    ("flags", "said"), [(["--gen_len", "60"], "64 positions"), (["--model_name", "{tmp}"], "config.json")]
+)
+def test_models_that_cannot_work_are_one_line_and_leave_no_folder(tmp_path, demo, flags, said, capsys):
+    code, run_dir = small_run(tmp_path, *[flag.format(tmp=tmp_path) for flag in flags])
+    err = capsys.readouterr().err
+    assert code == 2 and said in err and err.count("\n") == 1 and not run_dir.exists()
