@@ -158,8 +158,6 @@ HEADER = "step,episodes,env/reward_mean,objective/kl"
     [
         ("metrics.csv", f"{HEADER}\r\n1,16,0,0\r\nx,16,0,0\r\n"),
         ("metrics.csv", f"{HEADER}\n1,16,0,0\n2,32,0,0,0\n"),
-        ("metrics.csv", f"{HEADER},step\n1,16,0,0,1\n"),
-        ("metrics.csv", "1,16,0,0\n"),
         ("samples.jsonl", '{"step": 1}\n[]\n'),
         ("samples.jsonl", '{"step": 1}\n{}\n'),
     ],
