@@ -43,7 +43,7 @@ def names(folder):
 def test_a_loaded_trainer_goes_on_as_the_saved_one(policy, tmp_path):
     changes = dict(kl_controller="adaptive", target=0.01, horizon=20)
     trainer, batch = trained(policy, **changes)
-    trainer.engine.skipped_in_a_row = torch.tensor(3.0)
+    trainer.engine.skipped_in_a_row = 3
     save_checkpoint(trainer, tmp_path, keep=1)
     other = twin(policy, **changes)
     load_checkpoint(other, tmp_path)
@@ -114,9 +114,7 @@ DAMAGES = {
     "a weight more": change_weights(lambda weights: weights.update({"transformer.h.2.ln_1.bias": torch.zeros(32)})),
     "another shape": change_weights(lambda weights: weights.update({"transformer.ln_f.bias": torch.zeros(33)})),
     "no optimizer": change_optimizer(dict.clear),
-    "another optimizer": change_optimizer(
-        lambda saved: saved["optimizer"]["state"][0].update(exp_avg=torch.zeros(3))
-    ),
+    "no optimizer state": change_optimizer(lambda saved: saved["optimizer"].pop("state")),
     "no generators": change_optimizer(lambda saved: saved.update(random=None)),
 }  # fmt: skip
 

@@ -110,7 +110,7 @@ def test_a_checkpoint_is_due_when_the_last_is_so_many_minutes_old(tmp_path, monk
     """By a clock: steps take four minutes each."""
     now = [0]
     monkeypatch.setattr(run_folder, "time", SimpleNamespace(monotonic=lambda: 240 * now[0]))
-    folder = run_folder.RunFolder(tmp_path, PPOConfig(save_every=0, save_every_minutes=minutes))
+    folder = run_folder.RunFolder(tmp_path, PPOConfig(save_every=0, save_every_minutes=minutes), [], {})
     folder.writes, folder.saved_at, saved = False, 0, []
     for now[0] in range(1, 9):
         if folder.checkpoint_due(now[0]):
