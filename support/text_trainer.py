@@ -65,8 +65,7 @@ class TextPPOTrainer(PPOTrainer):
 
         if not listed(prompts) or not kl_budget > 0:
             raise ValueError(f"fit_kl_coef() takes at least one prompt and a budget above 0, not {shown(kl_budget)}")
-        n = self.config.eval_samples
-        prompt_index, *_, rewards = sample_and_score(self, self.ref_model, reward, prompts, n)
+        prompt_index, *_, rewards = sample_and_score(self, self.ref_model, reward, prompts, self.config.eval_samples)
         self.set_kl_coef(kl_coef_for(rewards, torch.tensor(prompt_index), kl_budget))
         return self.config.init_kl_coef
 

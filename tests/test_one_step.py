@@ -94,14 +94,10 @@ def test_the_losses_follow_from_each_other(page):
     for policy, value, total, _ in epochs:
         assert total == pytest.approx(policy + 0.1 * value, abs=1.1e-4)
     assert epochs[0][0] == 0 == epochs[0][3] and losses("docs/one_step.md") == [*epochs, mean]
-
-
-def test_both_pages_say_the_same_numbers():
     english, chinese = (
-        sorted(re.findall(r"-?\d[\d,]*\.\d{2,}|\d,\d{3}", re.sub(r"^\|.*", "", read(page), flags=re.M)))
-        for page in PAGES
+        re.findall(r"-?\d[\d,]*\.\d{2,}|\d,\d{3}", re.sub(r"^\|.*", "", read(p), flags=re.M)) for p in PAGES
     )
-    assert english == chinese
+    assert sorted(english) == sorted(chinese)
 
 
 @pytest.fixture(scope="module")
@@ -152,15 +148,3 @@ def pick(value, rows):
     if isinstance(value, list) and isinstance(value[0], torch.Tensor):
         return [tensor[rows] for tensor in value]
     return value[rows] if isinstance(value, torch.Tensor) else value
-
-
-def test_the_tool_agrees_with_the_trainer(step, config):
-    """What it computes again is what `PPOTrainer.step` returned; a float32 mean of 1,600 terms rounds as often."""
-    found, stats = one_step.of_batch(step, config), step.stats
-    same = {"objective/kl": "KL", "ppo/val/mean": "mean V", "ppo/returns/mean": "mean G"}
-    for name, ours in same.items():
-        assert found[ours] == pytest.approx(stats[name], rel=1e-4)
-    of_losses = {"loss/policy": "policy loss", "loss/value": "value loss", "loss/total": "total loss"}
-    for name, ours in (of_losses | {"policy/clipfrac": "clipped"}).items():
-        mean = sum(found[f"{ours} {k}"] for k in range(1, 5)) / 4
-        assert mean == pytest.approx(stats[f"ppo/{name}"], rel=1e-3, abs=1e-5)

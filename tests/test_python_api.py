@@ -44,21 +44,16 @@ REFUSED = [  # (call, part of what is said)
     (step(rewards=[math.inf, 0.5]), "reward 0 is inf"),
     (step(rewards=[0.5, 1e39]), "reward 1 is 1e+39"),
     (step(rewards=["good", 0.5]), "reward 0 is 'good'"),
-    (step(rewards=[0.5, None]), "reward 1 is None"),
     (step(rewards=torch.zeros(2, 2)), "reward 0 is [0.0, 0.0]"),
     (step(rewards=[0.5]), "2 rewards"),
     (step(rewards=0.5), "2 rewards"),
-    (step(rewards=None), "2 rewards"),
     (step([QUERY]), "1 queries need as many responses, not 2"),
-    (step([], [], []), "0 queries"),
     (step(None), "a list with one query for each completion is needed, not None"),
     (step("衣服"), "a list with one query"),
     (step(responses={"input_ids": [RESPONSE] * 2}), "a list with one response"),
     (step(["衣服", "书"]), f"query 0 must be {IDS}, not '衣服'"),
     (step([QUERY, None]), f"query 1 must be {IDS}"),
-    (step(QUERY[:2]), f"query 0 must be {IDS}, not 2"),
     (step(responses=[RESPONSE, [7.0, 8.5]]), f"response 1 must be {IDS}"),
-    (step(responses=[torch.tensor([False, True]), RESPONSE]), f"response 0 must be {IDS}"),
     (step([torch.tensor([QUERY])] * 2), f"query 0 must be {IDS}"),
     (step([QUERY, []]), f"query 1 must be {IDS}, not []"),
     (step([QUERY, [2, 43]]), "query 1 has an id outside the vocabulary of 43"),
@@ -69,12 +64,9 @@ REFUSED = [  # (call, part of what is said)
     (step(responses=[RESPONSE, [4]]), "response 1 has ['[MASK]'] before its end"),
     (step([QUERY, [5] * 46]), "46 + 3 tokens > 48 positions"),
     (lambda trainer: trainer.generate(torch.tensor(QUERY)), f"query 0 must be {IDS}, not 2"),
-    (lambda trainer: trainer.generate(["衣服"]), f"query 0 must be {IDS}, not '衣服'"),
     (lambda trainer: trainer.generate([QUERY, [2] * 46]), "46 tokens + gen_len 3 > 48 positions"),
-    (lambda trainer: trainer.generate([QUERY, []]), f"query 1 must be {IDS}"),
     (lambda trainer: trainer.generate([[2, 5, 3]]), "query 0 ends with [SEP]"),
     (lambda trainer: trainer.encode("衣服"), "encode() takes a list of texts, for example encode(['刚收到货'])"),
-    (lambda trainer: trainer.encode(["衣服", None]), "encode() takes a list of texts"),
     (lambda trainer: trainer.decode(torch.tensor(RESPONSE)), f"sequence 0 must be {IDS}, not 7"),
     (lambda trainer: trainer.decode([QUERY] * 2, [RESPONSE]), "zip() argument 2 is shorter"),
     (lambda trainer: trainer.decode([[43]]), "sequence 0 has an id outside the vocabulary of 43"),
@@ -160,13 +152,6 @@ def test_a_loop_may_be_written_below_no_grad_and_generate_in_inference_mode(poli
     assert stats == twin.step([QUERY] * 4, twin.generate([QUERY] * 4), [0.1, 0.9, 0.5, 0.3])
 
 
-def test_a_trainer_can_be_copied(policy):
-    trainer = make(policy)
-    twin = copy.deepcopy(trainer)
-    stats = trainer.step([QUERY] * 2, [[5, 6], [7, 3]], [0.5, 0.1])
-    assert twin.step([QUERY] * 2, [[5, 6], [7, 3]], [0.5, 0.1]) == stats
-
-
 # --- what generate draws
 
 
@@ -203,14 +188,6 @@ def test_texts_come_back_as_they_went_in(trainer):
     assert trainer.decode(queries, responses) == texts
     assert trainer.decode([query.tolist() for query in queries], responses) == texts
     assert trainer.decode(responses) == ["很不错!", "good"] and trainer.decode([]) == trainer.decode([], []) == []
-
-
-def test_what_trains_is_counted(demo, capsys):
-    """Blocks of 12 * 96^2 + 13 * 96, 144 + 64 embeddings of 96, twice 96 in the last norm, 97 in the value head: all
-    243,937, or a block, norm and head, 112,129."""
-    for frozen_share, said in ((0.0, "0.2 of 0.2"), (0.5, "0.1 of 0.2")):
-        TextPPOTrainer.from_pretrained("demo", PPOConfig(frozen_share=frozen_share, device="cpu"))
-        assert capsys.readouterr().out.splitlines()[-1] == f"{said} million parameters train"
 
 
 def test_without_a_config_the_settings_are_the_default_ones(gpt2_folder):

@@ -207,29 +207,6 @@ def test_a_second_implementation_learns_the_same_from_the_samples(run):
             assert (moved - should).norm() <= 5e-3 * should.norm() + 1e-6, weight
 
 
-def test_the_saved_model_is_the_average_of_the_steps(run):
-    """Step t weighs about t squared: the average moves by 3 / (2 + t) of the way to the weights of step t."""
-    average = None
-    for step, path in enumerate(run.checkpoints, 1):
-        weights = load_file(path / "policy.safetensors")
-        average = average or weights
-        average = {name: old + 3 / (2 + step) * (weights[name] - old) for name, old in average.items()}
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        assert state["step"] == step
-        assert state["reward_unit"] == pytest.approx(run.metrics[0]["env/reward_std"] / 0.4, rel=1e-5)
-        saved = load_file(path / "average.safetensors")
-        assert all(torch.allclose(saved[name], average[name], atol=1e-6) for name in average)
-        assert {weights[name].dtype for name in weights} == {torch.float32}
-    model = load_file(run.folder / "model" / "model.safetensors")
-    head = load_file(run.folder / "model" / "value_head.safetensors")
-    model |= {f"v_head.{name}": tensor for name, tensor in head.items()}
-    average["v_head.summary.weight"] *= state["reward_unit"]
-    names = ("transformer.h.1.mlp.c_fc.weight", "transformer.ln_f.weight", "v_head.summary.weight")
-    assert all(torch.allclose(model[name], average[name], atol=1e-6) for name in names)
-    assert not torch.allclose(average[names[0]], weights[names[0]], atol=1e-6)
-    assert len(model) == len(average) and {tensor.dtype for tensor in model.values()} == {torch.float32}
-
-
 def test_the_evaluation_follows_from_its_samples(run):
     n = run.settings["eval_samples"]
     for when, gpt2 in (("before", run.policies[0]), ("after", run.saved)):

@@ -76,25 +76,6 @@ def test_forward_with_a_cache(policy64):
     assert close(model(ids, logits_to_keep=2).logits, model(ids).logits[:, 3:])
 
 
-@pytest.mark.parametrize("left", [True, False])
-def test_forward_with_padding_on_either_side(policy64, left):
-    padded, mask = torch.tensor([[2, 5, 6, 7, 0, 0]]), torch.tensor([[1, 1, 1, 1, 0, 0]])
-    if left:
-        padded, mask = padded.roll(2), mask.roll(2)
-    logits = policy64[0](padded, attention_mask=mask).logits[mask.bool()]
-    assert close(logits, plain_forward(policy64[0], [2, 5, 6, 7])[0])
-
-
-def test_a_padded_batch_goes_on_from_its_cache(policy64):
-    model, _ = policy64
-    padded, mask = torch.tensor([[0, 0, 2, 5], [2, 5, 6, 7]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    start = model(padded, attention_mask=mask, use_cache=True)
-    mask = torch.cat([mask, torch.ones(2, 2, dtype=torch.int64)], dim=1)
-    rest = model(torch.tensor([[8, 9], [8, 9]]), attention_mask=mask, past_key_values=start.past_key_values)
-    for logits, ids in zip(rest.logits, ([2, 5, 8, 9], [2, 5, 6, 7, 8, 9])):
-        assert close(logits, plain_forward(model, ids)[0][-2:])
-
-
 # --- shared prompts
 
 
@@ -219,15 +200,6 @@ def test_samples_depend_only_on_seed_step_and_index(policy64, other):
     whole = draw(policy64, texts)
     assert torch.equal(whole, torch.cat([draw(policy64, texts[:5]), draw(policy64, texts[5:], first=5)]))
     assert not torch.equal(whole, draw(policy64, texts, **other))
-
-
-def test_draws_are_uniform_and_no_two_completions_share_a_stretch_of_them():
-    uniforms = g.completion_uniforms(1, 1, range(200), 32)
-    assert uniforms.shape == (200, 32) and uniforms.dtype == torch.float32
-    assert 0 <= uniforms.min() < 0.01 and 0.99 < uniforms.max() < 1
-    assert abs(uniforms.mean().item() - 0.5) < 6 * (1 / 12 / 6400) ** 0.5  # six standard errors
-    pairs = {pair for row in uniforms.tolist() for pair in zip(row, row[1:])}
-    assert len(pairs) == 200 * 31
 
 
 def test_draws_tell_seed_and_step_apart_and_go_on_if_a_batch_is_split():
