@@ -33,8 +33,7 @@ def import_libraries() -> None:
 def load(config: PPOConfig):
     """Return the policy, tokenizer, reward and prompts of a run.
 
-    Each process loads for itself; with several, all must have loaded the same. Raises UserError on every process if
-    loading fails on any of them.
+    Each process loads for itself. Raises UserError on all of them if any fails or has loaded something else.
     """
     from reward import read_classifier_config
     from support.models import read_policy_folder
@@ -67,10 +66,8 @@ def load_folders(config: PPOConfig, device, policy_folder: Path, reward_folder: 
     longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
     positions = gpt2_config.n_positions
     if longest + config.gen_len > positions:
-        lengths = f"the longest prompt has {longest} tokens and the model {positions} positions"
-        raise UserError(
-            f"--gen_len {config.gen_len} is too long: {lengths}, which leaves {max(0, positions - longest)}"
-        )
+        room = f"{positions} positions less {longest} tokens of the longest prompt leave {max(0, positions - longest)}"
+        raise UserError(f"--gen_len {config.gen_len} is too long: the model's {room}")
     if config.reward:
         reward = import_function(config.reward)
     else:
@@ -81,8 +78,7 @@ def load_folders(config: PPOConfig, device, policy_folder: Path, reward_folder: 
 def check_same(config: PPOConfig, policy, tokenizer, reward, prompts: list[str]) -> None:
     """Check that all processes loaded the same. Raises UserError on all of them, with what differs and on which hosts.
 
-    Each machine trains the demo's models for itself, and processors differ in the last digits, so all processes take
-    rank 0's weights of these.
+    Each machine makes the demo's models for itself, with other last digits, so all take rank 0's weights of these.
     """
     import numpy
     import torch

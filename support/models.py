@@ -111,18 +111,15 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
 
 
 def load_gpt2_config(folder: Path) -> GPT2Config:
-    """Return the GPT-2 config of a model folder. Raises UserError if it is of another architecture.
-
-    Chinese GPT-2 checkpoints leave out the special-token ids, so the library fills in 50256, outside their
-    vocabulary; these ids are removed. `gelu_new` is replaced by the fused implementation of the same function.
-    """
+    """Return the GPT-2 config of a model folder. Raises UserError if it is of another architecture."""
     config = read_model_config(folder)
     if config.model_type != "gpt2":
         raise UserError(f"--model_name needs a GPT-2 model, but {folder} contains one of type '{config.model_type}'")
+    # Chinese checkpoints name no special tokens; the library fills in 50256, which is outside their vocabulary
     config.bos_token_id = config.eos_token_id = config.pad_token_id = None
     config.use_cache = True
     if config.activation_function == "gelu_new":
-        config.activation_function = "gelu_pytorch_tanh"
+        config.activation_function = "gelu_pytorch_tanh"  # the same function, fused
     return config
 
 
@@ -141,14 +138,13 @@ def load_policy(folder: Path, config: GPT2Config, device="cpu") -> GPT2HeadWithV
     Raises UserError if weights are missing, don't fit the config, or aren't finite.
     """
     model, missing = load_weights(GPT2HeadWithValueModel, folder, config, device)
-    value_head = {"v_head.summary.weight", "v_head.summary.bias"}
     if (folder / VALUE_HEAD).exists():
         with loading(folder / VALUE_HEAD):
             model.v_head.load_state_dict(load_file(folder / VALUE_HEAD))
-    elif missing & value_head:
+    elif "v_head.summary.weight" in missing:
         print(f"{folder.name}: no value head in this checkpoint, starting one at zero")
-    if missing - value_head:
-        raise UserError(f"the weights in {folder} lack {min(missing - value_head)}; download the whole GPT-2 again")
+    if missing := {name for name in missing if not name.startswith("v_head.")}:
+        raise UserError(f"the weights in {folder} lack {min(missing)}; download the whole GPT-2 again")
     if broken := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
         raise UserError(f"the weights in {folder} contain NaN or infinity (in {broken[0]}); choose another model")
     if config.tie_word_embeddings:

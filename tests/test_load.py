@@ -57,7 +57,7 @@ def test_the_longest_prompt_and_its_completion_fill_the_48_positions(
         trainer = TextPPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
         assert 1 <= len(trainer.generate(trainer.encode(prompts))[0]) <= gen_len
     else:
-        with pytest.raises(UserError, match=f"--gen_len {gen_len} is too long: .* which leaves {gen_len - 1}$"):
+        with pytest.raises(UserError, match=f"--gen_len {gen_len} is too long: .* leave {gen_len - 1}$"):
             load_folders(config, "cpu", gpt2_folder, classifier_folder)
 
 

@@ -114,13 +114,14 @@ CLASSIFIER_FOLDERS = {
     "code in weights": (lambda f: torch.save([Evil()], f / BIN), "can't be loaded"),
 }
 CASES = [(load_gpt2, case) for case in GPT2_FOLDERS] + [(load_classifier, case) for case in CLASSIFIER_FOLDERS]
+CASES += [(models.load_tokenizer, "code for a config")]
 
 
 @pytest.mark.parametrize(("load", "case"), CASES)
 def test_a_bad_model_folder_is_one_line_and_runs_no_code(
     gpt2_folder, classifier_folder, tmp_path, monkeypatch, load, case
 ):
-    good, cases = (gpt2_folder, GPT2_FOLDERS) if load is load_gpt2 else (classifier_folder, CLASSIFIER_FOLDERS)
+    good, cases = (classifier_folder, CLASSIFIER_FOLDERS) if load is load_classifier else (gpt2_folder, GPT2_FOLDERS)
     folder = shutil.copytree(good, tmp_path / "model")
     (folder / "evil.py").write_text("open('ran', 'w')\nclass C: pass\n")
     change, line = cases[case]
@@ -128,7 +129,7 @@ def test_a_bad_model_folder_is_one_line_and_runs_no_code(
     monkeypatch.chdir(tmp_path)
     asked = []
     monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "n")
-    if line is None:
+    if line is None or load is models.load_tokenizer:
         load(folder)
     else:
         with pytest.raises(UserError, match=line) as error:
@@ -245,7 +246,9 @@ def test_a_saved_folder_opens_in_plain_transformers_with_the_settings_of_the_run
     model, _, folder = saved
     capfd.readouterr()
     assert same_logits(model, plain(folder)) and capfd.readouterr().out == ""
-    assert json.loads((folder / "config.json").read_text())["architectures"] == ["GPT2LMHeadModel"]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["GPT2LMHeadModel"]
+    assert config["task_specific_params"]["text-generation"]["max_new_tokens"] == 9  # what early 5.x reads
     settings = json.loads((folder / "generation_config.json").read_text())
     del settings["transformers_version"]
     expected = {"do_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "max_new_tokens": 9}
@@ -263,8 +266,8 @@ def test_the_pipeline_samples_from_a_prompt_as_training_does(saved):
     assert seen[0][0].tolist() == models.encode_prompt(tokenizer, "刚收到货,感觉").tolist()
     assert len(set(texts)) > 10 and max(len(tokenizer.tokenize(text)) for text in texts) == 9
     assert not any(token in text for text in texts for token in ("[UNK]", "[MASK]", "[CLS]", "##"))
-    inputs = generator.tokenizer("刚收到货", return_tensors="pt")  # GPT-2 would add embeddings for token types
-    assert set(inputs) == {"input_ids", "attention_mask"}
+    names = json.loads((folder / "tokenizer_config.json").read_text())["model_input_names"]
+    assert names == ["input_ids", "attention_mask"]  # GPT-2 would add embeddings for token types
 
 
 def test_a_saved_tokenizer_encodes_and_decodes_like_the_original(saved, tmp_path):

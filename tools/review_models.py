@@ -33,8 +33,7 @@ CLASSIFIER_SIZES = {"max_position_embeddings": LENGTH, "hidden_size": 256, "num_
 CLASSIFIER_SIZES |= {"num_attention_heads": 4, "intermediate_size": 1024}
 EPOCHS, LR = {"sentiment": 2, "gpt2": 3}, {"sentiment": 5e-4, "gpt2": 1.5e-3}
 BATCH, WARMUP, SEED = 64, 100, 1
-FEWEST = 100  # reviews
-HELD_OUT = 30  # one review in so many is not trained on but evaluates the models
+FEWEST, HELD_OUT = 100, 30  # reviews; one in so many is not trained on but evaluates the models
 
 
 @path_errors()
@@ -50,10 +49,6 @@ def main(argv: list[str] | None = None) -> None:
         partial.mkdir(parents=True)
         make_review_models(partial, reviews)
     print(f"python train_ppo.py --model_name {args.out / 'gpt2'} --reward_model_name {args.out / 'sentiment'}")
-
-
-# ----------------------------------------------------------------------------------------------
-# The reviews
 
 
 def read_reviews(path: Path) -> list[tuple[str, int]]:
@@ -89,10 +84,6 @@ def write_vocab(path: Path, texts: list[str]) -> None:
     pieces = {word[0] for word in words} | {f"##{character}" for word in words for character in word[1:]}
     vocab = [*SPECIAL_TOKENS, *sorted(pieces)]
     path.write_text("\n".join(vocab) + "\n", encoding="utf-8")
-
-
-# ----------------------------------------------------------------------------------------------
-# Training
 
 
 def make_review_models(out: Path, reviews: list[tuple[str, int]]) -> None:
