@@ -132,6 +132,8 @@ def test_making_depends_on_nothing_else_and_leaves_the_random_generator_alone(tm
         states.append([torch.load(tmp_path / name / which / "pytorch_model.bin") for which in ("gpt2", "sentiment")])
     for first, second in zip(*states):
         assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+    labels = json.loads((tmp_path / "a" / "sentiment" / "config.json").read_text())["id2label"]
+    assert labels == {"0": "negative (stars 1, 2 and 3)", "1": "positive (stars 4 and 5)"}
     vocab = (tmp_path / "a" / "gpt2" / "vocab.txt").read_text(encoding="utf-8").splitlines()
     assert len(vocab) == 150 and vocab[144:] == [f"[unused{i}]" for i in range(1, 7)]
     config = GPT2LMHeadModel.from_pretrained(tmp_path / "a" / "gpt2").config

@@ -179,7 +179,8 @@ def test_logits_are_those_of_plain_transformers_before_and_after_saving(tmp_path
     models.save_policy(model, tokenizer, tmp_path / "saved", temperature=1.0, gen_len=8)
     again, _ = load_gpt2(tmp_path / "saved")
     assert torch.equal(logits(again), logits(model)) and same_logits(model, plain(tmp_path / "saved"))
-    assert again.config.use_cache and again.config.eos_token_id is None
+    assert again.config.use_cache
+    assert [getattr(model.config, f"{name}_token_id") for name in ("bos", "eos", "pad")] == [None] * 3
 
 
 def test_half_precision_weights_train_and_are_saved_in_float32(tmp_path):
