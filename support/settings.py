@@ -43,12 +43,20 @@ def parse_args(
         add_help=False,
     )
     parser.add_argument("-h", "--help", action="store_true", help="Show this help and exit.")
-    group, flags, kinds = parser, {}, get_type_hints(PPOConfig)
+    group, flags = parser, {}
     for field in fields(PPOConfig):
-        name, kind, text = field.name, kinds[field.name], field.metadata.get("help", "").replace("%", "%%")
+        name, kind = field.name, get_type_hints(PPOConfig)[field.name]
         if title := field.metadata.get("group"):
             group = parser.add_argument_group(title)
-        flags[name] = group.add_argument(f"--{name}", help=text, **flag_options(name, kind))
+        options = {"type": get_args(kind)[0] if get_args(kind) else kind}  # of `str | None`, str
+        if kind is bool:
+            options = {"type": true_or_false, "nargs": "?", "const": True}
+        elif get_origin(kind) is Literal:
+            options = {"choices": get_args(kind)}
+        elif get_origin(kind) is list:
+            options["nargs"] = "+"
+        text = field.metadata.get("help", "").replace("%", "%%")
+        flags[name] = group.add_argument(f"--{name}", help=text, **options)
         if kind is bool:
             group.add_argument(f"--no_{name}", dest=name, action="store_false", help=f"Set --{name} to False.")
 
@@ -67,18 +75,6 @@ def parse_args(
     return PPOConfig(**given), set(given)
 
 
-def flag_options(name: str, kind) -> dict:
-    """Return what `add_argument` has to know about a field of type `kind`."""
-    args = get_args(kind)
-    if kind is bool:
-        return {"type": true_or_false, "nargs": "?", "const": True}
-    if name == "preset" or get_origin(kind) is Literal:
-        return {"choices": args or list(PRESETS)}
-    if get_origin(kind) is list:
-        return {"type": args[0], "nargs": "+"}
-    return {"type": args[0] if args else kind}  # str, for `str | None`
-
-
 def true_or_false(word: str) -> bool:
     if word.lower() not in ("true", "t", "yes", "y", "1", "false", "f", "no", "n", "0"):
         raise argparse.ArgumentTypeError(f"expected True or False, not {word!r}")
@@ -86,7 +82,7 @@ def true_or_false(word: str) -> bool:
 
 
 def check(config: PPOConfig) -> None:
-    """Raise UserError, with the flag and what is allowed, for a value that can't work. No model is touched."""
+    """Raise UserError, with the flag and what is allowed, for a value that can't work."""
     check_versions()
     kinds = get_type_hints(PPOConfig)
     for field in fields(PPOConfig):
@@ -94,11 +90,10 @@ def check(config: PPOConfig) -> None:
     if config.preset not in PRESETS:
         raise UserError(f"--preset {config.preset} is unknown; choose one of {', '.join(PRESETS)}")
     if config.minibatch_size > config.batch_size:
-        sizes = f"--minibatch_size {config.minibatch_size} is larger than --batch_size {config.batch_size}"
-        raise UserError(sizes)
+        raise UserError(f"--minibatch_size {config.minibatch_size} is larger than --batch_size {config.batch_size}")
     if config.run_name is not None and not re.fullmatch(r"[^\W_][\w.\-]*", config.run_name):
-        allowed = "letters, digits, '_', '-' and '.', with a letter or digit first"
-        raise UserError(f"--run_name {config.run_name!r} can't name a folder in --runs_dir; use {allowed}")
+        allowed = "use letters, digits, '_', '-' and '.', with a letter or digit first"
+        raise UserError(f"--run_name {config.run_name!r} can't be the name of a run: {allowed}")
     read_prompts(config)
     check_device(config.device)
 
@@ -107,7 +102,7 @@ def check_value(field: Field, kind, value) -> None:
     """Raise UserError if a value doesn't have its field's type or is outside its limits."""
     flag = f"--{field.name}"
     if not has_type(value, kind):
-        choices = get_origin(kind) is Literal and f"one of {', '.join(map(str, get_args(kind)))}"
+        choices = f"one of {', '.join(map(str, get_args(kind)))}" if get_origin(kind) is Literal else ""
         allowed = choices or f"of type {getattr(kind, '__name__', kind)}"
         raise UserError(f"{flag} must be {allowed}, not {reprlib.repr(value)} of type {type(value).__name__}")
     for text in value if isinstance(value, list) else [value]:

@@ -93,27 +93,6 @@ def test_a_run_that_goes_on_past_its_end_is_tried_where_it_is(finished, tmp_path
         shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--n", "0"], "--n must be at least 1 and at most 10000, not 0"),
-        (["--n", "few"], "argument --n: invalid int value: 'few'; write --complete runs/NAME --n 5"),
-        (["--prompts", "昨天𪚥"], "the vocabulary doesn't know '𪚥'"),
-        (["--lr", "1"], "--lr 1.0 would change the result of"),
-        (["--eval_samples", "9"], "--eval_samples 9 would change the result of"),
-    ],
-)
-def test_what_cannot_be_is_one_line(finished, capsys, flags, said):
-    assert main(["--complete", str(finished), *flags]) == 2
-    err = capsys.readouterr().err
-    assert said in err and err.count("\n") == 1
-
-
-def test_n_and_complete_go_together(capsys):
-    assert main(["--n", "3", "--preset", "demo"]) == 2
-    assert "--n is how many completions of each prompt --complete shows" in capsys.readouterr().err
-
-
 def test_a_run_without_a_checkpoint_is_told_to_have_none(unfinished, capsys):
     shutil.rmtree(unfinished / "checkpoints")
     assert main(["--complete", str(unfinished)]) == 2
@@ -150,8 +129,6 @@ def test_an_own_reward_is_named_again(finished, tmp_path, capsys, monkeypatch):
         "def score(texts):\n    assert 'no' not in texts[0]\n    return [len(text) for text in texts]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert main(["--complete", str(run_dir), "--n", "2"]) == 2
-    assert f": python train_ppo.py --complete {run_dir} --n 2 --reward own_length:score\n" in capsys.readouterr().err
     rows = complete(capsys, run_dir, "--reward", "own_length:score", "--n", "2")
     assert [float(row[4]) for row in rows] == [len(row[0] + row[3]) for row in rows]
     monkeypatch.setattr("own_length.score", lambda texts: 1 / 0)
