@@ -137,10 +137,13 @@ def draw_all(fig, drawn: list[Curve]) -> None:
     """Draw the reward on top, the plane and the histogram below it, and two rows of PANELS, step by step."""
     titles = [title for title, *_ in PANELS]
     rows = [["reward"] * 4, ["plane"] * 2 + ["histogram"] * 2, titles[:4], titles[4:]]
-    axes = fig.subplot_mosaic(rows, height_ratios=[1.5, 1.6, 1, 1])
+    if max(curve.metrics["step"].shape[1] for curve in drawn) == 1:
+        rows = rows[:2]  # a single step has no curve
+        fig.set_figheight(8)
+    axes = fig.subplot_mosaic(rows, height_ratios=[1.5, 1.6, 1, 1][: len(rows)])
     for name, draw_it in BIG.items():
         draw_it(axes[name], drawn)
-    for title, columns, unit in PANELS:
+    for title, columns, unit in PANELS if len(rows) > 2 else []:
         for curve in drawn:
             for column, style in zip(columns, ["-", "--", ":"]):
                 if column in curve.metrics:

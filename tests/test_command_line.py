@@ -51,7 +51,7 @@ def one_line(capsys, *argv) -> str:
         ("--seed 99999999999999999999", "--seed must be at most"),
         ("--kl_budget 0.4 --init_kl_coef 0.1", "give only one"),
         ("--dtype float16", "invalid choice: 'float16'"),
-        ("--preset big", "invalid choice: 'big'"),
+        ("--preset big", "--preset big is unknown"),
         ("--detach_value maybe", "--detach_value: expected True or False"),
         ("--device tpu", "--device tpu is unknown"),
         ("--learning_rate 1e-5", "unknown argument --learning_rate"),
