@@ -37,8 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders (default: the newest in runs/)")
-    by = "settings that tell curves apart (default: all that differ, except for the seed); run_name for every run"
-    parser.add_argument("--by", default="", metavar="NAME[,NAME]", help=by)
+    parser.add_argument("--by", default="", metavar="NAME[,NAME]", help="settings that tell curves apart, as lr,seed")
     parser.add_argument("--only", choices=BIG, help="draw only this panel, 16 cm wide")
     parser.add_argument("--against", metavar="NAME", help="draw the gain against this setting, a number, 16 cm wide")
     parser.add_argument("--out", type=Path, help="picture to write, as .png, .pdf or .svg (default: see above)")
@@ -64,10 +63,8 @@ def newest_run(runs_dir: Path) -> Path:
 
 
 def draw(paths: list[Path], out: Path, by: list[str] = (), only: str = "", against: str = "") -> list[Path]:
-    """Draw the runs over each other into `out`; print a table of several, and write it to TABLE.
-
-    Returns what was written. Raises UserError if the runs, `by`, `against` or `out` can't be used.
-    """
+    """Draw the runs over each other into `out`; print the table of several, and write it to TABLE. Returns what was
+    written. Raises UserError if the runs, `by`, `against` or `out` can't be used."""
     if out.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"cannot write {out}: the name of a picture must end in .png, .pdf or .svg")
     from matplotlib import colormaps, font_manager, rc_context

@@ -295,12 +295,11 @@ def reward_decimals(judged: dict, digits: int = 2) -> int:
 def results_table(evaluation: dict) -> str:
     """Returns the figures before and after training and those of the limit as a Markdown table."""
     before, after, result = evaluation["before"], evaluation["after"], evaluation["gain"]
-    limit = result["limit"] if result["gain"] is not None else {}
-    in_rewards = f".{reward_decimals(before, 3)}f"
+    limit, in_rewards = result["limit"] if result["gain"] is not None else {}, f".{reward_decimals(before, 3)}f"
     rows = [(what, form or in_rewards, before[key], after[key], limit.get(key)) for what, key, form in ROWS]
     if "J" in result:
-        J = result["J_before"], result["J"], limit.get("J")
-        rows.append((f"J = reward - {result['beta']:.3g} KL", in_rewards, *J))
+        what = f"J = reward - {result['beta']:.3g} KL"
+        rows.append((what, in_rewards, result["J_before"], result["J"], limit.get("J")))
     cells = [[what, *("" if value is None else f"{value:{form}}" for value in values)] for what, form, *values in rows]
     if limit:
         cells.append(["gain", "0", f"{result['gain']:.2f} (standard error {result['gain_se']:.2f})", "1"])
@@ -309,22 +308,18 @@ def results_table(evaluation: dict) -> str:
 
 def before_after_table(evaluation: dict, shown: int = SHOWN) -> str:
     """Returns the first completions before and after training, of the same random draws, as a Markdown table."""
-    digits = reward_decimals(evaluation["before"])
-    pairs = list(zip(evaluation["before"]["samples"], evaluation["after"]["samples"]))[:shown]
-    rows = [
-        [prompt, old, f"{old_score:.{digits}f}", new, f"{new_score:.{digits}f}"]
-        for (prompt, old, old_score), (_, new, new_score) in pairs
-    ]
-    return table(["prompt", "before", "score", "after", "score"], rows)
+    form, rows = f".{reward_decimals(evaluation['before'])}f", []
+    for (prompt, old, was), (_, new, now) in zip(evaluation["before"]["samples"], evaluation["after"]["samples"]):
+        rows.append([prompt, old, f"{was:{form}}", new, f"{now:{form}}"])
+    return table(["prompt", "before", "score", "after", "score"], rows[:shown])
 
 
 def without_samples(evaluation: dict) -> dict:
     """Returns an evaluation without its samples, what matters most first."""
-    judged = {
-        when: {name: value for name, value in evaluation[when].items() if name not in ("samples", "kls")}
-        for when in ("before", "after")
-    }
-    return {"verdict": evaluation["verdict"], "gain": evaluation["gain"], **evaluation, **judged}
+    found = {"verdict": evaluation["verdict"], "gain": evaluation["gain"], **evaluation}
+    for when in ("before", "after"):
+        found[when] = {name: value for name, value in evaluation[when].items() if name not in ("samples", "kls")}
+    return found
 
 
 def read(run_dir: Path, prompts: list[str]) -> dict:

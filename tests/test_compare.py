@@ -130,4 +130,6 @@ def test_a_rewards_file_that_changed_tells_runs_apart(tmp_path):
         hashes = {"the hash of the file of --reward my:score": folder.name * 12, "the hash of the prompts": folder.name}
         (folder / "inputs.json").write_text(json.dumps(hashes))
     runs = [read_run(folder) for folder in folders]
+    (folders[0] / "x").mkdir()
+    assert read_run(folders[0] / "x" / "..").name == "a"
     assert differences(runs) == ["reward"] and labels(*runs)[0] == "reward my:score aaaaaaaaaaaa"
