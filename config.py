@@ -21,7 +21,7 @@ def option(default, help: str, *, above=None, at_least=None, at_most=None, group
 
 @dataclass(init=False)
 class PPOConfig:
-    """All settings of a run. `support.settings.check` raises UserError for values that can't work."""
+    """All settings of a run; `support.settings.check` refuses values that can't work."""
 
     def __init__(self, preset: str = "default", **given):
         """Values that are not given come from the preset, and from the defaults below if it doesn't name them."""
@@ -127,8 +127,7 @@ class PPOConfig:
         at_least=0,
     )
     kl_controller: Literal["adaptive", "fixed"] = option(
-        "fixed",
-        "'fixed' keeps the coefficient, 'adaptive' steers it towards --target (article: adaptive).",
+        "fixed", "'fixed' keeps the coefficient, 'adaptive' steers it towards --target (article: adaptive)."
     )
     target: float = option(6.0, "KL per completion that the adaptive controller aims at, in nats.", above=0)
     horizon: int = option(10_000, "Completions over which the adaptive controller corrects its error.", at_least=1)

@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,14 @@ def read_json(path):
 
 def change_json(path, **changes) -> None:
     path.write_text(json.dumps(read_json(path) | changes, ensure_ascii=False), encoding="utf-8")
+
+
+def copy_run(run_dir: Path, folder: Path, **settings) -> Path:
+    """A copy of a run with these settings in its config.json."""
+    shutil.copytree(run_dir, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | settings), encoding="utf-8")
+    return folder
 
 
 def rows(run_dir):

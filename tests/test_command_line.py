@@ -10,14 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from config import PPOConfig
 from support import command_line
 from support.command_line import new_run_folder, read_command_line
 from support.errors import UserError
 from support.user_code import import_function
-from tests.helpers import ROOT, write_gpt2
+from tests.helpers import ROOT, copy_run
 from train_ppo import main
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
@@ -69,21 +68,13 @@ def one_line(capsys, *argv) -> str:
         ("--eval_only runs/nothing", "runs/nothing is not a run folder"),
         ("--complete runs/nothing", "runs/nothing is not a run folder"),
         ("--n 3", "--complete"),
-        ("--gen_len 60", "--gen_len 60"),
-        ("--model_name empty", "no config.json"),
-        ("--reward_model_name empty", "no config.json"),
-        ("--positive_label happy", "'happy'"),
-        ("--reward_model_name other", "--positive_label"),
     ],
 )
-def test_a_bad_flag_is_one_line_and_leaves_nothing(flags, said, folder, demo, capsys, monkeypatch):
-    (folder / "empty").mkdir()
-    write_gpt2(folder / "other")
-    before = set(folder.rglob("*"))
+def test_a_bad_flag_is_one_line_and_leaves_nothing(flags, said, folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "swanlab", None)
     words = flags.split()
     assert said in one_line(capsys, *([] if "--preset" in words else ["--preset", "demo"]), *words)
-    assert set(folder.rglob("*")) == before
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -183,19 +174,14 @@ def test_a_reward_that_cannot_be_imported_is_one_line(folder):
         assert f"--reward broken{number}:score" in str(error.value) and said in str(error.value)
 
 
-def test_an_import_leaves_the_programs_settings_alone_and_ctrl_c_gets_through(folder, monkeypatch):
-    (folder / "own_flags.py").write_text("import torch\ntorch.set_grad_enabled(False)\nscore = print\n")
-    import_function("own_flags:score")
-    assert torch.is_grad_enabled()
+def test_ctrl_c_while_a_reward_is_imported_gets_through(folder):
     (folder / "slow_reward.py").write_text("raise KeyboardInterrupt")
     with pytest.raises(KeyboardInterrupt):
         import_function("slow_reward:score")
 
 
 def test_a_runs_own_reward_runs_only_if_it_is_named_again(folder, finished, capsys):
-    run_dir = shutil.copytree(finished, folder / "run")
-    settings = json.loads((run_dir / "config.json").read_text())
-    (run_dir / "config.json").write_text(json.dumps(settings | {"reward": "strange:score", "episodes": 96}))
+    copy_run(finished, folder / "run", reward="strange:score", episodes=96)
     (folder / "strange.py").write_text("open('it_ran', 'w').close()\nscore = len\n")
     for flags in (["--resume"], ["--eval_only"], ["--complete"]):
         err = one_line(capsys, *flags, "run")

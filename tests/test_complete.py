@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from config import PPOConfig
 from support.text_trainer import TextPPOTrainer
+from tests.helpers import copy_run
 from train_ppo import main
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
@@ -77,55 +78,42 @@ def test_a_run_at_work_is_tried_with_the_average_of_its_newest_checkpoint(unfini
     assert [[row[1], row[3]] for row in rows] == [[*pair] for pair in zip(before, after)] and before != after
 
 
-def test_what_is_shown_is_told(finished, unfinished, capsys):
-    for run_dir, said in ((finished, "after training:"), (unfinished, "after step 2 of 3:")):
-        assert main(["--complete", str(run_dir), "--n", "1"]) == 0
-        assert f"before training, and {said}" in capsys.readouterr().out
-
-
-def test_a_run_that_goes_on_past_its_end_is_tried_where_it_is(finished, tmp_path, capsys):
-    """And where its checkpoints are gone, with the model that it had."""
-    run_dir = shutil.copytree(finished, tmp_path / "run")
-    config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
-    (run_dir / "config.json").write_text(json.dumps(config | {"episodes": 96}), encoding="utf-8")
+def test_a_run_that_goes_on_past_its_end_shows_the_step_that_it_has_reached(finished, unfinished, tmp_path, capsys):
+    """If its checkpoints are gone, it shows the model that it had."""
+    assert main(["--complete", str(unfinished), "--n", "1"]) == 0
+    assert "before training, and after step 2 of 3:" in capsys.readouterr().out
+    run_dir = copy_run(finished, tmp_path / "longer", episodes=96)
     for said in ("after step 3 of 6:", "after training:"):
         assert main(["--complete", str(run_dir), "--n", "1"]) == 0
         assert said in capsys.readouterr().out
         shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
 
 
-def test_a_run_without_a_checkpoint_is_told_to_have_none(unfinished, capsys):
+def test_a_run_without_a_checkpoint_is_refused(unfinished, capsys):
     shutil.rmtree(unfinished / "checkpoints")
     assert main(["--complete", str(unfinished)]) == 2
     assert "has no checkpoint yet, and no model; wait for one" in capsys.readouterr().err
 
 
-def test_another_model_than_the_run_began_with_is_refused(finished, tmp_path, capsys):
-    run_dir = shutil.copytree(finished, tmp_path / "run")
+def test_another_model_than_the_runs_is_refused(finished, tmp_path, capsys):
     shutil.copytree(finished / "model", tmp_path / "other")
-    config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+    run_dir = copy_run(finished, tmp_path / "run", model_name=str(tmp_path / "other"))
     inputs = json.loads((run_dir / "inputs.json").read_text(encoding="utf-8"))
     moved = {name.replace("model_name demo", f"model_name {tmp_path / 'other'}"): it for name, it in inputs.items()}
-    (run_dir / "config.json").write_text(json.dumps(config | {"model_name": str(tmp_path / "other")}))
     (run_dir / "inputs.json").write_text(json.dumps(moved))
     assert main(["--complete", str(run_dir)]) == 2
     assert "is not what" in capsys.readouterr().err
 
 
-def test_prompts_take_the_place_of_a_run_s_file(finished, tmp_path, capsys):
-    run_dir = shutil.copytree(finished, tmp_path / "run")
+def test_given_prompts_replace_a_runs_file(finished, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("昨天\n刚收到货,感觉\n", encoding="utf-8")
-    config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
-    (run_dir / "config.json").write_text(json.dumps(config | {"prompts_file": str(tmp_path / "prompts.txt")}))
+    run_dir = copy_run(finished, tmp_path / "run", prompts_file=str(tmp_path / "prompts.txt"))
     assert [row[0] for row in complete(capsys, run_dir, "--n", "1")] == ["昨天", "刚收到货,感觉"]
     assert [row[0] for row in complete(capsys, run_dir, "--n", "1", "--prompts", "天天")] == ["天天"]
 
 
-def test_an_own_reward_is_named_again(finished, tmp_path, capsys, monkeypatch):
-    """And where it fails that is one line, and nothing is written."""
-    run_dir = shutil.copytree(finished, tmp_path / "run")
-    config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
-    (run_dir / "config.json").write_text(json.dumps(config | {"reward": "own_length:score"}))
+def test_a_users_reward_scores_them_and_its_failure_is_one_line(finished, tmp_path, capsys, monkeypatch):
+    run_dir = copy_run(finished, tmp_path / "run", reward="own_length:score")
     (tmp_path / "own_length.py").write_text(
         "def score(texts):\n    assert 'no' not in texts[0]\n    return [len(text) for text in texts]\n"
     )
