@@ -109,7 +109,10 @@ def test_the_check_sees_the_small_files_and_the_weights_follow_if_it_passes(hub,
 @pytest.mark.parametrize("missing", ["config.json", "vocab.txt", "pytorch_model.bin"])
 def test_a_model_without_a_needed_file_is_rejected_before_any_download(hub, published, find, missing):
     (published / missing).unlink()
-    with pytest.raises(UserError, match="--model_name owner/gpt2 needs config.json, .* files on the Hub are README.md"):
+    (published / "vocab.json").touch()  # a vocabulary only with merges.txt
+    with pytest.raises(
+        UserError, match="^--model_name owner/gpt2 needs config.json, .* files on the Hub are README.md"
+    ):
         find()
     assert not hub.fetched()
 
@@ -141,11 +144,16 @@ def test_a_folder_is_preferred_to_a_hub_id_and_may_start_at_home(hub, find, tmp_
     assert not hub.requests
 
 
-def test_a_private_model_needs_its_token(hub, find):
+def test_demo_is_the_gpt2_or_the_classifier(demo):
+    assert (model_folder("demo", "--model_name"), model_folder("demo", "--reward_model_name")) == demo
+
+
+def test_a_private_model_needs_its_token_and_an_id_may_lack_the_owner(hub, published, find):
     hub.token = "secret"
+    hub.commits[hub.main]["gpt2"] = published
     with pytest.raises(UserError, match="no such model; .* if it is private, set HF_TOKEN"):
         find()
-    assert find(HF_TOKEN="secret").is_dir()
+    assert find(HF_TOKEN="secret").is_dir() and find("gpt2", HF_TOKEN="secret").is_dir()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -157,6 +165,7 @@ FAULTS = [  # (method, part of the path, what the hub does), headers of its answ
     (("GET", "pytorch_model.bin", "stall"), {}, "doesn't answer"),
     (("GET", "/api/models", 503), {}, "has a problem .*503.* try later, or set HF_ENDPOINT .* --model_name PATH"),
     (("GET", "/api/models", 401), {}, "refuses access.* HF_TOKEN"),
+    (("HEAD", "pytorch_model.bin", 403), {}, "refuses access.* HF_TOKEN"),
     (("HEAD", "config.json", 403), {"X-Error-Code": "GatedRepo"}, "gated; accept its terms at .*/owner/gpt2 and"),
     (("GET", "/api/models", 404), {}, "has no such model; check the name"),
     (("GET", "/api/models", 429), {}, "too many requests from here; wait"),

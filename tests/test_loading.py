@@ -229,7 +229,7 @@ def test_saving_twice_writes_the_same_files_and_leaves_the_model_as_it_was(saved
     for path in folder.iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
-    assert model.v_head.summary.bias.item() == 1
+    assert model.v_head.summary.bias.item() == 1 and tokenizer.encode("衣服") == [2, 30, 31, 3]
 
 
 def test_a_saved_folder_opens_here_with_its_value_head_in_the_unit_of_the_scores(saved, capfd):
