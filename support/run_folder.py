@@ -266,14 +266,14 @@ class RunFolder:
         try:
             yield
         except RewardError as error:
-            where = f"step {trainer.n_steps + 1}" if training else "evaluation"
+            said = f"step {trainer.n_steps + 1}: {error}" if training else f"evaluation: {error}"
             if training:
                 self.save_checkpoint(trainer)
-            if not error.traceback:
-                raise UserError(f"{where}: {error}")
-            if self.writes:
+            if error.traceback:
+                said += f"; the traceback and the texts are in {self.path / 'error.log'}"
+            if error.traceback and self.writes:
                 write_whole(self.path / "error.log", error.traceback)
-            raise UserError(f"{where}: {error}; the traceback and the texts are in {self.path / 'error.log'}")
+            raise UserError(said)
         except FloatingPointError as error:
             hint = "try a lower --lr, or --dtype float32. The last good checkpoint is kept"
             raise UserError(f"step {trainer.n_steps + 1}: {error}; {hint}")
