@@ -326,8 +326,7 @@ class PPOTrainer:
         scores = engine.collator.scores(rewards, n)
         if self.reward_unit is None:
             self.reward_unit = pick_reward_unit(scores, config.init_kl_coef)
-            for model in (self.model, engine.averaged):
-                model.v_head.scale_(1 / self.reward_unit)
+            self.model.v_head.scale_(1 / self.reward_unit)  # the average starts anew with the first step
         unit = self.reward_unit
 
         # 1. Log-probabilities and values of policy and reference before this step's update
