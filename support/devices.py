@@ -41,7 +41,6 @@ def environment(device) -> dict[str, str]:
 
 
 def in_one_line(environment: dict[str, str]) -> str:
-    """The most important entries of an environment."""
     names = ("Python", "torch", "transformers", "CUDA", "device")
     return ", ".join(f"{name} {environment[name]}" for name in names if name in environment)
 
@@ -104,12 +103,10 @@ def pick_dtype(dtype: str, device):
 
 
 def pick_micro_batch_size(config: PPOConfig, gpt2_config, device, n_prompt: int, n_tokens: int, drawing=False) -> int:
-    """How many completions of n_tokens tokens after prompts of n_prompt go through a model at once.
+    """How many completions of n_tokens tokens, after prompts of n_prompt, go through a model at once.
 
-    --micro_batch_size if given, else as many as fit into an eighth of a GPU's memory; on other devices into 2 GiB, at
-    most 64. A completion takes 24 bytes a token and vocabulary entry (about six float32 tables of logits live at once),
-    and 16 bytes a token, block and unit of width (keys and values, twice). Sampling computes the logits of one token
-    at a time, so four times as many fit.
+    Without --micro_batch_size, as many as fit into an eighth of a GPU's memory, or elsewhere into 2 GiB, at most 64.
+    Some six float32 copies of the logits and two of keys and values live at once. Sampling needs one token's logits.
     """
     more = 4 if drawing else 1
     if config.micro_batch_size:

@@ -25,10 +25,7 @@ def below_torchrun() -> bool:
 
 
 def init_process_group() -> None:
-    """Join the process group that torchrun's environment variables describe. From here on only rank 0 prints.
-
-    Uses NCCL between GPUs and Gloo between CPUs. Raises UserError if the processes don't find each other.
-    """
+    """Join the other processes of torchrun, if any. From then on only rank 0 prints. Raises UserError if that fails."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     import torch
@@ -63,7 +60,7 @@ def say_why(line: str) -> None:
 
 
 def tell_torchrun(reason: str) -> None:
-    """Have torchrun's report show a line or a traceback. torch's own `record` would show a traceback in any case."""
+    """Put a line or a traceback into torchrun's report. torch's `record` would put a traceback into it in any case."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         message = {"message": reason, "extraInfo": {"py_callstack": reason, "timestamp": str(int(time.time()))}}
         Path(file).write_text(json.dumps({"message": message}), encoding="utf-8")
@@ -77,10 +74,7 @@ def lost_process(error: Exception) -> str | None:
 
 
 def exit_process(code: int) -> None:
-    """End this process with an exit code.
-
-    One of several ends at once: while Python shuts down, threads of the process group may hang or abort it.
-    """
+    """End this process. One of several ends at once, since the group's threads may hang or abort its shutdown."""
     if process_group():
         sys.stdout.flush()
         sys.stderr.flush()

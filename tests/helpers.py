@@ -57,15 +57,13 @@ def write_gpt2(folder: Path, **changes) -> Path:
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
         "tokenizer_class": "BertTokenizer",
-        **shape,
-        **changes,
-    }
-    config |= {
         "activation_function": "gelu_new",
         "resid_pdrop": 0.1,
         "attn_pdrop": 0.1,
         "embd_pdrop": 0.1,
         "initializer_range": 0.2,
+        **shape,
+        **changes,
     }
     model = GPT2LMHeadModel(
         GPT2Config(**{k: v for k, v in config.items() if k != "model_type"}, bos_token_id=None, eos_token_id=None)

@@ -29,17 +29,12 @@ class Ranks:
         self.folder, self.processes = folder, []
         self.store = store or TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank in range(n):
-            numbers = {
-                "RANK": rank,
-                "WORLD_SIZE": n,
-                "LOCAL_RANK": rank,
-                "LOCAL_WORLD_SIZE": n,
-                "MASTER_PORT": self.store.port,
-            }
-            elastic = {"RESTART_COUNT": restarts, "RUN_ID": "job", "ERROR_FILE": folder / f"{rank}.json"}
-            elastic |= {"USE_AGENT_STORE": True}
-            environment = numbers | {f"TORCHELASTIC_{name}": value for name, value in elastic.items()}
-            environment = {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"}
+            environment = {"RANK": rank, "WORLD_SIZE": n, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": n}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.store.port}
+            elastic = {"RESTART_COUNT": restarts, "RUN_ID": "job", "USE_AGENT_STORE": True}
+            elastic |= {"ERROR_FILE": folder / f"{rank}.json"}
+            environment |= {f"TORCHELASTIC_{name}": value for name, value in elastic.items()}
+            environment = {name: str(value) for name, value in environment.items()}
             process = context.Process(target=call, args=(folder, environment, function, arguments))
             process.start()
             self.processes.append(process)
@@ -93,26 +88,22 @@ SHARE, STEP = 8, 5
 shares = []
 
 
-def is_time(texts: list[str]) -> bool:
+def lengths(texts: list[str], happens=lambda: None) -> list[float]:
     if len(texts) == SHARE:
         shares.append(texts)
     first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
-    return os.environ.get("RANK") == "1" and first_start and len(texts) == SHARE and len(shares) == STEP
+    if os.environ.get("RANK") == "1" and first_start and len(texts) == SHARE and len(shares) == STEP:
+        happens()
+    return [len(text) / 20 for text in texts]
 
 
 def killed(texts: list[str]) -> list[float]:
-    if is_time(texts):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return [len(text) / 20 for text in texts]
+    return lengths(texts, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def interrupted(texts: list[str]) -> list[float]:
-    if is_time(texts):
-        os.kill(os.getpid(), signal.SIGINT)
-    return [len(text) / 20 for text in texts]
+    return lengths(texts, lambda: os.kill(os.getpid(), signal.SIGINT))
 
 
 def fails(texts: list[str]) -> list[float]:
-    if is_time(texts):
-        raise KeyError("no such word")
-    return [len(text) / 20 for text in texts]
+    return lengths(texts, lambda: {}["no such word"])

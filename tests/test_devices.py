@@ -1,8 +1,6 @@
 """With which versions, on which device, in which dtype and with how many completions at once a run computes."""
 
-import ctypes
 import shutil
-import sys
 import types
 from importlib import metadata
 
@@ -13,9 +11,6 @@ import train_ppo
 from config import PPOConfig
 from support.devices import (
     check_versions,
-    environment,
-    in_one_line,
-    keep_freed_memory,
     pick_device,
     pick_dtype,
     pick_micro_batch_size,
@@ -28,10 +23,8 @@ from support.text_trainer import TextPPOTrainer
 @pytest.mark.parametrize(
     ("versions", "refused"),
     [
-        ({"torch": "2.6.0+cu124", "transformers": "5.4.0"}, None),
-        ({"torch": "2.6.0a0+df5bbc09d1.nv24.12", "transformers": "5.10.0.dev0"}, None),
+        ({"torch": "2.6.0a0+df5bbc09d1.nv24.12", "transformers": "5.4.0.dev0"}, None),
         ({"torch": "2.5.1+cu121", "transformers": "5.4.0"}, "torch>=2.6"),
-        ({"torch": "2.15.0", "transformers": "5.3.0"}, "transformers"),
         ({"torch": "2.13.0", "transformers": "6.0.1"}, "transformers"),
         ({"transformers": "5.4.0"}, "torch>=2.6"),
     ],
@@ -75,9 +68,7 @@ def machine(monkeypatch):
     return pretend
 
 
-@pytest.mark.parametrize(
-    "device", ["tpu", "cuda:", "cuda:x", "cuda:-1", "cuda1", "mps:0", "CPU", "cuda", "cuda:1", "mps"]
-)
+@pytest.mark.parametrize("device", ["tpu", "cuda:x", "cuda1", "CPU", "cuda", "cuda:1", "mps"])
 def test_a_device_that_is_unknown_or_cannot_compute_is_refused_in_one_line(machine, capfd, device):
     machine(usable=["cuda:0"], seen=True)
     assert train_ppo.main(["--preset", "demo", "--device", device]) == 2
@@ -96,9 +87,7 @@ CUDA = ["cuda", "cuda:0", "cuda:1"]
         ("auto", {"usable": ["mps"]}, "mps", []),
         ("auto", {"usable": [*CUDA, "mps"], "seen": True}, "cuda", []),
         ("cpu", {"usable": CUDA, "seen": True}, "cpu", []),
-        ("cuda", {"usable": CUDA, "seen": True}, "cuda", []),
         ("cuda:1", {"usable": CUDA, "seen": True}, "cuda:1", ["cuda:1"]),
-        ("mps", {"usable": [*CUDA, "mps"], "seen": True}, "mps", []),
     ],
 )
 def test_a_run_takes_the_named_or_the_best_device(machine, capsys, device, there, picked, made_current):
@@ -157,14 +146,6 @@ def test_auto_is_bfloat16_if_the_device_computes_it_natively(monkeypatch, device
     assert pick_dtype("float32", device) == torch.float32 and pick_dtype("bfloat16", device) == torch.bfloat16
 
 
-def test_the_environment_of_a_gpu_names_it_and_its_cuda(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    found = environment(torch.device("cuda:1"))
-    assert found["device"] == "cuda:1 (Tesla V100)" and found["torch"] == torch.__version__
-    assert in_one_line(found).endswith(", CUDA 13.0, device cuda:1 (Tesla V100)")
-
-
 @pytest.mark.parametrize(("device", "waits"), [("cuda:1", False), ("mps", True), ("cpu", True)])
 def test_only_a_cuda_gpu_is_not_waited_for(device, waits):
     calls = []
@@ -173,47 +154,15 @@ def test_only_a_cuda_gpu_is_not_waited_for(device, waits):
     assert calls == [(torch.device(device), {"non_blocking": not waits})]
 
 
-def test_glibc_keeps_large_freed_memory_and_other_libraries_are_left_alone(monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        ctypes, "CDLL", lambda name: types.SimpleNamespace(mallopt=lambda *option: asked.append(option))
-    )
-    monkeypatch.setattr(sys, "platform", "darwin")
-    keep_freed_memory()
-    assert asked == []
-    monkeypatch.setattr(sys, "platform", "linux")
-    keep_freed_memory()
-    assert sorted(asked) == [(-4, 0), (-1, -1)]  # M_MMAP_MAX 0, M_TRIM_THRESHOLD without end
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: types.SimpleNamespace())
-    keep_freed_memory()
-
-
-def test_micro_batches_change_nothing_but_memory(gpt2_folder):
-    results = []
-    for size in (1, 5, 0):
-        config = PPOConfig(micro_batch_size=size, batch_size=8, minibatch_size=8, dtype="float32", device="cpu")
-        trainer = TextPPOTrainer.from_pretrained(gpt2_folder, config)
-        queries = trainer.encode(["衣服", "这本书很"] * 4)
-        responses = trainer.generate(queries)
-        stats = trainer.step(queries, responses, [0.1 * i for i in range(8)])
-        results.append(([response.tolist() for response in responses], stats))
-    for responses, stats in results[1:]:
-        assert responses == results[0][0]
-        assert stats == pytest.approx(results[0][1], rel=1e-4, abs=1e-4)  # 1,000 times float32's precision
-
-
 @pytest.mark.parametrize(
     ("device", "size", "n_prompt", "n_tokens", "drawing", "expected"),
     [
         ("cuda", 0, 8, 16, False, 737),  # 8 GiB / (24 * 16 * 21,128 of logits + 16 * 24 * 12 * 768 of keys and values)
         ("cuda", 0, 8, 16, True, 1_542),  # and with a quarter of the logits
-        ("cuda", 0, 1_000, 16, False, 54),
         ("cuda", 0, 8, 10**6, False, 1),
         ("cuda", 7, 8, 16, False, 7),
         ("cpu", 0, 8, 16, False, 64),  # 184 would fit into 2 GiB
-        ("cpu", 0, 8, 16, True, 256),
         ("mps", 0, 8, 100, False, 32),  # 2 GiB / (24 * 100 * 21,128 + 16 * 108 * 12 * 768)
-        ("cpu", 0, 1_000, 16, True, 14),
         ("cpu", 500, 8, 16, True, 2_000),
     ],
 )

@@ -237,9 +237,3 @@ def test_a_batch_that_cannot_be_divided_is_refused_on_all_ranks(tmp_path, demo):
     for rank in range(2):
         reason = json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8"))["message"]["message"]
         assert message == f"train_ppo.py: error: {reason}"
-
-
-def test_help_is_printed_once(tmp_path):
-    ranks, codes = run_ranks(tmp_path, "--help")
-    assert codes == [0, 0]
-    assert ranks.out(0).count("--process_timeout") == 1 and ranks.out(1) == ranks.err(0) == ranks.err(1) == ""

@@ -9,10 +9,11 @@ from ppo import logprobs_values_entropy
 from reward import SentimentReward
 from support.text_trainer import TextPPOTrainer
 from tests.helpers import small_run, weights, write_gpt2
+from train_ppo import main
 
 GPU = "cuda"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
-PROMPTS = ["刚收到货,感觉", "质量", "这本书很好", "衣服不错,但是"] * 8
+PROMPTS = ["刚收到货,感觉", "质量", "这本书很好", "衣服很不错,好评"] * 8
 SCORES = [i % 5 / 4 for i in range(32)]
 
 
@@ -109,5 +110,5 @@ def test_two_whole_runs_and_a_resumed_one_give_the_same_bits(tmp_path, demo, wit
     for name in ("one", "two"):
         assert small_run(tmp_path, "--device", GPU, name=name)[0] == 0
     assert small_run(tmp_path, "--device", GPU, "--episodes", "32", name="short")[0] == 0
-    code, _ = small_run(tmp_path, "--resume", str(tmp_path / "short"), "--episodes", "48", name=None)
-    assert code == 0 and weights(tmp_path / "one") == weights(tmp_path / "two") == weights(tmp_path / "short")
+    assert main(["--resume", str(tmp_path / "short"), "--episodes", "48"]) == 0
+    assert weights(tmp_path / "one") == weights(tmp_path / "two") == weights(tmp_path / "short")
