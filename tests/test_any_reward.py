@@ -48,7 +48,7 @@ def test_a_budget_finds_the_coefficient_of_a_run_and_of_a_loop_of_ones_own(run):
     import any_reward
 
     trainer = TextPPOTrainer.from_pretrained("demo", PPOConfig(preset="demo", device="cpu", eval_samples=64))
-    for prompts, budget in ((['刚收到货,感觉'], 0), ([], 0.4)):
+    for prompts, budget in ((["刚收到货,感觉"], 0), ([], 0.4)):
         with pytest.raises(ValueError, match="fit_kl_coef"):
             trainer.fit_kl_coef(prompts, any_reward.length, budget)
     assert trainer.fit_kl_coef(["刚收到货,感觉"], any_reward.length, 0.3) == coefficient
@@ -62,7 +62,7 @@ def test_a_budget_finds_the_coefficient_of_a_run_and_of_a_loop_of_ones_own(run):
 def test_a_budget_that_cannot_be_met_ends_the_run_before_training(run, reward, budget):
     code, folder, printed = run(reward, "--kl_budget", budget)
     assert code == 2 and "error: --kl_budget" in printed.splitlines()[-1] and "Traceback" not in printed
-    assert not folder.exists()  # so that the same name starts again
+    assert not (folder / "model").exists()
 
 
 def test_a_reward_that_is_chance_is_told_and_its_gain_is_unknown(run):
