@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, DistilBertConfig, D
 from reward import RewardError, SentimentReward, find_positive_label, read_classifier_config, score_texts
 from support.demo_models import NEGATIVE, POSITIVE
 from support.errors import UserError
+from support.user_code import import_function
 from tests.helpers import VOCAB, write_classifier, write_gpt2, write_model
 
 
@@ -239,3 +240,11 @@ def test_a_reward_that_runs_out_of_memory_blames_no_text():
     with pytest.raises(RewardError, match="^out of memory in the reward function .*; lower ") as error:
         score_texts(lambda texts: torch.empty(1 << 60), ["好评", "差评"])
     assert "好评" not in str(error.value) and "好评" in error.value.traceback
+
+
+def test_importing_a_reward_leaves_gradient_mode_and_default_dtype_as_they_were(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    script = "import torch\ntorch.set_grad_enabled(False)\ntorch.set_default_dtype(torch.float64)\nscore = print\n"
+    (tmp_path / "sets_modes.py").write_text(script)
+    assert import_function("sets_modes:score") is print
+    assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
