@@ -177,3 +177,4 @@ def test_the_files_are_laid_out_like_the_article_s(demo):
         assert tokenizer.convert_ids_to_tokens(range(5)) == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
         assert len(tokenizer) == 144 and "[UNK]" not in tokenizer.tokenize("刚收到货,感觉不错。!")
         assert tokenizer.model_max_length == 64
+        assert json.loads((folder / "tokenizer_config.json").read_text())["do_lower_case"] is True
