@@ -140,6 +140,19 @@ def test_making_depends_on_nothing_else_and_leaves_the_random_generator_alone(tm
     assert {name: getattr(config, name) for name in sizes} == sizes and config.vocab_size == 150
 
 
+def test_padding_changes_no_loss():
+    torch.manual_seed(0)
+    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
+    for model in (
+        demo_models.new_classifier(9, tiny | {"max_position_embeddings": 8, "initializer_range": 1.0}).eval(),
+        demo_models.new_gpt2(9, {"n_embd": 16, "n_layer": 1, "n_head": 1, "n_positions": 8}).eval(),
+    ):
+        ids, label = torch.tensor([[2, 5, 6, 3, 0, 0]]), torch.tensor([1])
+        padded = demo_models.forward(model, ids, (ids != 0).long(), label).loss
+        alone = demo_models.forward(model, ids[:, :4], torch.ones(1, 4, dtype=torch.int64), label).loss
+        assert torch.isclose(padded, alone, rtol=200 * torch.finfo(torch.float32).eps)
+
+
 # ----------------------------------------------------------------------------------------------
 # What the models have learned
 

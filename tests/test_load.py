@@ -84,6 +84,8 @@ def test_configs_and_prompts_are_checked_before_any_weights(gpt2_folder, classif
             patch.setattr("support.models.load_weights", lambda *args: pytest.fail("read too early"))
             load(settings(model_name=names[0], reward_model_name=names[1], **changes))
         assert found == flags
+    _, _, reward, _ = load(settings(model_name="gpt2", reward_model_name="unclear", positive_label="b"))
+    assert reward.positive_label == "b"
 
 
 # ----------------------------------------------------------------------------------------------
