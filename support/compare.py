@@ -89,7 +89,10 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, float]]]:
 
 def read_metrics(run: Path) -> dict[str, np.ndarray]:
     """Returns the columns of a run's metrics.csv, (steps,) float64 each, without a half-written last line."""
-    path, rows = run / "metrics.csv", [row for _, row in read_rows(run / "metrics.csv")[1:]]
+    path = run / "metrics.csv"
+    if not path.is_file():
+        raise UserError(f"{run} has no metrics.csv; give the folder of a run")
+    rows = [row for _, row in read_rows(path)[1:]]
     if not rows:
         raise UserError(f"{path} has no step yet: the run has not finished one")
     if missing := [name for name in REQUIRED if name not in rows[0]]:

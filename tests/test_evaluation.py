@@ -192,6 +192,7 @@ FEW, HANDFUL, DEAR = "too few samples", "a handful of texts", "hardly any KL is 
         (binary(10, 2000), 0.02, HANDFUL),
         (binary(19, 2000), 0.02, HANDFUL),
         (binary(21, 2000), 0.02, FEW),
+        (binary(150, 20_000), 0.02, None),
         (binary(1, 20, 50), 0.02, HANDFUL),
         (binary(3, 20, 50), 0.02, FEW),
         (binary(1, 19, 50), 0.02, FEW),
