@@ -254,7 +254,7 @@ def test_a_saved_model_is_the_average_at_the_temperature_of_the_run(gpt2_folder,
 def test_saving_twice_gives_the_same_files_and_changes_nothing(trainer, gpt2_folder, tmp_path, scale):
     """With a unit of rewards far from 1. Values are saved in the unit of the scores: a trainer that goes on from them,
     with other scores and another unit, values texts the same."""
-    queries = trainer.encode(["衣服", "这本书很", "刚收到货,感觉", "衣服"])
+    queries = trainer.encode(["衣服", "这本书很", "刚收到货,感觉", "好评"])
     responses, scores = trainer.generate(queries), [scale * score for score in (1.0, 9.0, 4.0, 2.0)]
     for _ in range(3):
         trainer.step(queries, responses, scores)
