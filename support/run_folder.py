@@ -308,7 +308,7 @@ class RunLog:
         csv.DictWriter(self.metrics, self.columns, restval="nan", extrasaction="ignore").writerow(row)
         self.samples.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         self.samples.flush()
-        self.metrics.flush()  # last: a step whose row is there has its samples there
+        self.metrics.flush()
 
     def sync(self) -> None:
         """Wait until both are on disk."""

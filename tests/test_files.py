@@ -51,7 +51,7 @@ def test_the_old_content_stays_until_the_new_is_on_disk(tmp_path, monkeypatch, k
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("a bug")])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_an_error_while_writing_leaves_the_old_content_only(tmp_path, kind, error):
     path = tmp_path / "it"
     WRITERS[kind](path, "old")

@@ -182,13 +182,6 @@ def test_a_new_column_does_not_end_a_run_that_goes_on(tmp_path):
     assert lines == [f"{HEADER},old", "1,16,0.5,0,7", "2,32,1,2,nan", ""]
 
 
-def test_a_steps_samples_are_written_before_its_row(tmp_path):
-    log, seen = RunLog(tmp_path, 0), []
-    log.metrics.flush = lambda: seen.append((tmp_path / "samples.jsonl").read_text())
-    log.write({"step": 1}, [{"step": 1, "score": 0.5}])
-    assert seen == ['{"step": 1, "score": 0.5}\n']
-
-
 def test_logs_are_on_disk_before_the_checkpoint_that_counts_on_them(policy, tmp_path, monkeypatch):
     order, fsync = [], os.fsync
 
