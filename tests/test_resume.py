@@ -231,16 +231,23 @@ def test_a_run_goes_on_with_all_settings_that_do_not_decide_its_result(copied, t
     after = read_json(copied / "config.json")
     changed = {name: after[name] for name in after if after[name] != before[name]}
     assert changed == {name: ANOTHER[name] for name in WHEN_GOING_ON}
+    assert (trackers / "trackio.calls").read_text().endswith('["finish"]\n')
     assert checkpoints(copied) == ["step-000004"] and len(rows(copied)) == 4
     assert read_json(copied / "evaluation.json")["before"]["ref_logprob"] == -99
 
 
-def test_a_raised_run_equals_one_that_was_as_long_from_the_start(killed, tmp_path):
-    policy, short, _ = killed
-    run_dir = shutil.copytree(short, tmp_path / "run")
-    assert tiny_run(run_dir, policy, resume=True, episodes=40) == 0
-    assert tiny_run(tmp_path / "long", policy, episodes=40) == 0
-    assert differences(tmp_path / "long", run_dir) == [] and weights(run_dir) != weights(short)
+@pytest.mark.parametrize(
+    "changes", [{}, {"kl_budget": 0.1, "eval_samples": 64, "kl_controller": "adaptive", "target": 0.01, "horizon": 20}]
+)
+def test_a_raised_run_equals_one_that_was_as_long_from_the_start(policy, tmp_path, changes):
+    """The coefficient that --kl_budget found is not put back to its first value."""
+    run_dir = tmp_path / "run"
+    assert tiny_run(run_dir, policy, **changes) == 0
+    short = weights(run_dir)
+    budget = {"init_kl_coef": read_json(run_dir / "config.json")["init_kl_coef"]}  # as main() reads it
+    assert tiny_run(run_dir, policy, resume=True, episodes=40, **changes | budget) == 0
+    assert tiny_run(tmp_path / "long", policy, episodes=40, **changes) == 0
+    assert differences(tmp_path / "long", run_dir) == [] and weights(run_dir) != short
 
 
 def test_a_finished_run_is_left_alone_and_missing_output_is_made_again(finished, copied, capsys):
@@ -420,5 +427,6 @@ def test_a_checkpoint_is_due_when_the_last_is_old(policy, tmp_path, monkeypatch)
         return count_characters(texts)
 
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    assert tiny_run(tmp_path / "run", policy, reward, episodes=64, save_every=0, save_every_minutes=3) == 0
-    assert checkpoints(tmp_path / "run")[-1] == "step-000008" and len(checkpoints(tmp_path / "run")) == 2
+    changes = dict(episodes=64, save_every=0, save_every_minutes=3, keep_checkpoints=9)
+    assert tiny_run(tmp_path / "run", policy, reward, **changes) == 0
+    assert checkpoints(tmp_path / "run") == [f"step-00000{step}" for step in (1, 4, 7, 8)]  # judging took two minutes
