@@ -18,7 +18,6 @@ import copy
 import shlex
 import sys
 import time
-import traceback
 from pathlib import Path
 
 from config import PPOConfig
@@ -213,7 +212,6 @@ def main(argv: list[str] | None = None) -> int:
             flags = flags_to_go_on(run_dir, config) if mode in ("train", "resume") else shlex.join(argv)
             meeting.say_why(f"{lost}; when all machines are back, go on with: python train_ppo.py {flags}")
             return 1
-        meeting.tell_torchrun(traceback.format_exc())
         raise
     finally:
         if folder:

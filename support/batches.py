@@ -1,6 +1,6 @@
 """Prompts and completions as the models take them. Shapes: n completions, T tokens, P tokens of the longest prompt."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -14,7 +14,7 @@ class Prompts:
     """The distinct prompts of a batch, left-padded, and which of them each completion continues.
 
     ids (prompts, P) int64. mask (prompts, P) int64, 0 at the padding, or None if all have the same length. index (n,)
-    int64, on the CPU: completion i continues prompt index[i]. rows: the same, on the prompts' device, and one_hot,
+    int64 on the CPU: completion i continues prompt index[i]; rows is its copy on the prompts' device, and one_hot is
     (n, prompts) bool. hidden_states (prompts, P, hidden): the output of `SharedPrompts.trunk`, or None.
     """
 
@@ -44,21 +44,16 @@ class Prompts:
     def select(self, rows: torch.Tensor | slice) -> "Prompts":
         """Keep only the prompts of these completions. rows: a slice, or a tensor on the CPU."""
         used, index = self.index[rows].unique(return_inverse=True)
-        if len(used) == len(self.ids):
-            return replace(self, index=index)
         ids, mask, hidden_states = select_rows(used, self.ids, self.mask, self.hidden_states)
         return Prompts(ids, mask, index, hidden_states)
 
     def spread(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Repeat a tensor (prompts, ...) of the distinct prompts for each completion, (n, ...).
-
-        It is a product with a one-hot matrix for the sake of the gradient, which is then summed in float32, always in
-        the same order. Indexing would sum it in the tensor's dtype, on a GPU in a different order each time.
-        """
+        """Repeat a tensor (prompts, ...) of the distinct prompts for each completion, (n, ...). The product with a
+        one-hot matrix sums the gradient in float32, always in the same order; indexing would not."""
         return (self.one_hot.to(tensor.dtype) @ tensor.flatten(1)).unflatten(1, tensor.shape[1:])
 
     def mask_with(self, n_tokens: int) -> torch.Tensor | None:
-        """Attention mask (n, P + n_tokens) of each completion's prompt followed by n_tokens of the completion."""
+        """Attention mask (n, P + n_tokens) of each completion's prompt and n_tokens of the completion, or None."""
         if self.mask is None:
             return None
         mask = self.mask[self.rows]
@@ -70,7 +65,7 @@ class Completions:
     """A batch of completions and the prompts that they continue.
 
     ids (n, T) int64, right-padded. mask (n, T) bool, True at the real tokens, including a final [SEP].
-    hidden_states (n, T - 1, hidden): the output of `SharedPrompts.trunk`, or None, as in `prompts`.
+    hidden_states (n, T - 1, hidden) as in `prompts`, or None.
     """
 
     prompts: Prompts
@@ -87,7 +82,7 @@ class Completions:
 
 
 def select_rows(rows: torch.Tensor | slice, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Select rows of tensors on one device; None, except for the first, stays None. rows: a slice, or on the CPU."""
+    """Select rows of tensors on one device; None stays None. rows: a slice, or a tensor on the CPU."""
     if isinstance(rows, torch.Tensor):
         rows = to_device(rows, tensors[0].device)
     return [None if tensor is None else tensor[rows] for tensor in tensors]
@@ -130,10 +125,9 @@ class Collator:
             raise ValueError(f"{len(query_tensors)} queries need as many responses, not {len(response_tensors)}")
         for i, (query, response) in enumerate(zip(query_tensors, response_tensors)):
             if len(query) + len(response) > self.n_positions:
-                long = f"{len(query)} + {len(response)} tokens > {self.n_positions} positions"
-                raise ValueError(f"query {i} and its response: {long}")
-            tokens = response[completion_mask(response, self.sep_token_id)].tolist()
-            if forbidden := self.never_sampled.intersection(tokens):
+                raise ValueError(f"text {i}: {len(query)} + {len(response)} tokens > {self.n_positions} positions")
+            sampled = response[completion_mask(response, self.sep_token_id)].tolist()
+            if forbidden := self.never_sampled.intersection(sampled):
                 names = self.tokenizer.convert_ids_to_tokens(sorted(forbidden))
                 raise ValueError(f"response {i} has {names} before its end, which are never sampled")
         responses = torch.nn.utils.rnn.pad_sequence(response_tensors, batch_first=True, padding_value=self.pad_token_id)
@@ -143,7 +137,7 @@ class Collator:
         return Completions(Prompts.from_tensors(query_tensors, self.pad_token_id, self.device), ids, mask)
 
     def scores(self, rewards, n: int) -> torch.Tensor:
-        """Convert n rewards, finite numbers in a list, tensor or array, to (n,) float32."""
+        """Convert n finite numbers in a list, tensor or array to (n,) float32."""
         if (found := listed(rewards)) is None or len(found) != n:
             raise ValueError(f"a list or tensor of {n} rewards, one for each response, is needed, not {shown(rewards)}")
         scores, wrong = to_float32(found)

@@ -1,8 +1,7 @@
 """What the processes of a run exchange, with torch.distributed. Without other processes nothing is exchanged.
 
-Every process holds the whole batch, which is small, and computes its own rows of it with the models. `all_reduce_sum`
-then gives every process all rows, so that rewards, advantages and statistics are computed from the whole batch.
-DistributedDataParallel averages the gradients.
+Every process holds the whole batch, computes its own rows of it with the models and gets the others' by a sum, so that
+all compute rewards, advantages and statistics of the whole batch. DistributedDataParallel averages the gradients.
 """
 
 import os
@@ -39,11 +38,6 @@ def all_reduce_sum(rows):
     return rows
 
 
-def all_reduce_mean(tensor):
-    """Average a tensor over the processes, in place."""
-    return all_reduce_sum(tensor.div_(world_size()))
-
-
 def all_gather(value) -> list:
     """Every process's value, in the order of ranks."""
     values = [value] * world_size()
@@ -69,10 +63,8 @@ def broadcast_from_rank_0(function: Callable):
 
 
 def on_all_ranks(function: Callable):
-    """function(), computed by every rank for itself. Raises the first UserError on every rank if any rank raises one.
-
-    The message names the host if that isn't rank 0's.
-    """
+    """function(), computed by every rank for itself. Raises the first UserError on every rank if any rank raises one,
+    with the name of the host if that isn't rank 0's."""
     result = error = None
     try:
         result = function()

@@ -23,18 +23,17 @@ def check_versions() -> None:
         needed = Requirement(line)
         found = next((package.version for package in metadata.distributions(name=needed.name)), None)
         if found is None or not needed.specifier.contains(Version(found).base_version):
-            way = "run: python -m pip install -r requirements.txt"
-            raise UserError(f"{needed} is needed, but version {found} is installed; {way}")
+            raise UserError(f"{needed} is needed, not {found}; run: python -m pip install -r requirements.txt")
 
 
 def environment(device) -> dict[str, str]:
     """What a run computes with, by name."""
-    import torch
-
-    found = {"Python": platform.python_version(), "torch": torch.__version__}
-    found |= {name: metadata.version(name) for name in ("transformers", "numpy")}
+    found = {"Python": platform.python_version()}
+    found |= {name: metadata.version(name) for name in ("torch", "transformers", "numpy")}
     found |= {"system": platform.platform(), "device": str(device)}
     if device.type == "cuda":
+        import torch
+
         found["device"] += f" ({torch.cuda.get_device_name(device)})"
         found["CUDA"] = torch.version.cuda or f"ROCm {torch.version.hip}"
     return found
@@ -46,11 +45,9 @@ def in_one_line(environment: dict[str, str]) -> str:
 
 
 def check_device(device: str) -> None:
-    """Raises UserError if --device isn't a known name, or if torch can't compute there, with torch's own reason."""
+    """Raises UserError if torch doesn't know a --device or can't compute there, with torch's own reason."""
     if device in ("auto", "cpu"):
         return
-    if not re.fullmatch(r"mps|cuda(:\d+)?", device):
-        raise UserError(f"--device {device} is unknown; choose auto, cpu, cuda, cuda:N or mps")
     import torch
 
     try:
@@ -63,8 +60,8 @@ def check_device(device: str) -> None:
 def pick_device(device: str):
     """The torch.device of a --device value. 'auto' is a CUDA GPU, else an Apple GPU, else the CPU.
 
-    If torch can't compute on the NVIDIA GPU of this machine, 'auto' prints a warning and is the CPU. Under torchrun
-    each process takes a GPU of its own. Raises UserError if torch can't compute on it, or on a device that was named.
+    'auto' warns if torch can't use this machine's NVIDIA GPU. Under torchrun each process takes a GPU of its own.
+    Raises UserError if torch can't compute on that, or on a device that was named.
     """
     import torch
 
@@ -103,10 +100,9 @@ def pick_dtype(dtype: str, device):
 
 
 def pick_micro_batch_size(config: PPOConfig, gpt2_config, device, n_prompt: int, n_tokens: int, drawing=False) -> int:
-    """How many completions of n_tokens tokens, after prompts of n_prompt, go through a model at once.
-
-    Without --micro_batch_size, as many as fit into an eighth of a GPU's memory, or elsewhere into 2 GiB, at most 64.
-    Some six float32 copies of the logits and two of keys and values live at once. Sampling needs one token's logits.
+    """How many completions of n_tokens tokens, after prompts of n_prompt, go through a model at once. By default as
+    many as fit into an eighth of a GPU's memory, or elsewhere into 2 GiB, at most 64. Some six float32 copies of the
+    logits and two of keys and values live at once; drawing needs one token's logits.
     """
     more = 4 if drawing else 1
     if config.micro_batch_size:

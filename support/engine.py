@@ -1,12 +1,10 @@
 """How a batch goes through a policy and its reference, and how a gradient gets into the policy's weights.
 
-The engine knows nothing about PPO: callers pass in functions of logits and values. It decides three things:
-
-- what is trained: `config.frozen_share` of the blocks are a trunk that policy and reference share.
-- the dtype of the arithmetic: in bfloat16 a copy of the policy computes, and its gradients move the float32 weights
-  (Micikevicius et al. 2018, "Mixed precision training", arXiv:1710.03740).
-- how work is split, into micro-batches and over processes. Each process calls the same methods with the same whole
-  batch and gets the results of the whole batch. The update equals that of a single process up to rounding.
+The engine knows nothing about PPO: callers pass in functions of logits and values. Policy and reference share the first
+`config.frozen_share` of their blocks. In bfloat16 a copy of the policy computes, and its gradients move the float32
+weights (Micikevicius et al. 2018, "Mixed precision training", arXiv:1710.03740). Work is split into micro-batches and
+over processes, which all call the same methods with the same whole batch and get the results of the whole batch. The
+update equals that of a single process up to rounding.
 """
 
 import contextlib
@@ -48,7 +46,7 @@ class Engine:
                     raise ValueError("policy and reference differ in a frozen block; frozen_share=0 trains them all")
                 ref_weight.data = weight.data
 
-        # The trained weights are float32; they take the gradients of the copy
+        # The float32 weights take the gradients of the copy
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self.copied_weights = [weight for weight in self.compute_model.parameters() if weight.requires_grad]
         if self.compute_model is not model:
@@ -95,7 +93,7 @@ class Engine:
 
     def evaluate(self, function, completions: Completions, *models) -> torch.Tensor:
         """Apply function(ids, (logits, values) of each model), which returns k tensors (rows, T), to all completions:
-        (k, n, T). Logits are those of the distribution that is sampled; logits and values are float32."""
+        (k, n, T). Logits and values as in `logits_and_values`."""
         passes = [SharedPrompts(self.in_compute_dtype(model)) for model in models]
         return self.over_micro_batches(
             lambda part: function(part.ids, *(self.logits_and_values(part, one) for one in passes)), completions
@@ -163,7 +161,8 @@ class Engine:
 
     def means(self, updates: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Average the statistics of several optimiser steps over steps and processes; `skipped` is summed."""
-        table = collectives.all_reduce_mean(torch.stack([torch.stack(list(update.values())) for update in updates]))
+        table = torch.stack([torch.stack(list(update.values())) for update in updates])
+        table = collectives.all_reduce_sum(table / collectives.world_size())
         self.skipped = table[:, list(updates[0]).index("skipped")]
         return {**dict(zip(updates[0], table.mean(0))), "skipped": self.skipped.sum()}
 
@@ -187,11 +186,8 @@ class Engine:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore what `state_dict` returned. Raises ValueError if the weights are those of another model."""
+        """Restore what `state_dict` returned."""
         for model, weights in ((self.model, state["policy"]), (self.averaged, state["average"])):
-            shapes = {name: weight.shape for name, weight in model.named_parameters()}
-            if shapes != {name: weight.shape for name, weight in weights.items()}:
-                raise ValueError("its weights are not those of this model")
             model.load_state_dict(weights, strict=False)  # tied weights are there under one name only
         groups = self.optimizer.state_dict()["param_groups"]  # with this run's settings, fused if this device allows it
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})

@@ -4,7 +4,7 @@ import contextlib
 import re
 import sys
 
-# Characters that steer a terminal, break a line or turn its direction, and halves of characters
+# Control characters, line breaks, changes of direction, and halves of characters
 STEERING = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 

@@ -1,13 +1,10 @@
-"""The processes of a run under torchrun: how they start, and what they say when one is lost or all end."""
+"""The processes of a run under torchrun: how they start and how they end."""
 
-import json
 import os
 import re
 import socket
 import sys
-import time
 from datetime import timedelta
-from pathlib import Path
 
 from config import PPOConfig
 from support.collectives import process_group
@@ -35,8 +32,7 @@ def init_process_group() -> None:
     timeout = timedelta(seconds=PPOConfig.process_timeout)
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it still has the addresses of dead processes
-            store = dist.PrefixStore(f"start-{restart_count()}", store)
+        store = dist.PrefixStore(f"start-{restart_count()}", store)  # it still has the addresses of dead processes
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except RuntimeError as error:
         hint = "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network interface between the machines"
@@ -53,17 +49,9 @@ def set_timeout(seconds: float) -> None:
 
 
 def say_why(line: str) -> None:
-    """Print why this process ends, once per machine, and put it into torchrun's report."""
+    """Print why this process ends, once per machine."""
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(f"train_ppo.py: error: {line}", file=sys.stderr)
-    tell_torchrun(line)
-
-
-def tell_torchrun(reason: str) -> None:
-    """Put a line or a traceback into torchrun's report. torch's `record` would put a traceback into it in any case."""
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        message = {"message": reason, "extraInfo": {"py_callstack": reason, "timestamp": str(int(time.time()))}}
-        Path(file).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 
 def lost_process(error: Exception) -> str | None:
@@ -77,6 +65,5 @@ def exit_process(code: int) -> None:
     """End this process. One of several ends at once, since the group's threads may hang or abort its shutdown."""
     if process_group():
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)

@@ -1,5 +1,4 @@
-"""The policy's pass over completions that share prompts: each distinct prompt goes through the model only once, and the
-completions read its keys and values."""
+"""A pass over completions that share prompts: each distinct prompt goes through the model only once."""
 
 from dataclasses import replace
 

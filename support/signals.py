@@ -10,7 +10,7 @@ STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if ha
 
 
 class StopSignal:
-    """These signals ask the loop to stop after its step; a second one ends the process at once."""
+    """The first of these signals asks the loop to stop after its step; a second one ends the process at once."""
 
     def __init__(self):
         self.received = 0

@@ -18,8 +18,7 @@ from support.user_code import listed, shown
 
 
 class TextPPOTrainer(PPOTrainer):
-    """A PPOTrainer that also encodes prompts, decodes responses and saves. Raises ValueError, with one clear line, if a
-    name, a folder or a setting is wrong."""
+    """A PPOTrainer that also encodes prompts, decodes responses and saves. Raises ValueError if a setting is wrong."""
 
     def __init__(self, config: PPOConfig, model, ref_model, tokenizer):
         super().__init__(config, model, ref_model, tokenizer)

@@ -17,8 +17,7 @@ from support.errors import UserError, first_line
 def import_function(spec: str) -> Callable:
     """Import the function that 'module:function' names, from the working directory or Python's path.
 
-    This runs the module's code. Gradient mode and default dtype, which some scripts set for themselves, are put back.
-    Raises UserError if the import fails or if there is no such function.
+    Gradient mode and default dtype, which some scripts set, are put back. Raises UserError if there is no function.
     """
     module, _, name = spec.partition(":")
     if os.getcwd() not in sys.path:
@@ -45,20 +44,13 @@ def listed(values) -> list | None:
 
 def to_float32(values: list) -> tuple[torch.Tensor, list[tuple[int, str]]]:
     """Numbers of any library as a tensor (n,) float32, and (index, text) of each that isn't a finite number there."""
-    floats = [to_float(value) for value in values]
+    floats = []
+    for value in values:
+        if hasattr(value, "item") and math.prod(value.shape) == 1:
+            value = value.item()
+        floats.append(float(value) if isinstance(value, (Real, Decimal)) else math.nan)
     numbers = torch.tensor(floats, dtype=torch.float32)
-    wrong = (~numbers.isfinite()).nonzero().flatten().tolist()
-    return numbers, [(i, shown(values[i]) if math.isnan(floats[i]) else str(floats[i])) for i in wrong]
-
-
-def to_float(value) -> float:
-    """A number of Python, NumPy or torch as a float: NaN if it isn't a number, infinity if it is too large."""
-    if hasattr(value, "item") and math.prod(value.shape) == 1:
-        value = value.item()
-    try:
-        return float(value) if isinstance(value, (Real, Decimal)) else math.nan
-    except OverflowError:
-        return math.inf
+    return numbers, [(i, shown(values[i])) for i in (~numbers.isfinite()).nonzero().flatten().tolist()]
 
 
 def to_ids(values) -> torch.Tensor | None:

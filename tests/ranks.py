@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import sys
-import time
 from pathlib import Path
 
 from torch.distributed import TCPStore
@@ -21,19 +20,16 @@ context.set_forkserver_preload([*LIBRARIES, "tests.conftest", "train_ppo", "supp
 
 class Ranks:
     """n processes that call function(rank, *arguments) in `folder`; what they print is in the files RANK.out, RANK.err.
+    restarts: how often torchrun has started them before."""
 
-    restarts: how often torchrun has started them before. store: that of an earlier start, as torchrun's agent keeps it.
-    """
-
-    def __init__(self, folder: Path, function, *arguments, n=2, restarts=0, store=None):
+    def __init__(self, folder: Path, function, *arguments, n=2, restarts=0):
         self.folder, self.processes = folder, []
-        self.store = store or TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank in range(n):
             environment = {"RANK": rank, "WORLD_SIZE": n, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": n}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.store.port}
-            elastic = {"RESTART_COUNT": restarts, "RUN_ID": "job", "USE_AGENT_STORE": True}
-            elastic |= {"ERROR_FILE": folder / f"{rank}.json"}
-            environment |= {f"TORCHELASTIC_{name}": value for name, value in elastic.items()}
+            environment |= {"TORCHELASTIC_RESTART_COUNT": restarts, "TORCHELASTIC_RUN_ID": "job"}
+            environment |= {"TORCHELASTIC_USE_AGENT_STORE": True}
             environment = {name: str(value) for name, value in environment.items()}
             process = context.Process(target=call, args=(folder, environment, function, arguments))
             process.start()
@@ -41,14 +37,11 @@ class Ranks:
 
     def wait(self) -> list[int]:
         """The exit codes. Kills a run that hangs."""
-        deadline = time.monotonic() + 240
         for process in self.processes:
-            process.join(max(0, deadline - time.monotonic()))
-        codes = [process.exitcode for process in self.processes]
-        for process in self.processes:
+            process.join(240)
             process.kill()
             process.join()
-        return codes
+        return [process.exitcode for process in self.processes]
 
     def out(self, rank: int) -> str:
         """stdout, without the lines that Gloo in torch 2.9 prints about its connections."""
@@ -88,9 +81,8 @@ SHARE, STEP = 8, 5
 shares = []
 
 
-def lengths(texts: list[str], happens=lambda: None) -> list[float]:
-    if len(texts) == SHARE:
-        shares.append(texts)
+def lengths(texts: list[str], happens) -> list[float]:
+    shares.extend([texts] if len(texts) == SHARE else [])
     first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
     if os.environ.get("RANK") == "1" and first_start and len(texts) == SHARE and len(shares) == STEP:
         happens()

@@ -48,14 +48,7 @@ def test_a_budget_finds_the_coefficient_of_a_run_and_of_a_loop_of_ones_own(run):
     import any_reward
 
     trainer = TextPPOTrainer.from_pretrained("demo", PPOConfig(preset="demo", device="cpu", eval_samples=64))
-    for prompts, budget in ((["刚收到货,感觉"], 0), ([], 0.4)):
-        with pytest.raises(ValueError, match="fit_kl_coef"):
-            trainer.fit_kl_coef(prompts, any_reward.length, budget)
     assert trainer.fit_kl_coef(["刚收到货,感觉"], any_reward.length, 0.3) == coefficient
-    queries = trainer.encode(["刚收到货,感觉"] * 2)
-    assert trainer.step(queries, trainer.generate(queries), [1.0, 0.0])["objective/kl_coef"] == coefficient
-    with pytest.raises(ValueError, match="before the first step"):
-        trainer.fit_kl_coef(["刚收到货,感觉"], any_reward.length, 0.3)
 
 
 @pytest.mark.parametrize(("reward", "budget"), [("rare", "0.3"), ("length", "60")])

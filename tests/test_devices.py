@@ -9,15 +9,8 @@ import torch
 
 import train_ppo
 from config import PPOConfig
-from support.devices import (
-    check_versions,
-    pick_device,
-    pick_dtype,
-    pick_micro_batch_size,
-    to_device,
-)
+from support.devices import check_versions, pick_device, pick_dtype, pick_micro_batch_size, to_device
 from support.errors import UserError
-from support.text_trainer import TextPPOTrainer
 
 
 @pytest.mark.parametrize(
@@ -37,8 +30,6 @@ def test_a_version_that_cannot_work_is_one_line_before_anything_else(monkeypatch
     if refused is None:
         check_versions()
         return
-    with pytest.raises(UserError, match=refused):
-        TextPPOTrainer.from_pretrained("a/b")
     assert train_ppo.main(["--preset", "demo"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and refused in err and "pip install -r requirements.txt" in err
@@ -50,8 +41,8 @@ def machine(monkeypatch):
     ones = torch.ones
 
     def pretend(usable=(), seen=False, driver=False):
-        def compute(*size, device=None):
-            if device is not None and device not in (*usable, "cpu"):
+        def compute(*size, device):
+            if device not in (*usable, "cpu"):
                 raise RuntimeError(f"CUDA error: no kernel for {device}\nCompile with TORCH_USE_CUDA_DSA")
             return ones(*size)
 
@@ -68,13 +59,11 @@ def machine(monkeypatch):
     return pretend
 
 
-@pytest.mark.parametrize("device", ["tpu", "cuda:x", "cuda1", "CPU", "cuda", "cuda:1", "mps"])
-def test_a_device_that_is_unknown_or_cannot_compute_is_refused_in_one_line(machine, capfd, device):
-    machine(usable=["cuda:0"], seen=True)
+@pytest.mark.parametrize("device", ["tpu", "cuda:x", "meta", "mps"])
+def test_a_device_that_is_unknown_or_cannot_compute_is_refused_in_one_line(capfd, device):
     assert train_ppo.main(["--preset", "demo", "--device", device]) == 2
     out, err = capfd.readouterr()
-    assert out == "" and err.count("\n") == 1 and err.startswith(f"train_ppo.py: error: --device {device}")
-    assert "cpu" in err and ("no kernel" in err) == (device in ("cuda", "cuda:1", "mps"))
+    assert out == "" and err.count("\n") == 1 and err.startswith(f"train_ppo.py: error: --device {device}: torch")
 
 
 CUDA = ["cuda", "cuda:0", "cuda:1"]
@@ -109,18 +98,18 @@ def test_an_nvidia_gpu_that_torch_cannot_use_is_one_warning(machine, monkeypatch
     assert pick_device("auto") == torch.device("cpu") and capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])
-def test_under_torchrun_each_process_takes_a_gpu_of_its_own(machine, monkeypatch, device):
-    chosen = machine(usable=CUDA, seen=True)
+def test_under_torchrun_each_process_takes_a_gpu_of_its_own(machine, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")  # two machines with two processes each
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert pick_device(device) == torch.device("cuda:1") and chosen == ["cuda:1"]
-    machine(usable=["cuda", "cuda:0"], seen=True)
-    with pytest.raises(UserError, match="--device cuda:1: "):
-        pick_device(device)
+    for device in ("auto", "cuda"):
+        chosen = machine(usable=CUDA, seen=True)
+        assert pick_device(device) == torch.device("cuda:1") and chosen.pop() == "cuda:1"
+        machine(usable=["cuda", "cuda:0"], seen=True)
+        with pytest.raises(UserError, match="--device cuda:1: "):
+            pick_device(device)
     machine()
-    assert pick_device("cpu") == pick_device("auto") == torch.device("cpu")
+    assert pick_device("auto") == torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -146,32 +135,26 @@ def test_auto_is_bfloat16_if_the_device_computes_it_natively(monkeypatch, device
     assert pick_dtype("float32", device) == torch.float32 and pick_dtype("bfloat16", device) == torch.bfloat16
 
 
-@pytest.mark.parametrize(("device", "waits"), [("cuda:1", False), ("mps", True), ("cpu", True)])
-def test_only_a_cuda_gpu_is_not_waited_for(device, waits):
-    calls = []
-    tensor = types.SimpleNamespace(to=lambda *args, **options: calls.append((*args, options)))
-    to_device(tensor, torch.device(device))
-    assert calls == [(torch.device(device), {"non_blocking": not waits})]
+def test_only_a_cuda_gpu_is_not_waited_for():
+    tensor = types.SimpleNamespace(to=lambda device, non_blocking: non_blocking)
+    assert [to_device(tensor, torch.device(name)) for name in ("cuda:1", "mps", "cpu")] == [True, False, False]
 
 
 @pytest.mark.parametrize(
-    ("device", "size", "n_prompt", "n_tokens", "drawing", "expected"),
+    ("device", "size", "n_tokens", "drawing", "expected"),
     [
-        ("cuda", 0, 8, 16, False, 737),  # 8 GiB / (24 * 16 * 21,128 of logits + 16 * 24 * 12 * 768 of keys and values)
-        ("cuda", 0, 8, 16, True, 1_542),  # and with a quarter of the logits
-        ("cuda", 0, 8, 10**6, False, 1),
-        ("cuda", 7, 8, 16, False, 7),
-        ("cpu", 0, 8, 16, False, 64),  # 184 would fit into 2 GiB
-        ("mps", 0, 8, 100, False, 32),  # 2 GiB / (24 * 100 * 21,128 + 16 * 108 * 12 * 768)
-        ("cpu", 500, 8, 16, True, 2_000),
+        ("cuda", 0, 16, False, 737),  # 8 GiB / (24 * 16 * 21,128 of logits + 16 * 24 * 12 * 768 of keys and values)
+        ("cuda", 0, 16, True, 1_542),  # and with a quarter of the logits
+        ("cuda", 0, 10**6, False, 1),
+        ("cpu", 0, 16, False, 64),  # 184 would fit into 2 GiB
+        ("mps", 0, 100, False, 32),  # 2 GiB / (24 * 100 * 21,128 + 16 * 108 * 12 * 768)
+        ("cpu", 500, 16, True, 2_000),
     ],
 )
-def test_as_many_completions_go_through_at_once_as_memory_holds(
-    monkeypatch, device, size, n_prompt, n_tokens, drawing, expected
-):
-    """Of the article's GPT-2, on a GPU of 64 GiB."""
+def test_as_many_completions_go_through_at_once_as_memory_holds(monkeypatch, device, size, n_tokens, drawing, expected):
+    """Of the article's GPT-2, on a GPU of 64 GiB, after prompts of 8 tokens."""
     memory = types.SimpleNamespace(total_memory=64 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
     gpt2_config = types.SimpleNamespace(vocab_size=21_128, n_layer=12, n_embd=768)
     config, device = PPOConfig(micro_batch_size=size), torch.device(device)
-    assert pick_micro_batch_size(config, gpt2_config, device, n_prompt, n_tokens, drawing) == expected
+    assert pick_micro_batch_size(config, gpt2_config, device, 8, n_tokens, drawing) == expected
