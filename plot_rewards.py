@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.compare import Curve, Run, comparison, curves, known_gain, read_run, reward_decimals, short, told
+from support.compare import Curve, Run, comparison, curves, differences, known_gain, read_run, reward_decimals, short
 from support.errors import UserError
 from support.files import whole, write_whole
 from support.streams import hold_streams
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="picture to write, as .png, .pdf or .svg (default: see above)")
     args = parser.parse_args(argv)
     try:
-        paths = list({path.resolve(): path for path in args.runs or [newest_run(Path("runs"))]}.values())
+        paths = args.runs or [newest_run(Path("runs"))]
         default = Path("gain.png" if args.against else "compare.png")
         out = args.out or (paths[0] / "rewards.png" if len(paths) == 1 and not args.against else default)
         written = draw(paths, out, [name for name in args.by.split(",") if name], args.only, args.against)
@@ -56,15 +56,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def newest_run(runs_dir: Path) -> Path:
     """Returns the run in `runs_dir` that wrote metrics last."""
-    files = sorted(runs_dir.glob("*/metrics.csv"), key=lambda path: path.stat().st_mtime)
-    if not files:
+    newest = max(runs_dir.glob("*/metrics.csv"), key=lambda path: path.stat().st_mtime, default=None)
+    if not newest:
         raise UserError(f"no run with a metrics.csv in {runs_dir}; train first, or name a run folder")
-    return files[-1].parent
+    return newest.parent
 
 
 def draw(paths: list[Path], out: Path, by: list[str] = (), only: str = "", against: str = "") -> list[Path]:
-    """Draw the runs over each other into `out`; print the table of several, and write it to TABLE. Returns what was
-    written. Raises UserError if the runs, `by`, `against` or `out` can't be used."""
+    """Draw the runs over each other into `out`; print the table of several, and write it to TABLE. Returns the files.
+    Raises UserError if the runs, `by`, `against` or `out` can't be used."""
     if out.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"cannot write {out}: the name of a picture must end in .png, .pdf or .svg")
     from matplotlib import colormaps, font_manager, rc_context
@@ -76,7 +76,7 @@ def draw(paths: list[Path], out: Path, by: list[str] = (), only: str = "", again
         known = [run for run in runs if known_gain(run) and type(run.settings.get(against)) in (int, float)]
         if len({run.settings[against] for run in known}) < 2:
             raise UserError(f"--against {against} needs runs with known gains and different numbers as {against}")
-        drawn = curves(known, [name for name in by or told(known) if name != against])
+        drawn = curves(known, [name for name in by or differences(known) if name != against])
     palette = colormaps["tab10" if len(drawn) <= 10 else "turbo"].resampled(max(10, len(drawn)))
     for number, curve in enumerate(drawn):
         curve.colour = palette(number)
@@ -112,8 +112,6 @@ def add_names(fig, drawn: list[Curve], names: list[str]) -> None:
     from matplotlib import rcParams
     from matplotlib.lines import Line2D
 
-    if len(rcParams["font.family"]) == 1:  # no Chinese: code points instead of boxes
-        names = [name.encode("ascii", "backslashreplace").decode() for name in names]
     letters = int(fig.get_figwidth() * 72 / rcParams["font.size"] / 0.55)  # on a line
     names = [textwrap.fill(name, letters - 6) for name in names]
     handles = [Line2D([], [], color=curve.colour, linewidth=3, label=name) for curve, name in zip(drawn, names)]
@@ -134,13 +132,10 @@ def draw_all(fig, drawn: list[Curve]) -> None:
     """Draw the reward on top, the plane and the histogram below it, and two rows of PANELS, step by step."""
     titles = [title for title, *_ in PANELS]
     rows = [["reward"] * 4, ["plane"] * 2 + ["histogram"] * 2, titles[:4], titles[4:]]
-    if max(curve.metrics["step"].shape[1] for curve in drawn) == 1:
-        rows = rows[:2]  # a single step has no curve
-        fig.set_figheight(8)
-    axes = fig.subplot_mosaic(rows, height_ratios=[1.5, 1.6, 1, 1][: len(rows)])
+    axes = fig.subplot_mosaic(rows, height_ratios=[1.5, 1.6, 1, 1])
     for name, draw_it in BIG.items():
         draw_it(axes[name], drawn)
-    for title, columns, unit in PANELS if len(rows) > 2 else []:
+    for title, columns, unit in PANELS:
         for curve in drawn:
             for column, style in zip(columns, ["-", "--", ":"]):
                 if column in curve.metrics:
@@ -168,12 +163,12 @@ def draw_reward(axes, drawn: list[Curve]) -> None:
         axes.plot(episodes, line, ".-", color=curve.colour, markersize=2, linewidth=2.5, label="running mean")
         if len(reward) > 1:
             band, width = "standard deviation over the runs", smooth(reward).std(0, ddof=1)
-        elif len(drawn) == 1 and "env/reward_std" in curve.metrics:
+        elif len(drawn) == 1:
             error = curve.metrics["env/reward_std"][0] / np.sqrt(episodes / curve.metrics["step"][0])
             band, width = "95% interval of a step's mean", 1.96 * smooth(error)
         if width is not None:
             axes.fill_between(episodes, line - width, line + width, color=curve.colour, alpha=0.15, lw=0, label=band)
-        if alarms := [alarm["step"] for run in curve.runs for alarm in run.evaluation.get("alarms") or []]:
+        if alarms := [alarm["step"] for run in curve.runs for alarm in run.evaluation.get("alarms", [])]:
             at = [np.interp(alarms, curve.metrics["step"][0], values) for values in (episodes, line)]
             axes.plot(*at, "v", color=curve.colour, markeredgecolor="black", zorder=3, label="alarm")
     axes.set(title="mean reward of each step", xlabel="episodes", ylabel="mean reward")
@@ -204,12 +199,9 @@ def draw_plane(axes, drawn: list[Curve]) -> None:
     for points, colour in shared(drawn, lambda run: judged(run, "before")):
         axes.plot(*points.T, "o", color=colour, **big, label="before")
     for curve in drawn:
-        ends = np.array([(each["kl"], each["reward"]) for run in curve.runs for each in judged(run, "after")])
-        if len(ends) > 1:
-            kl_sd, reward_sd = ends.std(0, ddof=1)
-            axes.errorbar(*ends.mean(0), reward_sd, kl_sd, color=curve.colour, label="standard deviation over the runs")
-        if len(ends):
-            axes.plot(*ends.mean(0), "*", color=curve.colour, **big, label="after")
+        ends = [(each["kl"], each["reward"]) for run in curve.runs for each in judged(run, "after")]
+        if ends:
+            axes.plot(*np.mean(ends, 0), "*", color=curve.colour, **big, label="after")
     for points, colour in shared(drawn, lambda run: known_gain(run) and [known_gain(run)["limit"]]):
         axes.plot(*points.T, "D", color=colour, markersize=10, fillstyle="none", label="the limit at this beta")
     axes.set(title="reward against KL", xlabel="KL to the reference, nats", ylabel="mean reward")

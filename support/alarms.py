@@ -1,12 +1,11 @@
 """Signs in the rows of metrics.csv that a run is in trouble: each is reported once, with the remedy. None stops a run.
 
-The limits lie between the healthy and the sick runs of docs/experiments.md. Numbers that vary from batch to batch are
-averaged over the last steps.
+The limits lie between the healthy and the sick runs of docs/experiments.md.
 """
 
 import math
 
-LAST = 5  # steps
+LAST = 5  # steps over which numbers that vary from batch to batch are averaged
 TOO_FAST, CLIPPED = 0.01, 0.1  # approxkl and clipfrac
 STILL = 3e-5  # approxkl of the first step
 FAR, BEYOND = 2.0, 1.5  # KL in nats, and as a multiple of the limit's
@@ -15,12 +14,10 @@ DEARER = "a higher --init_kl_coef or --kl_budget 0.4 keeps the texts closer to t
 
 
 class Alarms:
-    """Looks at each step of a run. `found` lists what it has reported: {"step", "alarm", "says"}.
-
-    kl_limit: the KL of the best possible policy in nats, or None if unknown.
-    """
+    """Looks at each step of a run. `found` lists what it has reported: {"step", "alarm", "says"}."""
 
     def __init__(self, config, kl_limit: float | None):
+        """kl_limit: the KL of the best possible policy in nats, or None if unknown."""
         self.moves_first = config.ppo_epochs * math.ceil(config.batch_size / config.minibatch_size) > 1
         self.kl_limit = kl_limit or 0.0
         self.first, self.last, self.found = None, [], []

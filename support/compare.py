@@ -1,30 +1,21 @@
-"""Compare runs: read what each one wrote, group them into curves, and put their figures in a table.
-
-Runs that differ only in the seed are one curve: their mean.
-"""
+"""Compare runs: read what each one wrote, group those that differ only in the seed, and put figures in a table."""
 
 import functools
-import json
-import math
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from config import PRESETS, PPOConfig
 from support.errors import UserError
 from support.figures import decimals, table
 from support.files import MEND_LINE, damaged, read_json, whole_lines
 from support.settings import NOT_COMPARED
 
-REQUIRED = ["step", "episodes", "env/reward_mean", "objective/kl"]  # columns of metrics.csv
 # Settings that change nothing that a curve shows, and those that decide the limit
 SILENT = {"seed", "log_samples_every", "save_every", "save_every_minutes", "keep_checkpoints", "process_timeout"}
-LIMIT = (
-    "model_name reward_model_name positive_label reward prompts prompts_file gen_len temperature init_kl_coef".split()
-)
+LIMIT = {"model_name", "reward_model_name", "positive_label", "reward", "prompts", "prompts_file", "gen_len"}
+LIMIT |= {"temperature", "init_kl_coef"}
 FORMATS = {"R": None, "KL": ".3f", "J": None, "gain": ".2f", "SD": ".2f", "error of judging": ".2f"}
 FORMATS |= {"unique": ".1%", "seconds a step": ".2f"}  # of the table; None: one decimal more than rewards need
 LEGEND = """R, KL, J, gain and unique: means over the trained models of a row, as they were judged. SD: the standard
@@ -42,38 +33,29 @@ class Run:
 
     def figures(self) -> dict[str, float]:
         """Returns what the table shows of a run, as far as it is known."""
-        after, gain = self.evaluation.get("after"), known_gain(self)
-        found = {"R": after["reward"], "KL": after["kl"], "unique": after["unique"]} if after else {}
-        if after and "init_kl_coef" in self.settings:
-            found["J"] = after["reward"] - self.settings["init_kl_coef"] * after["kl"]
-        if gain:
+        found = {"seconds a step": np.median(self.metrics["time/step"])}
+        if after := self.evaluation.get("after"):
+            J = after["reward"] - self.settings["init_kl_coef"] * after["kl"]
+            found |= {"R": after["reward"], "KL": after["kl"], "J": J, "unique": after["unique"]}
+        if gain := known_gain(self):
             found |= {"gain": gain["gain"], "error of judging": gain["gain_se"]}
-        if "time/step" in self.metrics:
-            found["seconds a step"] = np.median(self.metrics["time/step"])
         return found
 
 
 def known_gain(run: Run) -> dict:
     """Returns a run's gain with its standard error and its limit, {} if it is unknown."""
-    gain = run.evaluation.get("gain") or {}
-    return gain if gain.get("gain") is not None else {}
+    gain = run.evaluation.get("gain", {"gain": None})
+    return {} if gain["gain"] is None else gain
 
 
 def read_run(path: Path) -> Run:
-    """Raises UserError if metrics.csv can't be used. Warns if another file is damaged, and goes on without it."""
-
-    def read(name: str) -> dict:
-        try:
-            return read_json(path / name, "the run is shown without it", missing={})
-        except UserError as error:
-            print(f"warning: {error}", file=sys.stderr)
-            return {}
-
-    settings = read("config.json")
+    """Read a run folder. Raises UserError if a file is damaged, or if metrics.csv or config.json is missing."""
+    metrics, remedy = read_metrics(path), "repair it, or leave this run out"
+    settings = read_json(path / "config.json", remedy)
+    inputs, evaluation = (read_json(path / name, remedy, missing={}) for name in ("inputs.json", "evaluation.json"))
     if settings.get("reward"):  # the function's file may have changed
-        hashes = [value for name, value in read("inputs.json").items() if "of --reward " in name]
-        settings["reward"] = " ".join([settings["reward"], *hashes])
-    return Run(path.resolve().name, read_metrics(path), read("evaluation.json"), settings)
+        settings["reward"] += "".join(f" {inputs[name]}" for name in inputs if "of --reward " in name)
+    return Run(path.resolve().name, metrics, evaluation, settings)
 
 
 def read_rows(path: Path) -> list[tuple[str, dict[str, float]]]:
@@ -95,8 +77,6 @@ def read_metrics(run: Path) -> dict[str, np.ndarray]:
     rows = [row for _, row in read_rows(path)[1:]]
     if not rows:
         raise UserError(f"{path} has no step yet: the run has not finished one")
-    if missing := [name for name in REQUIRED if name not in rows[0]]:
-        raise UserError(f"{path} has no column {missing[0]}; is it the metrics.csv of a run?")
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
@@ -124,19 +104,17 @@ class Curve:
 
 
 def curves(runs: list[Run], by: list[str] | None = None) -> list[Curve]:
-    """Returns a curve for each combination of the settings `by`; by default of all that differ, except for the seed.
+    """Returns a curve for each combination of the settings `by`, in the order of the runs; by default of all settings
+    that differ, except for the seed. Runs with the same settings and seed are curves of their own then.
 
-    A run without settings, or with the seed of another, is a curve of its own. Raises UserError if no run has a setting
-    of `by`.
+    Raises UserError if no run has a setting of `by`.
     """
-    known = [run for run in runs if run.settings]
-    names, groups = told(known) if by is None else by, {}
-    if unknown := [name for name in names if not any(name in run.settings for run in known)]:
-        differing = ", ".join([*differences(known), "run_name", "seed"])
+    names, groups, found = differences(runs) if by is None else by, {}, []
+    if unknown := [name for name in names if not any(name in run.settings for run in runs)]:
+        differing = ", ".join([*differences(runs), "preset", "run_name", "seed"])
         raise UserError(f"--by {unknown[0]}: no run here has such a setting; take some of {differing}")
-    for run in sorted(known, key=lambda run: [order(run.settings.get(name)) for name in names]):
-        groups.setdefault(json.dumps([run.settings.get(name) for name in names]), []).append(run)
-    found = [Curve(run.name, [run]) for run in runs if not run.settings]
+    for run in runs:
+        groups.setdefault(str([run.settings.get(name) for name in names]), []).append(run)
     for group in groups.values():
         name = ", ".join(f"{name} {short(group[0].settings.get(name, 'unknown'))}" for name in names)
         together = by is not None or len({run.settings.get("seed") for run in group}) == len(group)
@@ -150,41 +128,19 @@ def curves(runs: list[Run], by: list[str] | None = None) -> list[Curve]:
 
 def differences(runs: list[Run]) -> list[str]:
     """Returns the settings in which runs differ."""
-    known = [run.settings for run in runs if run.settings]
-    names = dict.fromkeys(name for settings in known for name in settings if name not in SILENT | NOT_COMPARED)
-    return [name for name in names if len({json.dumps(settings.get(name)) for settings in known}) > 1]
-
-
-def told(runs: list[Run]) -> list[str]:
-    """Returns the `differences` of runs, with `preset` in place of those that are as each run's preset has them."""
-    presets = {name: vars(PPOConfig(preset=name)) for name in PRESETS}
-    of_runs = [(run.settings, presets.get(run.settings.get("preset"), {})) for run in runs]
-    names = differences(runs)
-    own = [
-        name for name in names if any(settings.get(name, "unknown") != preset.get(name) for settings, preset in of_runs)
-    ]
-    return ["preset"] * (len(own) < len(names)) + own
-
-
-def order(value) -> tuple[float, str]:
-    """Returns a sort key: numbers by size, and after them everything else."""
-    return (value if isinstance(value, (int, float)) else math.inf, str(value))
+    names = dict.fromkeys(name for run in runs for name in run.settings if name not in SILENT | NOT_COMPARED)
+    return [name for name in names if len({str(run.settings.get(name)) for run in runs}) > 1]
 
 
 def short(value) -> str:
-    """Returns a setting's value in a few characters: the first of several prompts, the end of a path."""
-    if isinstance(value, list):
-        return short(value[0]) + f" and {len(value) - 1} more" * (len(value) > 1)
+    """Returns a setting's value in at most 24 characters: the end of a path."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
-    if isinstance(value, float) and 0 < value < 1e-2:
-        text = np.format_float_scientific(value, trim="-", exp_digits=1)
     return text if len(text) <= 24 else f"…{text[-23:]}"
 
 
 def reward_decimals(drawn: list[Curve]) -> int:
     """Returns how many decimals tell rewards apart, by the smallest standard deviation of a first step."""
-    metrics = [run.metrics for curve in drawn for run in curve.runs if "env/reward_std" in run.metrics]
-    return decimals(min([each["env/reward_std"][0] for each in metrics], default=0))
+    return decimals(min(run.metrics["env/reward_std"][0] for curve in drawn for run in curve.runs))
 
 
 def comparison(runs: list[Run], drawn: list[Curve]) -> str:
@@ -204,6 +160,6 @@ def comparison(runs: list[Run], drawn: list[Curve]) -> str:
     if mixed := dict.fromkeys(name for curve in drawn for name in differences(curve.runs)):
         parts.append(f"Runs in one row differ in {', '.join(mixed)}, too; --by tells them apart.")
     for run in [run for run in runs if not known_gain(run)]:
-        why = (run.evaluation.get("gain") or {}).get("why", "not judged yet")
+        why = run.evaluation.get("gain", {}).get("why", "not judged yet")
         parts.append(f"The gain of {run.name} is unknown: {why}.")
     return "\n\n".join(parts)

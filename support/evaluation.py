@@ -1,10 +1,8 @@
 """How good a policy is, and how much of the possible gain it got.
 
 PPO maximises J = R - beta * KL: mean reward minus the KL coefficient times the KL to the reference, per completion.
-The best policy for that is known, the Gibbs policy, proportional to ref * exp(r / beta) (Ziegler et al. 2019,
-section 2; Korbak et al. 2022, "RL with KL penalties is better viewed as Bayesian inference", arXiv:2205.11275).
-Its reward R*, its KL* and its J* can be estimated from rewards of the reference's own samples, so a run can say how
-far it got:
+The best policy for that is the Gibbs policy, proportional to ref * exp(r / beta) (Ziegler et al. 2019, section 2;
+Korbak et al. 2022, arXiv:2205.11275). Its R*, KL* and J* can be estimated from rewards of the reference's samples:
 
     gain = (J - J_ref) / (J* - J_ref)        1 is the limit, 0 is nothing, below 0 the run did harm
 """
@@ -20,7 +18,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ppo import kl_from_logits, logprobs_from_logits, masked_mean
 from reward import score_texts
-from support.errors import UserError
 from support.figures import decimals, table
 from support.files import damaged, read_json, write_whole
 from support.text_trainer import TextPPOTrainer
@@ -31,6 +28,7 @@ GOOD = 0.7  # gain; with normal rewards a share x of KL* buys at most 2 sqrt(x) 
 UNMOVED = 0.01  # buy at most 0.2 of the gain,
 FAR = 2  # at most 0.83: more reward than the limit's at this distance means that texts were found which no sample had,
 CLOSE = 1.5  # and at most 0.95
+FEW = 100  # effective samples that a limit needs, and for the jackknife 5 of each prompt
 FEWEST = 10  # rewards that differ from the others of their prompt: what rests on fewer is chance
 LITTLE = 0.03  # possible gain in J, in standard deviations of the rewards: the noise of J with a thousand samples
 UNSURE = 0.15  # standard error of the gain above which a good run and a short one look alike
@@ -42,8 +40,7 @@ SHOWN = 5  # completions in the before/after table
 def evaluate(trainer: TextPPOTrainer, model, reward, prompts: list[str]) -> dict:
     """Judge `model` on `eval_samples` completions, the prompts in turn. Returns a dict that JSON can hold.
 
-    `kl` is the mean over completions of sum_t KL(model || reference) at the sampled prefixes, computed over the whole
-    vocabulary at each token: the same expectation as the sampled log-ratios, with less noise.
+    `kl` is the mean of `kl_to_reference`: the same expectation as the sampled log-ratios, with less noise.
     """
     n = trainer.config.eval_samples
     prompt_index, query_tensors, responses, completions, rewards = sample_and_score(trainer, model, reward, prompts, n)
@@ -111,8 +108,8 @@ def gibbs_policy(rewards: torch.Tensor, prompt_index: torch.Tensor, beta: float)
     For each prompt's m samples, weights w_i proportional to exp(r_i / beta), R* = sum w_i r_i and
     J* = beta log mean exp(r_i / beta), without their bias of order 1 / m: the jackknife (Quenouille 1956), which leaves
     out one sample at a time, with a weight of 1/2 at most. Then means over the samples, and KL* = (R* - J*) / beta.
-    `effective_samples`, on which the estimate rests, is n / mean (m w_i)^2. `ratios` (n,) float64, m w_i, are the Gibbs
-    policy's probabilities over the reference's: beta times them is how far each sample moves J*.
+    `ratios` (n,) float64, m w_i, are the Gibbs policy's probabilities over the reference's. `effective_samples`, on
+    which the estimate rests, is n / mean (m w_i)^2.
     """
     groups = [(prompt_index == i).nonzero().squeeze(1) for i in prompt_index.unique()]
     padded = pad_sequence([rewards[group].double() for group in groups], batch_first=True)  # (prompts, m)
@@ -154,16 +151,16 @@ def possible(before: dict, prompts: list[str], beta: float) -> dict:
     if beta == 0:
         return {"why": "the KL coefficient is 0, so KL has no price; try --kl_budget 0.4"}
     rewards, prompt_index = scores_and_prompts(before, prompts)
-    best, n, m = gibbs_policy(rewards, prompt_index, beta), len(rewards), len(rewards) / len(prompt_index.unique())
+    best, n, n_prompts = gibbs_policy(rewards, prompt_index, beta), len(rewards), len(prompt_index.unique())
     result = {"beta": beta, "limit": best, "J_before": rewards.mean().item()}
-    effective, deviation = best["effective_samples"], math.sqrt(variance_within(rewards, prompt_index))
+    m, effective = n / n_prompts, best["effective_samples"]
     if (differing := n_differing(rewards, prompt_index)) < FEWEST:
         why = f"nothing to learn: only {differing} of {n:,} rewards differ from the others of their prompt"
     elif (chance := before.get("noise", 0)) > NOISY:
         why = f"{chance:.0%} of the rewards' variance is chance, as scoring the same texts twice shows"
-    elif m >= 20 and effective < least_effective(prompt_index, 100) and effective * m / n < max(2, m / 100):
+    elif m >= 20 and effective < max(FEW, 5 * n_prompts) and effective * m / n < max(2, m / 100):
         why = "at this KL coefficient the best policy writes a handful of texts; try --kl_budget 0.4"
-    elif best["J"] - result["J_before"] < LITTLE * deviation:
+    elif best["J"] - result["J_before"] < LITTLE * math.sqrt(variance_within(rewards, prompt_index)):
         why = "at this KL coefficient hardly any KL is worth it; try --kl_budget 0.4"
     else:
         return result
@@ -187,7 +184,7 @@ def gain(before: dict, after: dict, prompts: list[str], beta: float) -> dict:
         return {"gain": None, **result}
     best, (rewards, prompt_index) = result["limit"], scores_and_prompts(before, prompts)
     ratios, result["J"] = best.pop("ratios"), after["reward"] - beta * after["kl"]
-    least = least_effective(prompt_index, 100)
+    least = max(FEW, 5 * len(prompt_index.unique()))
     if "why" not in result and best["effective_samples"] < least:
         needed = 2 ** math.ceil(math.log2(2 * len(rewards) * least / best["effective_samples"]))
         result |= {"why": "too few samples", "samples_needed": needed}
@@ -202,28 +199,22 @@ def gain(before: dict, after: dict, prompts: list[str], beta: float) -> dict:
     return {**result, "gain": share, "gain_se": math.sqrt(variance) / way}
 
 
-def least_effective(prompt_index: torch.Tensor, altogether: int) -> int:
-    """Returns the effective samples that a limit needs: some altogether, and for the jackknife five per prompt."""
-    return max(altogether, 5 * len(prompt_index.unique()))
-
-
 def frontier(before: dict, prompts: list[str]) -> list[dict]:
     """Returns (beta, reward, kl) of the Gibbs policies over a range of beta, as far as there are samples for it."""
     rewards, prompt_index = scores_and_prompts(before, prompts)
     deviation = math.sqrt(variance_within(rewards, prompt_index))
     betas = [beta * deviation for beta in BETAS if deviation > 0]
     points = [{"beta": beta, **gibbs_policy(rewards, prompt_index, beta)} for beta in betas]
-    least = least_effective(prompt_index, 20)
+    least = max(20, 5 * len(prompt_index.unique()))
     return [{name: p[name] for name in ("beta", "reward", "kl")} for p in points if p["effective_samples"] >= least]
 
 
 def best_of_n(results: dict, prompts: list[str], n: int) -> dict:
     """Returns what drawing n completions of the reference and keeping the best would give, without any training.
 
-    reward: the expected best of n different samples of a prompt, a mean over prompts, exact for these samples: of m
-    rewards in ascending order, m at least n, the i-th is the best of C(i - 1, n - 1) of the C(m, n) choices.
-    kl: log n - (n - 1) / n, an upper bound (Beirami et al. 2024, arXiv:2401.01879). gain: as for a trained model, so a
-    lower bound; None if the gain of the run is unknown.
+    reward: the expected best of n different samples of a prompt, a mean over prompts. Of m rewards in ascending order,
+    the i-th is the best of C(i - 1, n - 1) of the C(m, n) choices. kl: log n - (n - 1) / n, an upper bound (Beirami et
+    al. 2024, arXiv:2401.01879). gain: as for a trained model, so a lower bound; None if that of the run is unknown.
     """
     rewards, prompt_index = scores_and_prompts(results["before"], prompts)
     best = []
@@ -287,15 +278,11 @@ ROWS = [  # of the table of results: (what, key, format; None for the rewards' o
 ]
 
 
-def reward_decimals(judged: dict, digits: int = 2) -> int:
-    """Returns how many decimals tell a judged policy's rewards apart."""
-    return decimals(statistics.pstdev(score for *_, score in judged["samples"]), digits)
-
-
 def results_table(evaluation: dict) -> str:
     """Returns the figures before and after training and those of the limit as a Markdown table."""
     before, after, result = evaluation["before"], evaluation["after"], evaluation["gain"]
-    limit, in_rewards = result["limit"] if result["gain"] is not None else {}, f".{reward_decimals(before, 3)}f"
+    limit = result["limit"] if result["gain"] is not None else {}
+    in_rewards = f".{decimals(statistics.pstdev(score for *_, score in before['samples']), 3)}f"
     rows = [(what, form or in_rewards, before[key], after[key], limit.get(key)) for what, key, form in ROWS]
     if "J" in result:
         what = f"J = reward - {result['beta']:.3g} KL"
@@ -308,10 +295,11 @@ def results_table(evaluation: dict) -> str:
 
 def before_after_table(evaluation: dict, shown: int = SHOWN) -> str:
     """Returns the first completions before and after training, of the same random draws, as a Markdown table."""
-    form, rows = f".{reward_decimals(evaluation['before'])}f", []
-    for (prompt, old, was), (_, new, now) in zip(evaluation["before"]["samples"], evaluation["after"]["samples"]):
-        rows.append([prompt, old, f"{was:{form}}", new, f"{now:{form}}"])
-    return table(["prompt", "before", "score", "after", "score"], rows[:shown])
+    before, after = (evaluation[when]["samples"] for when in ("before", "after"))
+    form = f".{decimals(statistics.pstdev(score for *_, score in before))}f"
+    pairs = zip(before[:shown], after)
+    rows = [[prompt, old, f"{was:{form}}", new, f"{now:{form}}"] for (prompt, old, was), (_, new, now) in pairs]
+    return table(["prompt", "before", "score", "after", "score"], rows)
 
 
 def without_samples(evaluation: dict) -> dict:
@@ -327,9 +315,8 @@ def read(run_dir: Path, prompts: list[str]) -> dict:
     path, remedy = run_dir / "evaluation.json", "remove it: --resume makes it again"
     results = read_json(path, remedy, missing={})
     with damaged(path, remedy):
-        judged = {prompt for prompt, _, _ in results["before"]["samples"]} if results else set()
-    if others := judged - set(prompts):
-        raise UserError(f"{path} judges another prompt, {min(others)!r}; is it another run's?")
+        if results:
+            scores_and_prompts(results["before"], prompts)
     return results
 
 

@@ -28,13 +28,12 @@ def in_markdown(text: str) -> str:
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     """Returns a Markdown table of texts, escaped by `in_markdown`, with columns that line up in a terminal too."""
+
+    def width(text: str) -> int:  # a Chinese character takes two columns
+        return sum(1 + (east_asian_width(character) in "WF") for character in text)
+
     cells = [[in_markdown(cell) for cell in row] for row in (header, *rows)]
     widths = [max(3, *map(width, column)) for column in zip(*cells)]
     cells.insert(1, ["-" * each for each in widths])
     lines = [" | ".join(cell + " " * (each - width(cell)) for cell, each in zip(row, widths)) for row in cells]
     return "\n".join(f"| {line} |" for line in lines)
-
-
-def width(text: str) -> int:
-    """Returns the columns that a text takes in a terminal: a Chinese character takes two."""
-    return sum(1 + (east_asian_width(character) in "WF") for character in text)

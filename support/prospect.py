@@ -1,5 +1,4 @@
-"""What a run can expect, from scored completions of the model before training: how far the best possible policy goes at
-its KL coefficient, and the coefficient for a distance that one is ready to pay."""
+"""What a run can expect, from scored completions of the model before training, and the KL coefficient for a budget."""
 
 import math
 
@@ -11,10 +10,10 @@ from support.evaluation import FEWEST, gibbs_policy, n_differing, possible, scor
 
 
 def kl_coef_for(rewards: torch.Tensor, prompt_index: torch.Tensor, kl_budget: float) -> float:
-    """Returns the KL coefficient at which the Gibbs policy is `kl_budget` nats per completion from the reference.
+    """Returns the KL coefficient at which the Gibbs policy is `kl_budget` nats per completion from the reference, found
+    by bisection. Raises UserError if there is none, or if fewer than FEWEST rewards differ.
 
-    rewards (n,) of the reference's samples, prompt_index (n,) of each one's prompt. Found by bisection: the higher the
-    coefficient, the nearer the policy. Raises UserError if there is none, or if fewer than FEWEST rewards differ.
+    rewards (n,) of the reference's samples, prompt_index (n,) of each one's prompt.
     """
     if (differing := n_differing(rewards, prompt_index)) < FEWEST:
         told = f"of {len(rewards):,} completions before training {differing} differ in score from the rest"

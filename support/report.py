@@ -1,10 +1,11 @@
 """report.md: what a run was and what came of it, for whoever opens its folder, on GitHub as it is."""
 
 import json
-import statistics
 from pathlib import Path
 
-from support.compare import read_rows
+import numpy as np
+
+from support.compare import read_metrics
 from support.errors import escaped
 from support.evaluation import SHOWN, before_after_table, results_table
 from support.figures import duration, in_markdown, table
@@ -15,10 +16,9 @@ STARTS = "environment.jsonl"  # a line for the start of the run, for each --resu
 
 
 def run_report(run_dir: Path, results: dict, inputs: dict[str, str], starts: list[dict]) -> str:
-    """Returns the report of a run that has been judged, in Markdown.
+    """Returns the report of a run that has been judged, in Markdown. Raises UserError if a file there is damaged.
 
-    results: evaluation.json. inputs: hashes of the models and others, by name. starts: environment.jsonl. The rest is
-    read from the run's folder. Raises UserError if that is damaged.
+    results: evaluation.json. inputs: hashes of the models and others, by name. starts: environment.jsonl.
     """
     parts = [f"# {in_markdown(run_dir.resolve().name)}", f"**{results['verdict']}**"]
     if (run_dir / "rewards.png").exists():
@@ -37,11 +37,10 @@ def run_report(run_dir: Path, results: dict, inputs: dict[str, str], starts: lis
 
     commands = [f"    {escaped(start.get('command', '(unknown)'))}  # {when(start)}" for start in starts]
     parts += ["## How it was made", "\n".join(commands)]
-    metrics = run_dir / "metrics.csv"
-    seconds = [row["time/step"] for _, row in read_rows(metrics)[1:] if "time/step" in row] if metrics.exists() else []
-    if seconds:
+    if (run_dir / "metrics.csv").exists():
+        seconds = read_metrics(run_dir)["time/step"]
         took = f"{len(seconds):,} steps in {duration(sum(seconds))}, without loading and judging"
-        parts.append(f"{took}; {statistics.median(seconds):.2f} s a step in the median.")
+        parts.append(f"{took}; {np.median(seconds):.2f} s a step in the median.")
     config = load_config(run_dir / "config.json")
     if changed := [[name, str(here), str(preset)] for name, (preset, here) in changes(config).items()]:
         parts.append(f"Settings that differ from the preset {config.preset}:")
@@ -61,8 +60,6 @@ def when(start: dict) -> str:
 
 def read_starts(run_dir: Path) -> list[dict]:
     """Returns the lines of environment.jsonl. Raises UserError if one is damaged."""
-    path, starts = run_dir / STARTS, []
-    for number, line in enumerate(whole_lines(path) if path.exists() else [], 1):
-        with damaged(f"line {number} of {path}", MEND_LINE):
-            starts.append(json.loads(line))
-    return starts
+    path = run_dir / STARTS
+    with damaged(path, MEND_LINE):
+        return [json.loads(line) for line in whole_lines(path)] if path.exists() else []

@@ -366,12 +366,12 @@ def write_bpe_gpt2(folder):
     return folder
 
 
-def write_run(folder, steps=30, seed=0, without=(), settings=None, **changes):
+def write_run(folder, steps=30, seed=0, without=(), settings={}, **changes):
     """A run folder with every column that is drawn; `changes`, a column's values by its name. `settings`, what its
-    config.json has in place of these defaults; there is none unless given."""
+    config.json has in place of these defaults."""
     rng = np.random.default_rng(seed)
     metrics = {"step": np.arange(1, steps + 1), "episodes": 128 * np.arange(1, steps + 1)}
-    metrics |= {name: rng.uniform(0.2, 0.8, steps) for name in (MEAN, STD, *COLUMNS)}
+    metrics |= {name: rng.uniform(0.2, 0.8, steps) for name in (MEAN, STD, *COLUMNS, "time/step")}
     metrics |= changes
     folder.mkdir(parents=True)
     with (folder / "metrics.csv").open("w", newline="") as file:
@@ -379,9 +379,8 @@ def write_run(folder, steps=30, seed=0, without=(), settings=None, **changes):
         names = [name for name in metrics if name not in without]
         writer.writerow(names)
         writer.writerows(zip(*(np.broadcast_to(metrics[name], steps).tolist() for name in names)))
-    if settings is not None:
-        config = {"preset": "demo", "seed": 1, "init_kl_coef": 0.15, "lr": 1e-4, "run_name": folder.name}
-        (folder / "config.json").write_text(json.dumps(config | settings))
+    config = {"preset": "demo", "seed": 1, "init_kl_coef": 0.15, "lr": 1e-4, "run_name": folder.name}
+    (folder / "config.json").write_text(json.dumps(config | settings))
     return folder
 
 

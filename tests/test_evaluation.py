@@ -47,10 +47,7 @@ def test_gibbs_policy_by_hand():
     assert best["J"] == pytest.approx(beta * math.log(2), rel=1e-3)
     assert best["effective_samples"] == pytest.approx(n / 2 / (0.25**2 + 0.75**2))
     assert best["ratios"].tolist() == pytest.approx([0.5, 1.5] * (n // 2))
-
-
-def test_gibbs_policy_takes_rewards_of_any_size():
-    best = evaluation.gibbs_policy(torch.arange(1000.0), torch.zeros(1000), 0.01)
+    best = evaluation.gibbs_policy(torch.arange(1000.0), torch.zeros(1000), 0.01)  # exp(1000 / 0.01) is infinite
     assert 998 < best["J"] < best["reward"] < 1000 and best["effective_samples"] == pytest.approx(1)
 
 
@@ -76,17 +73,6 @@ def test_gibbs_policy_of_prompts_with_different_counts_leaves_out_each_sample(be
     assert best == pytest.approx(limit_of(groups, beta))
     expected = np.concatenate([np.exp(group / beta) / np.exp(group / beta).mean() for group in groups])
     assert ratios.tolist() == pytest.approx(expected[shuffle].tolist())
-
-
-def test_gibbs_policy_of_normal_rewards_has_no_bias_from_few_samples():
-    """J* - J_ref is 1 / (2 beta) and KL* 1 / (2 beta^2). With 20 samples per prompt the plain means miss J* by 6%.
-
-    Over 2,000 prompts the standard error of J* - J_ref is 0.7% of it.
-    """
-    beta, draws = 1.5, torch.tensor(np.random.default_rng(3).normal(size=40_000))
-    best = evaluation.gibbs_policy(draws, torch.arange(40_000) // 20, beta)
-    assert best["J"] - draws.mean().item() == pytest.approx(1 / (2 * beta), rel=0.025)
-    assert best["kl"] == pytest.approx(1 / (2 * beta**2), rel=0.06)
 
 
 def test_gibbs_policy_is_the_best_of_all_policies_on_twelve_texts():
@@ -116,13 +102,12 @@ def test_gain_is_0_for_the_reference_1_at_the_limit_and_negative_for_harm():
     assert evaluation.gain(before, judged([0.9] * 1000, [5.0] * 1000), ["a"], 0.2)["gain"] < 0
 
 
-@pytest.mark.parametrize("n_prompts", [1, 25])
-def test_gain_and_its_standard_error_against_repeated_draws(n_prompts):
+def test_gain_and_its_standard_error_against_repeated_draws():
     """500 rewards from 0 to 1; of 25 prompts some are far better than others. J* = beta log E exp(r / beta) is known.
 
     The standard deviation of 200 gains has a standard error of 1 / sqrt(400) = 5%.
     """
-    rng, beta = np.random.default_rng(2), 0.2
+    rng, beta, n_prompts = np.random.default_rng(2), 0.2, 25
     prompts = [str(i % n_prompts) for i in range(500)]
     better = np.arange(500) % n_prompts / n_prompts
     gains, errors = [], []
@@ -189,7 +174,6 @@ FEW, HANDFUL, DEAR = "too few samples", "a handful of texts", "hardly any KL is 
         (binary(4, 20, 50), 0.02, FEW),
         (binary(6, 20, 50), 0.02, None),
         (binary(9, 2000), 0.02, "only 9 of 2,000 rewards differ"),
-        (binary(10, 2000), 0.02, HANDFUL),
         (binary(19, 2000), 0.02, HANDFUL),
         (binary(21, 2000), 0.02, FEW),
         (binary(150, 20_000), 0.02, None),
@@ -303,7 +287,6 @@ def verdict_on(reward, kl, beta=1.0, unit=1.0, noise=0.0, unique=0.7, **settings
         (1.0, 0.76, "wasted KL: KL 0.76 where 0.5 is worth it; try a lower --lr"),
         (0.15, 0.1, "wasted KL: KL 0.1 where 0.5 is worth it; try a lower --lr"),  # it buys 0.45
         (0.21, 0.1, "short: 22% of what is possible; go on with more --episodes"),  # half of that, but for luck
-        (0.95, 1.1, "wasted KL: KL 1.1 where 0.5 is worth it; try a lower --lr"),
         (1.3, 1.1, "hacked: KL 1.1 where 0.5 is worth it; try a lower --lr"),
         (1.3, 0.9, "good: 80% of what is possible"),
         (1.9, 1.1, "hacked: KL 1.1 where 0.5 is worth it; try a higher --init_kl_coef"),  # more than R = sqrt(2 KL)
@@ -315,16 +298,12 @@ def test_the_verdict_tells_the_kind_of_a_run_in_any_unit(reward, kl, sentence):
     assert [verdict_on(reward, kl, unit=unit) for unit in (1.0, 1e-3, 1e4)] == [sentence] * 3
 
 
-def test_the_verdict_on_far_away_and_few_texts_is_a_hack_whatever_they_earn():
-    assert verdict_on(0.95, 1.1, unique=0.39).startswith("hacked")
+def test_the_verdict_looks_at_unique_texts_minibatches_and_the_number_of_samples():
+    assert verdict_on(0.95, 1.1, unique=0.39).startswith("hacked")  # half as many texts, whatever they earn
     assert verdict_on(0.95, 1.1, unique=0.41).startswith("wasted KL")
     assert verdict_on(0.95, 0.9, unique=0.39).startswith("wasted KL")
-
-
-def test_the_verdict_blames_small_minibatches_and_waits_for_samples():
     small = dict(batch_size=64, minibatch_size=8)
     assert verdict_on(0.9, 1.0, **small).endswith("try --minibatch_size 64")
-    assert verdict_on(3.0, 60.0, **small).endswith("try --minibatch_size 64")
     # a standard error of 0.1 in J, of 1/2: 2000 * (2 * 0.2 / 0.15)^2 and more
     assert verdict_on(0.9, 0.5, noise=4.5).endswith("--eval_only with --eval_samples 16384 would")
     assert verdict_on(0.9, 0.5, noise=2.5).startswith("good")
@@ -371,9 +350,7 @@ def test_an_evaluation_is_written_readably_and_read_again(tmp_path):
     evaluation.write_json(tmp_path / "evaluation.json", found)
     assert "感觉" in (tmp_path / "evaluation.json").read_text(encoding="utf-8")
     assert evaluation.read(tmp_path, ["衣服", "感觉", "书"]) == found
-    with pytest.raises(UserError, match="evaluation.json judges another prompt, '衣服'"):
-        evaluation.read(tmp_path, ["感觉"])
-    for content in ("", "{", "[]", '{"after": 1}', '{"before": {"samples": [[1]]}}'):
+    for content in (json.dumps(found), "{", '{"after": 1}'):  # the first judges another prompt, too
         (tmp_path / "evaluation.json").write_text(content)
         with pytest.raises(UserError, match="evaluation.json is damaged .*remove it: --resume makes it again"):
             evaluation.read(tmp_path, ["感觉"])

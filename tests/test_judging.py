@@ -85,14 +85,11 @@ def recount(judged) -> Recount:
     return Recount(judged)
 
 
-def test_completions_are_the_evaluations_draws_with_the_prompts_in_turn(judged, recount):
+def test_completions_are_the_evaluations_draws_with_the_prompts_in_turn_and_their_scores(judged, recount):
     assert judged.result["n"] == N == len(judged.completions)
     assert judged.prompts == (PROMPTS * 21)[:N]
     written = ["".join(VOCAB[token] for token in response if token != SEP) for response in recount.responses]
     assert [text.replace(" ", "") for text in judged.completions] == [text.replace("##", "") for text in written]
-
-
-def test_each_score_is_that_of_the_prompt_with_its_completion(judged):
     expected = score([prompt + text for prompt, text in zip(judged.prompts, judged.completions)])
     assert judged.scores == pytest.approx(expected, abs=1e-6)
     assert judged.result["reward"] == pytest.approx(np.mean(expected), abs=1e-6)

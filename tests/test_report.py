@@ -5,7 +5,6 @@ import json
 import pytest
 
 from config import PPOConfig
-from support.errors import UserError
 from support.evaluation import before_after_table, results_table
 from support.figures import in_markdown, table
 from support.report import read_starts, run_report
@@ -69,13 +68,6 @@ def test_a_report_leaves_out_what_is_not_known(run):
     report = run_report(run, results, {}, [])
     assert "All settings are those of the preset demo." in report
     assert not any(part in report for part in ("![", "| J", "| gain", "drafts", "Warnings", " steps in ", "| setting"))
-
-
-def test_a_damaged_line_of_a_start_is_refused_with_its_place(run):
-    path = run / "environment.jsonl"
-    path.write_text('{"step": 1}\nnice!\n')
-    with pytest.raises(UserError, match=f"line 2 of {path} is damaged .*; mend that line, or remove it"):
-        read_starts(run)
 
 
 def test_a_text_in_markdown_is_shown_as_it_stands():
