@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from support.demo_models import demo_models
-from tests.helpers import TRACKER, write_classifier, write_gpt2
+from support.models import load_gpt2_config, load_policy, load_tokenizer
+from tests.helpers import TRACKER, small_run, write_classifier, write_gpt2
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,8 +41,6 @@ def demo() -> tuple[Path, Path]:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, demo) -> Path:
     """The folder of a finished small run, three steps with all their checkpoints; tests change copies of it only."""
-    from tests.helpers import small_run
-
     code, run_dir = small_run(tmp_path_factory.mktemp("runs"), "--save_every", "1", "--keep_checkpoints", "5")
     assert code == 0
     return run_dir
@@ -55,8 +54,7 @@ def without_pictures(monkeypatch):
 
 @pytest.fixture
 def figures(monkeypatch) -> list:
-    """The figures that are drawn, which are neither laid out nor rendered but leave an empty file; and the options of
-    `savefig`."""
+    """The figures that are drawn, each with the options of `savefig`. They leave an empty file."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -91,22 +89,19 @@ def signals_restored():
 @pytest.fixture
 def policy(gpt2_folder):
     """A fresh policy and its tokenizer."""
-    from support.models import load_gpt2_config, load_policy, load_tokenizer
-
     return load_policy(gpt2_folder, load_gpt2_config(gpt2_folder)), load_tokenizer(gpt2_folder)
 
 
 @pytest.fixture
 def trackers(tmp_path, monkeypatch) -> Path:
-    """A folder on Python's path with stand-ins for wandb, swanlab and trackio, which note in NAME.calls how they are
-    called."""
+    """A folder on Python's path with stand-ins for wandb, swanlab and trackio, which note their calls in NAME.calls."""
     folder = tmp_path / "trackers"
     folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
     for name in ("wandb", "swanlab", "trackio"):
         (folder / f"{name}.py").write_text(TRACKER, encoding="utf-8")
         monkeypatch.delenv(f"{name.upper()}_PROJECT", raising=False)
-        sys.modules.pop(name, None)
-    monkeypatch.syspath_prepend(folder)
+        monkeypatch.delitem(sys.modules, name, raising=False)
     yield folder
     for name in ("wandb", "swanlab", "trackio"):
         sys.modules.pop(name, None)

@@ -25,17 +25,8 @@ SEP, FORBIDDEN, N = 3, [0, 1, 2, 4], 7
 MEAN, STD = "env/reward_mean", "env/reward_std"
 COLUMNS = [column for _, columns, _ in PANELS for column in columns]
 
-VOCAB = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "[MASK]",
-    *"刚收到货,感觉很不错好评差质量快递物流一般满意失望衣服苹果这本书电影!。",
-    "good",
-    "##s",
-]
-SPECIAL = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
+CHARACTERS = "刚收到货,感觉很不错好评差质量快递物流一般满意失望衣服苹果这本书电影!。"
+VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *CHARACTERS, "good", "##s"]
 
 
 def write_model(folder: Path, config: dict, weights: dict, vocab=VOCAB) -> Path:
@@ -43,7 +34,8 @@ def write_model(folder: Path, config: dict, weights: dict, vocab=VOCAB) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "vocab.txt").write_text("\n".join(vocab) + "\n", encoding="utf-8")
-    tokenizer = {"do_lower_case": True, "tokenizer_class": "BertTokenizer", "model_max_length": 48, **SPECIAL}
+    tokenizer = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
+    tokenizer |= {"do_lower_case": True, "tokenizer_class": "BertTokenizer", "model_max_length": 48}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     torch.save(weights, folder / "pytorch_model.bin")
     return folder
@@ -52,26 +44,15 @@ def write_model(folder: Path, config: dict, weights: dict, vocab=VOCAB) -> Path:
 def write_gpt2(folder: Path, **changes) -> Path:
     """A random GPT-2, two layers 32 wide, with the old attn.bias buffers of published checkpoints."""
     torch.manual_seed(0)
-    shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 48, "vocab_size": len(VOCAB)}
-    config = {
-        "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
-        "tokenizer_class": "BertTokenizer",
-        "activation_function": "gelu_new",
-        "resid_pdrop": 0.1,
-        "attn_pdrop": 0.1,
-        "embd_pdrop": 0.1,
-        "initializer_range": 0.2,
-        **shape,
-        **changes,
-    }
-    model = GPT2LMHeadModel(
-        GPT2Config(**{k: v for k, v in config.items() if k != "model_type"}, bos_token_id=None, eos_token_id=None)
-    )
-    weights = dict(model.state_dict())
+    config = dict(
+        architectures=["GPT2LMHeadModel"], tokenizer_class="BertTokenizer", activation_function="gelu_new",
+        resid_pdrop=0.1, attn_pdrop=0.1, embd_pdrop=0.1, initializer_range=0.2,
+        n_embd=32, n_layer=2, n_head=2, n_positions=48, vocab_size=len(VOCAB),
+    ) | changes  # fmt: skip
+    weights = GPT2LMHeadModel(GPT2Config(**config, bos_token_id=None, eos_token_id=None)).state_dict()
     for i in range(config["n_layer"]):
         weights[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 48, 48).tril()
-    return write_model(folder, config, weights)
+    return write_model(folder, {"model_type": "gpt2"} | config, weights)
 
 
 def write_classifier(folder: Path, labels=(NEGATIVE, POSITIVE)) -> Path:
@@ -82,11 +63,8 @@ def write_classifier(folder: Path, labels=(NEGATIVE, POSITIVE)) -> Path:
         max_position_embeddings=48, initializer_range=0.5, id2label=dict(enumerate(labels)),
         label2id={label: i for i, label in enumerate(labels)}, architectures=["BertForSequenceClassification"],
     )  # fmt: skip
-    return write_model(
-        folder,
-        config.to_dict() | {"tokenizer_class": "BertTokenizer"},
-        BertForSequenceClassification(config).state_dict(),
-    )
+    weights = BertForSequenceClassification(config).state_dict()
+    return write_model(folder, config.to_dict() | {"tokenizer_class": "BertTokenizer"}, weights)
 
 
 TRACKER = """
@@ -97,15 +75,14 @@ from pathlib import Path
 
 def note(*call):
     with Path(__file__).with_suffix(".calls").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(call, default=vars) + "\\n")
+        file.write(json.dumps(call, default=lambda value: getattr(value, "__dict__", str(value))) + "\\n")
 
 
 class Table:
     def __init__(self, columns=None, data=None):
         self.columns, self.data = columns, data
 
-    def add(self, headers, rows):
-        self.columns, self.data = headers, rows
+    add = __init__
 
 
 class echarts:
@@ -113,7 +90,7 @@ class echarts:
 
 
 def init(**options):
-    note("init", options | {name: str(options[name]) for name in ("dir",) if name in options})
+    note("init", options)
     return sys.modules[__name__]
 
 
@@ -191,8 +168,7 @@ def change_json(path, **changes) -> None:
 def copy_run(run_dir: Path, folder: Path, **settings) -> Path:
     """A copy of a run with these settings in its config.json."""
     shutil.copytree(run_dir, folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps(config | settings), encoding="utf-8")
+    change_json(folder / "config.json", **settings)
     return folder
 
 
@@ -284,13 +260,10 @@ class Reference:
                     logprobs, values, _ = self.logprobs_and_values(self.gpt2, queries[i], responses[i])
                     for t in range(len(values)):
                         ratio = torch.exp(logprobs[t] - old[i][0][t])
-                        policy_losses.append(
-                            max(
-                                -advantages[i][t] * ratio,
-                                -advantages[i][t] * min(max(ratio, 1 - c.cliprange), 1 + c.cliprange),
-                            )
-                        )
-                        policy_clips.append(float(policy_losses[-1] > -advantages[i][t] * ratio))
+                        plain = -advantages[i][t] * ratio
+                        clipped = -advantages[i][t] * min(max(ratio, 1 - c.cliprange), 1 + c.cliprange)
+                        policy_losses.append(max(plain, clipped))
+                        policy_clips.append(float(clipped > plain))
                         before, clip = old[i][1][t], c.cliprange_value
                         clipped = min(max(values[t], before - clip), before + clip)
                         errors = [(v - returns[i][t]) ** 2 for v in (values[t], clipped)]
@@ -355,10 +328,8 @@ def write_bpe_gpt2(folder):
     bpe.train_from_iterator(["刚收到货,感觉很不错", "this film was great, truly"] * 9, 299, 2, False, ["<|endoftext|>"])
     bpe.save_model(str(folder))
     (folder / "vocab.txt").unlink()
-    config = json.loads((folder / "config.json").read_text())
-    del config["tokenizer_class"]
     size = bpe.get_vocab_size()
-    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": size}))
+    change_json(folder / "config.json", vocab_size=size, tokenizer_class=None)
     weights = torch.load(folder / "pytorch_model.bin")
     weights |= {name: weights[name][:size] for name in ("transformer.wte.weight", "lm_head.weight")}
     torch.save(weights, folder / "pytorch_model.bin")
@@ -367,18 +338,16 @@ def write_bpe_gpt2(folder):
 
 
 def write_run(folder, steps=30, seed=0, without=(), settings={}, **changes):
-    """A run folder with every column that is drawn; `changes`, a column's values by its name. `settings`, what its
-    config.json has in place of these defaults."""
+    """A run folder with every column that is drawn, random or as in `changes`, and a config.json with `settings`."""
     rng = np.random.default_rng(seed)
     metrics = {"step": np.arange(1, steps + 1), "episodes": 128 * np.arange(1, steps + 1)}
     metrics |= {name: rng.uniform(0.2, 0.8, steps) for name in (MEAN, STD, *COLUMNS, "time/step")}
     metrics |= changes
     folder.mkdir(parents=True)
+    names = [name for name in metrics if name not in without]
+    table = zip(*(np.broadcast_to(metrics[name], steps).tolist() for name in names))
     with (folder / "metrics.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        names = [name for name in metrics if name not in without]
-        writer.writerow(names)
-        writer.writerows(zip(*(np.broadcast_to(metrics[name], steps).tolist() for name in names)))
+        csv.writer(file).writerows([names, *table])
     config = {"preset": "demo", "seed": 1, "init_kl_coef": 0.15, "lr": 1e-4, "run_name": folder.name}
     (folder / "config.json").write_text(json.dumps(config | settings))
     return folder

@@ -1,15 +1,11 @@
 """A training loop of your own, in Python."""
 
 import copy
-import json
 import math
-import random
 from decimal import Decimal
-from fractions import Fraction
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,9 +15,9 @@ from tests.helpers import make
 
 QUERY, RESPONSE = [2, 5, 6], [7, 8, 3]
 SETTINGS = dict(device="cpu", dtype="float32", gen_len=3)
-IDS = "a 1-d tensor or a list of token ids"
 
 
+@pytest.fixture
 def twins(policy):
     return make(policy), make((copy.deepcopy(policy[0]), policy[1]))
 
@@ -39,88 +35,71 @@ def fit(prompts=("衣服",), reward=lambda texts: [sum(text.encode()) % 99 for t
     return lambda trainer: trainer.fit_kl_coef(prompts, reward, budget)
 
 
+def load(**settings):
+    return lambda trainer: TextPPOTrainer.from_pretrained(trainer.config.model_name, PPOConfig(**settings))
+
+
 REFUSED = [  # (call, part of what is said)
     (step(rewards=[0.5, math.nan]), "reward 1 is nan"),
     (step(rewards=[math.inf, 0.5]), "reward 0 is inf"),
-    (step(rewards=[0.5, 1e39]), "reward 1 is 1e+39"),
     (step(rewards=["good", 0.5]), "reward 0 is 'good'"),
-    (step(rewards=torch.zeros(2, 2)), "reward 0 is [0.0, 0.0]"),
     (step(rewards=[0.5]), "2 rewards"),
-    (step(rewards=0.5), "2 rewards"),
     (step([QUERY]), "1 queries need as many responses, not 2"),
-    (step(None), "a list with one query for each completion is needed, not None"),
     (step("衣服"), "a list with one query"),
-    (step(responses={"input_ids": [RESPONSE] * 2}), "a list with one response"),
-    (step(["衣服", "书"]), f"query 0 must be {IDS}, not '衣服'"),
-    (step([QUERY, None]), f"query 1 must be {IDS}"),
-    (step(responses=[RESPONSE, [7.0, 8.5]]), f"response 1 must be {IDS}"),
-    (step([torch.tensor([QUERY])] * 2), f"query 0 must be {IDS}"),
-    (step([QUERY, []]), f"query 1 must be {IDS}, not []"),
+    (step(["衣服", "书"]), "query 0 must be a 1-d tensor or a list of token ids"),
+    (step(responses=[RESPONSE, [7.0, 8.5]]), "response 1 must be"),
     (step([QUERY, [2, 43]]), "query 1 has an id outside the vocabulary of 43"),
-    (step(responses=[[-1], RESPONSE]), "response 0 has an id outside"),
     (step(responses=[RESPONSE, [7, 0, 3]]), "response 1 has ['[PAD]'] before its end"),
-    (step(responses=[[1, 5, 3], RESPONSE]), "response 0 has ['[UNK]'] before its end"),
-    (step(responses=[RESPONSE, [5, 2]]), "response 1 has ['[CLS]'] before its end"),
-    (step(responses=[RESPONSE, [4]]), "response 1 has ['[MASK]'] before its end"),
     (step([QUERY, [5] * 46]), "46 + 3 tokens > 48 positions"),
-    (lambda trainer: trainer.generate(torch.tensor(QUERY)), f"query 0 must be {IDS}, not 2"),
+    (lambda trainer: trainer.generate(torch.tensor(QUERY)), "query 0 must be"),
     (lambda trainer: trainer.generate([QUERY, [2] * 46]), "46 tokens + gen_len 3 > 48 positions"),
     (lambda trainer: trainer.generate([[2, 5, 3]]), "query 0 ends with [SEP]"),
     (lambda trainer: trainer.encode("衣服"), "encode() takes a list of texts, for example encode(['刚收到货'])"),
-    (lambda trainer: trainer.decode(torch.tensor(RESPONSE)), f"sequence 0 must be {IDS}, not 7"),
-    (lambda trainer: trainer.decode([QUERY] * 2, [RESPONSE]), "zip() argument 2 is shorter"),
-    (lambda trainer: trainer.decode([[43]]), "sequence 0 has an id outside the vocabulary of 43"),
+    (load(lr=-1.0), "lr must be above 0"),
+    (load(kl_budget=0.4), "call fit_kl_coef before the first step"),
+    (lambda trainer: TextPPOTrainer.from_pretrained("./missing"), "doesn't exist"),
     (fit(prompts=[]), "at least one prompt"),
     (fit(budget=0), "a budget above 0"),
     (fit(reward=lambda texts: [0.5] * len(texts)), "differ in score"),
+    (lambda trainer: trainer.set_kl_coef(1.0), "first step"),  # refused after a step only
     (fit(), "first step"),
 ]
 
 
-def everything(trainer) -> list:
-    """All that a call could have moved, as it is now."""
-    state = copy.deepcopy(trainer.engine.state_dict())
-    weights = [*state["policy"].values(), *state["average"].values(), *trainer.ref_model.parameters()]
-    moments = [tensor for of_weight in state["optimizer"]["state"].values() for tensor in of_weight.values()]
-    counters = trainer.n_steps, trainer.n_drawn, trainer.kl_controller.value, trainer.config, state["skipped_in_a_row"]
-    generators = repr(random.getstate()), repr(np.random.get_state()), *torch.get_rng_state().tolist()
-    return [*(tensor.tolist() for tensor in weights + moments), counters, trainer.reward_unit, generators]
+def everything(trainer) -> str:
+    """All that a call could have changed."""
+    state, rest = trainer.engine.state_dict(), (trainer.n_steps, trainer.n_drawn, trainer.reward_unit)
+    tensors = [*state["policy"].values(), *state["average"].values(), *trainer.ref_model.parameters()]
+    moments = state["optimizer"]["state"].values()
+    return repr(([tensor.tolist() for tensor in tensors], moments, rest, trainer.kl_controller.value, trainer.config))
 
 
-@pytest.mark.parametrize("steps", [0, 1])
-def test_what_is_refused_is_said_and_leaves_the_trainer_as_it_was(gpt2_folder, steps):
-    config = PPOConfig(**SETTINGS, frozen_share=0.5, eval_samples=16)
-    trainer, twin = (TextPPOTrainer.from_pretrained(gpt2_folder, copy.deepcopy(config)) for _ in range(2))
-    for one in (trainer, twin):
-        for _ in range(steps):
-            one.step([QUERY] * 2, one.generate([QUERY] * 2), [0.1, 0.9])
-        one.generate([QUERY])
-    before = everything(trainer)
-    for call, said in REFUSED[: None if steps else -1]:
-        with pytest.raises(ValueError) as error:
-            call(trainer)
-        assert said in str(error.value) and "\n" not in str(error.value), said
-    assert everything(trainer) == before
-    assert trainer.generate([QUERY] * 9)[-1].tolist() == twin.generate([QUERY] * 9)[-1].tolist()
+def test_what_is_refused_is_said_and_leaves_the_trainer_as_it_was(trainer):
+    trainer.config.eval_samples = 16
+    for steps in range(2):
+        before = everything(trainer)
+        for call, said in REFUSED[: None if steps else -2]:
+            with pytest.raises(ValueError) as error:
+                call(trainer)
+            assert said in str(error.value) and "\n" not in str(error.value), said
+        assert everything(trainer) == before
+        trainer.step([QUERY] * 2, trainer.generate([QUERY] * 2), [0.1, 0.9])
 
 
 @pytest.mark.parametrize(
     "rewards",
     [
-        (0.5, 1),
         np.array([0.5, 1.0], dtype=np.float16),
         [np.float32(0.5), np.int64(1)],
-        [Decimal("0.5"), Fraction(1)],
-        [0.5, True],
-        torch.tensor([0.5, 1.0], dtype=torch.bfloat16),
+        [Decimal("0.5"), True],
         torch.tensor([0.25, 0.5], dtype=torch.float64, requires_grad=True) * 2,
         [torch.tensor(0.5), torch.tensor([1.0], requires_grad=True)],
     ],
     ids=str,
 )
-def test_rewards_are_numbers_of_any_kind(policy, rewards):
+def test_rewards_are_numbers_of_any_kind(twins, rewards):
     """Twice: nothing goes back through a graph of theirs."""
-    trainer, twin = twins(policy)
+    trainer, twin = twins
     for _ in range(2):
         stats = trainer.step([QUERY] * 2, [[5, 6], [7]], rewards)
         assert stats == twin.step([QUERY] * 2, [[5, 6], [7]], [0.5, 1.0])
@@ -132,19 +111,18 @@ def test_rewards_are_numbers_of_any_kind(policy, rewards):
         list,
         lambda batch: [np.array(ids, dtype=np.int16) for ids in batch],
         lambda batch: [torch.tensor(ids, dtype=torch.int32) for ids in batch],
-        lambda batch: (ids for ids in batch),
         np.array,
     ],
 )
-def test_token_ids_come_in_any_form(policy, kind):
-    (trainer, twin), queries, responses = twins(policy), [QUERY, [2, 9, 8]], [[5, 6], [7, 3]]
+def test_token_ids_come_in_any_form(twins, kind):
+    (trainer, twin), queries, responses = twins, [QUERY, [2, 9, 8]], [[5, 6], [7, 3]]
     as_tensors = [[torch.tensor(ids) for ids in batch] for batch in (queries, responses)]
     assert all(map(torch.equal, trainer.generate(kind(queries)), twin.generate(as_tensors[0])))
     assert trainer.step(kind(queries), kind(responses), [0.5, 1]) == twin.step(*as_tensors, torch.tensor([0.5, 1]))
 
 
-def test_a_loop_may_be_written_below_no_grad_and_generate_in_inference_mode(policy):
-    trainer, twin = twins(policy)
+def test_a_loop_may_be_written_below_no_grad_and_generate_in_inference_mode(twins):
+    trainer, twin = twins
     with torch.inference_mode():
         responses = trainer.generate([QUERY] * 4)
     with torch.no_grad():
@@ -155,25 +133,21 @@ def test_a_loop_may_be_written_below_no_grad_and_generate_in_inference_mode(poli
 # --- what generate draws
 
 
-def test_queries_one_at_a_time_draw_what_one_call_draws(policy):
-    trainer, twin = twins(policy)
+def test_queries_one_at_a_time_draw_what_one_call_draws(twins):
+    trainer, twin = twins
     at_once = trainer.generate([QUERY] * 16)
     one_by_one = [twin.generate([QUERY])[0] for _ in range(16)]
     assert all(map(torch.equal, at_once, one_by_one))
-    assert len({tuple(response.tolist()) for response in one_by_one}) > 8
     trainer.step([QUERY] * 16, at_once, torch.arange(16) / 16)
-    second = trainer.generate([QUERY] * 16)
-    assert not all(map(torch.equal, at_once, second))
-    assert all(map(torch.equal, second, trainer.generate([QUERY] * 16, step=2)))
+    assert not all(map(torch.equal, at_once, trainer.generate([QUERY] * 16)))
 
 
-def test_judging_draws_and_failed_calls_do_not_count(policy, monkeypatch):
-    trainer, twin = twins(policy)
+def test_judging_draws_and_failed_calls_do_not_count(twins, monkeypatch):
+    trainer, twin = twins
     trainer.generate([QUERY] * 4, trainer.ref_model, seed=9, step=0)
-    with monkeypatch.context() as patched:
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
         patched.setattr("support.engine.sample", lambda *args: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            trainer.generate([QUERY] * 4)
+        trainer.generate([QUERY] * 4)
     assert all(map(torch.equal, trainer.generate([QUERY] * 4), twin.generate([QUERY] * 4)))
 
 
@@ -184,28 +158,8 @@ def test_texts_come_back_as_they_went_in(trainer):
     queries = trainer.encode(("刚收到货,感觉", "衣服"))
     assert [query.tolist()[0] for query in queries] == [2, 2] and 3 not in torch.cat(queries)
     responses = [torch.cat([query[1:], torch.tensor([3])]) for query in trainer.encode(["很不错!", "good"])]
-    texts = ["刚收到货,感觉很不错!", "衣服good"]
-    assert trainer.decode(queries, responses) == texts
-    assert trainer.decode([query.tolist() for query in queries], responses) == texts
-    assert trainer.decode(responses) == ["很不错!", "good"] and trainer.decode([]) == trainer.decode([], []) == []
-
-
-def test_without_a_config_the_settings_are_the_default_ones(gpt2_folder):
-    assert TextPPOTrainer.from_pretrained(gpt2_folder).config == PPOConfig(model_name=str(gpt2_folder))
-
-
-@pytest.mark.parametrize(
-    ("name", "config", "said"),
-    [
-        ("./missing", {}, "doesn.t exist"),
-        (None, {"lr": -1.0}, "lr must be above 0"),
-        (None, {"batch_size": 1.5}, "batch_size must be"),
-        (None, {"kl_budget": 0.4}, "call fit_kl_coef before the first step"),
-    ],
-)
-def test_what_the_command_line_refuses_is_a_value_error(gpt2_folder, name, config, said):
-    with pytest.raises(ValueError, match=said):
-        TextPPOTrainer.from_pretrained(name or gpt2_folder, PPOConfig(**config))
+    assert trainer.decode([query.tolist() for query in queries], responses) == ["刚收到货,感觉很不错!", "衣服good"]
+    assert trainer.decode(responses) == ["很不错!", "good"] and trainer.decode([]) == []
 
 
 def test_a_budget_finds_the_coefficient_and_counts_from_the_first_step(trainer):
@@ -222,8 +176,6 @@ def test_a_budget_finds_the_coefficient_and_counts_from_the_first_step(trainer):
     kl = tilted * math.log(tilted / p) + (1 - tilted) * math.log((1 - tilted) / (1 - p))
     assert kl == pytest.approx(0.1, rel=20 / len(queries))  # the estimate is without the bias of order 1 / n
     assert trainer.step([QUERY] * 2, [[5, 6], [7]], [0.5, 1.0])["objective/kl_coef"] == coef
-    with pytest.raises(ValueError, match="before the first step"):
-        trainer.set_kl_coef(1.0)
 
 
 # --- save
@@ -251,28 +203,20 @@ def test_a_saved_model_is_the_average_at_the_temperature_of_the_run(gpt2_folder,
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e4])
-def test_saving_twice_gives_the_same_files_and_changes_nothing(trainer, gpt2_folder, tmp_path, scale):
-    """With a unit of rewards far from 1. Values are saved in the unit of the scores: a trainer that goes on from them,
-    with other scores and another unit, values texts the same."""
+def test_saving_twice_gives_the_same_files_and_changes_nothing(trainer, tmp_path, scale):
+    """Values are saved in the unit of the scores: a trainer that goes on from them, with another unit, has the same."""
     queries = trainer.encode(["衣服", "这本书很", "刚收到货,感觉", "好评"])
     responses, scores = trainer.generate(queries), [scale * score for score in (1.0, 9.0, 4.0, 2.0)]
     for _ in range(3):
         trainer.step(queries, responses, scores)
-    twin = copy.deepcopy(trainer)
-    for _ in range(2):
-        trainer.save(tmp_path / "once")
-        first = {path.name: path.read_bytes() for path in (tmp_path / "once").iterdir()}
-        trainer.save(tmp_path / "twice")
-        assert first == {path.name: path.read_bytes() for path in (tmp_path / "twice").iterdir()}
-    assert everything(trainer) == everything(twin)
+    before = everything(trainer)
+    for name in ("once", "twice"):
+        trainer.save(tmp_path / name)
+    first, second = ([path.read_bytes() for path in sorted((tmp_path / n).iterdir())] for n in ("once", "twice"))
+    assert first == second and everything(trainer) == before
 
-    head = safetensors.torch.load_file(tmp_path / "twice" / "value_head.safetensors")
-    bias = trainer.policy_for_saving.v_head.summary.bias.item() * trainer.reward_unit
-    assert head["summary.bias"].item() == pytest.approx(bias, rel=1e-6)
     again = TextPPOTrainer.from_pretrained(tmp_path / "twice", PPOConfig(**SETTINGS))
     believed = again.step(queries, responses, [3.0, 1.0, 2.0, 1.0])["ppo/val/mean"]
     trainer.engine.model.load_state_dict(trainer.policy_for_saving.state_dict())
     assert trainer.step(queries, responses, scores)["ppo/val/mean"] == pytest.approx(believed, rel=1e-4)
     assert abs(believed) > scale / 100
-    card = json.loads((tmp_path / "twice" / "config.json").read_text())
-    assert card["model_type"] == "gpt2" and "衣服" in (tmp_path / "twice" / "README.md").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from config import PPOConfig
 from support.models import load_gpt2_config, load_policy
@@ -23,8 +23,9 @@ SETTINGS = dict(
     batch_size=BATCH, minibatch_size=4, micro_batch_size=3, ppo_epochs=2, lam=0.9, gamma=0.97, frozen_share=0.5,
     vf_coef=0.4, init_kl_coef=BETA, kl_controller="adaptive", target=0.05, horizon=50, lr=3e-4, adam_epsilon=1e-3,
     average_power=2.0, max_grad_norm=0.7, save_every=1, keep_checkpoints=9, log_samples_every=2, run_name="run",
+    eval_samples=30,
 )  # fmt: skip
-SIZES = {"float32": dict(episodes=27, eval_samples=60), "bfloat16": dict(episodes=20, eval_samples=30)}
+EPISODES = {"float32": 27, "bfloat16": 20}
 PAD, UNK, CLS, SEP, MASK = range(5)
 JUDGES_SEED = 20_170_707
 
@@ -45,7 +46,7 @@ def how_far_apart(dtype: str, spread: float) -> float:
 def run(request, tmp_path_factory, demo):
     """The run, and the models that it used, in plain `transformers`."""
     runs_dir = tmp_path_factory.mktemp("runs")
-    settings, flags = SETTINGS | SIZES[request.param] | {"dtype": request.param}, []
+    settings, flags = SETTINGS | {"episodes": EPISODES[request.param], "dtype": request.param}, []
     for name, value in {**settings, "runs_dir": runs_dir}.items():
         flags += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
     with pytest.MonkeyPatch.context() as patched:
@@ -104,18 +105,13 @@ def draws_missed_by(run, gpt2, texts, seed, step) -> float:
     """How far a random number lies, at most, outside the interval between 0 and 1 of the token that it decided."""
     farthest = 0.0
     for i, ((_, completion), logprobs) in enumerate(zip(texts, logprobs_of(run, gpt2, texts))):
-        draws = np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, 0, i])).random(
-            GEN_LEN, np.float32
-        )
+        philox = np.random.Philox(key=[seed, step], counter=[0, 0, 0, i])
+        draws = np.random.Generator(philox).random(GEN_LEN, np.float32)
         cumulative = logprobs.double().exp().cumsum(-1)
         for t, token in enumerate(tokens_of(run, completion)):
             low, high = cumulative[t, token - 1], cumulative[t, token]
             farthest = max(farthest, float(low - draws[t]), float(draws[t] - high))
     return farthest
-
-
-def means(values) -> float:
-    return float(np.mean([float(value) for value in values]))
 
 
 def test_all_prompts_take_their_turn_each_time_in_a_new_order(run):
@@ -134,47 +130,28 @@ def test_each_token_is_the_one_that_its_draw_decides(run):
     for step, policy in zip(range(1, run.steps + 1), run.policies):
         assert draws_missed_by(run, policy, of_step(run, step), SEED, step) < run.close / 2
     for when, judged in (("before", run.policies[0]), ("after", run.saved)):
-        texts = [(prompt, text) for prompt, text, _ in run.evaluation[when]["samples"][:30]]
+        texts = [(prompt, text) for prompt, text, _ in run.evaluation[when]["samples"]]
         assert draws_missed_by(run, judged, texts, JUDGES_SEED, 0) < run.close / 2
-
-
-def test_scores_are_the_classifiers_probability_of_happy(run):
-    classifier = AutoModelForSequenceClassification.from_pretrained(run.demo[1]).to(run.dtype).eval()
-    tokenizer = AutoTokenizer.from_pretrained(run.demo[1])
-    scored = [(sample["prompt"], sample["completion"], sample["score"]) for sample in run.samples]
-    scored += run.evaluation["before"]["samples"][:30] + run.evaluation["after"]["samples"][:30]
-    texts = tokenizer([prompt + text for prompt, text, _ in scored], padding=True, return_tensors="pt")
-    with torch.no_grad():
-        logits = classifier(**texts).logits.float()
-    expected = logits.softmax(-1)[:, 1]  # positive (stars 4 and 5)
-    # A probability's slope is at most 1/4 of the difference of two logits, of which each may be off
-    close = how_far_apart(run.settings["dtype"], logits.abs().max().item()) / 2
-    assert [score for *_, score in scored] == pytest.approx(expected.tolist(), abs=close)
 
 
 def test_metrics_follow_from_the_samples(run):
     kl_coef = BETA
     for step, (row, policy) in enumerate(zip(run.metrics, run.policies), 1):
         texts = of_step(run, step)
-        scores = sorted(sample["score"] for sample in run.samples if sample["step"] == step)
+        scores = [sample["score"] for sample in run.samples if sample["step"] == step]
         tokens = [tokens_of(run, completion) for _, completion in texts]
         old, ref = (logprobs_of(run, gpt2, texts) for gpt2 in (policy, run.policies[0]))
-        kl = means((a - b)[range(len(ids)), ids].sum() for a, b, ids in zip(old, ref, tokens))
-        entropy = means(-(logprobs.exp() * logprobs).sum(-1).sum() for logprobs in old) * 10 / sum(map(len, tokens))
+        kl = sum((a - b)[range(len(ids)), ids].sum().item() for a, b, ids in zip(old, ref, tokens)) / 10
+        logprobs = torch.cat(old)
+        entropy = -(logprobs.exp() * logprobs).sum(-1).mean().item()
         exact = {
             "step": step,
             "episodes": 10 * step,
-            "env/reward_mean": np.mean(scores),
-            "env/reward_std": math.sqrt(sum((score - np.mean(scores)) ** 2 for score in scores) / 10),
-            "env/reward_p10": 0.1 * scores[0] + 0.9 * scores[1],
-            "env/reward_p90": 0.9 * scores[8] + 0.1 * scores[9],
+            "env/reward_p10": np.quantile(scores, 0.1),
             "objective/kl_coef": kl_coef,
             "objective/non_score_reward": -kl_coef * row["objective/kl"],
             "objective/rlhf_reward": np.mean(scores) - kl_coef * row["objective/kl"],
             "ppo/loss/total": row["ppo/loss/policy"] + 0.4 * row["ppo/loss/value"],
-            "ppo/skipped": 0,
-            "tokens/completion_length": means(map(len, tokens)),
-            "tokens/ended_share": means(SEP in ids for ids in tokens),
             "time/step": row["time/sample"] + row["time/score"] + row["time/ppo"],
         }
         assert {name: row[name] for name in exact} == pytest.approx(exact, rel=1e-4, abs=1e-5)
@@ -205,31 +182,3 @@ def test_a_second_implementation_learns_the_same_from_the_samples(run):
         for weight, first in start.state_dict().items():
             moved, should = got.get(weight, got["transformer.wte.weight"]) - first, expected[weight] - first
             assert (moved - should).norm() <= 5e-3 * should.norm() + 1e-6, weight
-
-
-def test_the_evaluation_follows_from_its_samples(run):
-    n = run.settings["eval_samples"]
-    for when, gpt2 in (("before", run.policies[0]), ("after", run.saved)):
-        judged = run.evaluation[when]
-        texts, scores = [sample[:2] for sample in judged["samples"]], [sample[2] for sample in judged["samples"]]
-        assert [prompt for prompt, _ in texts] == (PROMPTS * n)[:n]
-        tokens = [tokens_of(run, text) for _, text in texts]
-        ours, ref = (logprobs_of(run, model, texts) for model in (gpt2, run.policies[0]))
-        kls = [float((a.exp() * (a - b)).sum()) for a, b in zip(ours, ref)]
-        chosen = torch.cat([logprobs[range(len(ids)), ids] for logprobs, ids in zip(ref, tokens)])
-        exact = {
-            "n": n,
-            "reward": np.mean(scores),
-            "reward_ci95": 1.96 * np.std(scores, ddof=1) / math.sqrt(n),
-            "kl": np.mean(judged["kls"]),
-            "length": means(map(len, tokens)),
-            "ended": means(SEP in ids for ids in tokens),
-            "unique": len(set(map(tuple, texts))) / n,
-        }
-        assert {name: judged[name] for name in exact} == pytest.approx(exact, rel=1e-5)
-        assert judged["kl"] == pytest.approx(np.mean(kls), abs=run.close)
-        assert judged["ref_logprob"] == pytest.approx(chosen.mean().item(), abs=run.close)
-        counts = [count for _, count in judged["commonest"]]
-        assert counts == sorted(counts, reverse=True) and len(counts) == 10
-        assert all(["".join(text) for text in texts].count(text) == count for text, count in judged["commonest"])
-    assert run.evaluation["before"]["kl"] == 0 < run.evaluation["after"]["kl"]

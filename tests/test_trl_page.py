@@ -13,7 +13,7 @@ from tests.helpers import code_blocks
 
 
 def run_page(page_code: str, changes: dict[str, str], tmp_path, monkeypatch) -> dict:
-    """Run code of a page with `changes`, each of which it has once, in another folder. Returns its names."""
+    """Run code of a page with `changes` in another folder. Returns its names."""
     monkeypatch.chdir(tmp_path)
     for printed, here in changes.items():
         assert page_code.count(printed) == 1, printed
@@ -35,7 +35,6 @@ def test_the_loop_of_the_page_runs_as_printed(demo, tmp_path, monkeypatch, capsy
     names = run_page(code_blocks("docs/trl.md")[1], changes, tmp_path, monkeypatch)
     means = re.findall(r"^(\d\.\d\d)  KL -?\d\.\d\d  刚收到货,感觉", capsys.readouterr().out, re.MULTILINE)
     assert len(means) == 5 and np.mean(list(map(float, means[-2:]))) > float(means[0])
-    assert names["trainer"].tokenizer.sep_token_id not in torch.cat(names["queries"])
     assert not any("SEP" in text or " " in text for text in names["texts"])
     assert len(pipeline("text-generation", model="my_model")("刚收到货,感觉")[0]["generated_text"]) > 8
 
