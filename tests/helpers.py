@@ -21,7 +21,7 @@ from support.run_folder import RunFolder
 from train_ppo import main, train
 
 ROOT = Path(__file__).resolve().parent.parent
-SEP, FORBIDDEN, N = 3, [0, 1, 2, 4], 7
+SEP, FORBIDDEN = 3, [0, 1, 2, 4]
 MEAN, STD = "env/reward_mean", "env/reward_std"
 COLUMNS = [column for _, columns, _ in PANELS for column in columns]
 
@@ -110,20 +110,6 @@ def read(page: str) -> str:
 
 def code_blocks(page: str, language: str = r"\w+") -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", read(page), re.MULTILINE | re.DOTALL)
-
-
-def anchors(page: Path) -> set[str]:
-    """What GitHub makes of the headings."""
-    headings = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.MULTILINE)
-    return {
-        re.sub(r"[^\w\- ]", "", re.sub(r"\[(.*?)\]\(.*?\)", r"\1", line)).lower().replace(" ", "-") for line in headings
-    }
-
-
-def links(page: Path) -> list[tuple[str, str]]:
-    """(file, anchor) of the links within the repository, "" for this page or no anchor."""
-    found = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
-    return [tuple((link + "#").split("#")[:2]) for link in found if "://" not in link]
 
 
 SMALL = "--preset demo --device cpu --episodes 48 --batch_size 16 --minibatch_size 8 --eval_samples 16".split()
@@ -363,19 +349,3 @@ def evaluated(unit=1.0) -> dict:
     gain = {"beta": 0.15 * unit, "limit": limit, "J_before": 0.2546 * unit, "J": 0.6904 * unit}
     gain |= {"gain": 0.9177, "gain_se": 0.0234}
     return {"before": figures | before, "after": figures | after, "gain": gain, "verdict": "good"}
-
-
-def judged(reward, kl, scores):
-    return {"reward": reward, "kl": kl, "unique": 0.9, "samples": [["p", "x", score] for score in scores]}
-
-
-def write_evaluation(folder, **evaluation):
-    (folder / "evaluation.json").write_text(json.dumps(evaluation))
-
-
-def words(legend) -> list[str]:
-    return [text.get_text() for text in legend.get_texts()]
-
-
-def points(line) -> list[list[float]]:
-    return line.get_xydata().tolist()

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
@@ -19,7 +20,7 @@ import plot_rewards
 import train_ppo
 from config import PPOConfig
 from support.demo_models import write_review
-from tests.helpers import ROOT, anchors, code_blocks, links, read, write_bpe_gpt2, write_classifier, write_gpt2
+from tests.helpers import ROOT, code_blocks, read, write_bpe_gpt2, write_classifier, write_gpt2
 from tests.hub_server import Hub
 from tools import review_models
 
@@ -31,6 +32,20 @@ TRAIN_FLAGS = {f"--{name}" for name in PPOConfig.__dataclass_fields__} | {"--com
 
 # ----------------------------------------------------------------------------------------------
 # Links and flags
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of the headings."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {
+        re.sub(r"[^\w\- ]", "", re.sub(r"\[(.*?)\]\(.*?\)", r"\1", line)).lower().replace(" ", "-") for line in headings
+    }
+
+
+def links(page: Path) -> list[tuple[str, str]]:
+    """(file, anchor) of the links within the repository, "" for this page or no anchor."""
+    found = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    return [tuple((link + "#").split("#")[:2]) for link in found if "://" not in link]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -9,12 +9,28 @@ import pytest
 
 from plot_rewards import PANELS, draw, main, smooth
 from support.compare import read_metrics
-from tests.helpers import COLUMNS, MEAN, STD, judged, points, words, write_evaluation, write_run
+from tests.helpers import COLUMNS, MEAN, STD, write_run
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 REWARD = "mean reward of each step"
 PLANE = "reward against KL"
 HISTOGRAM = "rewards before and after training"
+
+
+def judged(reward, kl, scores):
+    return {"reward": reward, "kl": kl, "unique": 0.9, "samples": [["p", "x", score] for score in scores]}
+
+
+def write_evaluation(folder, **evaluation):
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+
+
+def words(legend) -> list[str]:
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def points(line) -> list[list[float]]:
+    return line.get_xydata().tolist()
 
 
 def panels(figures, number=-1) -> dict:

@@ -130,9 +130,6 @@ def test_a_loop_may_be_written_below_no_grad_and_generate_in_inference_mode(twin
     assert stats == twin.step([QUERY] * 4, twin.generate([QUERY] * 4), [0.1, 0.9, 0.5, 0.3])
 
 
-# --- what generate draws
-
-
 def test_queries_one_at_a_time_draw_what_one_call_draws(twins):
     trainer, twin = twins
     at_once = trainer.generate([QUERY] * 16)
@@ -149,9 +146,6 @@ def test_judging_draws_and_failed_calls_do_not_count(twins, monkeypatch):
         patched.setattr("support.engine.sample", lambda *args: 1 / 0)
         trainer.generate([QUERY] * 4)
     assert all(map(torch.equal, trainer.generate([QUERY] * 4), twin.generate([QUERY] * 4)))
-
-
-# --- texts, names and settings
 
 
 def test_texts_come_back_as_they_went_in(trainer):
@@ -176,9 +170,6 @@ def test_a_budget_finds_the_coefficient_and_counts_from_the_first_step(trainer):
     kl = tilted * math.log(tilted / p) + (1 - tilted) * math.log((1 - tilted) / (1 - p))
     assert kl == pytest.approx(0.1, rel=20 / len(queries))  # the estimate is without the bias of order 1 / n
     assert trainer.step([QUERY] * 2, [[5, 6], [7]], [0.5, 1.0])["objective/kl_coef"] == coef
-
-
-# --- save
 
 
 def test_a_saved_model_is_the_average_at_the_temperature_of_the_run(gpt2_folder, tmp_path):

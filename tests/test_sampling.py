@@ -59,9 +59,6 @@ def always(policy, logits):
     return model, tokenizer
 
 
-# --- shared prompts
-
-
 @pytest.mark.parametrize("frozen_share", [0, 0.5, 1])
 def test_shared_prompts_equal_one_sequence_at_a_time(policy64, frozen_share):
     """Prompts of three lengths, responses of several; the trunk may come from another model that shares it."""
@@ -110,9 +107,6 @@ def test_gradients_are_the_same_to_the_bit_each_time(policy):
     assert all(torch.equal(gradient, gradients[0]) for gradient in gradients[1:])
 
 
-# --- the distribution
-
-
 def test_completion_mask_by_hand():
     responses = torch.tensor([[5, 3, 0, 0], [5, 6, 7, 8], [3, 0, 3, 0]])
     assert g.completion_mask(responses, 3).int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
@@ -146,9 +140,6 @@ def test_samples_follow_the_models_distribution(policy, temperature):
     likely = int(np.where(np.arange(len(first)) == SEP, 0, first).argmax())
     assert agree(responses[:, 0], first)
     assert agree(responses[responses[:, 0] == likely, 1], probs([*query, likely]))
-
-
-# --- the random numbers
 
 
 def test_prompts_of_different_lengths_sample_as_each_would_alone(policy64):

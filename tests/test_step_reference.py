@@ -11,8 +11,9 @@ import torch
 
 from config import PPOConfig
 from ppo import PPOTrainer
-from tests.helpers import SEP, N, Reference
+from tests.helpers import SEP, Reference
 
+N = 7  # completions in a batch
 SETTINGS = dict(
     batch_size=N, minibatch_size=4, micro_batch_size=3, ppo_epochs=2, gen_len=6, temperature=0.7, gamma=0.9, lam=0.8,
     cliprange=0.05, cliprange_value=0.03, vf_coef=0.6, kl_controller="adaptive", init_kl_coef=0.3, target=0.01,

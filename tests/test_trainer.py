@@ -64,9 +64,6 @@ def test_one_seed_trains_to_the_same_bits_and_another_to_others(policy, seed):
     assert all(weight.equal(ends[1][name]) for name, weight in ends[0].items()) == (seed == 1)
 
 
-# --- how a batch is split and padded
-
-
 def test_what_follows_the_end_of_a_response_is_not_read(policy):
     dirty = [[5, 6], [7], [9, 3, 2, 40], [9, 9, 8, 7], [3, 3, 7], [5, 6, 7, 8, 3, 0, 0]]
     trainer, twin = make(policy), twin_of(policy)
@@ -83,9 +80,6 @@ def test_no_more_than_a_micro_batch_goes_through_the_model_at_once(policy):
     rows.clear()
     trainer.step(QUERIES + QUERIES[:3], responses, [0.1] * 9)
     assert rows == [2, 2, 2, 2, 1] + [2, 2, 1] + [2, 2]
-
-
-# --- what is trained
 
 
 @pytest.mark.parametrize(
@@ -126,9 +120,6 @@ def test_the_reference_stays_where_it_was_and_an_untouched_policy_with_it(policy
     assert kl_to_reference(trainer, trainer.model, QUERIES, RESPONSES)[0].min() > 0
 
 
-# --- bfloat16: a copy of the policy computes, the weights stay float32
-
-
 def test_bfloat16_arithmetic_follows_the_float32_weights(policy):
     """Steps far smaller than bfloat16 can represent add up, and each optimiser step sees the one before."""
     trainer = make(policy, dtype="bfloat16", lr=1e-6, ppo_epochs=1)
@@ -155,9 +146,6 @@ def test_values_and_the_saved_policy_are_float32_if_the_arithmetic_is_bfloat16(p
     before = copy.deepcopy(judged.state_dict())
     kl_to_reference(trainer, judged, [[2, 5]], trainer.generate([[2, 5]], judged, 7, 0))
     assert judged.dtype == torch.float32 and all(map(torch.equal, before.values(), judged.state_dict().values()))
-
-
-# --- skipped optimiser steps
 
 
 def skipping(policy, **changes):
@@ -195,9 +183,6 @@ def test_a_skipped_step_leaves_no_trace_in_the_optimiser(policy):
         assert torch.allclose(weight, same, rtol=0, atol=FLOAT32)  # only the order of the minibatches differs
 
 
-# --- the shortest and the longest batches
-
-
 def test_a_batch_of_one_token(policy):
     """Its advantage is whitened to 0: only the value is learned. The unit of rewards makes a size of 0.4 of 0.6."""
     trainer, stats = make(policy, ppo_epochs=1, batch_size=1, minibatch_size=1, gen_len=1), {}
@@ -228,9 +213,6 @@ def test_rows_beyond_the_tokenizer_are_neither_drawn_nor_taken(policy):
     assert set(responses.tolist()) <= {3, *range(5, 43)} and len(set(responses.tolist())) > 5
     with pytest.raises(ValueError, match="response 0 has .* before its end, which are never sampled"):
         trainer.step([[2, 5]], [[43]], [0.5])
-
-
-# --- generate
 
 
 def test_generate_draws_what_seed_step_and_place_say(policy):
