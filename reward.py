@@ -38,9 +38,7 @@ class SentimentReward:
         batch_size: int = 128,
     ):
         config, self.positive_label = read_classifier_config(folder, positive_label)
-        model, missing = load_weights(AutoModelForSequenceClassification, folder, config, device)
-        if missing:
-            raise UserError(f"{folder} isn't a trained classifier: its weights lack {sorted(missing)[0]}")
+        model = load_weights(AutoModelForSequenceClassification, folder, config, device)
         tokenizer = load_tokenizer(folder)
         model = model.to(device=device, dtype=dtype)  # under torchrun the pipeline doesn't move it
         with quiet_transformers():

@@ -21,10 +21,9 @@ import time
 from pathlib import Path
 
 from config import PPOConfig
-from support import collectives, meeting
+from support import collectives, import_libraries, meeting
 from support.command_line import flags_to_go_on, is_finished, read_command_line
 from support.errors import UserError, first_line, is_out_of_memory
-from support.load import import_libraries, input_hashes, load
 from support.settings import total_steps
 from support.streams import hold_streams
 
@@ -188,6 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         if mode == "nothing":
             return 0
         import_libraries()
+        from support.load import input_hashes, load
         from support.run_folder import RunFolder
 
         loaded = load(config)

@@ -1,8 +1,7 @@
 """Makes the demo's two tiny models, for machines that can't download any.
 
 A small grammar writes happy, unhappy and mixed shop reviews. A Chinese GPT-2 learns to write them and a BERT
-classifier learns to tell happy from unhappy, in under a minute on two CPU cores. They are made once and kept in the
-user's cache folder, in the file layout of the article's models (config.json, vocab.txt, pytorch_model.bin, ...).
+classifier learns to tell happy from unhappy, in under a minute on two CPU cores. They are kept in the user's cache.
 """
 
 import hashlib
@@ -17,7 +16,6 @@ from filelock import FileLock
 from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer, GPT2Config, GPT2LMHeadModel
 
-from support.errors import UserError
 from support.files import whole
 
 NEGATIVE, POSITIVE = "negative (stars 1, 2 and 3)", "positive (stars 4 and 5)"
@@ -63,51 +61,40 @@ CLASSIFIER_SIZES |= {"num_attention_heads": 4, "intermediate_size": 256}
 
 
 def demo_models() -> tuple[Path, Path]:
-    """Return the folders of the demo GPT-2 and the demo classifier; the first call makes them, which takes a minute.
-
-    Raises UserError if the cache folder can't be written.
-    """
+    """Return the folders of the demo GPT-2 and the demo classifier; the first call makes them, which takes a minute."""
     source = Path(__file__).read_bytes() + f"torch {torch.__version__}".encode()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ppo-chinese-gpt2")
     folder = cache / f"demo-{hashlib.sha256(source).hexdigest()[:16]}"
     if not folder.exists():
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{folder}.lock"):  # another process may be making them
-                if not folder.exists():
-                    print(f"making the demo models in {folder} (once, under a minute)", flush=True)
-                    with whole(folder) as partial:
-                        partial.mkdir()
-                        make_demo_models(partial)
-        except OSError as error:
-            raise UserError(f"{cache} can't be written ({error.strerror}); set XDG_CACHE_HOME to another folder")
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):  # another process may be making them
+            if not folder.exists():
+                print(f"making the demo models in {folder} (once, under a minute)", flush=True)
+                with whole(folder) as partial:
+                    partial.mkdir()
+                    make_demo_models(partial)
     return folder / "gpt2", folder / "sentiment"
 
 
-def make_demo_models(out: Path, gpt2_sizes=GPT2_SIZES, vocab_size=0, lr=LR, steps=STEPS, device="cpu") -> None:
-    """Train both models and write them below `out`; on a CPU the weights are the same every time.
-
-    gpt2_sizes: fields of GPT2Config. vocab_size: see `write_vocab`. lr: the GPT-2's highest learning rate. steps: how
-    many optimiser steps each model takes.
-    """
+def make_demo_models(out: Path) -> None:
+    """Train both models on the CPU and write them below `out`; the weights are the same every time."""
     draw = random.Random(1)
     reviews = [write_review(draw) for _ in range(REVIEWS)]
-    vocab = write_vocab(out / "vocab.txt", reviews, vocab_size)
+    vocab = write_vocab(out / "vocab.txt", reviews)
     tokenizer = BertTokenizer(str(out / "vocab.txt"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        gpt2 = new_gpt2(len(vocab), gpt2_sizes).to(device)
-        fit(gpt2, tokenizer, reviews, steps["gpt2"], draw, lr)
-        classifier = new_classifier(len(vocab), CLASSIFIER_SIZES).to(device)
-        fit(classifier, tokenizer, reviews, steps["sentiment"], draw, LR)
-    for name, model in (("gpt2", gpt2), ("sentiment", classifier)):
-        write_model(out / name, model.cpu(), out / "vocab.txt")
+        gpt2 = new_gpt2(len(vocab), GPT2_SIZES)
+        fit(gpt2, tokenizer, reviews, STEPS["gpt2"], draw)
+        classifier = new_classifier(len(vocab), CLASSIFIER_SIZES)
+        fit(classifier, tokenizer, reviews, STEPS["sentiment"], draw)
+    write_model(out / "gpt2", gpt2, out / "vocab.txt")
+    write_model(out / "sentiment", classifier, out / "vocab.txt")
 
 
-def write_vocab(path: Path, reviews: list[tuple[str, int]], size: int = 0) -> list[str]:
-    """Write and return a vocabulary: the special tokens, the reviews' characters, and [unused1], ... up to `size`."""
+def write_vocab(path: Path, reviews: list[tuple[str, int]]) -> list[str]:
+    """Write and return a vocabulary: the special tokens and the reviews' characters."""
     vocab = [*SPECIAL_TOKENS, *sorted({c for text, _ in reviews for c in text})]
-    vocab += [f"[unused{i}]" for i in range(1, size - len(vocab) + 1)]
     path.write_text("\n".join(vocab) + "\n", encoding="utf-8")
     return vocab
 
@@ -133,22 +120,19 @@ def new_classifier(vocab_size: int, sizes: dict) -> BertForSequenceClassificatio
 def write_model(folder: Path, model, vocab: Path) -> None:
     """Write a model on the CPU and its tokenizer in the file layout of the article's models."""
     folder.mkdir()
-    config = model.config.to_dict() | {"architectures": [type(model).__name__], "tokenizer_class": "BertTokenizer"}
-    for key in ("bos_token_id", "eos_token_id", "dtype") if model.config.model_type == "gpt2" else ("dtype",):
-        config.pop(key, None)
+    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     shutil.copy(vocab, folder / "vocab.txt")
-    tokenizer = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
-    tokenizer |= {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
-    tokenizer["model_max_length"] = model.config.max_position_embeddings
+    positions = model.config.max_position_embeddings
+    tokenizer = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": positions}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
 
 
-def fit(model, tokenizer, reviews: list[tuple[str, int]], steps: int, draw: random.Random, lr: float) -> None:
+def fit(model, tokenizer, reviews: list[tuple[str, int]], steps: int, draw: random.Random) -> None:
     """Train a GPT-2 on the reviews, or a classifier on reviews and labels; a review is encoded as [CLS] ... [SEP]."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=0.1)
     model.train()
     for _ in tqdm(range(steps), type(model).__name__, unit="step", disable=None):
         texts, labels = zip(*draw.sample(reviews, BATCH))

@@ -1,7 +1,5 @@
 """Finds the files of a model: in a local folder, the demo's, in the Hugging Face cache, or on the Hub."""
 
-import contextlib
-import errno
 import os
 import re
 from collections.abc import Callable
@@ -12,8 +10,7 @@ from support.files import path_errors
 
 VALUE_HEAD = "value_head.safetensors"  # only models trained here have one
 VOCABULARIES = ({"vocab.txt"}, {"tokenizer.json"}, {"vocab.json", "merges.txt"})
-SMALL = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", VALUE_HEAD}.union(*VOCABULARIES)
-SMALL |= {"model.safetensors.index.json", "pytorch_model.bin.index.json"}
+SMALL = rf"[\w.-]+\.(json|txt)|{VALUE_HEAD}"
 WEIGHTS = (r"model(-\d+-of-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.bin")
 HUB_ID = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
 
@@ -22,9 +19,8 @@ HUB_ID = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
 def model_folder(name: str, flag: str, check: Callable[[Path], object] = lambda folder: None) -> Path:
     """Return the local folder of a model: as given, the demo's, or from the Hub.
 
-    A model that is complete in the cache causes no request. Otherwise the small files are downloaded first, then
-    `check(folder)` may reject them, then the weights follow. Raises UserError if the model can't be found or
-    downloaded. If the Hub hangs, that takes 70 seconds at most with the client's default time-outs.
+    `check(folder)` may reject a model's small files before its weights are downloaded. Raises UserError if the model
+    can't be found or downloaded.
     """
     if name == "demo":
         from support.demo_models import demo_models
@@ -34,6 +30,19 @@ def model_folder(name: str, flag: str, check: Callable[[Path], object] = lambda 
         return Path(folder)
     if not re.fullmatch(HUB_ID, name):
         raise UserError(f"{flag} {name}: this folder doesn't exist, and it isn't a Hub id (owner/model) either")
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        return from_cache_or_hub(name, flag, check)
+    except UserError:
+        raise
+    except (OSError, ValueError, HTTPError) as error:
+        reason = explain(error, name, flag)
+        raise UserError(f"{flag} {name}: there is no such folder, and it can't be downloaded: {reason}")
+
+
+def from_cache_or_hub(name: str, flag: str, check: Callable[[Path], object]) -> Path:
+    """Do what `model_folder` does for a Hub id. A model that is complete in the cache causes no request."""
     import huggingface_hub as hub
     from huggingface_hub import constants
 
@@ -42,24 +51,23 @@ def model_folder(name: str, flag: str, check: Callable[[Path], object] = lambda 
         hub.get_hf_file_metadata(hub.hf_hub_url(name, file, revision=revision), timeout=constants.HF_HUB_ETAG_TIMEOUT)
         return Path(hub.hf_hub_download(name, file, revision=revision)).parent
 
-    with hub_errors(name, flag):
-        cached = hub.try_to_load_from_cache(name, "config.json")
-        if isinstance(cached, str) and is_complete(Path(cached).parent):
-            return Path(cached).parent
-        constants.HF_HUB_DISABLE_XET = True  # Xet has other hosts, which mirrors lack, and other time-outs
-        info = hub.HfApi().model_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        names = {file.rfilename for file in info.siblings}
-        if "config.json" not in names or not has_vocabulary(names) or not wanted_weights(names):
-            needed = "config.json, a vocabulary, and safetensors or .bin weights"
-            raise UserError(f"{flag} {name} needs {needed}, but the files on the Hub are {', '.join(sorted(names))}")
-        print(f"fetching {name} from {constants.ENDPOINT}", flush=True)
-        folder = fetch("config.json")
-        for file in sorted(SMALL & names):
+    cached = hub.try_to_load_from_cache(name, "config.json")
+    if isinstance(cached, str) and is_complete(Path(cached).parent):
+        return Path(cached).parent
+    constants.HF_HUB_DISABLE_XET = True  # Xet has other hosts, which mirrors lack, and other time-outs
+    info = hub.HfApi().model_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    names = {file.rfilename for file in info.siblings}
+    if "config.json" not in names or not has_vocabulary(names) or not wanted_weights(names):
+        needed = "config.json, a vocabulary, and safetensors or .bin weights"
+        raise UserError(f"{flag} {name} needs {needed}, but the files on the Hub are {', '.join(sorted(names))}")
+    print(f"fetching {name} from {constants.ENDPOINT}", flush=True)
+    folder = fetch("config.json")
+    for file in sorted(names):
+        if re.fullmatch(SMALL, file):
             fetch(file, revision=folder.name)  # the same commit, even if the model changes meanwhile
     check(folder)
-    with hub_errors(name, flag):
-        for file in wanted_weights(names):
-            fetch(file, revision=folder.name)
+    for file in wanted_weights(names):
+        fetch(file, revision=folder.name)
     return folder
 
 
@@ -81,36 +89,21 @@ def wanted_weights(names: set[str]) -> list[str]:
     return safetensors or torch_bin
 
 
-@contextlib.contextmanager
-def hub_errors(name: str, flag: str):
-    """Turn an error of the Hub's client into a UserError with the cause and the remedy."""
+def explain(error: Exception, name: str, flag: str) -> str:
+    """Return the cause of an error of the Hub's client, and the remedy."""
     from huggingface_hub import constants
-    from huggingface_hub.errors import HTTPError
 
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, ValueError, HTTPError) as error:
-        hub, cache, text = constants.ENDPOINT, constants.HF_HUB_CACHE, first_line(error)
-        elsewhere = f"set HF_ENDPOINT to a mirror of the Hub, or {flag} PATH to a local folder"
-        slow = "if it is only slow, set HF_HUB_ETAG_TIMEOUT=60 and HF_HUB_DOWNLOAD_TIMEOUT=60"
-        advice = {  # by exception, HTTP status or errno; the first that fits is used
-            "HFValidationError": "it isn't a valid Hub id; check the name",
-            "OfflineModeIsEnabled": f"HF_HUB_OFFLINE is set and {cache} doesn't have all files; unset it",
-            "GatedRepoError": f"the model is gated; accept its terms at {hub}/{name} and set HF_TOKEN to your token",
-            "RepositoryNotFoundError 404": f"{hub} has no such model; check the name; if it is private, set HF_TOKEN",
-            "401 403": f"{hub} refuses access; check the name, and set HF_TOKEN to a token that may read the model",
-            "429": f"{hub} got too many requests from here; wait some minutes, or set HF_TOKEN to your token",
-            "HfHubHTTPError": f"{hub} has a problem ({text}); try later, or {elsewhere}",
-            "TimeoutException": f"{hub} doesn't answer; {elsewhere}; {slow}",
-            "HTTPError": f"the connection to {hub} failed ({text}); try again, or {elsewhere}",
-            "JSONDecodeError FileMetadataError": f"{hub} isn't a model hub, or a login page answers; {elsewhere}",
-            "ENOSPC": f"the disk of {cache} is full; free some space, or set HF_HOME to a folder on a larger disk",
-            "Exception": f"{text}; if {cache} can't be written, set HF_HOME; otherwise try again, or {elsewhere}",
-        }
-        kinds = {kind.__name__ for kind in type(error).__mro__}  # the module of httpx's errors depends on its version
-        kinds.add(str(getattr(getattr(error, "response", None), "status_code", None)))
-        kinds.add(errno.errorcode.get(getattr(error, "errno", None)))
-        reason = next(line for fitting, line in advice.items() if kinds & set(fitting.split()))
-        raise UserError(f"{flag} {name}: there is no such folder, and it can't be downloaded: {reason}")
+    hub, cache, text = constants.ENDPOINT, constants.HF_HUB_CACHE, first_line(error)
+    elsewhere = f"set HF_ENDPOINT to a mirror of the Hub, or {flag} PATH to a local folder"
+    slow = "if it is only slow, set HF_HUB_ETAG_TIMEOUT=60 and HF_HUB_DOWNLOAD_TIMEOUT=60"
+    advice = {  # by exception or HTTP status; the first that fits is used
+        "GatedRepoError 403": f"{hub} refuses access; accept the terms at {hub}/{name} and set HF_TOKEN to your token",
+        "RepositoryNotFoundError 401 404": f"{hub} has no such model; check the name; if it is private, set HF_TOKEN",
+        "TimeoutException": f"{hub} doesn't answer; {elsewhere}; {slow}",
+        "HTTPError": f"{hub} has a problem or can't be reached ({text}); try later, or {elsewhere}",
+        "JSONDecodeError FileMetadataError": f"{hub} isn't a model hub, or a login page answers; {elsewhere}",
+        "Exception": f"{text}; if {cache} is full or can't be written, set HF_HOME; otherwise {elsewhere}",
+    }
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # the module of httpx's errors depends on its version
+    kinds.add(str(getattr(getattr(error, "response", None), "status_code", None)))
+    return next(line for fitting, line in advice.items() if kinds & set(fitting.split()))

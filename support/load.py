@@ -1,43 +1,33 @@
 """Loads everything that a run needs, in the order of what it costs to look at."""
 
-import gc
 import hashlib
 import sys
 import zlib
 from pathlib import Path
 
+import numpy
+import torch
+import transformers
+
 from config import PPOConfig
+from reward import SentimentReward, read_classifier_config
 from support import collectives
 from support.devices import environment, in_one_line, keep_freed_memory, pick_device, pick_dtype
 from support.errors import UserError
 from support.files import path_errors
 from support.hub import model_folder
+from support.models import encode_prompt, load_policy, read_policy_folder
 from support.settings import read_prompts
+from support.user_code import import_function
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = [ROOT / f"{name}.py" for name in ("config", "gpt2_value_head", "ppo", "reward", "train_ppo")]
 PROGRAM += sorted((ROOT / "support").rglob("*.py"))
 
 
-def import_libraries() -> None:
-    """Import torch and transformers without the garbage collector. It would search their objects again and again, when
-    nothing there is garbage, for a fifth of the seconds of a short run."""
-    if "support.run_folder" not in sys.modules:
-        gc.disable()
-        import support.run_folder  # noqa: F401  (which imports all that a run needs)
-
-        gc.freeze()
-        gc.enable()
-
-
 def load(config: PPOConfig):
-    """Return the policy, tokenizer, reward and prompts of a run.
-
-    Each process loads for itself. Raises UserError on all of them if any fails or has loaded something else.
-    """
-    from reward import read_classifier_config
-    from support.models import read_policy_folder
-
+    """Return the policy, tokenizer, reward and prompts of a run. Raises UserError on all processes if any fails or
+    has loaded something else."""
     device = collectives.on_all_ranks(lambda: pick_device(config.device))
     print(in_one_line(environment(device)))
     checks = {"model_name": read_policy_folder}
@@ -57,17 +47,12 @@ def load(config: PPOConfig):
 @path_errors()
 def load_folders(config: PPOConfig, device, policy_folder: Path, reward_folder: Path | None = None):
     """Return what `load` returns, from local folders; configs and prompts are checked before weights are read."""
-    from reward import SentimentReward
-    from support.models import encode_prompt, load_policy, read_policy_folder
-    from support.user_code import import_function
-
     gpt2_config, tokenizer = read_policy_folder(policy_folder)
     prompts = read_prompts(config)
     longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
-    positions = gpt2_config.n_positions
-    if longest + config.gen_len > positions:
-        room = f"{positions} positions less {longest} tokens of the longest prompt leave {max(0, positions - longest)}"
-        raise UserError(f"--gen_len {config.gen_len} is too long: the model's {room}")
+    if longest + config.gen_len > gpt2_config.n_positions:
+        room = f"{gpt2_config.n_positions} positions, of which the longest prompt takes {longest}"
+        raise UserError(f"--gen_len {config.gen_len} is too long: the model has {room}")
     if config.reward:
         reward = import_function(config.reward)
     else:
@@ -76,20 +61,13 @@ def load_folders(config: PPOConfig, device, policy_folder: Path, reward_folder: 
 
 
 def check_same(config: PPOConfig, policy, tokenizer, reward, prompts: list[str]) -> None:
-    """Check that all processes loaded the same. Raises UserError on all of them, with what differs and on which hosts.
-
-    Each machine makes the demo's models for itself, with other last digits, so all take rank 0's weights of these.
-    """
-    import numpy
-    import torch
-    import transformers
-
+    """Raise UserError on all processes, with what differs and on which hosts, if they haven't loaded the same."""
     values = {library.__name__: library.__version__ for library in (torch, transformers, numpy)}
     values["the hash of this program's files"] = hash_of([path.read_bytes() for path in PROGRAM])
     values[f"--device {config.device}"] = policy.device.type
     values[f"--dtype {config.dtype}"] = str(pick_dtype(config.dtype, policy.device)).removeprefix("torch.")
     collectives.check_same(values)
-    if config.model_name == "demo":
+    if config.model_name == "demo":  # each machine made it for itself, with other last digits
         collectives.broadcast_weights(policy)
     if config.reward_model_name == "demo" and not config.reward:
         collectives.broadcast_weights(reward.pipeline.model)
@@ -101,20 +79,18 @@ def input_hashes(config: PPOConfig, policy, tokenizer, reward, prompts: list[str
 
     The classifier's weights are rounded to bfloat16 first, so that a run may go on in another dtype.
     """
-    from support.models import encode_prompt
-
     models = {f"--model_name {config.model_name}": (dict(policy.named_parameters()), tokenizer)}
     if not config.reward:
         rounded = {name: weight.bfloat16() for name, weight in reward.pipeline.model.named_parameters()}
         models[f"--reward_model_name {config.reward_model_name}"] = (rounded, reward.pipeline.tokenizer)
-    hashes = {}
+    tokens = [encode_prompt(tokenizer, prompt).tolist() for prompt in prompts]
+    hashes = {"the hash of the prompts": hash_of([prompts, tokens])}
     for name, (weights, its_tokenizer) in models.items():
         hashes[f"the hash of the weights of {name}"] = hash_of(weights)
         hashes[f"the hash of the tokenizer of {name}"] = hash_of(sorted(its_tokenizer.get_vocab().items()))
     if path := reward_file(config):
         hashes[f"the hash of the file of --reward {config.reward}"] = hash_of(path.read_bytes())
-    tokens = [encode_prompt(tokenizer, prompt).tolist() for prompt in prompts]
-    return {**hashes, "the hash of the prompts": hash_of([prompts, tokens])}
+    return hashes
 
 
 def reward_file(config: PPOConfig) -> Path | None:
@@ -129,12 +105,7 @@ def own_files(config: PPOConfig) -> list[Path]:
 
 
 def hash_of(content) -> str:
-    """Return 12 digits of a SHA-256 of a state dict's names, shapes, dtypes and numbers, or of repr(content).
-
-    Each tensor enters by its CRC-32, which is several times as fast to compute.
-    """
-    import torch
-
+    """Return 12 digits of a SHA-256 of repr(content), or of a state dict's names, shapes, dtypes and CRC-32s."""
     if not isinstance(content, dict):
         return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
     digest = hashlib.sha256()

@@ -38,7 +38,8 @@ Only further training needs `value_head.safetensors`.
 
 def write_card(folder: Path, config: PPOConfig, prompt: str) -> None:
     """Write the card of a model, with `prompt` as the example and no results yet. Your own README.md isn't replaced."""
-    if RESULTS not in read_card(folder, default=RESULTS):
+    own = read_card(folder)
+    if own and RESULTS not in own:
         return
     name = config.model_name if is_hub_id(config.model_name) else None
     language = "zh" if re.search("[\u4e00-\u9fff]", prompt) else None
@@ -60,18 +61,18 @@ def write_results(folder: Path, config: PPOConfig, prompts: list[str], evaluatio
     if not found:
         return
     examples = ", ".join(f"`{prompt}`" for prompt in prompts[:5]) + (", ..." if len(prompts) > 5 else "")
-    classifier = (
-        f"the classifier `{config.reward_model_name}`" if is_hub_id(config.reward_model_name) else "a classifier"
-    )
-    reward = f"the function `{config.reward}`" if config.reward else classifier
+    reward = "a classifier"
+    if config.reward:
+        reward = f"the function `{config.reward}`"
+    elif is_hub_id(config.reward_model_name):
+        reward = f"the classifier `{config.reward_model_name}`"
     trained = f"Trained on {config.episodes:,} completions of {examples}, with {reward} as the reward."
     write_whole(folder / "README.md", f"{above}{RESULTS}\n\n## Results\n\n{trained}\n\n{evaluation}\n")
 
 
-def read_card(folder: Path, default: str = "") -> str:
-    """Return the text of a folder's README.md, or `default` if there is none."""
+def read_card(folder: Path) -> str:
     path = folder / "README.md"
-    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else default
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
 def is_hub_id(name: str) -> bool:

@@ -16,34 +16,27 @@ from transformers.utils import logging as transformers_logging
 
 from gpt2_value_head import GPT2HeadWithValueModel, never_sampled_ids
 from support.errors import UserError, first_line, is_out_of_memory
-from support.hub import VALUE_HEAD, has_vocabulary, wanted_weights
+from support.hub import VALUE_HEAD, has_vocabulary
 
 SPECIAL_TOKENS = re.compile(r"\[(PAD|UNK|CLS|SEP|MASK)\]")
 SPACE_BETWEEN_CHARACTERS = re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])")
 
 
-# ----------------------------------------------------------------------------------------------
-# Texts and tokens
-
-
 def load_tokenizer(folder: Path):
     """Return the tokenizer of a model folder: BERT's (Chinese GPT-2 has it) or a byte-level BPE (other GPT-2).
 
-    cls_token starts a text, sep_token ends it, pad_token is padding. A BPE tokenizer's bos_token and eos_token take
-    these roles. Raises UserError if the tokenizer is missing, broken, or lacks such tokens.
+    cls_token starts a text and sep_token ends it; a BPE tokenizer's bos_token and eos_token take these roles. Raises
+    UserError if the tokenizer is missing, broken, or lacks such tokens.
     """
     names = {path.name for path in folder.iterdir()}
     if not has_vocabulary(names):
         raise UserError(f"no tokenizer in {folder}; it needs vocab.txt, tokenizer.json, or vocab.json and merges.txt")
     with loading(f"the tokenizer in {folder}"):
-        paths = [folder / name for name in names & {"config.json", "tokenizer_config.json"}]
-        settings = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-        named = any(one.get("tokenizer_class") for one in settings) or names & {"tokenizer.json", "vocab.json"}
-        # A Chinese GPT-2 may come with vocab.txt and nothing that says that this is BERT's
-        bare = not named and any(one.get("model_type") == "gpt2" for one in settings)
+        # A Chinese GPT-2 with vocab.txt may not say that this is BERT's, so transformers would look for GPT-2's own
+        is_gpt2 = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == "gpt2"
+        bare = is_gpt2 and not names & {"tokenizer.json", "vocab.json"}
         kind = BertTokenizer if bare else AutoTokenizer
         tokenizer = kind.from_pretrained(folder, trust_remote_code=False)
-        tokenizer("a𪚥", truncation=True)  # a broken one may open and then fail at an unknown character
     for name, other in (("cls_token", "bos_token"), ("sep_token", "eos_token"), ("pad_token", "eos_token")):
         if getattr(tokenizer, name) is None:
             setattr(tokenizer, name, getattr(tokenizer, other))
@@ -61,10 +54,8 @@ def encode_prompt(tokenizer, prompt: str) -> torch.Tensor:
     if special := set(tokenizer.all_special_ids).intersection(ids):
         spans = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         start, end = next(span for token, span in zip(ids, spans) if token in special)
-        if (part := prompt[start:end]) in tokenizer.all_special_tokens:
-            raise UserError(f"the prompt {prompt!r} contains the special token {part}; remove it")
-        remedy = "use other words, or lower-case letters"
-        raise UserError(f"the vocabulary doesn't know {part!r} in the prompt {prompt!r}; {remedy}")
+        problem = f"{prompt[start:end]!r} in the prompt {prompt!r} isn't in the vocabulary, or is a special token"
+        raise UserError(f"{problem}; use other words, or lower-case letters")
     return torch.tensor([tokenizer.cls_token_id] + ids)
 
 
@@ -86,14 +77,11 @@ def clean_text(text: str) -> str:
 
 
 def save_tokenizer(tokenizer, folder: Path) -> None:
-    """Write a tokenizer that encodes and decodes in plain `transformers` as `encode_prompt` and `decode` do here.
-
-    BERT's own would append [SEP], pass token types to GPT-2 and put spaces between characters; GPT-2's own would
-    leave out the start token.
-    """
+    """Write a tokenizer that encodes and decodes in plain `transformers` as `encode_prompt` and `decode` do here."""
     saved = copy.deepcopy(tokenizer)
     backend = saved.backend_tokenizer
     start = (saved.cls_token, saved.cls_token_id)
+    # BERT's own would append [SEP], GPT-2's own would leave out the start token
     backend.post_processor = TemplateProcessing(single=[start[0], "$A"], special_tokens=[start])
     if is_bert(tokenizer):
         superfluous = f"{SPACE_BETWEEN_CHARACTERS.pattern}|^##"
@@ -104,10 +92,6 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
     path.write_text(json.dumps(settings, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
-# ----------------------------------------------------------------------------------------------
-# Models
 
 
 def load_gpt2_config(folder: Path) -> GPT2Config:
@@ -134,19 +118,13 @@ def read_policy_folder(folder: Path):
 
 def load_policy(folder: Path, config: GPT2Config, device="cpu") -> GPT2HeadWithValueModel:
     """Return the policy in float32, from a plain GPT-2 checkpoint (the value head starts at zero) or one saved here.
-
-    Raises UserError if weights are missing, don't fit the config, or aren't finite.
-    """
-    model, missing = load_weights(GPT2HeadWithValueModel, folder, config, device)
+    Raises UserError if weights are missing or don't fit the config."""
+    model = load_weights(GPT2HeadWithValueModel, folder, config, device)
     if (folder / VALUE_HEAD).exists():
         with loading(folder / VALUE_HEAD):
             model.v_head.load_state_dict(load_file(folder / VALUE_HEAD))
-    elif "v_head.summary.weight" in missing:
+    else:
         print(f"{folder.name}: no value head in this checkpoint, starting one at zero")
-    if missing := {name for name in missing if not name.startswith("v_head.")}:
-        raise UserError(f"the weights in {folder} lack {min(missing)}; download the whole GPT-2 again")
-    if broken := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
-        raise UserError(f"the weights in {folder} contain NaN or infinity (in {broken[0]}); choose another model")
     if config.tie_word_embeddings:
         model.lm_head.weight = model.transformer.wte.weight  # early 5.x unties them if the checkpoint has both
     if torch.device(device).type == "cpu":  # faster there than SDPA's kernels at these lengths, see docs/speed.md
@@ -157,10 +135,8 @@ def load_policy(folder: Path, config: GPT2Config, device="cpu") -> GPT2HeadWithV
 def save_policy(
     model: GPT2HeadWithValueModel, tokenizer, folder: Path, temperature: float, gen_len: int, value_unit: float = 1.0
 ) -> None:
-    """Write a folder that plain `transformers` opens as a GPT-2 and that opens here with its value head.
-
-    The saved values are the model's times `value_unit`; the model itself stays as it is.
-    """
+    """Write a folder that plain `transformers` opens as a GPT-2 and that opens here with its value head. The saved
+    values are the model's times `value_unit`; the model itself stays as it is."""
     with torch.device("meta"):
         gpt2 = GPT2LMHeadModel(copy.deepcopy(model.config))
     weights = {name: weight for name, weight in model.state_dict().items() if not name.startswith("v_head.")}
@@ -172,16 +148,10 @@ def save_policy(
     save_file({name: value_unit * weight for name, weight in model.v_head.state_dict().items()}, folder / VALUE_HEAD)
     save_tokenizer(tokenizer, folder)
     GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=gen_len,
-        bos_token_id=tokenizer.cls_token_id,
-        eos_token_id=tokenizer.sep_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=gen_len,
+        bos_token_id=tokenizer.cls_token_id, eos_token_id=tokenizer.sep_token_id, pad_token_id=tokenizer.pad_token_id,
         suppress_tokens=never_sampled_ids(tokenizer, model.config.vocab_size),
-    ).save_pretrained(folder)
+    ).save_pretrained(folder)  # fmt: skip
 
 
 def read_model_config(folder: Path):
@@ -195,18 +165,16 @@ def read_model_config(folder: Path):
     return config
 
 
-def load_weights(model_class, folder: Path, config, device) -> tuple[nn.Module, set[str]]:
-    """Load a model in float32 on the CPU, for `device`; return it and the names of weights that the checkpoint lacks.
-
-    Raises UserError if the weights can't be read or have other shapes than `config` describes.
-    """
-    if not wanted_weights({path.name for path in folder.iterdir()}):
-        raise UserError(f"no weights in {folder}: it needs model.safetensors or pytorch_model.bin")
+def load_weights(model_class, folder: Path, config, device) -> nn.Module:
+    """Load a model in float32 on the CPU, for `device`. Raises UserError if weights, except for the value head's, are
+    missing, can't be read, or have other shapes than `config` describes."""
     with loading(f"the weights in {folder}"):
         model, info = model_class.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
+    if missing := sorted(name for name in info["missing_keys"] if not name.startswith("v_head.")):
+        raise UserError(f"{folder} isn't a trained model: its weights lack {missing[0]}; download all of it again")
     if torch.device(device).type == "mps":  # SDPA has been wrong there, see pytorch 181133, 184180, 195910
         model.set_attn_implementation("eager")
-    return model, set(info["missing_keys"])
+    return model
 
 
 @contextlib.contextmanager

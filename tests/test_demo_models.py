@@ -12,7 +12,6 @@ from transformers import AutoTokenizer, BertTokenizer, GPT2LMHeadModel
 
 from reward import SentimentReward
 from support import demo_models
-from support.errors import UserError
 
 HAPPY = "不错 满意 漂亮 好用 舒服 喜欢 划算 精致 给力 贴心 合适 靠谱 "
 HAPPY += "下次还会再来 推荐大家购买 值得拥有 全五分好评 家人都说好 会一直支持"
@@ -88,19 +87,13 @@ def test_a_start_that_fails_leaves_nothing_and_the_next_one_succeeds(made, tmp_p
     assert demo_models.demo_models()[0].is_dir()
 
 
-def test_a_cache_that_cannot_be_written_is_one_line(made, tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(UserError, match="can't be written .*; set XDG_CACHE_HOME to another folder$"):
-        demo_models.demo_models()
-
-
 # ----------------------------------------------------------------------------------------------
 # Making them
 
 
-def test_fitting_teaches_labels_and_texts_but_no_padding(tmp_path):
+def test_fitting_teaches_labels_and_texts_but_no_padding(tmp_path, monkeypatch):
     """Two reviews, the shorter of which is padded, and untrained models."""
+    monkeypatch.setattr(demo_models, "LR", 1e-2)
     two = [("很不错", 1), ("很失望,要求退货", 0)] * 32
     size = len(demo_models.write_vocab(tmp_path / "vocab.txt", two))
     tokenizer = BertTokenizer(str(tmp_path / "vocab.txt"))
@@ -109,7 +102,7 @@ def test_fitting_teaches_labels_and_texts_but_no_padding(tmp_path):
     classifier = demo_models.new_classifier(size, tiny | {"max_position_embeddings": 64})
     gpt2 = demo_models.new_gpt2(size, {"n_embd": 16, "n_layer": 1, "n_head": 1, "n_positions": 64})
     for model in (classifier, gpt2):
-        demo_models.fit(model, tokenizer, two, 60, random.Random(1), 1e-2)
+        demo_models.fit(model, tokenizer, two, 60, random.Random(1))
         assert not model.training and all(weight.grad is None for weight in model.parameters())
     good, bad = (tokenizer(text, return_tensors="pt")["input_ids"] for text, _ in two[:2])
     with torch.no_grad():
@@ -119,38 +112,18 @@ def test_fitting_teaches_labels_and_texts_but_no_padding(tmp_path):
     assert after_the_end[tokenizer.pad_token_id] < 1 / 16  # less than an untrained model's
 
 
-def test_making_depends_on_nothing_else_and_leaves_the_random_generator_alone(tmp_path):
-    """Also with a larger vocabulary and other sizes."""
+def test_making_depends_on_nothing_else_and_leaves_the_random_generator_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_models, "STEPS", {"gpt2": 1, "sentiment": 1})
     states = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         torch.manual_seed(ord(name))
         expected = torch.rand(3, generator=torch.Generator().manual_seed(ord(name)))
-        sizes = {"n_positions": 80, "n_embd": 32, "n_layer": 3, "n_head": 2}
-        demo_models.make_demo_models(tmp_path / name, sizes, vocab_size=150, steps={"gpt2": 1, "sentiment": 1})
+        demo_models.make_demo_models(tmp_path / name)
         assert torch.equal(torch.rand(3), expected)
         states.append([torch.load(tmp_path / name / which / "pytorch_model.bin") for which in ("gpt2", "sentiment")])
     for first, second in zip(*states):
         assert all(torch.equal(weight, second[name]) for name, weight in first.items())
-    labels = json.loads((tmp_path / "a" / "sentiment" / "config.json").read_text())["id2label"]
-    assert labels == {"0": "negative (stars 1, 2 and 3)", "1": "positive (stars 4 and 5)"}
-    vocab = (tmp_path / "a" / "gpt2" / "vocab.txt").read_text(encoding="utf-8").splitlines()
-    assert len(vocab) == 150 and vocab[144:] == [f"[unused{i}]" for i in range(1, 7)]
-    config = GPT2LMHeadModel.from_pretrained(tmp_path / "a" / "gpt2").config
-    assert {name: getattr(config, name) for name in sizes} == sizes and config.vocab_size == 150
-
-
-def test_padding_changes_no_loss():
-    torch.manual_seed(0)
-    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
-    for model in (
-        demo_models.new_classifier(9, tiny | {"max_position_embeddings": 8, "initializer_range": 1.0}).eval(),
-        demo_models.new_gpt2(9, {"n_embd": 16, "n_layer": 1, "n_head": 1, "n_positions": 8}).eval(),
-    ):
-        ids, label = torch.tensor([[2, 5, 6, 3, 0, 0]]), torch.tensor([1])
-        padded = demo_models.forward(model, ids, (ids != 0).long(), label).loss
-        alone = demo_models.forward(model, ids[:, :4], torch.ones(1, 4, dtype=torch.int64), label).loss
-        assert torch.isclose(padded, alone, rtol=200 * torch.finfo(torch.float32).eps)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -184,10 +157,10 @@ def test_the_files_are_laid_out_like_the_article_s(demo):
     for folder, architecture in zip(demo, ("GPT2LMHeadModel", "BertForSequenceClassification")):
         assert set(os.listdir(folder)) == {"config.json", "vocab.txt", "pytorch_model.bin", "tokenizer_config.json"}
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        assert config["architectures"] == [architecture] and config["tokenizer_class"] == "BertTokenizer"
-        assert not {"dtype", "bos_token_id"} & set(config) or architecture.startswith("Bert")
+        assert config["architectures"] == [architecture]
         tokenizer = AutoTokenizer.from_pretrained(folder)
         assert tokenizer.convert_ids_to_tokens(range(5)) == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
         assert len(tokenizer) == 144 and "[UNK]" not in tokenizer.tokenize("刚收到货,感觉不错。!")
-        assert tokenizer.model_max_length == 64
-        assert json.loads((folder / "tokenizer_config.json").read_text())["do_lower_case"] is True
+        assert tokenizer.model_max_length == 64 and tokenizer.tokenize("A") == tokenizer.tokenize("a")
+    labels = json.loads((demo[1] / "config.json").read_text())["id2label"]
+    assert labels == {"0": "negative (stars 1, 2 and 3)", "1": "positive (stars 4 and 5)"}

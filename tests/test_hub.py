@@ -6,7 +6,6 @@ import os
 import shutil
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
@@ -91,7 +90,7 @@ def test_only_what_loading_needs_is_downloaded_and_only_once(hub, published, fin
 
 
 def test_the_check_sees_the_small_files_and_the_weights_follow_if_it_passes(hub, published, find):
-    for name in ("tokenizer.json", "merges.txt", "vocab.json", "special_tokens_map.json", "value_head.safetensors"):
+    for name in ("tokenizer.json", "merges.txt", "vocab.json", "value_head.safetensors"):
         (published / name).touch()
     seen = []
 
@@ -106,13 +105,11 @@ def test_the_check_sees_the_small_files_and_the_weights_follow_if_it_passes(hub,
     assert "pytorch_model.bin" in names(find(check=lambda folder: seen.append(folder)))
 
 
-@pytest.mark.parametrize("missing", ["config.json", "vocab.txt", "pytorch_model.bin"])
+@pytest.mark.parametrize("missing", ["vocab.txt", "pytorch_model.bin"])
 def test_a_model_without_a_needed_file_is_rejected_before_any_download(hub, published, find, missing):
     (published / missing).unlink()
     (published / "vocab.json").touch()  # a vocabulary only with merges.txt
-    with pytest.raises(
-        UserError, match="^--model_name owner/gpt2 needs config.json, .* files on the Hub are README.md"
-    ):
+    with pytest.raises(UserError, match="^--model_name owner/gpt2 needs config.json, .* on the Hub are README.md"):
         find()
     assert not hub.fetched()
 
@@ -129,23 +126,12 @@ def test_a_model_that_changes_during_the_download_stays_at_one_commit(hub, publi
     assert hub.main == OLDER and (folder / "vocab.txt").read_bytes() == (published / "vocab.txt").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["./missing", "~no-such-user/gpt2", "a/b/c"])
-def test_a_path_that_does_not_exist_is_never_asked_for_on_the_hub(hub, find, name):
-    with pytest.raises(UserError, match="this folder doesn't exist, and it isn't a Hub id"):
-        find(name)
-    assert not hub.requests
-
-
 def test_a_folder_is_preferred_to_a_hub_id_and_may_start_at_home(hub, find, tmp_path, monkeypatch):
     (tmp_path / "owner" / "gpt2").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert find() == Path("owner/gpt2") and find("~/owner/gpt2") == tmp_path / "owner" / "gpt2"
     assert not hub.requests
-
-
-def test_demo_is_the_gpt2_or_the_classifier(demo):
-    assert (model_folder("demo", "--model_name"), model_folder("demo", "--reward_model_name")) == demo
 
 
 def test_a_private_model_needs_its_token_and_an_id_may_lack_the_owner(hub, published, find):
@@ -164,13 +150,14 @@ FAULTS = [  # (method, part of the path, what the hub does), headers of its answ
     (("HEAD", "pytorch_model.bin", "hang"), {}, "doesn't answer.* HF_HUB_ETAG_TIMEOUT=60"),
     (("GET", "pytorch_model.bin", "stall"), {}, "doesn't answer"),
     (("GET", "/api/models", 503), {}, "has a problem .*503.* try later, or set HF_ENDPOINT .* --model_name PATH"),
-    (("GET", "/api/models", 401), {}, "refuses access.* HF_TOKEN"),
-    (("HEAD", "pytorch_model.bin", 403), {}, "refuses access.* HF_TOKEN"),
-    (("HEAD", "config.json", 403), {"X-Error-Code": "GatedRepo"}, "gated; accept its terms at .*/owner/gpt2 and"),
+    (
+        ("HEAD", "config.json", 403),
+        {"X-Error-Code": "GatedRepo"},
+        "refuses access; .* at .*/owner/gpt2 and set HF_TOKEN",
+    ),
     (("GET", "/api/models", 404), {}, "has no such model; check the name"),
-    (("GET", "/api/models", 429), {}, "too many requests from here; wait"),
     (("GET", "/api/models", "page"), {}, "isn't a model hub, or a login page answers"),
-    (("GET", "pytorch_model.bin", "cut"), {}, "the connection to .* failed.* try again"),
+    (("GET", "pytorch_model.bin", "cut"), {}, "can't be reached.* try later"),
 ]
 
 
@@ -194,29 +181,18 @@ def test_a_broken_connection_is_resumed_and_xet_storage_is_not_used(hub, publish
     assert (find() / "pytorch_model.bin").read_bytes() == (published / "pytorch_model.bin").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("name", "variables", "line"),
-    [
-        ("owner/gpt2", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "connection to http://127.0.0.1:9 failed.*set HF_ENDPOI"),
-        ("owner/gpt2", {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set and .*hub doesn't have all files; unset it"),
-        ("owner/gpt2.git", {}, "it isn't a valid Hub id"),
-    ],
-    ids=["no connection", "offline", "invalid id"],
-)
-def test_a_model_that_cannot_be_asked_for_is_one_line(hub, find, name, variables, line):
-    with pytest.raises(UserError, match=line):
-        find(name, **variables)
+def test_a_name_that_no_hub_can_be_asked_for_is_one_line(hub, find):
+    with pytest.raises(UserError, match="this folder doesn't exist, and it isn't a Hub id"):
+        find("./missing")
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
+        find(HF_HUB_OFFLINE="1")
     assert not hub.requests
 
 
-@pytest.mark.parametrize(
-    ("number", "line"),
-    [(errno.ENOSPC, "disk of .*hub is full; free some space, or set HF_HOME"), (errno.EROFS, "set HF_HOME")],
-)
-def test_a_cache_that_cannot_be_written_is_one_line(find, monkeypatch, number, line):
+def test_a_full_disk_is_one_line(find, monkeypatch):
     def refuse(*args, **options):
-        raise OSError(number, os.strerror(number))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
-    with pytest.raises(UserError, match=line):
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    with pytest.raises(UserError, match="No space left on device; .* set HF_HOME"):
         find()

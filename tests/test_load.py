@@ -41,12 +41,7 @@ def test_a_run_loads_the_parts_that_its_settings_name(gpt2_folder, classifier_fo
 
 
 @pytest.mark.parametrize(
-    ("prompts", "gen_len", "fits"),
-    [
-        (["衣服", PROMPT, "书"], 41, False),
-        (["好" * 46], 1, True),
-        (["好" * 47], 1, False),
-    ],
+    ("prompts", "gen_len", "fits"), [(["衣服", PROMPT, "书"], 41, False), (["衣服", PROMPT, "书"], 40, True)]
 )
 def test_the_longest_prompt_and_its_completion_fill_the_48_positions(
     gpt2_folder, classifier_folder, prompts, gen_len, fits
@@ -57,7 +52,7 @@ def test_the_longest_prompt_and_its_completion_fill_the_48_positions(
         trainer = TextPPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
         assert 1 <= len(trainer.generate(trainer.encode(prompts))[0]) <= gen_len
     else:
-        with pytest.raises(UserError, match=f"--gen_len {gen_len} is too long: .* leave {gen_len - 1}$"):
+        with pytest.raises(UserError, match=f"--gen_len {gen_len} is too long: .* 48 .* takes 8$"):
             load_folders(config, "cpu", gpt2_folder, classifier_folder)
 
 
@@ -81,7 +76,7 @@ def test_configs_and_prompts_are_checked_before_any_weights(gpt2_folder, classif
     ):
         found.clear()
         with monkeypatch.context() as patch, pytest.raises(UserError, match=line):
-            patch.setattr("support.models.load_weights", lambda *args: pytest.fail("read too early"))
+            patch.setattr("support.load.load_policy", lambda *args: pytest.fail("read too early"))
             load(settings(model_name=names[0], reward_model_name=names[1], **changes))
         assert found == flags
     _, _, reward, _ = load(settings(model_name="gpt2", reward_model_name="unclear", positive_label="b"))
@@ -113,11 +108,11 @@ def parts(gpt2_folder, classifier_folder):
 
 GPT2, SENTIMENT = "uer/gpt2-chinese-cluecorpussmall", "uer/roberta-base-finetuned-jd-binary-chinese"
 HASHES = [  # these names are in the inputs.json of every run
+    "the hash of the prompts",
     f"the hash of the weights of --model_name {GPT2}",
     f"the hash of the tokenizer of --model_name {GPT2}",
     f"the hash of the weights of --reward_model_name {SENTIMENT}",
     f"the hash of the tokenizer of --reward_model_name {SENTIMENT}",
-    "the hash of the prompts",
 ]
 
 
@@ -139,8 +134,8 @@ def test_each_part_that_differs_changes_its_own_hash(compared, parts, tmp_path, 
 
     assert changed(policy, tokenizer, reward, ["衣服"]) == ["the hash of the prompts"]
     renamed = {"新" if token == "错" else token: number for token, number in tokenizer.get_vocab().items()}
-    assert changed(policy, type(tokenizer)(vocab=renamed), reward, prompts) == [HASHES[1]]
-    for name, weight in ((HASHES[0], policy.v_head.summary.bias), (HASHES[2], reward.pipeline.model.classifier.bias)):
+    assert changed(policy, type(tokenizer)(vocab=renamed), reward, prompts) == [HASHES[2]]
+    for name, weight in ((HASHES[1], policy.v_head.summary.bias), (HASHES[3], reward.pipeline.model.classifier.bias)):
         weight.data[-1] += 1
         assert changed(*parts) == [name]
         weight.data[-1] -= 1
@@ -166,7 +161,6 @@ def test_the_file_of_your_own_reward_is_compared(compared, parts, tmp_path, monk
     del sys.modules["judge"]
     different = [name for name in before if after[name] != before[name]]
     assert different == ["the hash of the file of --reward judge:score"]
-    assert not any("--reward" in name for name in compared(settings(reward="builtins:len"), *parts)[0])
 
 
 @pytest.mark.parametrize(("policy_is_demo", "reward_is_demo"), [(True, False), (False, True)])
@@ -177,11 +171,6 @@ def test_only_the_demo_models_are_replaced_by_those_of_rank_0(compared, parts, p
     expected = [policy] * policy_is_demo + [reward.pipeline.model] * reward_is_demo
     _, replaced = compared(settings(**names), *parts)
     assert list(map(id, replaced)) == list(map(id, expected))
-
-
-def test_the_program_is_every_file_that_a_run_needs():
-    here = {path for path in ROOT.glob("*.py") if path.name != "plot_rewards.py"}
-    assert set(PROGRAM) == here | set((ROOT / "support").rglob("*.py"))
 
 
 def test_a_hash_depends_on_names_shapes_dtypes_and_every_number():

@@ -31,16 +31,13 @@ def run_its_code(folder, monkeypatch, capsys) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-def test_the_card_of_a_run_says_how_it_was_trained_and_what_it_reached(finished):
+def test_the_card_of_a_run_says_how_it_was_trained_and_its_code_runs(finished, monkeypatch, capsys):
     results = json.loads((finished / "evaluation.json").read_text(encoding="utf-8"))
     assert metadata(finished / "model") == {"language": "zh", **HEAD}
     text = card(finished / "model")
     assert "Trained on 48 completions of `刚收到货,感觉`, with a classifier as the reward." in text
     assert results["verdict"] in text
     assert not re.search(r"(?<![\w.:/<-])/\w", text)  # no path of this machine
-
-
-def test_its_code_completes_the_prompt(finished, monkeypatch, capsys):
     texts = run_its_code(finished / "model", monkeypatch, capsys)
     assert len(texts) == 5 and len(set(texts)) > 1
     assert all(re.fullmatch(r"刚收到货,感觉[^\s\[\]]+", text) for text in texts)
@@ -59,14 +56,7 @@ def test_a_byte_level_gpt2_of_your_own_loop_has_its_own_card(tmp_path, monkeypat
     assert len("".join(texts).split("this film was")) == 6
 
 
-@pytest.mark.parametrize(
-    ("name", "base"),
-    [
-        ("gpt2", True),
-        ("here/gpt2", False),
-        ("demo", False),
-    ],
-)
+@pytest.mark.parametrize(("name", "base"), [("gpt2", True), ("here/gpt2", False), ("demo", False)])
 def test_the_base_model_is_named_if_it_is_on_the_hub(tmp_path, monkeypatch, name, base):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here" / "gpt2").mkdir(parents=True)
@@ -86,14 +76,10 @@ def test_what_you_wrote_stays(finished, tmp_path):
     assert metadata(run_dir / "model")["license"] == "apache-2.0" and again != mine
     assert again.split("## Results")[0] == mine.split("## Results")[0] and again.count("## Results") == 1
 
-    for content in ("# My project\n".encode(), "# 我的项目\n".encode("gbk")):
-        path.write_bytes(content)
-        write_card(run_dir / "model", PPOConfig(), "刚收到货")
-        write_results(run_dir / "model", PPOConfig(), ["衣服"], "good")
-        assert path.read_bytes() == content
-    path.unlink()
+    path.write_bytes("# 我的项目\n".encode("gbk"))
+    write_card(run_dir / "model", PPOConfig(), "刚收到货")
     write_results(run_dir / "model", PPOConfig(), ["衣服"], "good")
-    assert not path.exists()
+    assert path.read_bytes() == "# 我的项目\n".encode("gbk")
 
 
 @pytest.mark.parametrize(

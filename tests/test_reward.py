@@ -105,7 +105,7 @@ def test_folders_without_a_trained_classifier_are_refused(tmp_path):
     weights = torch.load(folder / "pytorch_model.bin")
     torch.save({k: v for k, v in weights.items() if not k.startswith("classifier")}, folder / "pytorch_model.bin")
     for path, label in ((folder, "b"), (write_gpt2(tmp_path / "g"), "LABEL_1")):
-        with pytest.raises(UserError, match=f"{path} isn't a trained classifier"):
+        with pytest.raises(UserError, match=f"{path} isn't a trained model"):
             SentimentReward(path, "cpu", positive_label=label)
 
 
