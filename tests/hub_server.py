@@ -1,8 +1,8 @@
 """A small model hub on loopback for the real client, which can be told to misbehave.
 
 with Hub({"owner/model": folder}) as hub: ... hub.url is an HF_ENDPOINT, hub.requests lists what was asked for
-hub.fault = ("HEAD", "model.safetensors", 503), or in place of the status 'hang', 'stall', 'cut', 'cut once', 'page',
-'xet', or anything else for no fault; hub.on_fault() is called at each. hub.uploaded: {model: {path: bytes}}.
+hub.fault = ("HEAD", "model.safetensors", 503), or in place of the status 'hang', 'stall', 'cut', 'page' or 'xet';
+hub.on_fault() is called at each. hub.uploaded: {model: {path: bytes}}.
 """
 
 import base64
@@ -13,16 +13,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-OLDER = "89abcdef0123456789abcdef0123456789abcdef"
 
 
 class Hub:
-    """models: hub id -> local folder, at the commit COMMIT, which is `main`. `headers` go with a status. token: what
-    opens the hub, if it isn't open to all."""
+    """models: hub id -> local folder, at the commit COMMIT, which is `main`."""
 
     def __init__(self, models: dict[str, Path]):
-        self.commits, self.main, self.token = {COMMIT: models}, COMMIT, None
-        self.fault, self.headers, self.requests, self.uploaded = None, {}, [], {}
+        self.models, self.fault, self.requests, self.uploaded = models, None, [], {}
         self.on_fault = lambda: None
         self.released = threading.Event()
 
@@ -73,26 +70,23 @@ class Hub:
         elif what == "page":
             self.send(handler, 200, b"<html>please log in</html>", {"Content-Type": "text/html"})
         elif isinstance(what, int):
-            self.send(handler, what, b"{}", self.headers)
-        elif self.token and handler.headers.get("Authorization") != f"Bearer {self.token}":
-            self.send(handler, 401, b"{}", {"X-Error-Code": "RepoNotFound"})
+            self.send(handler, what, b"{}", {})
         else:
             self.serve(handler, path, what)
 
     def serve(self, handler, path: str, what) -> None:
-        for revision, commit in {"main": self.main, **{commit: commit for commit in self.commits}}.items():
-            for name, folder in self.commits[commit].items():
-                if path == f"/api/models/{name}/revision/{revision}" or path == f"/api/models/{name}":
-                    files = [{"rfilename": file.name} for file in sorted(folder.iterdir())]
-                    info = {"id": name, "modelId": name, "sha": commit, "siblings": files, "tags": [], "private": False}
-                    return self.send_json(handler, 200, info)
-                if path == f"/api/models/{name}/tree/{revision}":
-                    files = [{"type": "file", "path": file.name, "size": file.stat().st_size, "oid": file.name}
-                             for file in sorted(folder.iterdir())]  # fmt: skip
-                    return self.send_json(handler, 200, files)
-                file = folder / path.rsplit("/", 1)[1]
-                if path == f"/{name}/resolve/{revision}/{file.name}" and file.is_file():
-                    return self.send_file(handler, file.read_bytes(), commit, what)
+        for name, folder in self.models.items():
+            if path in (f"/api/models/{name}", f"/api/models/{name}/revision/main"):
+                files = [{"rfilename": file.name} for file in sorted(folder.iterdir())]
+                info = {"id": name, "modelId": name, "sha": COMMIT, "siblings": files, "tags": [], "private": False}
+                return self.send_json(handler, 200, info)
+            if path in (f"/api/models/{name}/tree/main", f"/api/models/{name}/tree/{COMMIT}"):
+                files = [{"type": "file", "path": file.name, "size": file.stat().st_size, "oid": file.name}
+                         for file in sorted(folder.iterdir())]  # fmt: skip
+                return self.send_json(handler, 200, files)
+            file = folder / path.rsplit("/", 1)[1]
+            if path in (f"/{name}/resolve/{r}/{file.name}" for r in ("main", COMMIT)) and file.is_file():
+                return self.send_file(handler, file.read_bytes(), what)
         self.send(handler, 404, b"{}", {"X-Error-Code": "RepoNotFound"})
 
     def take(self, handler) -> None:
@@ -121,15 +115,13 @@ class Hub:
     def send_json(self, handler, status: int, answer) -> None:
         self.send(handler, status, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
-    def send_file(self, handler, body: bytes, commit: str, what) -> None:
-        headers = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": commit}
+    def send_file(self, handler, body: bytes, what) -> None:
+        headers = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": COMMIT}
         if what == "xet":
             headers |= {"X-Xet-Hash": "0" * 64, "X-Xet-Refresh-Route": f"{self.url}/hang"}
         start = int((handler.headers.get("Range") or "bytes=0-")[6:].split("-")[0])
         half = len(body) // 2
-        if what == "cut once":
-            self.fault = None
-        if what in ("cut", "cut once", "stall") and handler.command == "GET":
+        if what in ("cut", "stall") and handler.command == "GET":
             handler.send_response(206 if start else 200)
             for key, value in (headers | {"Content-Length": str(len(body) - start)}).items():
                 handler.send_header(key, value)

@@ -75,18 +75,6 @@ def test_models_are_made_once_for_each_source_and_torch(made, tmp_path, monkeypa
     assert len({gpt2, other, demo_models.demo_models()[0]}) == 3 == len(made)
 
 
-def test_a_start_that_fails_leaves_nothing_and_the_next_one_succeeds(made, tmp_path, monkeypatch):
-    def fail(out):
-        (out / "gpt2").mkdir()
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(demo_models, "make_demo_models", fail)
-        demo_models.demo_models()
-    assert all(path.suffix == ".lock" for path in (tmp_path / "cache" / "ppo-chinese-gpt2").iterdir())
-    assert demo_models.demo_models()[0].is_dir()
-
-
 # ----------------------------------------------------------------------------------------------
 # Making them
 
