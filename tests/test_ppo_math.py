@@ -95,19 +95,11 @@ def test_rewards_by_hand():
     assert rewards.flatten().tolist() == pytest.approx([-0.1, 1.1, 0, 0, -0.4, 0.2, 0.6, 0, 0])
 
 
-def test_advantages_by_hand():
-    # gamma 0.5, lambda 0.5, two tokens: delta_1 = 2 - 1 = 1; delta_0 = 1 + 0.5 * 1 - 0.5 = 1; A_0 = 1 + 0.25 * 1
-    mask = T([[True, True, False]])
-    advantages, returns = ppo.compute_advantages(T([[0.5, 1, 7]]), T([[1.0, 2, 9]]), mask, 0.5, 0.5)
-    assert advantages.tolist() == [[1.25, 1, 0]] and returns.tolist() == [[1.75, 2, 0]]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_advantages_against_the_sum_that_defines_them(seed):
+@pytest.mark.parametrize(("gamma", "lam"), [(1, 1), (1, 0.95), (1, 0), (0.9, 1), (0.9, 0.8), (0.5, 0), (0, 0.95)])
+def test_advantages_against_the_sum_that_defines_them(gamma, lam):
     """A_t = sum_l (gamma lambda)^l delta_{t+l}, up to the completion's end (GAE, equation 16). Padding may be NaN."""
-    rng, mask = random_batch(seed)
+    rng, mask = random_batch(1)
     values, rewards = rng.normal(size=mask.shape), rng.normal(size=mask.shape)
-    gamma, lam = rng.uniform(0.5, 1, 2)
     expected = np.zeros_like(values)
     for i, length in enumerate(mask.sum(1)):
         v = np.append(values[i, :length], 0)
@@ -166,7 +158,10 @@ def test_value_loss_by_hand(value, target, loss, clipped, gradient):
 # --- the KL coefficient, the average of the weights, the unit of rewards
 
 
-@pytest.mark.parametrize(("kl", "n", "error"), [(0.5, 128, -0.2), (6.6, 1000, 0.1), (5.7, 10, -0.05), (60, 100, 0.2)])
+@pytest.mark.parametrize(
+    ("kl", "n", "error"),
+    [(0.5, 128, -0.2), (6, 128, 0), (-1, 50, -0.2), (6.6, 1000, 0.1), (5.7, 10, -0.05), (60, 100, 0.2)],
+)
 def test_adaptive_kl_controller_by_hand(kl, n, error):
     controller = ppo.AdaptiveKLController(0.2, target=6, horizon=10_000)
     for times in (1, 2):

@@ -142,10 +142,11 @@ def test_samples_follow_the_models_distribution(policy, temperature):
     assert agree(responses[responses[:, 0] == likely, 1], probs([*query, likely]))
 
 
-def test_prompts_of_different_lengths_sample_as_each_would_alone(policy64):
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
+def test_prompts_of_different_lengths_sample_as_each_would_alone(policy64, temperature):
     texts = PROMPTS * 5
-    alone = [draw(policy64, [text], first=i, temperature=0.7)[0] for i, text in enumerate(texts)]
-    assert torch.equal(draw(policy64, texts, temperature=0.7), torch.stack(alone))
+    alone = [draw(policy64, [text], first=i, temperature=temperature)[0] for i, text in enumerate(texts)]
+    assert torch.equal(draw(policy64, texts, temperature=temperature), torch.stack(alone))
 
 
 @pytest.mark.parametrize("other", [{"seed": 2}, {"step": 2}, {"first": 1}])
