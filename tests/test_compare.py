@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from config import PPOConfig
-from support.compare import Run, comparison, curves, differences, read_run, short
+from support.compare import Run, comparison, curves, read_run, short
 from support.errors import UserError
 from tests.helpers import MEAN, STD, write_run
 
@@ -65,6 +65,15 @@ def test_a_curve_ends_where_its_shortest_run_ends():
         curve.metrics
 
 
+def test_a_rewards_file_that_changed_tells_runs_apart(tmp_path):
+    for name in "ab":
+        folder = write_run(tmp_path / name, 2, settings={"reward": "my:score", "seed": ord(name)})
+        hashes = {"the hash of the file of --reward my:score": name * 12, "the hash of the prompts": name}
+        (folder / "inputs.json").write_text(json.dumps(hashes))
+    runs = [read_run(tmp_path / name) for name in "ab"]
+    assert labels(*runs) == ["reward my:score aaaaaaaaaaaa", "reward my:score bbbbbbbbbbbb"]
+
+
 def cells(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
 
@@ -101,12 +110,3 @@ def test_a_reader_is_told_of_other_limits_and_mixed_rows():
     runs = [run("a"), run("b", batch_size=4)]
     assert "These" not in comparison(runs, curves(runs)) and "Runs in" not in comparison(runs, curves(runs))
     assert "Runs in one row differ in batch_size, too" in comparison(runs, curves(runs, ["lr"]))
-
-
-def test_a_rewards_file_that_changed_tells_runs_apart(tmp_path):
-    folders = [write_run(tmp_path / name, 2, settings={"reward": "my:score"}) for name in "ab"]
-    for folder in folders:
-        hashes = {"the hash of the file of --reward my:score": folder.name * 12, "the hash of the prompts": folder.name}
-        (folder / "inputs.json").write_text(json.dumps(hashes))
-    runs = [read_run(folder) for folder in folders]
-    assert differences(runs) == ["reward"] and labels(*runs)[0] == "reward my:score aaaaaaaaaaaa"

@@ -47,6 +47,8 @@ def test_gibbs_policy_by_hand():
     assert best["J"] == pytest.approx(beta * math.log(2), rel=1e-3)
     assert best["effective_samples"] == pytest.approx(n / 2 / (0.25**2 + 0.75**2))
     assert best["ratios"].tolist() == pytest.approx([0.5, 1.5] * (n // 2))
+    two = evaluation.gibbs_policy(torch.tensor([0.2, 0.7]), torch.tensor([0, 1]), beta)  # nothing to choose from
+    assert (two["reward"], two["kl"], two["J"]) == pytest.approx((0.45, 0, 0.45))
     best = evaluation.gibbs_policy(torch.arange(1000.0), torch.zeros(1000), 0.01)  # exp(1000 / 0.01) is infinite
     assert 998 < best["J"] < best["reward"] < 1000 and best["effective_samples"] == pytest.approx(1)
 
@@ -73,33 +75,6 @@ def test_gibbs_policy_of_prompts_with_different_counts_leaves_out_each_sample(be
     assert best == pytest.approx(limit_of(groups, beta))
     expected = np.concatenate([np.exp(group / beta) / np.exp(group / beta).mean() for group in groups])
     assert ratios.tolist() == pytest.approx(expected[shuffle].tolist())
-
-
-def test_gibbs_policy_is_the_best_of_all_policies_on_twelve_texts():
-    """No distribution has a higher J than the exact optimum, and samples of the reference find it."""
-    rng = np.random.default_rng(0)
-    reference, reward, beta = rng.dirichlet(np.ones(12)), rng.uniform(size=12), 0.3
-    optimum = beta * np.log((reference * np.exp(reward / beta)).sum())
-    for _ in range(200):
-        p = rng.dirichlet(np.ones(12) * rng.uniform(0.1, 10))
-        assert p @ reward - beta * (p * np.log(np.maximum(p, 1e-300) / reference)).sum() <= optimum + 1e-12
-    draws = torch.tensor(reward[rng.choice(12, size=40_000, p=reference)])
-    best = evaluation.gibbs_policy(draws, torch.zeros(40_000), beta)
-    deviation = 0.3 / math.sqrt(40_000)  # of rewards below 1, with ratios of about 1
-    assert best["J"] == pytest.approx(optimum, abs=4 * deviation)
-    gibbs = reference * np.exp((reward - optimum) / beta)
-    assert best["kl"] == pytest.approx((gibbs * np.log(gibbs / reference)).sum(), abs=4 * deviation / beta)
-
-
-def test_gain_is_0_for_the_reference_1_at_the_limit_and_negative_for_harm():
-    scores = np.random.default_rng(1).uniform(size=1000).tolist()
-    before = judged(scores)
-    of_reference = evaluation.gain(before, judged(scores), ["a"], 0.2)
-    assert of_reference["gain"] == pytest.approx(0, abs=1e-6)
-    limit = of_reference["limit"]
-    at_limit = judged([limit["reward"]] * 1000, [limit["kl"]] * 1000)
-    assert evaluation.gain(before, at_limit, ["a"], 0.2)["gain"] == pytest.approx(1, abs=1e-5)
-    assert evaluation.gain(before, judged([0.9] * 1000, [5.0] * 1000), ["a"], 0.2)["gain"] < 0
 
 
 def test_gain_and_its_standard_error_against_repeated_draws():
@@ -252,9 +227,8 @@ def test_best_of_n_by_trying_all_choices_within_a_prompt():
 
 def test_the_yardsticks_are_of_the_policy_before():
     prompts = ["b", "a", "c"] * 300 + ["b"]
-    scores = np.random.default_rng(5).uniform(size=901) + [
-        {"a": 0.0, "b": 0.5, "c": -1.0}[prompt] for prompt in prompts
-    ]
+    better = {"a": 0.0, "b": 0.5, "c": -1.0}
+    scores = np.random.default_rng(5).uniform(size=901) + [better[prompt] for prompt in prompts]
     results = {"before": judged(scores.tolist(), prompts=prompts), "after": judged([0.4] * 901, [0.25] * 901, prompts)}
     evaluation.add_yardsticks(results, ["a", "b", "c"], 0.2)
     best = limit_of([scores[np.array(prompts) == prompt] for prompt in "abc"], 0.2)["J"]
@@ -271,9 +245,8 @@ NORMAL = [NormalDist().inv_cdf((i + 0.5) / 2000) for i in range(2000)]
 
 def verdict_on(reward, kl, beta=1.0, unit=1.0, noise=0.0, unique=0.7, **settings):
     """Of a run from normally distributed rewards, whose frontier is R = sqrt(2 KL), to this reward and KL."""
-    after = [unit * (reward + noise), unit * (reward - noise)] * 1000
-    results = {"before": judged([unit * score for score in NORMAL], unique=0.8)}
-    results["after"] = judged(after, [kl] * 2000, unique=unique)
+    after = judged([unit * (reward + noise), unit * (reward - noise)] * 1000, [kl] * 2000, unique=unique)
+    results = {"before": judged([unit * score for score in NORMAL], unique=0.8), "after": after}
     evaluation.add_yardsticks(results, ["a"], unit * beta)
     return evaluation.verdict(results, PPOConfig(**settings))
 
@@ -332,15 +305,12 @@ def test_the_tables_show_rewards_with_the_decimals_of_their_spread_before_traini
     assert len(cells(evaluation.before_after_table(found, 1))) == 3
     found["gain"] |= {"gain": None, "why": "few"}
     assert [row[3:] for row in cells(evaluation.results_table(found))[2:]] == [[""]] * 10
-    found["gain"] = {"gain": None, "why": "beta is 0"}
-    assert len(cells(evaluation.results_table(found))) == 11
 
 
 def test_distinct_n_by_hand():
-    """a, b, a, b, c: three of five. ab, ba, ab: two of three; the short text has no pair."""
+    """a, b, a, b, c: three of five. ab, ba, ab: two of three, and no pair across texts."""
     assert evaluation.distinct(["abab", "c"], 1) == pytest.approx(3 / 5)
     assert evaluation.distinct(["abab", "c"], 2) == pytest.approx(2 / 3)
-    assert evaluation.distinct(["ab", "cd"], 2) == 1  # no pair across texts
     assert evaluation.distinct(["a", ""], 2) == 0
 
 

@@ -48,21 +48,6 @@ def colour(line) -> tuple[float, ...]:
     return to_rgb(line.get_color())
 
 
-def test_each_panel_draws_its_columns_over_the_steps_in_the_curves_colour(tmp_path, figures):
-    runs = [write_run(tmp_path / name, steps, seed=steps) for name, steps in (("a", 30), ("b", 7))]
-    draw(runs, tmp_path / "x.png")
-    drawn, metrics = panels(figures), [read_metrics(run) for run in runs]
-    assert list(drawn) == [REWARD, PLANE, HISTOGRAM, *(title for title, *_ in PANELS)]
-    names = figures[0][0].legends[0].get_lines()
-    for title, columns, unit in PANELS:
-        expected = [(number, column) for number in range(2) for column in columns]
-        for line, (number, column) in zip(drawn[title].lines, expected, strict=True):
-            assert points(line) == np.stack([metrics[number]["step"], metrics[number][column]], 1).tolist()
-            assert colour(line) == colour(names[number])
-        assert len({line.get_linestyle() for line in drawn[title].lines}) == len(columns)
-    assert words(drawn["time"].get_legend()) == ["sample", "score", "ppo"] and not drawn[REWARD].collections
-
-
 def test_the_reward_is_smoothed_over_a_tenth_of_the_run_and_its_ends_are_in_the_key(tmp_path, figures):
     """The mean of squares over r neighbours on either side is i^2 + r (r + 1) / 3. r shrinks towards the start, which
     is the model before training; the last mean is that of the last six steps. The decimals are those of the first
@@ -81,19 +66,10 @@ def test_the_reward_is_smoothed_over_a_tenth_of_the_run_and_its_ends_are_in_the_
     assert smoothed.get_ydata()[95:] == pytest.approx([squares[i - 5 :].mean() for i in range(95, 100)])
     assert points(alarms) == [[128, 0], [768, 35]]
     (band,) = panels(figures)[REWARD].collections  # 95% of the means of 128 completions
-    half = 1.96 * 40 / np.sqrt(128)
-    assert corners(band)[128.0] == pytest.approx([-half, half])
+    first = [y for x, y in band.get_paths()[0].vertices if x == 128]
+    assert [max(first), min(first)] == pytest.approx([1.96 * 40 / np.sqrt(128), -1.96 * 40 / np.sqrt(128)])
     assert words(figures[0][0].legends[0]) == [f"run: reward 0 to {squares[94:].mean():.0f}"]
     assert smooth(np.array([9, 0, 3, 6])).tolist() == [9, 4, 3, 4.5] and smooth(np.array([9])).tolist() == [9]
-
-
-def corners(band) -> dict[float, list[float]]:
-    """The lowest and the highest value of a band by episodes."""
-    found = {}
-    for x, y in band.get_paths()[0].vertices.tolist():
-        low, high = found.get(x, (y, y))
-        found[x] = [min(low, y), max(high, y)]
-    return found
 
 
 def test_runs_that_differ_in_the_seed_are_drawn_as_mean_and_standard_deviation(tmp_path, figures):
@@ -107,8 +83,9 @@ def test_runs_that_differ_in_the_seed_are_drawn_as_mean_and_standard_deviation(t
     drawn = panels(figures)
     assert lines(drawn[REWARD], "running mean")[0].get_ydata() == pytest.approx([0.5] * 4)
     (band,) = drawn[REWARD].collections
-    assert corners(band) == {128.0 * step: pytest.approx([0.5 - 0.13**0.5, 0.5 + 0.13**0.5]) for step in range(1, 5)}
-    assert [word.split(":")[0] for word in words(figures[0][0].legends[0])] == ["lr 0.0001, 3 runs", "lr 0.5"]
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert abs(heights - 0.5) == pytest.approx(0.13**0.5) and np.ptp(heights) > 0.7
+    assert words(figures[0][0].legends[0])[0] == "lr 0.0001, 3 runs: reward 0.50 to 0.50"
     means = np.mean([read_metrics(run)["objective/entropy"] for run in runs], axis=0)
     assert drawn["entropy"].lines[0].get_ydata() == pytest.approx(means)
     (star,) = lines(drawn[PLANE], "after")
@@ -145,21 +122,28 @@ def test_the_plane_of_reward_and_kl_shows_what_is_known(tmp_path, figures):
     assert words(panels(figures)[PLANE].get_legend()) == ["a step", "before"]
 
 
-def test_what_several_curves_share_is_drawn_once_in_black(tmp_path, figures):
+def test_each_run_is_drawn_in_its_colour_and_what_several_share_once_in_black(tmp_path, figures):
     """Another run of the same models has the same frontier, drafts, start and limit, up to rounding."""
-    runs = [write_run(tmp_path / name, 3, seed=i) for i, name in enumerate("abc")]
+    runs = [write_run(tmp_path / name, steps, seed=steps) for name, steps in (("a", 30), ("b", 7), ("c", 3))]
     rounded = json.loads(json.dumps(WHOLE))
     rounded["frontier"][0]["kl"] += 1e-9
     other = {"frontier": [{"reward": 0.5, "kl": 0.3}], "before": judged(0.2, 0, [0.2])}
     for run, evaluation in zip(runs, (WHOLE, rounded | {"after": judged(0.75, 0.3, [1.0])}, other)):
         write_evaluation(run, **evaluation)
     draw(runs, tmp_path / "x.png")
-    plane, curves = panels(figures)[PLANE], figures[0][0].legends[0].get_lines()
+    drawn, metrics = panels(figures), [read_metrics(run) for run in runs]
+    assert list(drawn) == [REWARD, PLANE, HISTOGRAM, *(title for title, *_ in PANELS)]
+    colours = [colour(line) for line in figures[0][0].legends[0].get_lines()]
+    for title, columns, _ in PANELS:
+        expected = [(number, column) for number in range(3) for column in columns]
+        for line, (number, column) in zip(drawn[title].lines, expected, strict=True):
+            assert points(line) == np.stack([metrics[number]["step"], metrics[number][column]], 1).tolist()
+            assert colour(line) == colours[number]
+    assert words(drawn["time"].get_legend()) == ["sample", "score", "ppo"] and not drawn[REWARD].collections
     for label, number in {"best possible": 2, "best of n drafts": 1, "before": 2, "the limit at this beta": 1}.items():
-        shared, *own = lines(plane, label)
-        assert len(own) == number - 1 and colour(shared) == (0, 0, 0)
-        assert all(colour(line) == colour(curves[2]) for line in own)
-    assert [colour(star) for star in lines(plane, "after")] == [colour(curves[0]), colour(curves[1])]
+        shared, *own = lines(drawn[PLANE], label)
+        assert colour(shared) == (0, 0, 0) and [colour(line) for line in own] == colours[2:] * (number - 1)
+    assert [colour(star) for star in lines(drawn[PLANE], "after")] == colours[:2]
 
 
 def test_rewards_are_drawn_as_shares_of_all_runs_completions_over_all_of_their_range(tmp_path, figures):
@@ -194,10 +178,6 @@ def test_the_gain_is_drawn_against_a_setting_with_its_standard_error_over_seeds(
     assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_xscale()) == ("lr", "gain", "log")
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0.0001", "0.0004", "0.0005"]
     assert capsys.readouterr().out.endswith("wrote gain.png and compare.md\n")
-    runs = [gained(tmp_path / f"{lam}-{n}", 0.5, lam=lam, episodes=n) for lam in (1.0, 0.9) for n in (256, 1279)]
-    assert main([*runs, "--against", "episodes"]) == 0
-    assert words(figures[-1][0].legends[0]) == ["lam 1, 2 runs", "lam 0.9, 2 runs"]
-    assert figures[-1][0].axes[0].get_xscale() == "linear"  # less than a factor of 5
 
 
 def test_pictures_are_written_in_the_format_of_their_name_with_the_printed_table(tmp_path, capsys):
@@ -229,39 +209,24 @@ HEADER = f"step,episodes,{MEAN},{STD},objective/kl"
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("flags", "files", "said"),
     [
-        ("metrics.csv", None, "has no metrics.csv; give the folder of a run"),
-        ("metrics.csv", f"{HEADER}\n1,128,0.5,0,0", "has no step yet"),  # the last line is only half written
-        ("metrics.csv", f"{HEADER}\n1,128,0,0,0\n2,256\n", "line 3 of"),
-        ("evaluation.json", "{", "evaluation.json is damaged"),
+        ([], {}, "no run with a metrics.csv in runs; train first, or name a run folder"),
+        (["run", "--out", "x.unknown"], {}, "x.unknown: the name of a picture must end in .png, .pdf or .svg"),
+        (["run", "--out", "missing/x.png"], {}, "x.png cannot be written: No such file or directory"),
+        (["run", "--by", "lr,rate"], {}, "--by rate: no run here has such a setting; take some of preset, run_name"),
+        (["run", "--against", "lr"], {}, "--against lr needs runs with known gains and different numbers"),
+        (["missing"], {}, "missing has no metrics.csv; give the folder of a run"),
+        (["run"], {"metrics.csv": f"{HEADER}\n1,128,0.5,0,0"}, "has no step yet"),  # a line that is half written
+        (["run"], {"metrics.csv": f"{HEADER}\n1,128,0,0,0\n2,256\n"}, "line 3 of"),
+        (["run"], {"evaluation.json": "{"}, "evaluation.json is damaged"),
     ],
 )
-def test_missing_or_damaged_files_are_one_line(tmp_path, name, content, said, capsys):
+def test_flags_and_files_that_cannot_be_used_are_one_line(tmp_path, flags, files, said, capsys):
     run = write_run(tmp_path / "run", 2)
-    (run / name).unlink(missing_ok=True)
-    if content is not None:
+    for name, content in files.items():
         (run / name).write_text(content)
-    refused([str(run)], said, capsys)
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        ([], "no run with a metrics.csv in runs; train first, or name a run folder"),
-        (["run", "--out", "x.unknown"], "x.unknown: the name of a picture must end in .png, .pdf or .svg"),
-        (["run", "--out", "missing/x.png"], "x.png cannot be written: No such file or directory"),
-        (["run", "--by", "lr,rate"], "--by rate: no run here has such a setting; take some of preset, run_name, seed"),
-        (["run", "--against", "lr"], "--against lr needs runs with known gains and different numbers"),
-    ],
-)
-def test_flags_that_cannot_be_used_are_one_line(tmp_path, flags, said, capsys):
-    write_run(tmp_path / "run", 2)
-    refused(flags, said, capsys)
-
-
-def refused(flags, said, capsys):
     assert main(flags) == 2
     out, err = capsys.readouterr()
     assert err.startswith("plot_rewards.py: error: ") and said in err and err.count("\n") == 1 and not out
-    assert not list(Path().rglob("*.png"))
+    assert not list(tmp_path.rglob("*.png"))

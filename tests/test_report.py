@@ -2,8 +2,6 @@
 
 import json
 
-import pytest
-
 from config import PPOConfig
 from support.evaluation import before_after_table, results_table
 from support.figures import in_markdown, table
@@ -19,18 +17,13 @@ STARTS = [
 ]
 
 
-@pytest.fixture
-def run(tmp_path):
-    folder = tmp_path / "my_run"
-    folder.mkdir()
-    save_config(PPOConfig(preset="demo", lr=2e-4, run_name="my_run"), folder / "config.json")
-    (folder / "metrics.csv").write_text("step,time/step\n1,50\n2,7\n3,8.6\n")
-    (folder / "rewards.png").touch()
-    return folder
-
-
-def test_a_report_says_what_came_of_the_run_and_how_it_was_made(run):
+def test_a_report_says_what_came_of_the_run_and_how_it_was_made(tmp_path):
     """65.6 seconds; the median is not moved by the slow first step. The second start changed nothing."""
+    run = tmp_path / "my_run"
+    run.mkdir()
+    save_config(PPOConfig(preset="demo", lr=2e-4, run_name="my_run"), run / "config.json")
+    (run / "metrics.csv").write_text("step,time/step\n1,50\n2,7\n3,8.6\n")
+    (run / "rewards.png").touch()
     results = evaluated()
     results["before"]["n"] = results["after"]["n"] = 1500
     results["best_of_n"] = [{"n": 2, "gain": 0.456}, {"n": 3, "gain": 0.7}]
@@ -58,14 +51,11 @@ def test_a_report_says_what_came_of_the_run_and_how_it_was_made(run):
     ):
         assert row in shown
 
-
-def test_a_report_leaves_out_what_is_not_known(run):
     save_config(PPOConfig(preset="demo"), run / "config.json")
     for name in ("metrics.csv", "rewards.png"):
         (run / name).unlink()
-    results = evaluated() | {"gain": {"gain": None, "why": "no price"}, "best_of_n": [{"n": 2, "gain": None}]}
-    results["after"]["n"] = 2
-    report = run_report(run, results, {}, [])
+    unknown = {"gain": {"gain": None, "why": "no price"}, "best_of_n": [{"n": 2, "gain": None}], "alarms": []}
+    report = run_report(run, results | unknown, {}, [])
     assert "All settings are those of the preset demo." in report
     assert not any(part in report for part in ("![", "| J", "| gain", "drafts", "Warnings", " steps in ", "| setting"))
 
