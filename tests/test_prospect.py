@@ -75,7 +75,7 @@ def test_a_coefficient_or_rewards_that_nobody_wants_are_warned_of(scores, kl_coe
     assert last.startswith("warning: ") and said in last
 
 
-@pytest.mark.parametrize(("unit", "share", "flat"), [(1.0, 0.006, True), (1000.0, 0.008, False)])
+@pytest.mark.parametrize(("unit", "share", "flat"), [(1.0, 0.008, False), (1000.0, 0.006, True)])
 def test_prompts_that_teach_nothing_are_warned_of(unit, share, flat):
     """The second prompt's scores have a share of the standard deviation of all: 0.7 of the first's."""
     first = (unit * gaussian(500)).tolist()
