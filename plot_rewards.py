@@ -109,15 +109,14 @@ def name_and_ends(curve: Curve, drawn: list[Curve]) -> str:
 
 def add_names(fig, drawn: list[Curve], names: list[str]) -> None:
     """Add a legend of the curves above the panels, for which the figure grows."""
-    from matplotlib import rcParams
-    from matplotlib.lines import Line2D
+    from matplotlib import lines, rcParams
 
     letters = int(fig.get_figwidth() * 72 / rcParams["font.size"] / 0.55)  # on a line
     names = [textwrap.fill(name, letters - 6) for name in names]
-    handles = [Line2D([], [], color=curve.colour, linewidth=3, label=name) for curve, name in zip(drawn, names)]
+    handles = [lines.Line2D([], [], color=curve.colour, linewidth=3, label=name) for curve, name in zip(drawn, names)]
     columns = max(1, min(4, letters // (6 + max(map(len, names)))))
-    lines = sum(name.count("\n") + 1 for name in names) / columns
-    fig.set_figheight(fig.get_figheight() + 1.5 * rcParams["font.size"] / 72 * lines)
+    height = 1.5 * rcParams["font.size"] / 72 * sum(name.count("\n") + 1 for name in names) / columns
+    fig.set_figheight(fig.get_figheight() + height)
     fig.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False)
 
 
@@ -143,7 +142,6 @@ def draw_all(fig, drawn: list[Curve]) -> None:
                     steps, values = curve.metrics["step"].mean(0), curve.metrics[column].mean(0)
                     axes[title].plot(steps, values, style, color=curve.colour, linewidth=1, label=label)
         axes[title].set(title=title, xlabel="step", ylabel=unit)
-        axes[title].xaxis.get_major_locator().set_params(integer=True)
         add_key(axes[title])
 
 

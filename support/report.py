@@ -25,8 +25,8 @@ def run_report(run_dir: Path, results: dict, inputs: dict[str, str], starts: lis
         parts.append("![curves of the run](rewards.png)")
     n = f"{results['after']['n']:,} completions before training and as many after it"
     limit = "The limit is the best policy that this KL coefficient allows, and the gain the share of the way there"
-    parts += ["## Results", f"Judged on {n}, of the same random draws. {limit}; KL is in nats per completion."]
-    parts.append(results_table(results))
+    judged = f"Judged on {n}, of the same random draws. {limit}; KL is in nats per completion."
+    parts += ["## Results", judged, results_table(results)]
     if gains := [f"{best['gain']:.2f} with {best['n']}" for best in results["best_of_n"] if best["gain"] is not None]:
         drafts = "Without any training, the best of several drafts by the original model has a gain of"
         parts.append(f"{drafts} {', '.join(gains)}.")
