@@ -60,7 +60,7 @@ def train(config: PPOConfig, policy, tokenizer, reward, prompts: list[str], fold
     # 3. The loop: draw prompts, sample, score, step, log, save
     stop = StopSignal()
     with folder.errors_explained(trainer, training=True):
-        for step in folder.steps(trainer):
+        for step in range(trainer.n_steps + 1, total_steps(config) + 1):
             started = time.perf_counter()
             drawn = draw_prompts(len(prompts), config.seed, step, config.batch_size)
             batch_prompts, query_tensors = [prompts[i] for i in drawn], [queries[i] for i in drawn]

@@ -1,12 +1,10 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped.
 
-    runs/<name>/checkpoints/step-000050/
-        policy.safetensors     policy and value head
-        average.safetensors    their running average
-        optimizer.pt           Adam and the global random generators (torch format, weights_only)
-        state.json             step, KL coefficient, unit of the rewards, and a SHA-256 of every file above
-
-A checkpoint is written under a temporary name, flushed to disk and then renamed: it is there whole or not at all.
+runs/<name>/checkpoints/step-000050/
+    policy.safetensors     policy and value head
+    average.safetensors    their running average
+    optimizer.pt           Adam and the global random generators (torch format, weights_only)
+    state.json             step, KL coefficient, unit of the rewards, and a SHA-256 of every file above
 """
 
 import contextlib
@@ -39,7 +37,19 @@ def save_checkpoint(trainer, folder: Path, keep: int) -> Path:
         return final
     with whole(final) as partial:
         folder.mkdir(exist_ok=True)
-        write_checkpoint(trainer, partial)
+        partial.mkdir()
+        engine = trainer.engine.state_dict()
+        save_file(engine["policy"], partial / FILES[0], {"format": "pt"})
+        save_file(engine["average"], partial / FILES[1], {"format": "pt"})
+        torch.save({"optimizer": engine["optimizer"], "random": random_state()}, partial / FILES[2])
+        state = {
+            "step": trainer.n_steps,
+            "kl_coef": trainer.kl_controller.value,
+            "reward_unit": trainer.reward_unit,
+            "skipped_in_a_row": engine["skipped_in_a_row"],
+            "sha256": {name: sha256(partial / name) for name in FILES},
+        }
+        (partial / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
     older = [path for path in checkpoints(folder) if step_of(path) < trainer.n_steps]
     with disk_errors(folder):
         for path in older[: max(0, len(older) + 1 - keep)]:
@@ -47,28 +57,10 @@ def save_checkpoint(trainer, folder: Path, keep: int) -> Path:
     return final
 
 
-def write_checkpoint(trainer, partial: Path) -> None:
-    """Write all files of a checkpoint."""
-    partial.mkdir()
-    engine = trainer.engine.state_dict()
-    save_file(engine["policy"], partial / FILES[0], {"format": "pt"})
-    save_file(engine["average"], partial / FILES[1], {"format": "pt"})
-    torch.save({"optimizer": engine["optimizer"], "random": random_state()}, partial / FILES[2])
-    state = {
-        "step": trainer.n_steps,
-        "kl_coef": trainer.kl_controller.value,
-        "reward_unit": trainer.reward_unit,
-        "skipped_in_a_row": engine["skipped_in_a_row"],
-        "sha256": {name: sha256(partial / name) for name in FILES},
-    }
-    (partial / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
-
-
 def load_checkpoint(trainer, folder: Path) -> None:
-    """Put the newest usable checkpoint below `folder` into the trainer. A damaged one is named and passed over.
+    """Put the newest usable checkpoint below `folder` into the trainer; if there is none at all, leave it as it is.
 
-    Without any checkpoint the trainer stays as it is, at step 0. Raises UserError if there are checkpoints but none
-    can be used. On several processes only rank 0 needs to see the folder.
+    A damaged checkpoint is named and passed over. Raises UserError if all are damaged. Only rank 0 reads the folder.
     """
     found = collectives.broadcast_from_rank_0(lambda: checkpoints(folder))
     for path in reversed(found):
@@ -88,11 +80,9 @@ def load_checkpoint(trainer, folder: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> tuple[dict, dict, dict, dict]:
-    """Read state.json, weights, averaged weights and the optimiser's file. Raises UserError if one is damaged."""
+    """Read state.json, weights, their average and optimizer.pt. Raises UserError if one is damaged."""
     with damaged(path, REMEDY):
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        if state["step"] != step_of(path):
-            raise ValueError(f"state.json is that of step {state['step']}")
         for name in FILES:
             if sha256(path / name) != state["sha256"][name]:
                 raise ValueError(f"{name} is not what was written")

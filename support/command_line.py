@@ -38,8 +38,6 @@ def read_command_line(argv: list[str], description: str = "") -> tuple[PPOConfig
         check(config)
         if {"kl_budget", "init_kl_coef"} <= given:
             raise UserError("--kl_budget chooses the value of --init_kl_coef; give only one of them")
-        if "n" in given:
-            raise UserError("--n is for --complete RUN; to train on N completions, write --episodes N")
         run_dir = new_run_folder(config)
         if (run_dir / "config.json").exists():  # torchrun has restarted the processes
             mode = "resume"
@@ -66,24 +64,22 @@ def read_command_line(argv: list[str], description: str = "") -> tuple[PPOConfig
             check_installed(config.track)
         for name in ("batch_size", "minibatch_size"):
             if getattr(config, name) % collectives.world_size():
-                processes = f"the {collectives.world_size()} processes, each of which takes an equal share"
-                raise UserError(f"--{name} {getattr(config, name)} is not divisible by {processes}")
+                processes = f"{collectives.world_size()} processes, which take equal shares"
+                raise UserError(f"--{name} {getattr(config, name)} is not divisible by the {processes}")
     return config, run_dir, mode
 
 
 def new_run_folder(config: PPOConfig) -> Path:
     """Return the folder of a new run, which isn't made yet. Raises UserError if --run_name is taken.
 
-    Without --run_name a run is named after the time or, because processes that torchrun restarts must find it again,
-    after torchrun's --rdzv-id or process number. A second run with the same name is NAME-2.
+    Without --run_name a run is named after the time, or after torchrun, whose restarted processes must find it again.
     """
     runs, restarted = Path(config.runs_dir), meeting.restart_count() > 0
     if config.run_name is not None:
         run_dir = runs / config.run_name
         if run_dir.exists() and not restarted:
-            raise UserError(
-                f"{run_dir} exists already; choose another --run_name, or {flags_to_go_on(run_dir, config)}"
-            )
+            way = flags_to_go_on(run_dir, config)
+            raise UserError(f"{run_dir} exists already; choose another --run_name, or {way}")
         return run_dir
     name = os.environ.get("TORCHELASTIC_RUN_ID", datetime.now().strftime("%Y%m%d-%H%M%S"))
     name = f"torchrun-{os.getppid()}" if name == "none" else re.sub(r"[^\w.\-]", "-", name)
@@ -106,14 +102,14 @@ def find_run_folder(config: PPOConfig, name: str) -> Path:
         runs = sorted(Path(config.runs_dir).glob("*/config.json"), key=lambda path: path.stat().st_mtime)
         if not runs:
             raise UserError(f"there is no run in {config.runs_dir}")
-        return runs[-1].parent
+        name = runs[-1].parent
     if not (Path(name) / "config.json").is_file():
         raise UserError(f"{name} is not a run folder: it has no config.json")
     return Path(name)
 
 
 def saved_config(run_dir: Path, config: PPOConfig, given: set[str], allowed: set[str]) -> PPOConfig:
-    """Return a run's own config with the allowed flags given here. Raises UserError if another flag differs from it."""
+    """Return a run's own config with the allowed flags given here. Raises UserError if another flag would change it."""
     saved = load_config(run_dir / "config.json")
     for name in sorted(given):
         old, new = getattr(saved, name), getattr(config, name)
@@ -122,10 +118,10 @@ def saved_config(run_dir: Path, config: PPOConfig, given: set[str], allowed: set
             raise UserError(f"{change}; start a new run for that")
         if name == "episodes" and new < old:
             raise UserError(f"--episodes {new} is fewer than the {old} of {run_dir}; they can only be raised")
+    taken = {name: getattr(config, name) for name in given & allowed}
     if "prompts" in given:
-        given = given | {"prompts_file"}  # the run's own file gives way
-    config = replace(saved, **{name: getattr(config, name) for name in given & allowed})
-    check(config)
+        taken["prompts_file"] = config.prompts_file  # the run's own file gives way
+    check(config := replace(saved, **taken))
     return config
 
 

@@ -15,7 +15,7 @@ MEND_LINE = "mend that line, or remove it"
 
 @contextlib.contextmanager
 def path_errors():
-    """Raise UserError if the system refuses a path inside: a name that is too long, no permission to look there."""
+    """Raise UserError if the system refuses a path inside, such as one without permission."""
     try:
         yield
     except OSError as error:
@@ -26,32 +26,25 @@ def path_errors():
 
 @contextlib.contextmanager
 def damaged(name, remedy: str):
-    """Raise UserError, whatever the block raises, if what it reads from the file `name` isn't what it expects."""
+    """Raise UserError if the block cannot read the file `name`, or raises because it contains something else."""
     try:
         yield
     except Exception as error:
         if isinstance(error, UserError) or is_out_of_memory(error):
             raise
+        if isinstance(error, OSError):
+            raise UserError(f"{name} cannot be read: {error.strerror or error}; {remedy}")
         raise UserError(f"{name} is damaged ({first_line(error)}); {remedy}")
 
 
 def read_text(path: Path, remedy: str, name: str = "") -> str:
-    """Read a UTF-8 text file, with or without a byte order mark. Raises UserError, which calls the file `name` or by
-    its path, if it cannot be read or isn't UTF-8."""
-    try:
+    """Read a UTF-8 text file, with or without a byte order mark. Raises UserError, which calls the file `name`."""
+    with damaged(name or path, remedy):
         return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{name or path} cannot be read: {error.strerror}")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{name or path} is damaged in line {line}: it isn't UTF-8 text; {remedy}")
 
 
 def whole_lines(path: Path) -> list[str]:
-    """Read the lines of a log, without a last one that a kill has cut short, perhaps inside a character.
-
-    Only a line feed ends a line: texts may contain U+2028.
-    """
+    """Read the lines of a log, without a last one that a kill has cut short. Texts may contain U+2028."""
     with damaged(path, MEND_LINE):
         content = path.read_bytes()
         return content[: content.rfind(b"\n") + 1].decode("utf-8-sig").split("\n")[:-1]
@@ -72,21 +65,20 @@ def read_json(path: Path, remedy: str, missing: dict | None = None) -> dict:
 def whole(path: Path):
     """Give the block a path beside `path` to write a file or a folder to; flush that, and put it in place.
 
-    An error leaves the old one only. A kill leaves the old or the new one, between removing an old folder and renaming
-    the new one neither, and a .partial- beside it that the next attempt removes.
+    An error leaves only the old one. A kill leaves the old or the new one (neither, if it comes between removing an
+    old folder and renaming the new one), and a .partial- beside it that the next attempt removes.
     """
-    target = path.resolve()  # a link stays, and what it leads to is replaced
-    partial = target.with_name(f".partial-{target.name}")
+    partial = path.with_name(f".partial-{path.name}")
     with disk_errors(path):
         remove(partial)
         try:
             yield partial
             for written in (*partial.rglob("*"), partial):
                 flush(written)
-            if partial.is_dir() and target.is_dir():  # a folder cannot take another's place
-                remove(target)
-            partial.replace(target)
-            flush(target.parent)
+            if partial.is_dir() and path.is_dir():  # a folder cannot take another's place
+                remove(path)
+            partial.replace(path)
+            flush(path.parent)
         finally:
             remove(partial)
 

@@ -99,11 +99,6 @@ def reward_file(config: PPOConfig) -> Path | None:
     return Path(file) if file else None
 
 
-def own_files(config: PPOConfig) -> list[Path]:
-    """Return your own files that decide a run: of the reward and of the prompts."""
-    return [path for path in (reward_file(config), config.prompts_file and Path(config.prompts_file)) if path]
-
-
 def hash_of(content) -> str:
     """Return 12 digits of a SHA-256 of repr(content), or of a state dict's names, shapes, dtypes and CRC-32s."""
     if not isinstance(content, dict):

@@ -2,14 +2,12 @@
 
 runs/<name>/
     config.json       the settings of the run
-    inputs.json       hashes of the models, the prompts, the file of a reward of one's own, which --resume compares
-    inputs/           that file and the prompts' file, as they were
-    environment.jsonl one line a start: its command and first step, parameters, versions, device, dtype, processes
-    metrics.csv       one row a step
-    samples.jsonl     one line a completion
+    inputs.json       hashes of models, prompts and your own reward's file, which --resume compares
+    environment.jsonl one line per start: its command and first step, versions, device, dtype, processes
+    metrics.csv       one row per step
+    samples.jsonl     one line per completion
     evaluation.json   how good the policy was before and after, with all samples; without them, results.json
     checkpoints/      see checkpoint.py
-    tracking.json     see tracking.py
     error.log         the traceback of a reward function that failed, and its texts
     model/  rewards.png  report.md      what the end of a run writes
 """
@@ -38,20 +36,18 @@ from support.errors import UserError, escaped
 from support.evaluation import gibbs_policy, scores_and_prompts
 from support.figures import decimals, duration
 from support.files import MEND_LINE, damaged, disk_errors, read_json, remove, whole, whole_lines, write_whole
-from support.load import hash_of, own_files
 from support.model_card import write_results
 from support.prospect import prospect
 from support.report import STARTS, read_starts, run_report
-from support.settings import describe_changes, save_config, total_steps
+from support.settings import save_config, total_steps
 from support.tracking import Tracker, numbers
 
 
 class RunFolder:
-    """What a run reads from its folder and writes into it.
+    """What a run reads from its folder and writes into it. Every process calls every method; only rank 0 writes.
 
     argv: this start's command line. inputs: what `load.input_hashes` returned.
-    Every process calls every method: those that read do it for all, those that write do it on rank 0 only. Raises
-    UserError if the disk or the content of the folder does not allow it.
+    Raises UserError if the disk is full or something in the folder is damaged.
     """
 
     def __init__(self, path: Path, config: PPOConfig, argv: list[str], inputs: dict[str, str]):
@@ -66,13 +62,12 @@ class RunFolder:
         before = collectives.broadcast_from_rank_0(
             lambda: read_json(path, "remove it: it is made again", missing={}) if judged.exists() else {}
         )
-        # The demo's models are made anew, and on another machine may differ in the last digits
-        now = {name: value for name, value in self.inputs.items() if not name.endswith("_name demo")}
-        other = [name for name in now if before.get(name, now[name]) != now[name]]
-        if other:
-            what = "; ".join(f"{name} is {now[name]} and was {before[name]}" for name in other)
-            way = f"put back what it was, start a new run, or remove {path} to go on with what is there now"
-            raise UserError(f"this is not what {self.path} was started with: {what}; {way}")
+        for name, now in self.inputs.items():
+            # The demo's models are made anew, and may differ in the last digits on another machine
+            if before.get(name, now) != now and not name.endswith("_name demo"):
+                what = f"{name} is {now} and was {before[name]}"
+                way = f"put it back, start a new run, or remove {path} to go on with what is there now"
+                raise UserError(f"this is not what {self.path} was started with: {what}; {way}")
 
     def open(self, trainer, resume: bool) -> None:
         """Make the folder or, to resume, put its newest checkpoint into the trainer; start its log."""
@@ -81,28 +76,21 @@ class RunFolder:
             self.compare_inputs()
             load_checkpoint(trainer, self.path / "checkpoints")
         collectives.broadcast_from_rank_0(lambda: self.begin(trainer))
-        if changed := describe_changes(self.config):
-            print(changed)
         print(f"run folder {self.path}, {total_steps(self.config)} steps of {self.config.batch_size} completions")
         several = f"{collectives.world_size()} processes, each " if collectives.world_size() > 1 else ""
         print(f"{several}on {trainer.engine.device} in {str(trainer.engine.dtype)[6:]}")
 
     def make(self) -> None:
         """Make and lock the folder of a new run. Without --run_name, runs of the same second take different names."""
+        if self.path.exists() and not meeting.below_torchrun():  # made since the command line was read
+            self.path = new_run_folder(self.config)
         with disk_errors(self.path):
-            while True:
-                try:
-                    self.path.mkdir(parents=True, exist_ok=meeting.restart_count() > 0)
-                    break
-                except FileExistsError:  # since the command line was read
-                    if self.config.run_name is not None or meeting.below_torchrun():
-                        raise
-                    self.path = new_run_folder(self.config)
+            self.path.mkdir(parents=True, exist_ok=meeting.restart_count() > 0)
         self.config.run_name = self.path.name
         self.hold()
 
     def hold(self) -> None:
-        """Lock the folder until this process ends, in whichever way. Raises UserError if another has locked it."""
+        """Lock the folder until this process ends. Raises UserError if another process has locked it."""
         self.lock = FileLock(self.path / ".lock")
         with disk_errors(self.path):
             try:
@@ -113,14 +101,12 @@ class RunFolder:
     def begin(self, trainer) -> None:
         """Start the log, or go on with what was logged up to the trainer's step; write down the settings.
 
-        Raises UserError, with all files as they were, if a log is damaged, or if a run that has lost its checkpoints
-        would begin again over what it logged.
+        Raises UserError, with all files as they were, if a log is damaged or the run has lost its checkpoints.
         """
         folder, metrics = self.path / "checkpoints", self.path / "metrics.csv"
         logged = metrics.exists() and metrics.read_bytes().count(b"\n") > 1
         if trainer.n_steps == 0 and ((self.path / "model").exists() or (logged and not folder.exists())):
-            lost = f"{folder} has no checkpoint to go on from, and step 1 would replace the logs and the model"
-            raise UserError(f"{lost} in {self.path}; start a new run under another --run_name")
+            raise UserError(f"{folder} has no checkpoint to go on from; start a new run under another --run_name")
         with disk_errors(self.path):
             self.run_log = RunLog(self.path, trainer.n_steps)
             folder.mkdir(exist_ok=True)
@@ -128,11 +114,6 @@ class RunFolder:
                 remove(leftover)  # of a kill
         self.note_start(trainer, trainer.n_steps + 1)
         write_whole(self.path / "inputs.json", json.dumps(self.inputs, ensure_ascii=False, indent=2) + "\n")
-        for file in own_files(self.config):
-            content = file.read_bytes()
-            with whole(self.path / "inputs" / f"{file.stem}-{hash_of(content)}{file.suffix}") as partial:
-                partial.parent.mkdir(exist_ok=True)
-                partial.write_bytes(content)
         save_config(self.config, self.path / "config.json")  # last: what has it can be resumed
 
     def note_start(self, trainer, step: int | None) -> None:
@@ -146,7 +127,7 @@ class RunFolder:
             write_whole(self.path / STARTS, "".join(json.dumps(each) + "\n" for each in starts))
 
     def expect(self, before: dict, prompts: list[str]) -> None:
-        """Say what is possible, by how the policy before training was judged, and look out for signs of a sick run."""
+        """Print what is possible from the evaluation before training, and prepare warnings and tracking."""
         kl_coef = self.config.init_kl_coef
         print("\n".join(prospect(before, prompts, kl_coef)))
         limit = gibbs_policy(*scores_and_prompts(before, prompts), kl_coef)["kl"] if kl_coef else None
@@ -157,15 +138,10 @@ class RunFolder:
                 self.alarms.look(row)
             self.tracker = Tracker(self.path, self.config.track, dataclasses.asdict(self.config))
 
-    def steps(self, trainer) -> range:
-        """The numbers of the steps still to do, from 1."""
-        self.first, self.begun = trainer.n_steps + 1, time.monotonic()
-        return range(self.first, total_steps(self.config) + 1)
-
     def log(self, step: int, seconds: dict[str, float], prompts: list[str], completions: list[str], scores, stats):
-        """Write a step's row of metrics.csv and its lines of samples.jsonl, and say how far the run is.
+        """Write a step's row of metrics.csv and its lines of samples.jsonl, and print how far the run is.
 
-        seconds: what each part of the step took. prompts, completions (n texts) and scores (n,) belong together.
+        seconds: what each part of the step took. prompts, completions: n texts. scores: (n,) float32.
         """
         if not self.writes:
             return
@@ -187,10 +163,9 @@ class RunFolder:
         ]
         with disk_errors(self.path / "metrics.csv"):
             self.run_log.write(row, samples)
-        digits, last = decimals(row["env/reward_std"]), total_steps(self.config)
-        each = (time.monotonic() - self.begun) / (step - self.first + 1)
+        digits, last, took = decimals(row["env/reward_std"]), total_steps(self.config), row["time/step"]
         figures = f"reward {row['env/reward_mean']:.{digits + 1}f}  KL {stats['objective/kl']:.2f}"
-        print(f"step {step}/{last}  {figures}  {each:.2f} s a step, {duration((last - step) * each)} left")
+        print(f"step {step}/{last}  {figures}  {took:.2f} s a step, {duration((last - step) * took)} left")
         for alarm in self.alarms.look(row):
             print(f"warning: step {step}: {alarm['says']}")
         show = self.config.log_samples_every > 0 and step % self.config.log_samples_every == 0
@@ -261,29 +236,27 @@ class RunFolder:
 
     @contextlib.contextmanager
     def errors_explained(self, trainer, training: bool = False):
-        """Raise UserError if a reward or a step failed. A reward's traceback goes to error.log; training keeps a
-        checkpoint."""
+        """Raise UserError if a reward or a step fails. Keep a reward's traceback and, in training, a checkpoint."""
+        where = "evaluation"
         try:
             yield
         except RewardError as error:
-            said = f"step {trainer.n_steps + 1}: {error}" if training else f"evaluation: {error}"
             if training:
+                where = f"step {trainer.n_steps + 1}"
                 self.save_checkpoint(trainer)
-            if error.traceback:
-                said += f"; the traceback and the texts are in {self.path / 'error.log'}"
-            if error.traceback and self.writes:
+            if self.writes and error.traceback:
                 write_whole(self.path / "error.log", error.traceback)
-            raise UserError(said)
+            log = f"; the traceback and the texts are in {self.path / 'error.log'}" if error.traceback else ""
+            raise UserError(f"{where}: {error}{log}")
         except FloatingPointError as error:
             hint = "try a lower --lr, or --dtype float32. The last good checkpoint is kept"
             raise UserError(f"step {trainer.n_steps + 1}: {error}; {hint}")
 
 
 class RunLog:
-    """metrics.csv, one row a step, and samples.jsonl, one line a completion; both reach the system at every step.
+    """metrics.csv and samples.jsonl, without the steps after `last_step`, which are made again.
 
-    The steps after `last_step` are dropped, and a last line that is not whole: they are made again. Raises UserError,
-    with the files as they were, if another line is damaged.
+    Raises UserError, with the files as they were, if a line other than a last one that was cut short is damaged.
     """
 
     def __init__(self, run_dir: Path, last_step: int):
@@ -311,7 +284,6 @@ class RunLog:
         self.metrics.flush()
 
     def sync(self) -> None:
-        """Wait until both are on disk."""
         for file in (self.metrics, self.samples):
             os.fsync(file.fileno())
 

@@ -17,9 +17,9 @@ PROJECT = "ppo-chinese-gpt2"  # unless WANDB_PROJECT, SWANLAB_PROJECT or TRACKIO
 
 
 def check_installed(package: str) -> None:
-    """Raise UserError if the package isn't installed. A folder of its name, as wandb leaves one, is not the package."""
+    """Raise UserError if the package isn't installed."""
     spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
+    if spec is None or spec.origin is None:  # a folder of its name, such as wandb leaves, has no origin
         raise UserError(f"--track {package} needs the package {package}: pip install {package}, or --track none")
 
 
@@ -36,31 +36,30 @@ class Tracker:
         ids = read_json(path, "remove it: the run is tracked anew", missing={})
         known = self.package in ids
         run_id = ids.setdefault(self.package, secrets.token_hex(8))
+        name = run_dir.name
         options = {
-            "wandb": {"name": run_dir.name, "id": run_id, "dir": str(run_dir), "resume": "allow"},
-            "swanlab": {
-                "experiment_name": run_dir.name, "id": run_id, "logdir": str(run_dir / "swanlog"), "resume": "allow",
-            },
-            "trackio": {"name": run_dir.name, "resume": "allow" if known else "never"},  # by its name: it takes no id
-        }[self.package]  # fmt: skip
+            "wandb": {"name": name, "id": run_id, "resume": "allow", "dir": str(run_dir)},
+            "swanlab": {"experiment_name": name, "id": run_id, "resume": "allow", "logdir": str(run_dir / "swanlog")},
+            "trackio": {"name": name, "resume": "allow" if known else "never"},  # by its name: it takes no id
+        }
         project = os.environ.get(f"{self.package.upper()}_PROJECT", PROJECT)
         module = importlib.import_module(self.package)
-        module.init(project=project, config=config, **options)
+        module.init(project=project, config=config, **options[self.package])
         self.module = module
         write_whole(path, json.dumps(ids) + "\n")
 
     def log(self, values: dict[str, float], samples: list[list] = (), step: int | None = None) -> None:
         """Log numbers by name, with a table of samples (prompt, completion, score) if there are any."""
         if self.module:
-            self.attempt(lambda: self.module.log(values | (self.table(samples) if samples else {}), step=step))
+            self.attempt(lambda: self.module.log(values | self.table(samples), step=step))
 
     def table(self, samples: list[list]) -> dict:
         columns = ["prompt", "completion", "score"]
-        if self.package != "swanlab":
-            return {"samples": self.module.Table(columns=columns, data=samples)}
-        table = self.module.echarts.Table()
-        table.add(columns, samples)
-        return {"samples": table}
+        if self.package == "swanlab" and samples:
+            table = self.module.echarts.Table()
+            table.add(columns, samples)
+            return {"samples": table}
+        return {"samples": self.module.Table(columns=columns, data=samples)} if samples else {}
 
     def finish(self) -> None:
         if self.module:
@@ -73,9 +72,7 @@ class Tracker:
             call()
         except Exception as error:
             self.module = None
-            print(
-                f"warning: {self.package} no longer tracks this run ({first_line(error)}); metrics.csv has everything"
-            )
+            print(f"warning: {self.package} stopped tracking ({first_line(error)}); metrics.csv has everything")
 
 
 def numbers(value, name: str) -> dict[str, float]:

@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.errors import UserError
-from support.models import load_gpt2_config, load_policy, load_tokenizer, save_policy
-from tests.helpers import batch_of, change_json, contents, make, read_json, write_gpt2
+from tests.helpers import batch_of, change_json, contents, make, read_json
 
 
 def twin(policy, **changes):
@@ -108,15 +107,10 @@ DAMAGES = {
     "a changed byte": lambda path: (path / "average.safetensors").open("r+b").write(b"x"),
     "a missing file": lambda path: (path / "average.safetensors").unlink(),
     "a cut state": lambda path: (path / "state.json").write_text("{"),
-    "an empty state": lambda path: (path / "state.json").write_text("{}"),
-    "the name of another step": lambda path: shutil.copytree(path.parent / "step-000001", path, dirs_exist_ok=True),
     "a weight less": change_weights(lambda weights: weights.pop("transformer.ln_f.bias")),
-    "a weight more": change_weights(lambda weights: weights.update({"transformer.h.2.ln_1.bias": torch.zeros(32)})),
     "another shape": change_weights(lambda weights: weights.update({"transformer.ln_f.bias": torch.zeros(33)})),
-    "no optimizer": change_optimizer(dict.clear),
-    "no optimizer state": change_optimizer(lambda saved: saved["optimizer"].pop("state")),
     "no generators": change_optimizer(lambda saved: saved.update(random=None)),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -155,13 +149,13 @@ class Evil:
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("name", ["policy.safetensors", "optimizer.pt"])
-@pytest.mark.parametrize("save", [lambda file: file.write_bytes(pickle.dumps(Evil())), lambda f: torch.save(Evil(), f)])
-def test_a_strangers_checkpoint_runs_no_code(policy, two_checkpoints, monkeypatch, name, save):
+def test_a_strangers_checkpoint_runs_no_code(policy, two_checkpoints, monkeypatch, name):
     monkeypatch.chdir(two_checkpoints)
-    rewrite(two_checkpoints / "step-000002" / name, save)
-    other = twin(policy)
-    load_checkpoint(other, two_checkpoints)
-    assert other.n_steps == 1 and not (two_checkpoints / "ran").exists()
+    for save in (lambda file: file.write_bytes(pickle.dumps(Evil())), lambda file: torch.save(Evil(), file)):
+        rewrite(two_checkpoints / "step-000002" / name, save)
+        other = twin(policy)
+        load_checkpoint(other, two_checkpoints)
+        assert other.n_steps == 1 and not (two_checkpoints / "ran").exists()
 
 
 # --- which ones are kept
@@ -187,15 +181,11 @@ def test_older_checkpoints_are_removed_and_damaged_newer_ones_replaced(policy, t
     assert names(tmp_path) == ["step-000005", "step-000009"] and trainer.n_steps == 9
 
 
-def test_a_valid_checkpoint_of_the_same_step_is_kept(policy, tmp_path):
-    trainer = twin(policy)
-    path = save_checkpoint(trainer, tmp_path, keep=1)
-    inode = path.stat().st_ino
-    assert save_checkpoint(trainer, tmp_path, keep=1).stat().st_ino == inode
-
-
-def test_checkpoints_go_by_number_and_the_users_own_names_are_left_alone(policy, tmp_path):
+def test_checkpoints_go_by_number_and_a_valid_one_and_the_users_own_are_kept(policy, tmp_path):
     write_checkpoints(policy, tmp_path, 999_999, 1_000_000)
+    inode = (tmp_path / "step-1000000").stat().st_ino
+    write_checkpoints(policy, tmp_path, 1_000_000)
+    assert (tmp_path / "step-1000000").stat().st_ino == inode
     own = ["step-000007-best", "mine"]
     for name in own:
         shutil.copytree(tmp_path / "step-999999", tmp_path / name)
@@ -204,25 +194,6 @@ def test_checkpoints_go_by_number_and_the_users_own_names_are_left_alone(policy,
     assert trainer.n_steps == 1_000_000
     write_checkpoints(policy, tmp_path, 1_000_001, keep=2)
     assert names(tmp_path) == sorted([*own, "step-1000000", "step-1000001"])
-
-
-# --- what else is kept
-
-
-def test_an_output_projection_of_its_own_is_kept(tmp_path):
-    """Untied and trained, it goes into the checkpoint and comes back, and so into the saved model."""
-    folder = write_gpt2(tmp_path / "untied", tie_word_embeddings=False)
-    policy = load_policy(folder, load_gpt2_config(folder)), load_tokenizer(folder)
-    trainer, _ = trained(policy, frozen_share=0.0)
-    save_checkpoint(trainer, tmp_path / "checkpoints", keep=1)
-    other = twin(policy, frozen_share=0.0)
-    load_checkpoint(other, tmp_path / "checkpoints")
-    assert_same_weights(trainer, other)
-    for another in (policy[0].lm_head.weight, other.model.transformer.wte.weight):
-        assert not torch.equal(other.model.lm_head.weight, another)
-    save_policy(other.policy_for_saving, policy[1], tmp_path / "saved", 1.0, 8)
-    saved = load_policy(tmp_path / "saved", load_gpt2_config(tmp_path / "saved"))
-    assert torch.equal(saved.lm_head.weight, trainer.policy_for_saving.lm_head.weight)
 
 
 def test_the_global_random_generators_go_on(policy, tmp_path):

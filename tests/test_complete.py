@@ -1,6 +1,5 @@
 """`--complete`: what a run's model writes to any prompts, before training and now, while the run is as it was."""
 
-import hashlib
 import json
 import re
 import shutil
@@ -11,7 +10,7 @@ from safetensors.torch import load_file
 
 from config import PPOConfig
 from support.text_trainer import TextPPOTrainer
-from tests.helpers import copy_run
+from tests.helpers import contents, copy_run, read_json
 from train_ppo import main
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
@@ -27,14 +26,6 @@ def complete(capsys, run_dir, *flags) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
 
 
-def contents(run_dir) -> dict:
-    return {
-        path: (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).digest())
-        for path in run_dir.rglob("*")
-        if path.is_file()
-    }
-
-
 @pytest.fixture
 def unfinished(finished, tmp_path):
     """As it is after two of three steps, at work: the checkpoints of both, and its lock held."""
@@ -43,14 +34,14 @@ def unfinished(finished, tmp_path):
         shutil.rmtree(run_dir / name)
     for name in ("report.md", "rewards.png"):
         (run_dir / name).unlink()
-    results = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))
+    results = read_json(run_dir / "evaluation.json")
     (run_dir / "evaluation.json").write_text(json.dumps({"before": results["before"]}), encoding="utf-8")
     with FileLock(run_dir / ".lock"):
         yield run_dir
 
 
 def test_the_draws_are_those_of_the_judgement(finished, capsys):
-    """The run's own prompt and five completions unless told otherwise: the table that its end wrote."""
+    """The run's own prompt and five completions by default: the table that its end wrote."""
     rows = complete(capsys, finished)
     assert len(rows) == 5 and [row[0] for row in rows] == ["刚收到货,感觉"] * 5
     lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -64,10 +55,10 @@ def test_each_prompt_is_completed_n_times(finished, capsys):
     queries = trainer.encode(["天天", "昨天"] * 3)
     texts = trainer.decode(trainer.generate(queries, seed=JUDGE, step=0))
     assert [row[3] for row in rows] == texts[::2] + texts[1::2]
-    assert len(complete(capsys, finished, "--n=1")) == 1
 
 
 def test_a_run_at_work_is_tried_with_the_average_of_its_newest_checkpoint(unfinished, capsys):
+    """And refused without a checkpoint."""
     rows = complete(capsys, unfinished, "--prompts", "昨天", "--n", "8")
     trainer = TextPPOTrainer.from_pretrained("demo", PPOConfig(preset="demo", device="cpu"))
     queries = trainer.encode(["昨天"] * 8)
@@ -76,12 +67,13 @@ def test_a_run_at_work_is_tried_with_the_average_of_its_newest_checkpoint(unfini
     trainer.model.load_state_dict(average, strict=False)
     after = trainer.decode(trainer.generate(queries, seed=JUDGE, step=0))
     assert [[row[1], row[3]] for row in rows] == [[*pair] for pair in zip(before, after)] and before != after
+    shutil.rmtree(unfinished / "checkpoints")
+    assert main(["--complete", str(unfinished)]) == 2
+    assert "has no checkpoint yet, and no model; wait for one" in capsys.readouterr().err
 
 
-def test_a_run_that_goes_on_past_its_end_shows_the_step_that_it_has_reached(finished, unfinished, tmp_path, capsys):
+def test_a_run_that_goes_on_past_its_end_shows_the_step_that_it_has_reached(finished, tmp_path, capsys):
     """If its checkpoints are gone, it shows the model that it had."""
-    assert main(["--complete", str(unfinished), "--n", "1"]) == 0
-    assert "before training, and after step 2 of 3:" in capsys.readouterr().out
     run_dir = copy_run(finished, tmp_path / "longer", episodes=96)
     for said in ("after step 3 of 6:", "after training:"):
         assert main(["--complete", str(run_dir), "--n", "1"]) == 0
@@ -89,16 +81,10 @@ def test_a_run_that_goes_on_past_its_end_shows_the_step_that_it_has_reached(fini
         shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
 
 
-def test_a_run_without_a_checkpoint_is_refused(unfinished, capsys):
-    shutil.rmtree(unfinished / "checkpoints")
-    assert main(["--complete", str(unfinished)]) == 2
-    assert "has no checkpoint yet, and no model; wait for one" in capsys.readouterr().err
-
-
 def test_another_model_than_the_runs_is_refused(finished, tmp_path, capsys):
     shutil.copytree(finished / "model", tmp_path / "other")
     run_dir = copy_run(finished, tmp_path / "run", model_name=str(tmp_path / "other"))
-    inputs = json.loads((run_dir / "inputs.json").read_text(encoding="utf-8"))
+    inputs = read_json(run_dir / "inputs.json")
     moved = {name.replace("model_name demo", f"model_name {tmp_path / 'other'}"): it for name, it in inputs.items()}
     (run_dir / "inputs.json").write_text(json.dumps(moved))
     assert main(["--complete", str(run_dir)]) == 2

