@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.errors import UserError
@@ -31,8 +31,7 @@ def trained(policy, **changes):
 
 def assert_same_weights(one, other):
     for mine, its in ((one.model, other.model), (one.policy_for_saving, other.policy_for_saving)):
-        for weight, same in zip(mine.parameters(), its.parameters()):
-            assert torch.equal(weight, same)
+        assert all(torch.equal(weight, same) for weight, same in zip(mine.parameters(), its.parameters()))
 
 
 def names(folder):
@@ -54,23 +53,17 @@ def test_a_loaded_trainer_goes_on_as_the_saved_one(policy, tmp_path):
     assert_same_weights(trainer, other)
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_a_run_goes_on_on_a_device_with_another_kernel_for_adam(policy, fused):
+def test_a_run_goes_on_on_a_device_with_another_kernel_for_adam(policy):
     """A checkpoint of an Apple GPU says fused=False, one of a CPU or of CUDA True; this device decides."""
     trainer, batch = trained(policy)
     state = copy.deepcopy(trainer.engine.state_dict())
     for group in state["optimizer"]["param_groups"]:
-        group["fused"] = not fused
+        group["fused"] = False
     other = twin(policy)
-    if not fused:
-        groups = [{"params": group["params"], "lr": group["lr"]} for group in other.engine.optimizer.param_groups]
-        other.engine.optimizer = torch.optim.Adam(groups, eps=other.config.adam_epsilon, fused=False)
     other.engine.load_state_dict(state)
     other.n_steps, other.reward_unit = trainer.n_steps, trainer.reward_unit
-    assert [group["fused"] for group in other.engine.optimizer.param_groups] == [fused, fused]
-    assert other.step(*batch) == pytest.approx(trainer.step(*batch), abs=1e-5)
-    for weight, same in zip(trainer.model.parameters(), other.model.parameters()):
-        assert torch.allclose(weight, same, atol=1e-6)
+    assert [group["fused"] for group in other.engine.optimizer.param_groups] == [True, True]
+    assert other.step(*batch) == trainer.step(*batch)
 
 
 # --- damage
@@ -84,22 +77,12 @@ def rewrite(file, change) -> None:
     change_json(file.with_name("state.json"), sha256=sums)
 
 
-def change_weights(change):
-    def changing(file):
-        weights = load_file(file)
-        change(weights)
-        save_file(weights, file)
-
-    return lambda path: rewrite(path / "policy.safetensors", changing)
+def with_another_shape(file) -> None:
+    save_file({"transformer.ln_f.bias": torch.zeros(33)}, file)
 
 
-def change_optimizer(change):
-    def changing(file):
-        saved = torch.load(file, weights_only=True)
-        change(saved)
-        torch.save(saved, file)
-
-    return lambda path: rewrite(path / "optimizer.pt", changing)
+def without_generators(file) -> None:
+    torch.save(torch.load(file, weights_only=True) | {"random": None}, file)
 
 
 DAMAGES = {
@@ -107,9 +90,8 @@ DAMAGES = {
     "a changed byte": lambda path: (path / "average.safetensors").open("r+b").write(b"x"),
     "a missing file": lambda path: (path / "average.safetensors").unlink(),
     "a cut state": lambda path: (path / "state.json").write_text("{"),
-    "a weight less": change_weights(lambda weights: weights.pop("transformer.ln_f.bias")),
-    "another shape": change_weights(lambda weights: weights.update({"transformer.ln_f.bias": torch.zeros(33)})),
-    "no generators": change_optimizer(lambda saved: saved.update(random=None)),
+    "another shape": lambda path: rewrite(path / "policy.safetensors", with_another_shape),
+    "no generators": lambda path: rewrite(path / "optimizer.pt", without_generators),
 }
 
 

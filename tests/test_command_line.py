@@ -50,7 +50,7 @@ def one_line(capsys, *argv) -> str:
         ("--dtype float16", "invalid choice: 'float16'"),
         ("--preset big", "--preset big is unknown"),
         ("--detach_value maybe", "--detach_value: expected True or False"),
-        ("--device tpu", "--device tpu is unknown"),
+        ("--device tpu", "--device tpu: torch can't compute there"),
         ("--learning_rate 1e-5", "unrecognized arguments: --learning_rate"),
         ("--model-nam=uer/gpt2-chinese-cluecorpussmall", "unrecognized arguments: --model_nam="),
         ("--prompts", "--prompts: expected at least one argument"),

@@ -77,15 +77,6 @@ def test_a_terminal_that_goes_away_stops_nothing_below_nohup(capfd):
     assert not stop.received and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
-def test_a_second_signal_changes_nothing_below_torchrun_which_passes_signals_on(monkeypatch, capfd):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    stop = StopSignal()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.raise_signal(number)
-        assert stop.received == number
-    assert capfd.readouterr().err == ""
-
-
 # --- rewards and steps that fail
 
 

@@ -6,10 +6,8 @@ from importlib.machinery import PathFinder
 
 import pytest
 
-from config import PPOConfig
-from support import collectives, tracking
+from support import tracking
 from support.errors import UserError
-from support.run_folder import RunFolder
 from tests.helpers import TRACKER, read_json, rows, tiny_run
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
@@ -94,13 +92,3 @@ def test_a_package_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
     for package in ("wandb", "swanlab"):
         with pytest.raises(UserError, match=f"pip install {package}"):
             tracking.check_installed(package)
-
-
-def test_only_rank_0_tracks(policy, tmp_path, trackers, monkeypatch):
-    tiny_run(tmp_path / "run", policy, episodes=8)
-    before = read_json(tmp_path / "run" / "evaluation.json")["before"]
-    monkeypatch.setattr(collectives, "rank", lambda: 1)
-    folder = RunFolder(tmp_path / "run", PPOConfig(track="wandb"), [], {})
-    folder.expect(before, sorted({prompt for prompt, *_ in before["samples"]}))
-    folder.close()
-    assert calls(trackers, "wandb") == []

@@ -89,9 +89,6 @@ def test_a_run_tells_each_step_and_now_and_then_completions(policy, tmp_path, ca
     second = [sample for sample in samples_of(tmp_path / "run") if sample["step"] == 2]
     shown = out[out.index("step 2/3") : out.index("step 3/3")]
     assert all(sample["prompt"] + sample["completion"] in shown for sample in second[:5])
-    said = ("run folder ", "on cpu in float32", "step 1/3", "step 3/3", "report.md are in")
-    places = [out.index(part) for part in said]
-    assert places == sorted(places)
 
 
 @pytest.mark.parametrize(
