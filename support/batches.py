@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from gpt2_value_head import completion_mask, never_sampled_ids
 from support.devices import to_device
@@ -32,10 +33,9 @@ class Prompts:
         """Collect the distinct prompts of n 1-d token tensors, many of which are usually equal."""
         queries = [tuple(query.tolist()) for query in query_tensors]
         distinct = list(dict.fromkeys(queries))
-        longest = max(len(query) for query in distinct)
-        padding = [longest - len(query) for query in distinct]
-        ids = torch.tensor([[pad_token_id] * pad + list(query) for pad, query in zip(padding, distinct)])
-        mask = (torch.arange(longest) >= torch.tensor(padding)[:, None]).long() if any(padding) else None
+        ids = pad_sequence([torch.tensor(query) for query in distinct], True, pad_token_id, padding_side="left")
+        padding = torch.tensor([ids.shape[1] - len(query) for query in distinct])
+        mask = (torch.arange(ids.shape[1]) >= padding[:, None]).long() if padding.any() else None
         rows = {query: row for row, query in enumerate(distinct)}
         index = torch.tensor([rows[query] for query in queries])
         ids, mask = (None if tensor is None else to_device(tensor, device) for tensor in (ids, mask))
@@ -130,7 +130,7 @@ class Collator:
             if forbidden := self.never_sampled.intersection(sampled):
                 names = self.tokenizer.convert_ids_to_tokens(sorted(forbidden))
                 raise ValueError(f"response {i} has {names} before its end, which are never sampled")
-        responses = torch.nn.utils.rnn.pad_sequence(response_tensors, batch_first=True, padding_value=self.pad_token_id)
+        responses = pad_sequence(response_tensors, batch_first=True, padding_value=self.pad_token_id)
         lengths = torch.tensor([len(response) for response in response_tensors])
         mask = completion_mask(responses, self.sep_token_id) & (torch.arange(responses.shape[1]) < lengths[:, None])
         ids, mask = (to_device(tensor, self.device) for tensor in (responses, mask))

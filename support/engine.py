@@ -46,13 +46,8 @@ class Engine:
                     raise ValueError("policy and reference differ in a frozen block; frozen_share=0 trains them all")
                 ref_weight.data = weight.data
 
-        # The float32 weights take the gradients of the copy
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self.copied_weights = [weight for weight in self.compute_model.parameters() if weight.requires_grad]
-        if self.compute_model is not model:
-            for weight in self.weights:
-                weight.grad = torch.empty_like(weight)
-            self.gradients = [weight.grad for weight in self.weights]
         policy, value_head = self.weights[:-2], self.weights[-2:]  # the head's weight and bias come last
         groups = [{"params": policy, "lr": config.lr}, {"params": value_head, "lr": config.value_lr}]
         fused = self.device.type in ("cpu", "cuda")
@@ -104,11 +99,9 @@ class Engine:
         """Apply function(micro-batch), which returns k tensors (rows, ...), on all processes together: (k, n, ...)."""
         parts = [completions.select(rows) for rows in self.micro_batches(completions)]
         computed = torch.cat([torch.stack(function(part), dim=1) for part in parts])
-        if collectives.world_size() > 1:
-            rows = computed.new_zeros(len(completions), *computed.shape[1:])
-            rows[collectives.rows_of_rank(len(completions))] = computed
-            computed = collectives.all_reduce_sum(rows)
-        return computed.movedim(1, 0).contiguous()
+        rows = computed.new_zeros(len(completions), *computed.shape[1:])
+        rows[collectives.rows_of_rank(len(completions))] = computed
+        return collectives.all_reduce_sum(rows).movedim(1, 0).contiguous()
 
     def micro_batches(self, completions: Completions) -> list[slice]:
         """The rows that this process sends through a model, one micro-batch at a time."""
@@ -150,7 +143,8 @@ class Engine:
             for name, value in statistics.items():
                 means[name] = means.get(name, 0) + weight * value.detach()
         if self.compute_model is not self.model:
-            torch._foreach_copy_(self.gradients, [weight.grad for weight in self.copied_weights])
+            for weight, copied_weight in zip(self.weights, self.copied_weights):
+                weight.grad = copied_weight.grad.float()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.weights, self.config.max_grad_norm)
         skipped = (~grad_norm.isfinite()).float()
         if fused := self.optimizer.defaults["fused"]:

@@ -7,7 +7,7 @@ import pytest
 
 from config import PPOConfig
 from support.text_trainer import TextPPOTrainer
-from tests.helpers import rows, small_run
+from tests.helpers import read_json, rows, small_run
 
 pytestmark = pytest.mark.usefixtures("without_pictures", "demo")
 REWARDS = """
@@ -33,13 +33,9 @@ def run(tmp_path, monkeypatch, capsys):
     sys.modules.pop("any_reward", None)
 
 
-def read(folder, name: str):
-    return json.loads((folder / name).read_text(encoding="utf-8"))
-
-
 def test_a_budget_finds_the_coefficient_of_a_run_and_of_a_loop_of_ones_own(run):
     code, folder, said = run("length", "--kl_budget", "0.3", "--episodes", "32")
-    coefficient, results = read(folder, "config.json")["init_kl_coef"], read(folder, "evaluation.json")
+    coefficient, results = read_json(folder / "config.json")["init_kl_coef"], read_json(folder / "evaluation.json")
     assert code == 0 and coefficient != PPOConfig(preset="demo").init_kl_coef
     assert results["gain"]["beta"] == coefficient and results["gain"]["limit"]["kl"] == pytest.approx(0.3, rel=1e-3)
     assert {float(row["objective/kl_coef"]) for row in rows(folder)} == {coefficient}
@@ -60,7 +56,7 @@ def test_a_budget_that_cannot_be_met_ends_the_run_before_training(run, reward, b
 
 def test_a_reward_that_is_chance_is_told_and_its_gain_is_unknown(run):
     code, folder, said = run("chance", "--episodes", "16")
-    results = read(folder, "evaluation.json")
+    results = read_json(folder / "evaluation.json")
     assert code == 0 and results["before"]["noise"] == pytest.approx(1, abs=0.5) and "is chance" in said
     assert results["gain"]["gain"] is None and "twice" in results["verdict"]
 
@@ -69,7 +65,7 @@ def test_an_alarm_is_printed_once_and_stays_in_the_evaluation(run):
     flags = ["--lr", "0.01", "--gen_len", "2", "--prompts", "刚收到货,感觉", "收到货,感觉"]
     code, folder, said = run("length", *flags)
     assert code == 0 and said.count("the policy moves too fast") == 1
-    alarms = read(folder, "evaluation.json")["alarms"]
+    alarms = read_json(folder / "evaluation.json")["alarms"]
     lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     first = [line for line in lines if line["step"] == 1]
     texts = {line["prompt"] + line["completion"] for line in first}
@@ -77,4 +73,4 @@ def test_an_alarm_is_printed_once_and_stays_in_the_evaluation(run):
     assert float(rows(folder)[0]["tokens/unique_share"]) == len(texts) / 16
     code, _, said = run("length", "--resume", str(folder), "--episodes", "64", *flags)
     assert code == 0 and "moves too fast" not in said
-    assert [alarm for alarm in read(folder, "evaluation.json")["alarms"] if alarm in alarms] == alarms != []
+    assert [alarm for alarm in read_json(folder / "evaluation.json")["alarms"] if alarm in alarms] == alarms != []

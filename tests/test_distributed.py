@@ -112,13 +112,6 @@ def test_a_checkpoint_is_due_when_the_last_is_so_many_minutes_old(tmp_path, monk
         assert saved == expected
 
 
-def test_process_timeout_is_set_also_when_a_run_goes_on(finished, monkeypatch):
-    waits = []
-    monkeypatch.setattr(meeting, "set_timeout", waits.append)
-    assert main(["--resume", str(finished)]) == main(["--resume", str(finished), "--process_timeout", "9"]) == 0
-    assert waits == [PPOConfig.process_timeout, 9]
-
-
 # ----------------------------------------------------------------------------------------------
 # Whole runs
 
@@ -189,16 +182,10 @@ def test_a_run_goes_on_with_another_number_of_processes(runs, tmp_path):
     assert same_curve(runs[0], tmp_path / "one") and same_curve(runs[0], tmp_path / "two")
 
 
-def run_ranks(folder, *flags) -> tuple[Ranks, list[int]]:
-    """train_ppo.py by two processes in a folder, and their exit codes."""
-    ranks = Ranks(folder, program, [*RUN, "--runs_dir", "runs", *flags])
-    return ranks, ranks.wait()
-
-
 def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path, demo):
     flags = ["--reward", "tests.ranks:interrupted", "--episodes", "96", "--save_every", "0", "--run_name", "stopped"]
-    ranks, codes = run_ranks(tmp_path, *flags)
-    assert codes == [128 + signal.SIGINT] * 2, ranks.err(0) + ranks.err(1)
+    ranks = Ranks(tmp_path, program, [*RUN, *flags])
+    assert ranks.wait() == [128 + signal.SIGINT] * 2, ranks.err(0) + ranks.err(1)
     run = tmp_path / "runs" / "stopped"
     assert len(rows(run)) == STEP and [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{STEP:06d}"]
     assert f"stopped after step {STEP}; go on with: python train_ppo.py --resume runs/stopped" in ranks.out(0)
@@ -206,17 +193,11 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path, demo):
 
 
 def test_a_reward_error_on_one_process_ends_all_with_one_message(tmp_path, demo):
-    ranks, codes = run_ranks(tmp_path, "--reward", "tests.ranks:fails", "--run_name", "broken", "--save_every", "0")
-    assert codes == [2, 2]
+    flags = ["--reward", "tests.ranks:fails", "--run_name", "broken", "--save_every", "0"]
+    ranks = Ranks(tmp_path, program, [*RUN, *flags])
+    assert ranks.wait() == [2, 2]
     (message,) = errors(ranks.err(0) + ranks.err(1))
     assert f"step {STEP}: " in message and "KeyError: 'no such word'" in message
     run = tmp_path / "runs" / "broken"
     assert "KeyError" in (run / "error.log").read_text()
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{STEP - 1:06d}"]
-
-
-def test_a_batch_that_cannot_be_divided_is_refused_on_all_ranks(tmp_path, demo):
-    ranks, codes = run_ranks(tmp_path, "--batch_size", "18", "--minibatch_size", "9")
-    assert codes == [2, 2] and not (tmp_path / "runs").exists()
-    (message,) = errors(ranks.err(0))
-    assert "--minibatch_size 9" in message and "2 processes" in message and ranks.err(1) == ""

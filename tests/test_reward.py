@@ -15,11 +15,7 @@ from reward import RewardError, SentimentReward, find_positive_label, score_text
 from support.demo_models import NEGATIVE, POSITIVE
 from support.errors import UserError
 from support.user_code import import_function
-from tests.helpers import VOCAB, write_classifier, write_gpt2, write_model
-
-
-def edit(path, **values):
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+from tests.helpers import VOCAB, change_json, write_classifier, write_gpt2, write_model
 
 
 @functools.lru_cache(maxsize=1)
@@ -46,7 +42,7 @@ CLEAN = [*TEXTS[:4], "很差", *TEXTS[5:]]  # special tokens and spaces do not c
 def test_scores_are_the_probability_of_the_positive_label_in_the_order_of_the_texts(tmp_path, labels, named, positive):
     folder = write_classifier(tmp_path / "s", labels)
     # For several labels the pipeline's own choice by this field would be a sigmoid
-    edit(folder / "config.json", problem_type="multi_label_classification", function_to_apply="none")
+    change_json(folder / "config.json", problem_type="multi_label_classification", function_to_apply="none")
     expected = [probabilities(folder, text)[positive] for text in CLEAN]
     scores = SentimentReward(folder, "cpu", batch_size=2, positive_label=named)(TEXTS)
     assert scores.dtype == torch.float32 and scores.tolist() == pytest.approx(expected, abs=1e-5)
@@ -55,28 +51,14 @@ def test_scores_are_the_probability_of_the_positive_label_in_the_order_of_the_te
 
 @pytest.mark.parametrize(("limit", "kept"), [(None, 46), (20, 18)])
 def test_long_texts_are_cut_at_the_limit_of_model_or_tokenizer(tmp_path, limit, kept):
-    """The model has 48 positions, two of them for [CLS] and [SEP]; a tokenizer may name no limit."""
+    """The model has 48 positions, two of them for [CLS] and [SEP]; a tokenizer without a limit has 1e30."""
     folder = write_classifier(tmp_path / "s")
-    values = json.loads((folder / "tokenizer_config.json").read_text())
-    del values["model_max_length"]
-    (folder / "tokenizer_config.json").write_text(json.dumps(values | ({"model_max_length": limit} if limit else {})))
+    change_json(folder / "tokenizer_config.json", model_max_length=limit or int(1e30))
     text = ("很好差书" * 100)[: kept + 1]
     scores = SentimentReward(folder, "cpu")([text * 4, text[:kept], text[: kept - 1]])
     expected = [probabilities(folder, text[:kept])[1]] * 2 + [probabilities(folder, text[: kept - 1])[1]]
     assert scores.tolist() == pytest.approx(expected, abs=1e-5)
     assert abs(expected[0] - expected[2]) > 1e-3
-
-
-def test_the_classifier_computes_in_the_dtype_of_the_run_whatever_its_file_has(tmp_path):
-    folder = write_classifier(tmp_path / "s")
-    expected = [probabilities(folder, text)[1] for text in CLEAN]
-    weights = torch.load(folder / "pytorch_model.bin")
-    torch.save({name: weight.half() for name, weight in weights.items()}, folder / "pytorch_model.bin")
-    edit(folder / "config.json", dtype="float16")
-    for dtype, tolerance in ((torch.float32, 0.01), (torch.bfloat16, 0.05)):  # float16 weights; 8 bits a few times over
-        reward = SentimentReward(folder, "cpu", dtype)
-        assert {weight.dtype for weight in reward.pipeline.model.parameters()} == {dtype}
-        assert reward(TEXTS).tolist() == pytest.approx(expected, abs=tolerance)
 
 
 def test_the_happy_label_is_found_by_its_beginning():
@@ -135,10 +117,8 @@ def test_a_classifier_of_another_family_scores(tmp_path):
 @pytest.mark.parametrize(
     "result",
     [
-        [0.5, True],
-        (number for number in (0.5, 1.0)),
+        (number for number in (0.5, True)),
         torch.tensor([0.5, 1.0], dtype=torch.bfloat16, requires_grad=True),
-        np.array([0.5, 1.0], dtype=np.float16),
         [torch.tensor([0.5]), np.array([[1.0]])],
         [Decimal("0.5"), Fraction(2, 2)],
         type("Series", (), {"tolist": lambda self: [0.5, 1.0]})(),  # as of pandas
@@ -153,12 +133,10 @@ def test_numbers_in_any_usual_form_are_scores(result):
     ("result", "said"),
     [
         ([0.5, math.nan], "nan, not a finite number, for '差评'"),
-        ([0.5, 1e39], "1e+39, not a finite number, for '差评'"),  # in float32
         ([0.5, "1"], "'1', not a finite number, for '差评'"),
         ([0.5, None], "None, not a finite number, for '差评'"),
         ([np.zeros((9, 9)), 0.5], "array([[0., 0."),
         ([0.5] * 3, "3 numbers for 2 texts; the first text was '好评'"),
-        (None, "a NoneType, not a list of numbers, for '好评'"),
         ({0: 0.5, 1: 1.0}, "a dict, not a list of numbers, for '好评'"),
         (torch.tensor(0.5), "a Tensor, not a list of numbers, for '好评'"),
     ],
