@@ -93,8 +93,7 @@ def check_same(values: dict[str, str]) -> None:
     for found, host in everyone:
         for name, value in expected.items():
             if found[name] != value:
-                difference = f"{name} is {value} on host {first_host} and {found[name]} on host {host}"
-                raise UserError(f"{difference}: all processes need the same")
+                raise UserError(f"{name} is {value} on host {first_host}, but {found[name]} on host {host}")
 
 
 def broadcast_weights(model) -> None:

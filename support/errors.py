@@ -1,8 +1,6 @@
 """Errors that end a run in one line."""
 
-import contextlib
 import re
-import sys
 
 # Control characters, line breaks, changes of direction, and halves of characters
 STEERING = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -13,16 +11,6 @@ class UserError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(escaped(message))
-
-
-@contextlib.contextmanager
-def exits_on_user_error(program: str):
-    """End the program with exit code 2 and one line if a UserError is raised inside."""
-    try:
-        yield
-    except UserError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def escaped(text: str) -> str:

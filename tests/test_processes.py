@@ -109,7 +109,7 @@ def test_what_each_rank_gets(three, name, expected):
 
 def test_values_that_differ_are_named_with_both_hosts(three):
     for fine, versions in (results["same"] for results in three[2]):
-        assert fine is None and "torch is 2.13 on host gpu-1 and 2.6 on host gpu-2" in versions
+        assert fine is None and "torch is 2.13 on host gpu-1, but 2.6 on host gpu-2" in versions
 
 
 def test_only_rank_0_prints_and_each_process_exits_with_its_own_code(three):

@@ -20,10 +20,10 @@ import torch
 
 from config import PPOConfig
 from reward import score_texts
-from support.errors import exits_on_user_error
 from support.load import load
 from support.settings import check, parse_args
 from support.text_trainer import TextPPOTrainer
+from tools import exits_on_user_error
 from train_ppo import draw_prompts
 
 STEPS = 3

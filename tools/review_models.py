@@ -23,9 +23,10 @@ from transformers import BertTokenizer, GPT2LMHeadModel
 
 from support.demo_models import SPECIAL_TOKENS, descend, forward, new_classifier, new_gpt2, write_model
 from support.devices import keep_freed_memory, pick_device, pick_dtype
-from support.errors import UserError, exits_on_user_error
+from support.errors import UserError
 from support.files import path_errors, read_text, whole
 from support.models import quiet_transformers
+from tools import exits_on_user_error
 
 LENGTH = 48  # tokens; longer reviews are cut
 GPT2_SIZES = {"n_positions": LENGTH, "n_embd": 256, "n_layer": 6, "n_head": 4}
