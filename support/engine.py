@@ -180,8 +180,10 @@ class Engine:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what `state_dict` returned. Raises ValueError or RuntimeError if the weights are another model's."""
         for model, weights in ((self.model, state["policy"]), (self.averaged, state["average"])):
+            if weights.keys() != dict(model.named_parameters()).keys():
+                raise ValueError("its weights are not those of this model")
             model.load_state_dict(weights, strict=False)  # tied weights are there under one name only
         groups = self.optimizer.state_dict()["param_groups"]  # with this run's settings, fused if this device allows it
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
