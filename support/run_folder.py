@@ -7,6 +7,7 @@ runs/<name>/
     metrics.csv       one row per step
     samples.jsonl     one line per completion
     evaluation.json   how good the policy was before and after, with all samples; without them, results.json
+    inputs/           the file of your own reward and the prompts' file, as they were
     checkpoints/      see checkpoint.py
     error.log         the traceback of a reward function that failed, and its texts
     model/  rewards.png  report.md      what the end of a run writes
@@ -36,10 +37,11 @@ from support.errors import UserError, escaped
 from support.evaluation import gibbs_policy, scores_and_prompts
 from support.figures import decimals, duration
 from support.files import MEND_LINE, damaged, disk_errors, read_json, remove, whole, whole_lines, write_whole
+from support.load import hash_of, reward_file
 from support.model_card import write_results
 from support.prospect import prospect
 from support.report import STARTS, read_starts, run_report
-from support.settings import save_config, total_steps
+from support.settings import changes, save_config, total_steps
 from support.tracking import Tracker, numbers
 
 
@@ -76,6 +78,8 @@ class RunFolder:
             self.compare_inputs()
             load_checkpoint(trainer, self.path / "checkpoints")
         collectives.broadcast_from_rank_0(lambda: self.begin(trainer))
+        if changed := [f"{name} {here} (preset: {preset})" for name, (preset, here) in changes(self.config).items()]:
+            print(f"changed from the preset {self.config.preset}: {', '.join(changed)}")
         print(f"run folder {self.path}, {total_steps(self.config)} steps of {self.config.batch_size} completions")
         several = f"{collectives.world_size()} processes, each " if collectives.world_size() > 1 else ""
         print(f"{several}on {trainer.engine.device} in {str(trainer.engine.dtype)[6:]}")
@@ -114,6 +118,11 @@ class RunFolder:
                 remove(leftover)  # of a kill
         self.note_start(trainer, trainer.n_steps + 1)
         write_whole(self.path / "inputs.json", json.dumps(self.inputs, ensure_ascii=False, indent=2) + "\n")
+        for file in filter(None, (reward_file(self.config), self.config.prompts_file)):
+            content, file = Path(file).read_bytes(), Path(file)
+            with whole(self.path / "inputs" / f"{file.stem}-{hash_of(content)}{file.suffix}") as copied:
+                copied.parent.mkdir(exist_ok=True)
+                copied.write_bytes(content)
         save_config(self.config, self.path / "config.json")  # last: what has it can be resumed
 
     def note_start(self, trainer, step: int | None) -> None:

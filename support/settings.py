@@ -1,6 +1,7 @@
 """Read settings from the command line or a config.json into a PPOConfig, and refuse those that can't work."""
 
 import argparse
+import difflib
 import json
 import math
 import operator
@@ -53,7 +54,11 @@ def parse_args(
             group.add_argument(f"--no_{name}", dest=name, action="store_false", help=f"Set --{name} to False.")
 
     argv = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), arg) for arg in argv]
-    given = vars(parser.parse_args(argv))
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{name}" for name in flags], n=1)
+        parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+    given = vars(namespace)
     if given.pop("help", False):
         for name, default in vars(PPOConfig(given.get("preset", "default"))).items():
             flags[name].help += f" (default: {default})".replace("%", "%%")
