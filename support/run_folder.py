@@ -118,8 +118,8 @@ class RunFolder:
                 remove(leftover)  # of a kill
         self.note_start(trainer, trainer.n_steps + 1)
         write_whole(self.path / "inputs.json", json.dumps(self.inputs, ensure_ascii=False, indent=2) + "\n")
-        for file in filter(None, (reward_file(self.config), self.config.prompts_file)):
-            content, file = Path(file).read_bytes(), Path(file)
+        for file in map(Path, filter(None, (reward_file(self.config), self.config.prompts_file))):
+            content = file.read_bytes()
             with whole(self.path / "inputs" / f"{file.stem}-{hash_of(content)}{file.suffix}") as copied:
                 copied.parent.mkdir(exist_ok=True)
                 copied.write_bytes(content)
