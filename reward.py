@@ -1,7 +1,10 @@
 """The reward: text -> number. The article's sentiment classifier, or any function of yours."""
 
+import importlib
 import json
+import os
 import re
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, pipeline
 
-from support import collectives
+from support import processes
 from support.errors import UserError, first_line, is_out_of_memory
 from support.models import (
     clean_text,
@@ -94,6 +97,27 @@ def find_positive_label(labels: list[str], wanted: str | None) -> str:
 # Any other reward
 
 
+def import_function(spec: str) -> Callable:
+    """Import the function that 'module:function' names, from the working directory or Python's path.
+
+    Gradient mode and default dtype, which some scripts set, are put back. Raises UserError if there is no function.
+    """
+    module, _, name = spec.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that a reward.py there doesn't hide this program's
+    gradients, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (Exception, SystemExit) as error:
+        raise UserError(f"--reward {spec} cannot be imported ({first_line(error)}); give module:function")
+    finally:
+        torch.set_grad_enabled(gradients)
+        torch.set_default_dtype(dtype)
+    if not callable(function) or isinstance(function, type):
+        raise UserError(f"--reward {spec} must be a function, not a {type(function).__name__}")
+    return function
+
+
 class RewardError(UserError):
     """A reward function failed. `traceback` has its traceback and the texts, for error.log."""
 
@@ -108,9 +132,9 @@ def score_texts(reward: Callable[[list[str]], object], texts: list[str]) -> torc
     Each process scores its own share. Raises RewardError on every rank if that fails on any rank.
     """
     scores = torch.zeros(len(texts))
-    mine = collectives.rows_of_rank(len(texts))
-    scores[mine] = collectives.on_all_ranks(lambda: checked_scores(reward, texts[mine]))
-    return collectives.all_reduce_sum(scores)
+    mine = processes.rows_of_rank(len(texts))
+    scores[mine] = processes.on_all_ranks(lambda: checked_scores(reward, texts[mine]))
+    return processes.all_reduce_sum(scores)
 
 
 def checked_scores(reward: Callable[[list[str]], object], texts: list[str]) -> torch.Tensor:

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 from config import PPOConfig
-from support import collectives, import_libraries, meeting
+from support import import_libraries, processes
 from support.command_line import flags_to_go_on, is_finished, read_command_line
 from support.errors import UserError, first_line, is_out_of_memory
 from support.settings import total_steps
@@ -77,7 +77,7 @@ def train(config: PPOConfig, policy, tokenizer, reward, prompts: list[str], fold
 
             seconds = {"sample": sampled - started, "score": scored - sampled, "ppo": stepped - scored}
             folder.log(step, seconds, batch_prompts, completions, scores, stats)
-            stopped = max(collectives.all_gather(stop.received))
+            stopped = max(processes.all_gather(stop.received))
             if stopped or folder.checkpoint_due(step):
                 folder.save_checkpoint(trainer)
             if stopped:
@@ -114,7 +114,7 @@ def judge_again(config: PPOConfig, policy, tokenizer, reward, prompts: list[str]
     from support.evaluation import evaluate, noise
     from support.text_trainer import TextPPOTrainer
 
-    collectives.broadcast_from_rank_0(folder.hold)
+    processes.broadcast_from_rank_0(folder.hold)
     folder.compare_inputs()
     results = folder.read_evaluation(prompts)
     earlier = (results.get("after") or {"n": 0})["n"]
@@ -137,7 +137,7 @@ def saved_policy(run_dir: Path, policy):
     """A copy of the policy with the weights of a run's saved model, which only rank 0 needs to have."""
     from support.models import load_gpt2_config, load_policy
 
-    weights = collectives.broadcast_from_rank_0(
+    weights = processes.broadcast_from_rank_0(
         lambda: load_policy(run_dir / "model", load_gpt2_config(run_dir / "model")).state_dict()
     )
     saved = copy.deepcopy(policy)
@@ -156,7 +156,7 @@ def complete(config: PPOConfig, policy, tokenizer, reward, prompts: list[str], f
     del folder.inputs["the hash of the prompts"]  # which may be any
     folder.compare_inputs()
     trainer = TextPPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
-    finished, saved = collectives.broadcast_from_rank_0(
+    finished, saved = processes.broadcast_from_rank_0(
         lambda: (is_finished(run_dir, config), (run_dir / "model").exists())
     )
     if not finished:
@@ -181,9 +181,9 @@ def main(argv: list[str] | None = None) -> int:
     config = run_dir = mode = folder = None
     argv = sys.argv[1:] if argv is None else argv
     try:
-        meeting.init_process_group()
-        config, run_dir, mode = collectives.broadcast_from_rank_0(lambda: read_command_line(argv, __doc__))
-        meeting.set_timeout(config.process_timeout)
+        processes.init_process_group()
+        config, run_dir, mode = processes.broadcast_from_rank_0(lambda: read_command_line(argv, __doc__))
+        processes.set_timeout(config.process_timeout)
         if mode == "nothing":
             return 0
         import_libraries()
@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
             return judge_again(config, *loaded, folder)
         return train(config, *loaded, folder, resume=mode == "resume")
     except UserError as error:
-        meeting.say_why(str(error))
+        processes.say_why(str(error))
         return 2
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
@@ -206,11 +206,11 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if is_out_of_memory(error):
             lower = "lower --micro_batch_size, also with --resume, or in a new run --gen_len or the models"
-            meeting.say_why(f"out of memory ({first_line(error)}); {lower}")
+            processes.say_why(f"out of memory ({first_line(error)}); {lower}")
             return 2
-        if lost := meeting.lost_process(error):
+        if lost := processes.lost_process(error):
             flags = flags_to_go_on(run_dir, config) if mode in ("train", "resume") else shlex.join(argv)
-            meeting.say_why(f"{lost}; when all machines are back, go on with: python train_ppo.py {flags}")
+            processes.say_why(f"{lost}; when all machines are back, go on with: python train_ppo.py {flags}")
             return 1
         raise
     finally:
@@ -220,4 +220,4 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     hold_streams()
-    meeting.exit_process(main())
+    processes.exit_process(main())

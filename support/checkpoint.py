@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from support import collectives
+from support import processes
 from support.errors import UserError
 from support.files import damaged, disk_errors, remove, whole
 
@@ -62,10 +62,10 @@ def load_checkpoint(trainer, folder: Path) -> None:
 
     A damaged checkpoint is named and passed over. Raises UserError if all are damaged. Only rank 0 reads the folder.
     """
-    found = collectives.broadcast_from_rank_0(lambda: checkpoints(folder))
+    found = processes.broadcast_from_rank_0(lambda: checkpoints(folder))
     for path in reversed(found):
         try:
-            state, policy, average, saved = collectives.broadcast_from_rank_0(lambda: read_checkpoint(path))
+            state, policy, average, saved = processes.broadcast_from_rank_0(lambda: read_checkpoint(path))
             with damaged(path, REMEDY):
                 engine = {"policy": policy, "average": average, "optimizer": saved["optimizer"]}
                 trainer.engine.load_state_dict({**engine, "skipped_in_a_row": state["skipped_in_a_row"]})

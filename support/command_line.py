@@ -1,15 +1,13 @@
 """What the command line asks for: the config, the run folder, and what to do there."""
 
-import os
-import re
 import shlex
-import socket
 from dataclasses import replace
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 
 from config import PPOConfig
-from support import collectives, meeting
+from support import processes
 from support.errors import UserError
 from support.files import path_errors, read_json
 from support.settings import check, load_config, parse_args, read_prompts, total_steps
@@ -38,11 +36,11 @@ def read_command_line(argv: list[str], description: str = "") -> tuple[PPOConfig
         check(config)
         if {"kl_budget", "init_kl_coef"} <= given:
             raise UserError("--kl_budget chooses the value of --init_kl_coef; give only one of them")
-        run_dir = new_run_folder(config)
-        if (run_dir / "config.json").exists():  # torchrun has restarted the processes
+        run_dir = Path(config.runs_dir, config.run_name or "")
+        if config.run_name and (run_dir / "config.json").exists() and processes.restarted():
             mode = "resume"
-        elif meeting.restart_count():
-            print(f"warning: torchrun restarts this job, but {socket.gethostname()} has no {run_dir}: it starts anew")
+        else:
+            run_dir = new_run_folder(config)
     else:
         run_dir = find_run_folder(config, getattr(config, mode))
     if mode != "train":
@@ -56,37 +54,28 @@ def read_command_line(argv: list[str], description: str = "") -> tuple[PPOConfig
         if "reward" not in given:
             way = shlex.join(["python", "train_ppo.py", *argv, "--reward", config.reward])
             raise UserError(f"{run_dir} has its own reward, whose code runs only if you name it: {way}")
-        from support.user_code import import_function  # it needs torch, which --help does without
+        from reward import import_function  # it needs torch, which --help does without
 
         import_function(config.reward)  # before anything is downloaded
     if mode in ("train", "resume"):
         if config.track != "none":
             check_installed(config.track)
         for name in ("batch_size", "minibatch_size"):
-            if getattr(config, name) % collectives.world_size():
-                processes = f"{collectives.world_size()} processes, which take equal shares"
-                raise UserError(f"--{name} {getattr(config, name)} is not divisible by the {processes}")
+            if getattr(config, name) % processes.world_size():
+                shares = f"{processes.world_size()} processes, which take equal shares"
+                raise UserError(f"--{name} {getattr(config, name)} is not divisible by the {shares}")
     return config, run_dir, mode
 
 
 def new_run_folder(config: PPOConfig) -> Path:
-    """Return the folder of a new run, which isn't made yet. Raises UserError if --run_name is taken.
-
-    Without --run_name a run is named after the time, or after torchrun, whose restarted processes must find it again.
-    """
-    runs, restarted = Path(config.runs_dir), meeting.restart_count() > 0
-    if config.run_name is not None:
-        run_dir = runs / config.run_name
-        if run_dir.exists() and not restarted:
-            way = flags_to_go_on(run_dir, config)
-            raise UserError(f"{run_dir} exists already; choose another --run_name, or {way}")
-        return run_dir
-    name = os.environ.get("TORCHELASTIC_RUN_ID", datetime.now().strftime("%Y%m%d-%H%M%S"))
-    name = f"torchrun-{os.getppid()}" if name == "none" else re.sub(r"[^\w.\-]", "-", name)
-    folders = [runs / name]
-    while folders[-1].exists():
-        folders.append(runs / f"{name}-{len(folders) + 1}")
-    return folders[-2] if restarted and len(folders) > 1 else folders[-1]
+    """Return the folder of a new run, which isn't made yet: --run_name, which must be free, or else the time."""
+    runs = Path(config.runs_dir)
+    if config.run_name is None:
+        name = datetime.now().strftime("%Y%m%d-%H%M%S")
+        return next(runs / new for new in (name, *(f"{name}-{i}" for i in count(2))) if not (runs / new).exists())
+    if (run_dir := runs / config.run_name).exists():
+        raise UserError(f"{run_dir} exists already; choose another --run_name, or {flags_to_go_on(run_dir, config)}")
+    return run_dir
 
 
 def is_finished(run_dir: Path, config: PPOConfig) -> bool:

@@ -44,24 +44,11 @@ def in_one_line(environment: dict[str, str]) -> str:
     return ", ".join(f"{name} {environment[name]}" for name in names if name in environment)
 
 
-def check_device(device: str) -> None:
-    """Raises UserError if torch doesn't know a --device or can't compute there, with torch's own reason."""
-    if device in ("auto", "cpu"):
-        return
-    import torch
-
-    try:
-        torch.ones(1, device=device).add(1).item()
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that is built without CUDA
-        way = "see https://pytorch.org/get-started/locally/, or try --device cpu"
-        raise UserError(f"--device {device}: torch can't compute there ({first_line(error)}); {way}")
-
-
 def pick_device(device: str):
     """The torch.device of a --device value. 'auto' is a CUDA GPU, else an Apple GPU, else the CPU.
 
     'auto' warns if torch can't use this machine's NVIDIA GPU. Under torchrun each process takes a GPU of its own.
-    Raises UserError if torch can't compute on that, or on a device that was named.
+    Raises UserError, with torch's own reason, if torch can't compute on that, or on a device that was named.
     """
     import torch
 
@@ -72,11 +59,12 @@ def pick_device(device: str):
     if device.startswith("cuda") and several:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        check_device(device)
-    except UserError as error:
+        torch.ones(1, device=device).add(1).item()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that is built without CUDA
+        reason = f"torch can't compute on {device} ({first_line(error)}); see https://pytorch.org/get-started/locally/"
         if several or not auto:
-            raise
-        print(f"warning: this run computes on the CPU: {error}")
+            raise UserError(f"--device {device}: {reason}, or try --device cpu")
+        print(f"warning: this run computes on the CPU: {reason}")
         device = "cpu"
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)

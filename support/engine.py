@@ -15,7 +15,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt2_value_head import completion_uniforms, restrict_logits, restriction, sample
-from support import collectives
+from support import processes
 from support.batches import Collator, Completions, Prompts, completion_mask
 from support.devices import pick_dtype, pick_micro_batch_size, to_device
 from support.self_check import check_passes
@@ -57,14 +57,14 @@ class Engine:
         self.averages = [weight for weight in self.averaged.parameters() if weight.requires_grad]
         self.trained_policy = SharedPrompts(self.compute_model, config.detach_value)
         check_passes(self.compute_model)
-        if collectives.world_size() > 1:
+        if processes.world_size() > 1:
             self.trained_policy = DistributedDataParallel(self.trained_policy, gradient_as_bucket_view=True)
 
     def generate(self, queries: list[torch.Tensor], model, seed: int, step: int, first: int) -> list[torch.Tensor]:
         """`PPOTrainer.generate`; response i uses the random numbers of (seed, step, first + i)."""
         model = self.in_compute_dtype(model)
         special = self.restriction, self.collator.sep_token_id, self.collator.pad_token_id
-        rows = range(len(queries))[collectives.rows_of_rank(len(queries))]
+        rows = range(len(queries))[processes.rows_of_rank(len(queries))]
         longest, gen_len = max(len(query) for query in queries), self.config.gen_len
         size = pick_micro_batch_size(self.config, model.config, self.device, longest, gen_len, drawing=True)
         tokens = torch.zeros(len(queries), gen_len, dtype=torch.int64)
@@ -72,7 +72,7 @@ class Engine:
             prompts = Prompts.from_tensors([queries[i] for i in part], self.collator.pad_token_id, self.device)
             uniforms = to_device(completion_uniforms(seed, step, [first + i for i in part], gen_len), self.device)
             tokens[part.start : part.stop] = sample(model, prompts, uniforms, *special, self.config.temperature).cpu()
-        tokens = collectives.all_reduce_sum(tokens)
+        tokens = processes.all_reduce_sum(tokens)
         lengths = completion_mask(tokens, self.collator.sep_token_id).sum(-1)
         return [row[:length] for row, length in zip(tokens, lengths)]
 
@@ -100,14 +100,14 @@ class Engine:
         parts = [completions.select(rows) for rows in self.micro_batches(completions)]
         computed = torch.cat([torch.stack(function(part), dim=1) for part in parts])
         rows = computed.new_zeros(len(completions), *computed.shape[1:])
-        rows[collectives.rows_of_rank(len(completions))] = computed
-        return collectives.all_reduce_sum(rows).movedim(1, 0).contiguous()
+        rows[processes.rows_of_rank(len(completions))] = computed
+        return processes.all_reduce_sum(rows).movedim(1, 0).contiguous()
 
     def micro_batches(self, completions: Completions) -> list[slice]:
         """The rows that this process sends through a model, one micro-batch at a time."""
         n_prompt, n_tokens = completions.prompts.ids.shape[1], completions.ids.shape[1]
         size = pick_micro_batch_size(self.config, self.model.config, self.device, n_prompt, n_tokens)
-        mine = range(len(completions))[collectives.rows_of_rank(len(completions))]
+        mine = range(len(completions))[processes.rows_of_rank(len(completions))]
         return [slice(first, min(first + size, mine.stop)) for first in range(mine.start, mine.stop, size)]
 
     def logits_and_values(self, completions: Completions, passes=None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,8 +135,8 @@ class Engine:
         for rows in (parts := self.micro_batches(batch.completions)):
             micro_batch = batch.select(rows)
             # Weighted by its share of the tokens: the sum is the mean over all. DDP divides by the number of processes
-            weight = collectives.world_size() * micro_batch.mask.sum() / n_tokens
-            exchange = collectives.world_size() == 1 or rows is parts[-1]
+            weight = processes.world_size() * micro_batch.mask.sum() / n_tokens
+            exchange = processes.world_size() == 1 or rows is parts[-1]
             with contextlib.nullcontext() if exchange else self.trained_policy.no_sync():
                 loss, statistics = loss_of(micro_batch)
                 (weight * loss).backward()
@@ -156,7 +156,7 @@ class Engine:
     def means(self, updates: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Average the statistics of several optimiser steps over steps and processes; `skipped` is summed."""
         table = torch.stack([torch.stack(list(update.values())) for update in updates])
-        table = collectives.all_reduce_sum(table / collectives.world_size())
+        table = processes.all_reduce_sum(table / processes.world_size())
         self.skipped = table[:, list(updates[0]).index("skipped")]
         return {**dict(zip(updates[0], table.mean(0))), "skipped": self.skipped.sum()}
 

@@ -5,42 +5,36 @@ import sys
 import zlib
 from pathlib import Path
 
-import numpy
 import torch
-import transformers
 
 from config import PPOConfig
-from reward import SentimentReward, read_classifier_config
-from support import collectives
+from reward import SentimentReward, import_function, read_classifier_config
+from support import processes
 from support.devices import environment, in_one_line, keep_freed_memory, pick_device, pick_dtype
 from support.errors import UserError
 from support.files import path_errors
 from support.hub import model_folder
 from support.models import encode_prompt, load_policy, read_policy_folder
 from support.settings import read_prompts
-from support.user_code import import_function
-
-ROOT = Path(__file__).resolve().parent.parent
-PROGRAM = [ROOT / f"{name}.py" for name in ("config", "gpt2_value_head", "ppo", "reward", "train_ppo")]
-PROGRAM += sorted((ROOT / "support").rglob("*.py"))
 
 
 def load(config: PPOConfig):
     """Return the policy, tokenizer, reward and prompts of a run. Raises UserError on all processes if any fails or
     has loaded something else."""
-    device = collectives.on_all_ranks(lambda: pick_device(config.device))
+    device = processes.on_all_ranks(lambda: pick_device(config.device))
     print(in_one_line(environment(device)))
     checks = {"model_name": read_policy_folder}
     if not config.reward:
         checks["reward_model_name"] = lambda folder: read_classifier_config(folder, config.positive_label)
     folders = []
     for flag, check in checks.items():
-        name = getattr(config, flag)
-        folders.append(collectives.local_rank_0_first(lambda: model_folder(name, f"--{flag}", check)))
+        folders.append(processes.on_all_ranks(lambda: model_folder(getattr(config, flag), f"--{flag}", check)))
     keep_freed_memory()
-    loaded = collectives.on_all_ranks(lambda: load_folders(config, device, *folders))
-    if collectives.world_size() > 1:
-        check_same(config, *loaded)
+    loaded = processes.on_all_ranks(lambda: load_folders(config, device, *folders))
+    if processes.world_size() > 1:
+        versions = {name: environment(device)[name] for name in ("torch", "transformers", "numpy")}
+        kinds = {"--device": device.type, "--dtype": str(pick_dtype(config.dtype, device))}
+        processes.check_same(versions | kinds | input_hashes(config, *loaded))
     return loaded
 
 
@@ -58,20 +52,6 @@ def load_folders(config: PPOConfig, device, policy_folder: Path, reward_folder: 
     else:
         reward = SentimentReward(reward_folder, device, pick_dtype(config.dtype, device), config.positive_label)
     return load_policy(policy_folder, gpt2_config, device), tokenizer, reward, prompts
-
-
-def check_same(config: PPOConfig, policy, tokenizer, reward, prompts: list[str]) -> None:
-    """Raise UserError on all processes, with what differs and on which hosts, if they haven't loaded the same."""
-    values = {library.__name__: library.__version__ for library in (torch, transformers, numpy)}
-    values["the hash of this program's files"] = hash_of([path.read_bytes() for path in PROGRAM])
-    values[f"--device {config.device}"] = policy.device.type
-    values[f"--dtype {config.dtype}"] = str(pick_dtype(config.dtype, policy.device)).removeprefix("torch.")
-    collectives.check_same(values)
-    if config.model_name == "demo":  # each machine made it for itself, with other last digits
-        collectives.broadcast_weights(policy)
-    if config.reward_model_name == "demo" and not config.reward:
-        collectives.broadcast_weights(reward.pipeline.model)
-    collectives.check_same(input_hashes(config, policy, tokenizer, reward, prompts))
 
 
 def input_hashes(config: PPOConfig, policy, tokenizer, reward, prompts: list[str]) -> dict[str, str]:

@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from config import PPOConfig
 from plot_rewards import draw
 from reward import RewardError
-from support import collectives, evaluation, meeting
+from support import evaluation, processes
 from support.alarms import Alarms
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.command_line import FINAL, new_run_folder
@@ -54,14 +54,14 @@ class RunFolder:
 
     def __init__(self, path: Path, config: PPOConfig, argv: list[str], inputs: dict[str, str]):
         self.path, self.config, self.argv, self.inputs = path, config, argv, inputs
-        self.writes = collectives.rank() == 0
+        self.writes = processes.rank() == 0
         self.lock = self.run_log = self.tracker = None
         self.saved_at = time.monotonic()
 
     def compare_inputs(self) -> None:
         """Raise UserError if the run has judged or trained a model with other models, prompts or reward than these."""
         path, judged = self.path / "inputs.json", self.path / "evaluation.json"
-        before = collectives.broadcast_from_rank_0(
+        before = processes.broadcast_from_rank_0(
             lambda: read_json(path, "remove it: it is made again", missing={}) if judged.exists() else {}
         )
         for name, now in self.inputs.items():
@@ -73,25 +73,26 @@ class RunFolder:
 
     def open(self, trainer, resume: bool) -> None:
         """Make the folder or, to resume, put its newest checkpoint into the trainer; start its log."""
-        collectives.broadcast_from_rank_0(self.hold if resume else self.make)
+        if not resume:
+            self.path = processes.broadcast_from_rank_0(self.make)
+            self.config.run_name = self.path.name
+        processes.broadcast_from_rank_0(self.hold)
         if resume:
             self.compare_inputs()
             load_checkpoint(trainer, self.path / "checkpoints")
-        collectives.broadcast_from_rank_0(lambda: self.begin(trainer))
+        processes.broadcast_from_rank_0(lambda: self.begin(trainer))
         if changed := [f"{name} {here} (preset: {preset})" for name, (preset, here) in changes(self.config).items()]:
             print(f"changed from the preset {self.config.preset}: {', '.join(changed)}")
         print(f"run folder {self.path}, {total_steps(self.config)} steps of {self.config.batch_size} completions")
-        several = f"{collectives.world_size()} processes, each " if collectives.world_size() > 1 else ""
+        several = f"{processes.world_size()} processes, each " if processes.world_size() > 1 else ""
         print(f"{several}on {trainer.engine.device} in {str(trainer.engine.dtype)[6:]}")
 
-    def make(self) -> None:
-        """Make and lock the folder of a new run. Without --run_name, runs of the same second take different names."""
-        if self.path.exists() and not meeting.below_torchrun():  # made since the command line was read
-            self.path = new_run_folder(self.config)
-        with disk_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=meeting.restart_count() > 0)
-        self.config.run_name = self.path.name
-        self.hold()
+    def make(self) -> Path:
+        """Make the folder of a new run. Without --run_name, runs of the same second take different names."""
+        path = new_run_folder(self.config) if self.path.exists() else self.path
+        with disk_errors(path):
+            path.mkdir(parents=True)
+        return path
 
     def hold(self) -> None:
         """Lock the folder until this process ends. Raises UserError if another process has locked it."""
@@ -131,7 +132,7 @@ class RunFolder:
             start = {"command": escaped(shlex.join(["python", "train_ppo.py", *self.argv])), "step": step}
             start |= {"parameters": trainer.n_parameters, "parameters that train": trainer.n_trained}
             start |= environment(trainer.engine.device)
-            start |= {"dtype": str(trainer.engine.dtype)[6:], "processes": collectives.world_size()}
+            start |= {"dtype": str(trainer.engine.dtype)[6:], "processes": processes.world_size()}
             starts = [*read_starts(self.path), start]
             write_whole(self.path / STARTS, "".join(json.dumps(each) + "\n" for each in starts))
 
@@ -203,7 +204,7 @@ class RunFolder:
 
     def read_evaluation(self, prompts: list[str]) -> dict:
         """Read evaluation.json, {} if there is none yet."""
-        return collectives.broadcast_from_rank_0(lambda: evaluation.read(self.path, prompts))
+        return processes.broadcast_from_rank_0(lambda: evaluation.read(self.path, prompts))
 
     def write_evaluation(self, results: dict) -> None:
         if self.writes:

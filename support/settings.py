@@ -7,12 +7,12 @@ import math
 import operator
 import re
 import reprlib
-from dataclasses import Field, fields, replace
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from config import PRESETS, PPOConfig
-from support.devices import check_device, check_versions
+from support.devices import check_versions
 from support.errors import UserError
 from support.files import read_json, read_text, write_whole
 
@@ -87,7 +87,6 @@ def check(config: PPOConfig) -> None:
         allowed = "letters, digits, '_', '-' and '.', beginning with a letter or digit"
         raise UserError(f"--run_name {config.run_name!r} must be {allowed}")
     read_prompts(config)
-    check_device(config.device)
 
 
 def check_value(field: Field, kind, value) -> None:
@@ -144,7 +143,7 @@ def load_config(path: Path) -> PPOConfig:
         way = "use the version of the program that wrote it, or remove that line"
         raise UserError(f"{path} has a setting that this program doesn't know, {reprlib.repr(unknown[0])}; {way}")
     config = PPOConfig(**values)
-    check(replace(config, device="auto"))  # the run's device may be missing here
+    check(config)
     if lacking := [f"{name} {getattr(config, name)}" for name in sorted(names - values.keys() - NOT_COMPARED)]:
         print(f"{path} is from an older version; using these defaults: {', '.join(lacking)}")
     return config

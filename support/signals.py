@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 
-from support import meeting
+from support import processes
 
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows: two
 
@@ -21,7 +21,7 @@ class StopSignal:
 
     def receive(self, number, frame) -> None:
         again, self.received = self.received, number
-        if meeting.below_torchrun():  # which repeats what the terminal has sent already
+        if processes.below_torchrun():  # which repeats what the terminal has sent already
             return
         if again:
             os._exit(128 + number)

@@ -1,38 +1,12 @@
-"""A user's own code: a reward to import, and values in any form that users hand over."""
+"""Values in any form that users hand over: lists, tensors, arrays, series, Decimals."""
 
-import importlib
 import math
-import os
 import reprlib
-import sys
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from decimal import Decimal
 from numbers import Real
 
 import torch
-
-from support.errors import UserError, first_line
-
-
-def import_function(spec: str) -> Callable:
-    """Import the function that 'module:function' names, from the working directory or Python's path.
-
-    Gradient mode and default dtype, which some scripts set, are put back. Raises UserError if there is no function.
-    """
-    module, _, name = spec.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # last, so that a reward.py there doesn't hide this program's
-    gradients, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (Exception, SystemExit) as error:
-        raise UserError(f"--reward {spec} cannot be imported ({first_line(error)}); give module:function")
-    finally:
-        torch.set_grad_enabled(gradients)
-        torch.set_default_dtype(dtype)
-    if not callable(function) or isinstance(function, type):
-        raise UserError(f"--reward {spec} must be a function, not a {type(function).__name__}")
-    return function
 
 
 def listed(values) -> list | None:

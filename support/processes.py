@@ -1,15 +1,57 @@
-"""What the processes of a run exchange, with torch.distributed. Without other processes nothing is exchanged.
+"""The processes of a run under torchrun: how they start, what they exchange, and how they end.
 
 Every process holds the whole batch, computes its own rows of it with the models and gets the others' by a sum, so that
 all compute rewards, advantages and statistics of the whole batch. DistributedDataParallel averages the gradients.
+A process without others exchanges nothing.
 """
 
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 
-from support.errors import UserError
+from config import PPOConfig
+from support.errors import UserError, first_line
+
+
+def below_torchrun() -> bool:
+    """Whether torchrun has started this process, even if it is the only one."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def restarted() -> bool:
+    """Whether torchrun --max-restarts has started the processes again because one of them had died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def init_process_group() -> None:
+    """Join the other processes of torchrun, if any. From then on only rank 0 prints. Raises UserError if that fails."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    import torch
+    import torch.distributed as dist
+
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=PPOConfig.process_timeout))
+    except RuntimeError as error:
+        hint = "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network interface between the machines"
+        raise UserError(f"host {socket.gethostname()}: found no other process ({first_line(error)}); {hint}")
+    if dist.get_rank():  # libraries print, too
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+
+def set_timeout(seconds: float) -> None:
+    """Set how long a process waits for the others from now on."""
+    if process_group():
+        # Private, since torch 2.1: the public way needs the time before the command line is known
+        process_group().distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
+# ----------------------------------------------------------------------------------------------
+# What they exchange
 
 
 def process_group():
@@ -79,13 +121,6 @@ def on_all_ranks(function: Callable):
     return result
 
 
-def local_rank_0_first(function: Callable):
-    """function() on one process of each machine, then on the others, which find what the first fetched or built."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    result = on_all_ranks(lambda: function() if first else None)
-    return on_all_ranks(lambda: result if first else function())
-
-
 def check_same(values: dict[str, str]) -> None:
     """Raises UserError on every rank if any value differs from that of rank 0."""
     everyone = all_gather((values, socket.gethostname()))
@@ -96,7 +131,26 @@ def check_same(values: dict[str, str]) -> None:
                 raise UserError(f"{name} is {value} on host {first_host}, but {found[name]} on host {host}")
 
 
-def broadcast_weights(model) -> None:
-    """Give a model rank 0's weights, in place."""
-    for tensor in model.state_dict().values():
-        process_group().broadcast(tensor, 0)
+# ----------------------------------------------------------------------------------------------
+# How they end
+
+
+def say_why(line: str) -> None:
+    """Print why this process ends, once per machine."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(f"train_ppo.py: error: {line}", file=sys.stderr)
+
+
+def lost_process(error: Exception) -> str | None:
+    """In words, that an exception means the loss of another process; None if it means anything else."""
+    if process_group() is None or not isinstance(error, RuntimeError) or not re.search("gloo|NCCL", str(error)):
+        return None
+    return f"another process or machine is gone, or was silent for --process_timeout ({first_line(error)})"
+
+
+def exit_process(code: int) -> None:
+    """End this process. One of several ends at once, since the group's threads may hang or abort its shutdown."""
+    if process_group():
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
