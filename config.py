@@ -21,7 +21,7 @@ def option(default, help: str, *, above=None, at_least=None, at_most=None, group
 
 @dataclass(init=False)
 class PPOConfig:
-    """All settings of a run; `support.settings.check` refuses values that can't work."""
+    """All settings of a run; `support.run.settings.check` refuses values that can't work."""
 
     def __init__(self, preset: str = "default", **given):
         """Values that are not given come from the preset, and from the defaults below if it doesn't name them."""

@@ -1,4 +1,4 @@
-"""The policy: GPT-2 with its language-model head and a value head, and sampling from it."""
+"""The policy: GPT-2 with a language-model head and a value head, sampling from it, and its pass over completions."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -163,30 +163,32 @@ ASK_EVERY = 8  # tokens between two checks whether all completions have ended: e
 @torch.no_grad()
 def sample(
     model: GPT2HeadWithValueModel,
-    prompts,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    rows: torch.Tensor,
     uniforms: torch.Tensor,
     restriction: torch.Tensor,
     sep_token_id: int,
     pad_token_id: int,
     temperature: float = 1.0,
 ) -> torch.Tensor:
-    """Continue every prompt by pure ancestral sampling, with the key/value cache. Returns (n, gen_len) int64, with
-    padding after [SEP].
+    """Continue prompts by pure ancestral sampling, with the key/value cache. Returns (n, gen_len) int64, with padding
+    after [SEP].
 
-    prompts: a `Prompts` of support/batches.py; each distinct one goes through the model once. uniforms (n, gen_len), on
-    the prompts' device: token t of row i is the first whose cumulative probability exceeds uniforms[i, t] (inversion of
-    the distribution function). Raises FloatingPointError if logits are NaN.
+    ids (prompts, P) int64: distinct prompts, left-padded; each goes through the model once. mask (prompts, P) int64, 0
+    at the padding, or None without padding. rows (n,) int64: completion i continues prompt rows[i]. uniforms
+    (n, gen_len), all on one device: token t of completion i is the first whose cumulative probability exceeds
+    uniforms[i, t] (inversion of the distribution function). Raises FloatingPointError if logits are NaN.
     """
-    device = prompts.ids.device
-    precise = torch.float32 if device.type == "mps" else torch.float64
+    precise = torch.float32 if ids.device.type == "mps" else torch.float64
     n, gen_len = uniforms.shape
-    responses = torch.full((n, gen_len), pad_token_id, device=device)
-    running = torch.ones(n, dtype=torch.bool, device=device)
+    responses = torch.full((n, gen_len), pad_token_id, device=ids.device)
+    running = torch.ones(n, dtype=torch.bool, device=ids.device)
+    seen = None if mask is None else torch.cat([mask[rows], mask.new_ones(n, gen_len)], dim=1)
 
-    n_prompt, mask = prompts.ids.shape[1], prompts.mask_with(gen_len)
     cache = DynamicCache()
-    logits = model(prompts.ids, prompts.mask, cache, use_cache=True, logits_to_keep=1).logits[prompts.rows, -1]
-    cache.batch_select_indices(prompts.rows)
+    logits = model(ids, mask, cache, use_cache=True, logits_to_keep=1).logits[rows, -1]
+    cache.batch_select_indices(rows)
     for t in range(gen_len):
         probs = restrict_logits(logits, restriction, temperature).softmax(-1)
         cumulative = probs.to(precise).cumsum(-1)
@@ -198,8 +200,63 @@ def sample(
         running = running & (tokens != sep_token_id)
         if t + 1 == gen_len or (t % ASK_EVERY == ASK_EVERY - 1 and not running.any()):
             break
-        seen = None if mask is None else mask[:, : n_prompt + t + 1]
-        logits = model(tokens[:, None], seen, cache, use_cache=True).logits[:, -1]
+        seen_now = None if seen is None else seen[:, : ids.shape[1] + t + 1]
+        logits = model(tokens[:, None], seen_now, cache, use_cache=True).logits[:, -1]
     if (responses == len(restriction)).any():
         raise FloatingPointError("the model's logits are not finite")
     return responses
+
+
+# ----------------------------------------------------------------------------------------------
+# The pass over completions that share prompts: each distinct prompt goes through the model once
+
+
+class SharedPrompts(nn.Module):
+    """A GPT2HeadWithValueModel on `Completions` (support/batches.py). detach_value: no gradient from the value head to
+    the transformer."""
+
+    def __init__(self, model: GPT2HeadWithValueModel, detach_value: bool = False):
+        super().__init__()
+        self.model = model
+        self.detach_value = detach_value
+
+    def trunk(self, prompts, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states of prompts (prompts, P, hidden) and of completions ids (n, T) without their last tokens,
+        (n, T - 1, hidden), after the frozen blocks; if nothing is frozen, the embeddings. Policy and reference share
+        this trunk and have a branch each above it, like the hydra of trlX (Havrilla et al. 2023)."""
+        gpt2, ids = self.model.transformer, ids[:, :-1]
+        prompt_positions = position_ids(torch.ones_like(prompts.ids) if prompts.mask is None else prompts.mask)
+        after = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+        prompt_states = gpt2.wte(prompts.ids) + gpt2.wpe(prompt_positions)
+        states = gpt2.wte(ids) + gpt2.wpe(prompt_positions[prompts.rows, -1:] + after)
+        return run_blocks(gpt2.h[: self.model.n_frozen], prompts, prompt_states, states)
+
+    def forward(self, completions) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (n, T, vocab) and values (n, T); those at t have seen the prompt and the tokens before t, so the last
+        token isn't read. Completions that have been through the trunk only go through the branch."""
+        gpt2, prompts = self.model.transformer, completions.prompts
+        prompt_states, states = prompts.hidden_states, completions.hidden_states
+        if states is None:
+            prompt_states, states = self.trunk(prompts, completions.ids)
+        prompt_states, states = run_blocks(gpt2.h[self.model.n_frozen :], prompts, prompt_states, states)
+        last_of_prompts = prompts.spread(prompt_states[:, -1:])
+        hidden_states = gpt2.ln_f(torch.cat([last_of_prompts, states], dim=1))
+        value = self.model.v_head(hidden_states.detach() if self.detach_value else hidden_states)
+        return self.model.lm_head(hidden_states), value
+
+
+def run_blocks(blocks, prompts, prompt_states: torch.Tensor, states: torch.Tensor):
+    """Run some blocks on the hidden states of the distinct prompts (prompts, P, hidden) and of the completions without
+    their last tokens (n, T - 1, hidden). Returns both."""
+    (n_prompt, seq), cache = (prompt_states.shape[1], states.shape[1]), DynamicCache()
+    bias = attention_bias(prompts.mask, n_prompt, n_prompt, prompt_states)
+    for block in blocks:
+        prompt_states = block(prompt_states, cache, attention_mask=bias)
+    if seq:
+        for layer in cache.layers:
+            if layer.is_initialized:  # the layers below these blocks are not
+                layer.keys, layer.values = prompts.spread(layer.keys), prompts.spread(layer.values)
+        bias = attention_bias(prompts.mask_with(seq), n_prompt + seq, seq, states)
+        for block in blocks:
+            states = block(states, cache, attention_mask=bias)
+    return prompt_states, states

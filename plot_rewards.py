@@ -13,10 +13,20 @@ from pathlib import Path
 
 import numpy as np
 
-from support.compare import Curve, Run, comparison, curves, differences, known_gain, read_run, reward_decimals, short
-from support.errors import UserError
-from support.files import whole, write_whole
-from support.streams import hold_streams
+from support.common.errors import UserError
+from support.common.files import whole, write_whole
+from support.run.compare import (
+    Curve,
+    Run,
+    comparison,
+    curves,
+    differences,
+    known_gain,
+    read_run,
+    reward_decimals,
+    short,
+)
+from support.run.streams import hold_streams
 
 PANELS = [  # (title, columns drawn as lines, y axis)
     ("KL to the reference", ["objective/kl"], "nats a completion"),

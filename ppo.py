@@ -35,8 +35,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from support.batches import Completions, select_rows
-from support.engine import Engine
+from support.compute.batches import Completions, Prompts, select_rows, to_device
+from support.compute.engine import Engine
 
 # ----------------------------------------------------------------------------------------------
 # Probabilities
@@ -49,7 +49,8 @@ def logprobs_from_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
 
 def entropy_from_logits(logits: torch.Tensor) -> torch.Tensor:
     """-sum p log p of softmax(logits), in nats. (..., V) -> (...). A logit of -inf adds nothing (0 log 0 = 0)."""
-    return torch.special.entr(logits.softmax(-1)).sum(-1)
+    probs = logits.softmax(-1)
+    return torch.special.entr(probs.where(probs > 0, 1)).sum(-1)  # entr's gradient at 0 is infinite; entr(1) is 0
 
 
 def kl_from_logits(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tensor:
@@ -76,6 +77,7 @@ def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) ->
 
     The variance is the biased one. With shift_mean=False the mean is added back.
     """
+    values = values.where(mask.bool(), 0)
     mean = masked_mean(values, mask)
     variance = masked_mean((values - mean) ** 2, mask)
     whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
@@ -89,6 +91,7 @@ def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.
     """
 
     def variance(x):
+        x = x.where(mask.bool(), 0)
         return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
 
     unexplained = variance(returns - values) / variance(returns)
@@ -183,6 +186,7 @@ def value_loss(
 
     All (n, T). Returns (loss, clipfrac), without vf_coef; clipfrac as in `policy_loss`.
     """
+    values = values.where(mask.bool(), 0)
     clipped_values = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
     unclipped = (values - returns) ** 2
     clipped = (clipped_values - returns) ** 2
@@ -253,29 +257,50 @@ class Experience:
     def mask(self) -> torch.Tensor:
         return self.completions.mask
 
+    @property
+    def prompts(self) -> Prompts:
+        return self.completions.prompts
+
     def select(self, rows: torch.Tensor | slice) -> "Experience":
         """Keep only these completions. rows: a slice, or a tensor on the CPU."""
         tensors = select_rows(rows, self.logprobs, self.values, self.advantages, self.returns)
         return Experience(self.completions.select(rows), *tensors)
 
 
-def logprobs_values_entropy(ids: torch.Tensor, logits_and_values: tuple[torch.Tensor, torch.Tensor]):
-    """Log-probabilities of ids (n, T), values and entropies, (n, T) each, from logits (n, T, V) and values (n, T)."""
-    logits, values = logits_and_values
-    return logprobs_from_logits(logits, ids), values, entropy_from_logits(logits)
+def ppo_loss(config, logits: torch.Tensor, values: torch.Tensor, batch: Experience):
+    """PPO's loss of a micro-batch and a dict of its statistics, scalars, each a mean over the micro-batch's tokens.
+
+    logits (n, T, V), restricted, and values (n, T): those of the policy as it is now.
+    """
+    mask = batch.mask
+    logprobs = logprobs_from_logits(logits, batch.completions.ids)
+    pg_loss, pg_clipfrac = policy_loss(logprobs, batch.logprobs, batch.advantages, mask, config.cliprange)
+    vf_loss, vf_clipfrac = value_loss(values, batch.values, batch.returns, mask, config.cliprange_value)
+    loss = pg_loss + config.vf_coef * vf_loss
+
+    log_ratio = (logprobs.detach() - batch.logprobs).where(mask, 0)
+    return loss, {
+        "loss/policy": pg_loss,
+        "loss/value": vf_loss,
+        "loss/total": loss,
+        "policy/approxkl": 0.5 * masked_mean(log_ratio**2, mask),
+        "policy/ratio": masked_mean(log_ratio.exp(), mask),
+        "policy/clipfrac": pg_clipfrac,
+        "val/clipfrac": vf_clipfrac,
+    }
 
 
 class PPOTrainer:
-    """Trains a policy, one batch of completions at a time.
+    """Trains a policy, one batch of completions at a time. A loop of your own with texts, lists and any numbers takes
+    support.run.text_trainer.TextPPOTrainer, which is this with conversions and checks.
 
     config: a PPOConfig. model: the policy, a GPT2HeadWithValueModel with float32 weights. ref_model: the policy before
     training, in any dtype, which the trainer takes over. tokenizer: provides the special tokens. Dropout is off.
     """
 
     def __init__(self, config, model, ref_model, tokenizer):
-        self.config, self.model, self.ref_model = config, model, ref_model
+        self.config, self.model, self.ref_model, self.tokenizer = config, model, ref_model, tokenizer
         self.engine = Engine(config, model, ref_model, tokenizer)
-        self.sep_token_id = tokenizer.sep_token_id
         self.n_steps = 0
         self.n_drawn = 0  # completions since the last step
         self.reward_unit = None  # set by the first step: rewards and values are scores divided by this
@@ -295,44 +320,31 @@ class PPOTrainer:
         """The policy with the average of its weights over the steps (`polynomial_average`)."""
         return self.engine.averaged if self.n_steps else self.model
 
-    def generate(self, query_tensors: list[torch.Tensor], model=None, seed=None, step=None) -> list[torch.Tensor]:
-        """Continue each query (1-d int64, or a list of ids). Returns responses, 1-d int64 on the CPU, including [SEP].
+    def generate(self, query_tensors: list[torch.Tensor]) -> Completions:
+        """Let the policy continue each query, a 1-d int64 tensor on the CPU.
 
-        The random numbers of response i depend only on (seed, step, i). By default the policy responds, with the run's
-        seed and step, and i counts the responses since the last step: n calls with one query draw what one call with n
-        queries draws. Raises ValueError if a query leaves no room for `gen_len` tokens.
+        The random numbers of completion i depend only on the run's seed, the step, and i, which counts the completions
+        since the last step: n calls with one query draw what one call with n queries draws.
         """
-        query_tensors = self.engine.collator.queries(query_tensors, self.config.gen_len)
-        model = self.model if model is None else model
-        seed = self.config.seed if seed is None else seed
-        if step is not None:
-            return self.engine.generate(query_tensors, model, seed, step, 0)
-        responses = self.engine.generate(query_tensors, model, seed, self.n_steps + 1, self.n_drawn)
-        self.n_drawn += len(responses)
-        return responses
+        first, self.n_drawn = self.n_drawn, self.n_drawn + len(query_tensors)
+        return self.engine.generate(query_tensors, self.model, self.config.seed, self.n_steps + 1, first)
 
-    def step(self, query_tensors: list, response_tensors: list, rewards) -> dict[str, float]:
+    def step(self, completions: Completions, scores: torch.Tensor) -> dict[str, float]:
         """Take one PPO step on a batch. Returns its statistics as floats.
 
-        query_tensors, response_tensors: lists of 1-d int64 tensors, or of lists of ids, of any lengths (a response
-        includes its [SEP]). rewards: a finite score for each response, in a list or a tensor (n,). Optimiser steps
-        without a finite gradient are skipped and counted in `ppo/skipped`. Raises ValueError, before anything changes,
-        if the lists don't match, a score isn't finite or a response cannot have been sampled; FloatingPointError after
-        MAX_SKIPPED skipped steps in a row.
+        scores: a finite number for each completion, (n,) float32. Optimiser steps without a finite gradient are skipped
+        and counted in `ppo/skipped`. Raises FloatingPointError after MAX_SKIPPED skipped steps in a row.
         """
-        config, engine = self.config, self.engine
-        completions = engine.collator.completions(query_tensors, response_tensors)
-        mask, n = completions.mask, len(completions)
-        scores = engine.collator.scores(rewards, n)
+        config, engine, mask, n = self.config, self.engine, completions.mask, len(scores)
         if self.reward_unit is None:
             self.reward_unit = pick_reward_unit(scores, config.init_kl_coef)
             self.model.v_head.scale_(1 / self.reward_unit)  # the average starts anew with the first step
-        unit = self.reward_unit
+        unit, scores = self.reward_unit, to_device(scores, engine.device)
 
         # 1. Log-probabilities and values of policy and reference before this step's update
         completions = engine.share_trunk(completions)  # through the frozen blocks, once for both (point 7)
-        logprobs, values, entropy = engine.evaluate(logprobs_values_entropy, completions, self.model)
-        ref_logprobs, *_ = engine.evaluate(logprobs_values_entropy, completions, self.ref_model)
+        logprobs, values, entropy = self.forward_pass(completions, self.model)
+        ref_logprobs, *_ = self.forward_pass(completions, self.ref_model)
 
         # 2. Rewards, in the trainer's unit: the KL penalty at every token, plus the score at the last
         kl_coef = self.kl_controller.value / unit
@@ -342,18 +354,25 @@ class PPOTrainer:
         advantages, returns = compute_advantages(values, token_rewards, mask, config.gamma, config.lam)
         experience = Experience(completions, logprobs, values, whiten(advantages, mask), returns)
 
-        # 4. Several epochs of minibatches, in an order that depends only on (seed, step, epoch)
+        # 4. Several epochs of minibatches; a minibatch's gradient is the sum over its micro-batches
         updates = []
         for epoch in range(config.ppo_epochs):
-            order = np.random.default_rng([config.seed, self.n_steps, epoch]).permutation(n)
-            for rows in torch.from_numpy(order).split(config.minibatch_size):
-                # zero_grad, loss, backward, clip_grad_norm_, optimizer.step
-                updates.append(engine.optimise(experience.select(rows), self.loss))
+            for rows in self.minibatches(n, epoch):
+                means = {}
+                engine.zero_grad()
+                for batch, weight in engine.micro_batches(experience.select(rows)):  # weight: its share of the tokens
+                    logits, new_values = engine.forward(batch.completions)
+                    loss, statistics = ppo_loss(config, logits, new_values, batch)
+                    engine.backward(weight * loss)
+                    for name, value in statistics.items():
+                        means[name] = means.get(name, 0) + weight * value.detach()
+                updates.append(means | engine.clip_and_step())  # which skips a gradient that isn't finite
         self.n_steps, self.n_drawn = self.n_steps + 1, 0
         polynomial_average(engine.averages, engine.weights, self.n_steps, config.average_power)
 
         # 5. Statistics, named as in TRL; all except the losses in the unit of the scores
         kl = (logprobs - ref_logprobs).where(mask, 0).sum(-1)
+        ended = (completions.ids == engine.sep_token_id) & mask
         stats = engine.fetch(
             {
                 "objective/kl": kl.mean(),
@@ -365,7 +384,7 @@ class PPOTrainer:
                 "ppo/val/mean": unit * masked_mean(values, mask),
                 "ppo/val/explained_variance": explained_variance(values, returns, mask),
                 "tokens/completion_length": mask.sum() / n,
-                "tokens/ended_share": ((completions.ids == self.sep_token_id) & mask).any(-1).float().mean(),
+                "tokens/ended_share": ended.any(-1).float().mean(),
             }
         )
         stats = {"objective/kl_coef": self.kl_controller.value, **stats}
@@ -374,22 +393,17 @@ class PPOTrainer:
         self.kl_controller.update(stats["objective/kl"], n)
         return stats
 
-    def loss(self, batch: Experience) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """PPO's loss of a micro-batch and its statistics, scalars, each a mean over the micro-batch's tokens."""
-        config, mask = self.config, batch.mask
-        logits, values = self.engine.logits_and_values(batch.completions)
-        logprobs = logprobs_from_logits(logits, batch.completions.ids)
-        pg_loss, pg_clipfrac = policy_loss(logprobs, batch.logprobs, batch.advantages, mask, config.cliprange)
-        vf_loss, vf_clipfrac = value_loss(values, batch.values, batch.returns, mask, config.cliprange_value)
-        loss = pg_loss + config.vf_coef * vf_loss
+    @torch.no_grad()
+    def forward_pass(self, completions: Completions, model) -> torch.Tensor:
+        """Log-probabilities of the completions' tokens, values, and entropies: (3, n, T) float32."""
+        computed, passes = [], self.engine.passes(model)
+        for part in self.engine.parts(completions):
+            logits, values = self.engine.forward(part, passes)
+            logprobs, entropy = logprobs_from_logits(logits, part.ids), entropy_from_logits(logits)
+            computed.append(torch.stack([logprobs, values, entropy]))
+        return self.engine.gather(computed, len(completions.ids))
 
-        log_ratio = (logprobs.detach() - batch.logprobs).where(mask, 0)
-        return loss, {
-            "loss/policy": pg_loss,
-            "loss/value": vf_loss,
-            "loss/total": loss,
-            "policy/approxkl": 0.5 * masked_mean(log_ratio**2, mask),
-            "policy/ratio": masked_mean(log_ratio.exp(), mask),
-            "policy/clipfrac": pg_clipfrac,
-            "val/clipfrac": vf_clipfrac,
-        }
+    def minibatches(self, n: int, epoch: int) -> tuple[torch.Tensor, ...]:
+        """The rows of each minibatch, in an order that depends only on (seed, step, epoch)."""
+        order = np.random.default_rng([self.config.seed, self.n_steps, epoch]).permutation(n)
+        return torch.from_numpy(order).split(self.config.minibatch_size)

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, pipeline
 
-from support import processes
-from support.errors import UserError, first_line, is_out_of_memory
-from support.models import (
+from support.common.errors import RewardError, UserError, first_line, is_out_of_memory
+from support.compute import processes
+from support.compute.batches import listed, to_float32
+from support.models.pretrained import (
     clean_text,
     is_bert,
     load_tokenizer,
@@ -22,7 +23,6 @@ from support.models import (
     quiet_transformers,
     read_model_config,
 )
-from support.user_code import listed, to_float32
 
 
 class SentimentReward:
@@ -116,14 +116,6 @@ def import_function(spec: str) -> Callable:
     if not callable(function) or isinstance(function, type):
         raise UserError(f"--reward {spec} must be a function, not a {type(function).__name__}")
     return function
-
-
-class RewardError(UserError):
-    """A reward function failed. `traceback` has its traceback and the texts, for error.log."""
-
-    def __init__(self, message: str, traceback: str = ""):
-        super().__init__(message)
-        self.traceback = traceback
 
 
 def score_texts(reward: Callable[[list[str]], object], texts: list[str]) -> torch.Tensor:

@@ -21,81 +21,116 @@ import time
 from pathlib import Path
 
 from config import PPOConfig
-from support import import_libraries, processes
-from support.command_line import flags_to_go_on, is_finished, read_command_line
-from support.errors import UserError, first_line, is_out_of_memory
-from support.settings import total_steps
-from support.streams import hold_streams
+from support import import_libraries
+from support.common.errors import UserError, first_line, is_out_of_memory
+from support.compute import processes
+from support.run.command_line import flags_to_go_on, is_finished, read_command_line
+from support.run.settings import total_steps
+from support.run.streams import hold_streams
 
 
-def train(config: PPOConfig, policy, tokenizer, reward, prompts: list[str], folder, resume: bool = False) -> int:
+def train(trainer, reward, prompts: list[str], folder) -> int:
     """Train a policy, judge it before and after, and return the exit code. On several processes all of them run this.
 
-    policy, tokenizer, reward, prompts: what `load` returned. folder: a RunFolder that is not open yet.
+    trainer: a PPOTrainer. reward: from a list of texts to as many numbers. folder: a RunFolder.
     """
     # Imported here, since --help and what is refused at once need no torch
     from reward import score_texts
-    from support.evaluation import evaluate, noise, scores_and_prompts
-    from support.prospect import kl_coef_for
-    from support.signals import StopSignal
-    from support.text_trainer import TextPPOTrainer
+    from support.models.pretrained import decode, encode_prompt
+    from support.run.evaluation import Results, evaluate, noise
+    from support.run.limit import gibbs_policy, kl_coef_for
+    from support.run.log import progress, step_row
+    from support.run.results import SHOWN
+    from support.run.run_folder import failures_explained
+    from support.run.signals import StopSignal
+    from support.run.tracking import Tracker, numbers
+    from support.run.warnings import Alarms, prospect
 
-    # 1. Reference and trainer; the run folder
-    reference = copy.deepcopy(policy)
-    trainer = TextPPOTrainer(config, policy, reference, tokenizer)
-    queries = trainer.encode(prompts)
-    folder.open(trainer, resume)
+    # 1. How good the policy is before training, measured once
+    config, tokenizer, last_step = trainer.config, trainer.tokenizer, total_steps(trainer.config)
+    results = folder.read_results()
+    if results is None:
+        with failures_explained(folder.path, lambda: "evaluation"):
+            results = Results(evaluate(trainer, trainer.ref_model, reward, prompts))
+            results.before.noise = noise(reward, results.before)
+        folder.write_results(results)
 
-    # 2. How good the policy is before training, measured once; what can be expected, and at which price
-    results = folder.read_evaluation(prompts)
-    if not results:
-        with folder.errors_explained(trainer):
-            results["before"] = evaluate(trainer, reference, reward, prompts)
-            results["before"]["noise"] = noise(reward, results["before"])
-        folder.write_evaluation(results)
+    # 2. What can be expected, and at which price
     if config.kl_budget and trainer.n_steps == 0:
-        trainer.set_kl_coef(kl_coef_for(*scores_and_prompts(results["before"], prompts), config.kl_budget))
-    folder.expect(results["before"], prompts)
+        trainer.set_kl_coef(kl_coef_for(*results.before.rewards(), config.kl_budget))
+        folder.save_settings()
+    print("\n".join(prospect(results.before, prompts, config.init_kl_coef)))
+    limit = gibbs_policy(*results.before.rewards(), config.init_kl_coef) if config.init_kl_coef else {"kl": None}
+    alarms = Alarms(config, limit["kl"])
+    for row in folder.logged:
+        alarms.look(row)
 
     # 3. The loop: draw prompts, sample, score, step, log, save
-    stop = StopSignal()
-    with folder.errors_explained(trainer, training=True):
-        for step in range(trainer.n_steps + 1, total_steps(config) + 1):
-            started = time.perf_counter()
-            drawn = draw_prompts(len(prompts), config.seed, step, config.batch_size)
-            batch_prompts, query_tensors = [prompts[i] for i in drawn], [queries[i] for i in drawn]
+    stop, queries = StopSignal(), [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    with Tracker(folder.path, vars(config)) as tracker:
+        with folder.errors_explained():
+            for step in range(trainer.n_steps + 1, last_step + 1):
+                started = time.perf_counter()
+                drawn = draw_prompts(len(prompts), config.seed, step, config.batch_size)
+                batch_prompts = [prompts[i] for i in drawn]
 
-            response_tensors = trainer.generate(query_tensors)
-            completions = trainer.decode(response_tensors)
-            sampled = time.perf_counter()
+                completions = trainer.generate([queries[i] for i in drawn])
+                texts = decode(tokenizer, completions.token_lists())
+                sampled = time.perf_counter()
 
-            scores = score_texts(reward, [prompt + text for prompt, text in zip(batch_prompts, completions)])
-            scored = time.perf_counter()
+                scores = score_texts(reward, [prompt + text for prompt, text in zip(batch_prompts, texts)])
+                scored = time.perf_counter()
 
-            stats = trainer.step(query_tensors, response_tensors, scores)
-            stepped = time.perf_counter()
+                stats = trainer.step(completions, scores)
+                stepped = time.perf_counter()
 
-            seconds = {"sample": sampled - started, "score": scored - sampled, "ppo": stepped - scored}
-            folder.log(step, seconds, batch_prompts, completions, scores, stats)
-            stopped = max(processes.all_gather(stop.received))
-            if stopped or folder.checkpoint_due(step):
-                folder.save_checkpoint(trainer)
-            if stopped:
-                break
-    if trainer.n_steps < total_steps(config):
-        flags = flags_to_go_on(folder.path, config)
-        print(f"stopped after step {trainer.n_steps}; go on with: python train_ppo.py {flags}")
-        return 128 + stopped  # a shell's code for what ended by this signal
-    stop.release()
+                seconds = {"sample": sampled - started, "score": scored - sampled, "ppo": stepped - scored}
+                row = step_row(step, seconds, batch_prompts, texts, scores, stats)
+                samples = list(zip(batch_prompts, texts, scores.tolist()))
+                folder.write_log(row, samples)
+                print(progress(row, last_step))
+                for alarm in alarms.look(row):
+                    print(f"warning: step {step}: {alarm['says']}")
+                show = config.log_samples_every > 0 and step % config.log_samples_every == 0
+                for prompt, text, score in samples[:SHOWN] if show else []:
+                    print(f"  {score:.3g}  {prompt}{text}")
+                tracker.log(row, samples if show else [], step)
 
-    # 4. The trained model, how good it is now, and the pictures; --resume makes what is missing of them
-    folder.save_model(trainer)
-    with folder.errors_explained(trainer):
-        results["after"] = evaluate(trainer, trainer.policy_for_saving, reward, prompts)
-    results["steps"], results["alarms"] = trainer.n_steps, folder.alarms.found
-    folder.report(results, prompts)
-    folder.finish(results, prompts)
+                stopped = max(processes.all_gather(stop.received))
+                if stopped or folder.checkpoint_due():
+                    folder.save_checkpoint()
+                if stopped:
+                    break
+        if trainer.n_steps < last_step:
+            flags = flags_to_go_on(folder.path, config)
+            print(f"stopped after step {trainer.n_steps}; go on with: python train_ppo.py {flags}")
+            return 128 + stopped  # a shell's code for what ended by this signal
+        stop.release()
+
+        # 4. The trained model, how good it is now, and the pictures; --resume makes what is missing of them
+        folder.save_model(prompts[0])
+        with failures_explained(folder.path, lambda: "evaluation"):
+            results.after = evaluate(trainer, trainer.policy_for_saving, reward, prompts)
+        results.steps, results.alarms = trainer.n_steps, alarms.found
+        finish(folder.path, config, results, prompts)
+        tracker.log(numbers(results, "evaluation"))
     return 0
+
+
+def finish(run_dir: Path, config: PPOConfig, results, prompts: list[str], keep: bool = True) -> None:
+    """Measure the gain of a run, print what came of it and, to keep it, write it to the run's folder."""
+    from plot_rewards import draw
+    from support.run.results import before_after_table, results_table, verdict
+    from support.run.run_folder import write_ending
+
+    if processes.rank() == 0:
+        results.measure(config.init_kl_coef)
+        results.verdict = verdict(results, config)
+        texts = before_after_table(results.before.samples, results.after.samples)
+        print("", texts, results_table(results), results.verdict, sep="\n\n")
+        if keep:
+            write_ending(run_dir, config, results, prompts, lambda out: draw([run_dir], out))
+            print(f"\nmodel, metrics and report.md are in {run_dir}")
 
 
 def draw_prompts(n_prompts: int, seed: int, step: int, batch_size: int) -> list[int]:
@@ -109,33 +144,39 @@ def draw_prompts(n_prompts: int, seed: int, step: int, batch_size: int) -> list[
     return [int(orders[p // n_prompts][p % n_prompts]) for p in positions]
 
 
-def judge_again(config: PPOConfig, policy, tokenizer, reward, prompts: list[str], folder) -> int:
-    """Judge the saved model of a run without training, and return the exit code. Arguments as for `train`."""
-    from support.evaluation import evaluate, noise
-    from support.text_trainer import TextPPOTrainer
+def judge_again(trainer, reward, prompts: list[str], run_dir: Path, inputs: dict[str, str], argv: list[str]) -> int:
+    """Judge the saved model of a run without training, and return the exit code. trainer, reward: as for `train`."""
+    from support.run.evaluation import Results, evaluate, noise
+    from support.run.run_folder import (
+        compare_inputs,
+        failures_explained,
+        lock_folder,
+        note_start,
+        on_rank_0,
+        read_results,
+    )
 
-    processes.broadcast_from_rank_0(folder.hold)
-    folder.compare_inputs()
-    results = folder.read_evaluation(prompts)
-    earlier = (results.get("after") or {"n": 0})["n"]
-    trainer = TextPPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
-    saved = saved_policy(folder.path, policy)
-    with folder.errors_explained(trainer):
-        for when, model in (("before", trainer.ref_model), ("after", saved)):
-            results[when] = evaluate(trainer, model, reward, prompts)
-        results["before"]["noise"] = noise(reward, results["before"])
-    folder.report(results, prompts)
-    if config.eval_samples < earlier:
-        print(f"{folder.path} keeps its judgement by {earlier} samples, more than these {config.eval_samples}")
-    else:
-        folder.note_start(trainer, step=None)
-        folder.finish(results, prompts)
+    lock = lock_folder(run_dir)  # noqa: F841 (held until this function returns)
+    compare_inputs(run_dir, inputs)
+    config, earlier = trainer.config, read_results(run_dir)
+    saved = saved_policy(run_dir, trainer.model)
+    with failures_explained(run_dir, lambda: "evaluation"):
+        before, after = (evaluate(trainer, model, reward, prompts) for model in (trainer.ref_model, saved))
+        before.noise = noise(reward, before)
+    results = earlier or Results(before)
+    n_earlier = results.after.n if results.after else 0
+    results.before, results.after = before, after
+    if keep := config.eval_samples >= n_earlier:
+        on_rank_0(lambda: note_start(run_dir, trainer, argv, step=None))
+    finish(run_dir, config, results, prompts, keep)
+    if not keep:
+        print(f"{run_dir} keeps its judgement by {n_earlier} samples, more than these {config.eval_samples}")
     return 0
 
 
 def saved_policy(run_dir: Path, policy):
     """A copy of the policy with the weights of a run's saved model, which only rank 0 needs to have."""
-    from support.models import load_gpt2_config, load_policy
+    from support.models.pretrained import load_gpt2_config, load_policy
 
     weights = processes.broadcast_from_rank_0(
         lambda: load_policy(run_dir / "model", load_gpt2_config(run_dir / "model")).state_dict()
@@ -145,17 +186,17 @@ def saved_policy(run_dir: Path, policy):
     return saved
 
 
-def complete(config: PPOConfig, policy, tokenizer, reward, prompts: list[str], folder) -> int:
+def complete(trainer, reward, prompts: list[str], run_dir: Path, inputs: dict[str, str]) -> int:
     """Print completions by the model of a run before training and now, of the same draws, with their rewards, and
-    return the exit code. The run may be at work; nothing in its folder changes. Arguments as for `train`."""
-    from support.checkpoint import load_checkpoint
-    from support.evaluation import before_after_table, sample_and_score
-    from support.text_trainer import TextPPOTrainer
+    return the exit code. The run may be at work; nothing in its folder changes. trainer, reward: as for `train`."""
+    from support.run.checkpoint import load_checkpoint
+    from support.run.evaluation import sample_and_score
+    from support.run.results import before_after_table
+    from support.run.run_folder import compare_inputs
 
-    run_dir = folder.path
-    del folder.inputs["the hash of the prompts"]  # which may be any
-    folder.compare_inputs()
-    trainer = TextPPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
+    del inputs["the hash of the prompts"]  # which may be any
+    compare_inputs(run_dir, inputs)
+    config = trainer.config
     finished, saved = processes.broadcast_from_rank_0(
         lambda: (is_finished(run_dir, config), (run_dir / "model").exists())
     )
@@ -163,22 +204,21 @@ def complete(config: PPOConfig, policy, tokenizer, reward, prompts: list[str], f
         load_checkpoint(trainer, run_dir / "checkpoints")
     if not trainer.n_steps and not saved:
         raise UserError(f"{run_dir} has no checkpoint yet, and no model; wait for one, see --save_every_minutes")
-    now = trainer.policy_for_saving if trainer.n_steps else saved_policy(run_dir, policy)
+    now = trainer.policy_for_saving if trainer.n_steps else saved_policy(run_dir, trainer.model)
 
-    table = {}
-    for when, model in (("before", trainer.ref_model), ("after", now)):
-        index, *_, texts, scores = sample_and_score(trainer, model, reward, prompts, config.eval_samples)
-        rows = sorted(zip(index, range(len(texts))))  # prompt by prompt
-        table[when] = {"samples": [(prompts[prompt], texts[row], scores[row].item()) for prompt, row in rows]}
-    if folder.writes:
-        where = f"step {trainer.n_steps} of {total_steps(config)}" if trainer.n_steps else "training"
-        print(f"\nbefore training, and after {where}:\n\n{before_after_table(table, config.eval_samples)}")
+    tables = []
+    for model in (trainer.ref_model, now):
+        index, _, texts, scores = sample_and_score(trainer, model, reward, prompts)
+        samples = [(prompts[i], text, score) for i, text, score in zip(index, texts, scores.tolist())]
+        tables.append([samples[row] for row in index.argsort(stable=True)])  # prompt by prompt
+    where = f"step {trainer.n_steps} of {total_steps(config)}" if trainer.n_steps else "training"
+    print(f"\nbefore training, and after {where}:\n\n{before_after_table(*tables, config.eval_samples)}")
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program; the exit code."""
-    config = run_dir = mode = folder = None
+    config = run_dir = mode = None
     argv = sys.argv[1:] if argv is None else argv
     try:
         processes.init_process_group()
@@ -187,16 +227,20 @@ def main(argv: list[str] | None = None) -> int:
         if mode == "nothing":
             return 0
         import_libraries()
-        from support.load import input_hashes, load
-        from support.run_folder import RunFolder
+        from ppo import PPOTrainer
+        from support.run.load import input_hashes, load
+        from support.run.run_folder import RunFolder
 
-        loaded = load(config)
-        folder = RunFolder(run_dir, config, argv, input_hashes(config, *loaded))
+        policy, tokenizer, reward, prompts = loaded = load(config)
+        inputs = input_hashes(config, *loaded)
+        trainer = PPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
         if mode == "complete":
-            return complete(config, *loaded, folder)
+            return complete(trainer, reward, prompts, run_dir, inputs)
         if mode == "eval_only":
-            return judge_again(config, *loaded, folder)
-        return train(config, *loaded, folder, resume=mode == "resume")
+            return judge_again(trainer, reward, prompts, run_dir, inputs, argv)
+        open_folder = RunFolder.resume if mode == "resume" else RunFolder.create
+        with open_folder(run_dir, trainer, inputs, argv) as folder:
+            return train(trainer, reward, prompts, folder)
     except UserError as error:
         processes.say_why(str(error))
         return 2
@@ -213,9 +257,6 @@ def main(argv: list[str] | None = None) -> int:
             processes.say_why(f"{lost}; when all machines are back, go on with: python train_ppo.py {flags}")
             return 1
         raise
-    finally:
-        if folder:
-            folder.close()
 
 
 if __name__ == "__main__":

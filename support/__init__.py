@@ -10,10 +10,10 @@ def import_libraries() -> None:
 
     A second run in the same process imports nothing and freezes nothing: frozen objects are never collected.
     """
-    if "support.run_folder" in sys.modules:
+    if "support.run.run_folder" in sys.modules:
         return
     gc.disable()
-    import support.run_folder  # noqa: F401  (which imports all that a run needs)
+    import support.run.run_folder  # noqa: F401  (which imports all that a run needs)
 
     gc.freeze()
     gc.enable()

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 
-from support.errors import UserError
+from support.common.errors import UserError
 
 
 @contextlib.contextmanager

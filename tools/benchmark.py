@@ -20,9 +20,9 @@ import torch
 
 from config import PPOConfig
 from reward import score_texts
-from support.load import load
-from support.settings import check, parse_args
-from support.text_trainer import TextPPOTrainer
+from support.run.load import load
+from support.run.settings import check, parse_args
+from support.run.text_trainer import TextPPOTrainer
 from tools import exits_on_user_error
 from train_ppo import draw_prompts
 

@@ -16,8 +16,8 @@ import torch
 import ppo
 from config import PPOConfig
 from reward import score_texts
-from support.load import load
-from support.text_trainer import TextPPOTrainer
+from support.run.load import load
+from support.run.text_trainer import TextPPOTrainer
 
 WARM_UP = 3  # ordinary steps before: policy, reference and values differ, and a quarter of the batch is still unhappy
 

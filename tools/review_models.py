@@ -21,11 +21,11 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tqdm import tqdm
 from transformers import BertTokenizer, GPT2LMHeadModel
 
-from support.demo_models import SPECIAL_TOKENS, descend, forward, new_classifier, new_gpt2, write_model
-from support.devices import keep_freed_memory, pick_device, pick_dtype
-from support.errors import UserError
-from support.files import path_errors, read_text, whole
-from support.models import quiet_transformers
+from support.common.errors import UserError
+from support.common.files import path_errors, read_text, whole
+from support.compute.devices import keep_freed_memory, pick_device, pick_dtype
+from support.models.demo_models import SPECIAL_TOKENS, descend, forward, new_classifier, new_gpt2, write_model
+from support.models.pretrained import quiet_transformers
 from tools import exits_on_user_error
 
 LENGTH = 48  # tokens; longer reviews are cut

@@ -9,13 +9,13 @@ import torch
 
 from config import PPOConfig
 from reward import SentimentReward, import_function, read_classifier_config
-from support import processes
-from support.devices import environment, in_one_line, keep_freed_memory, pick_device, pick_dtype
-from support.errors import UserError
-from support.files import path_errors
-from support.hub import model_folder
-from support.models import encode_prompt, load_policy, read_policy_folder
-from support.settings import read_prompts
+from support.common.errors import UserError
+from support.common.files import path_errors
+from support.compute import processes
+from support.compute.devices import environment, in_one_line, keep_freed_memory, pick_device, pick_dtype
+from support.models.hub import model_folder
+from support.models.pretrained import encode_prompt, load_policy, read_policy_folder
+from support.run.settings import read_prompts
 
 
 def load(config: PPOConfig):

@@ -7,11 +7,11 @@ from itertools import count
 from pathlib import Path
 
 from config import PPOConfig
-from support import processes
-from support.errors import UserError
-from support.files import path_errors, read_json
-from support.settings import check, load_config, parse_args, read_prompts, total_steps
-from support.tracking import check_installed
+from support.common.errors import UserError
+from support.common.files import path_errors, read_json
+from support.compute import processes
+from support.run.settings import check, load_config, parse_args, read_prompts, total_steps
+from support.run.tracking import check_installed
 
 FINAL = ("model", "rewards.png", "report.md")  # what the end of a run writes, the last of them last
 # Flags that may differ from the run's own settings, because they don't change its result (--episodes only extends it)

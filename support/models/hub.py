@@ -5,8 +5,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from support.errors import UserError, first_line
-from support.files import path_errors
+from support.common.errors import UserError, first_line
+from support.common.files import path_errors
+from support.models.demo_models import demo_models
 
 VALUE_HEAD = "value_head.safetensors"  # only models trained here have one
 VOCABULARIES = ({"vocab.txt"}, {"tokenizer.json"}, {"vocab.json", "merges.txt"})
@@ -23,8 +24,6 @@ def model_folder(name: str, flag: str, check: Callable[[Path], object] = lambda 
     can't be found or downloaded.
     """
     if name == "demo":
-        from support.demo_models import demo_models
-
         return demo_models()[0 if flag == "--model_name" else 1]
     if os.path.isdir(folder := os.path.expanduser(name)):
         return Path(folder)

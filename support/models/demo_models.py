@@ -16,7 +16,7 @@ from filelock import FileLock
 from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer, GPT2Config, GPT2LMHeadModel
 
-from support.files import whole
+from support.common.files import whole
 
 NEGATIVE, POSITIVE = "negative (stars 1, 2 and 3)", "positive (stars 4 and 5)"
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # the first lines of vocab.txt

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from datetime import timedelta
 
 from config import PPOConfig
-from support.errors import UserError, first_line
+from support.common.errors import UserError, first_line
 
 
 def below_torchrun() -> bool:

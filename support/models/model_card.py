@@ -8,8 +8,8 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from config import PPOConfig
-from support.files import write_whole
-from support.hub import HUB_ID
+from support.common.files import write_whole
+from support.models.hub import HUB_ID
 
 RESULTS = "<!-- results: each evaluation replaces the text below this line -->"
 TEXT = """---

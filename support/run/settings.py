@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from config import PRESETS, PPOConfig
-from support.devices import check_versions
-from support.errors import UserError
-from support.files import read_json, read_text, write_whole
+from support.common.errors import UserError
+from support.common.files import read_json, read_text, write_whole
+from support.compute.devices import check_versions
 
 # Settings of one start or one folder, which say nothing about how a run trains: never listed as changes
 NOT_COMPARED = {"preset", "run_name", "runs_dir", "track", "resume", "eval_only", "complete", "n"}

@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 
-from support import processes
+from support.compute import processes
 
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows: two
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from support.errors import UserError
-from support.figures import decimals, table
-from support.files import MEND_LINE, damaged, read_json, whole_lines
-from support.settings import NOT_COMPARED
+from support.common.errors import UserError
+from support.common.figures import decimals, table
+from support.common.files import MEND_LINE, damaged, read_json, whole_lines
+from support.run.settings import NOT_COMPARED
 
 # Settings that change nothing that a curve shows, and those that decide the limit
 SILENT = {"seed", "log_samples_every", "save_every", "save_every_minutes", "keep_checkpoints", "process_timeout"}

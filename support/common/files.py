@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from support.errors import UserError, first_line, is_out_of_memory
+from support.common.errors import UserError, first_line, is_out_of_memory
 
 MEND_LINE = "mend that line, or remove it"
 

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from support import processes
-from support.errors import UserError
-from support.files import damaged, disk_errors, remove, whole
+from support.common.errors import UserError
+from support.common.files import damaged, disk_errors, remove, whole
+from support.compute import processes
 
 FILES = ("policy.safetensors", "average.safetensors", "optimizer.pt")
 REMEDY = "an older one is used, if there is one"

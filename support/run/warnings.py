@@ -1,9 +1,11 @@
-"""Signs in the rows of metrics.csv that a run is in trouble: each is reported once, with the remedy. None stops a run.
+"""Warnings before and during training. Each is given once, with the remedy; none stops a run.
 
-The limits lie between the healthy and the sick runs of docs/experiments.md.
+The limits of the alarms lie between the healthy and the sick runs of docs/experiments.md.
 """
 
 import math
+
+from support.run.limit import possible
 
 LAST = 5  # steps over which numbers that vary from batch to batch are averaged
 TOO_FAST, CLIPPED = 0.01, 0.1  # approxkl and clipfrac
@@ -11,6 +13,24 @@ STILL = 3e-5  # approxkl of the first step
 FAR, BEYOND = 2.0, 1.5  # KL in nats, and as a multiple of the limit's
 NARROW, ALIKE = 0.5, 0.4  # entropy and unique texts, as shares of the first step's: texts of four tokens come near
 DEARER = "a higher --init_kl_coef or --kl_budget 0.4 keeps the texts closer to the language"
+
+
+def prospect(before, prompts: list[str], kl_coef: float) -> list[str]:
+    """Return lines about what is possible at this KL coefficient, and warnings. before: an Evaluation."""
+    rewards, prompt_index = before.rewards()
+    found, lines = possible(rewards, prompt_index, before.noise, kl_coef), []
+    if best := found.get("limit"):
+        told = f"the best possible policy gets a reward of {best['reward']:.3g} at KL {best['kl']:.2g}"
+        lines.append(f"at a KL coefficient of {kl_coef:.3g} {told}; now it is {rewards.mean().item():.3g}")
+    if "why" in found:
+        return [*lines, f"warning: {found['why']}"]
+    if best["kl"] > FAR:
+        lines.append(f"warning: a KL of {best['kl']:.2g} nats is far away: expect collapse; try --kl_budget 0.4")
+    little = 0.01 * rewards.std(correction=0).item()
+    if flat := [i for i in prompt_index.unique() if rewards[prompt_index == i].std(correction=0) < little]:
+        which = f"{len(flat)} of {len(prompts)} prompts, for example {before.samples[flat[0]][0]!r}"
+        lines.append(f"warning: whatever follows {which}, gets much the same score: they teach nothing")
+    return lines
 
 
 class Alarms:

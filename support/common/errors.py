@@ -13,6 +13,14 @@ class UserError(ValueError):
         super().__init__(escaped(message))
 
 
+class RewardError(UserError):
+    """A reward function failed. `traceback` has its traceback and the texts, for error.log."""
+
+    def __init__(self, message: str, traceback: str = ""):
+        super().__init__(message)
+        self.traceback = traceback
+
+
 def escaped(text: str) -> str:
     """A text with its STEERING characters as escape codes: names and files may come from a stranger."""
     return STEERING.sub(lambda found: ascii(found[0])[1:-1], text)

@@ -4,21 +4,12 @@ import math
 import re
 from unicodedata import east_asian_width
 
-from support.errors import escaped
+from support.common.errors import escaped
 
 
 def decimals(spread: float, digits: int = 2) -> int:
     """Returns how many decimals tell numbers of this standard deviation apart: 2 for 0.38, none for 3,800."""
     return max(0, digits - 1 - math.floor(math.log10(spread))) if 0 < spread < math.inf else digits
-
-
-def duration(seconds: float) -> str:
-    """Returns seconds as "7 s", "5 min 46 s" or "2 h 5 min"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 def in_markdown(text: str) -> str:

@@ -9,8 +9,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from config import PPOConfig
-from support.errors import UserError, first_line
+from support.common.errors import UserError, first_line
 
 
 def check_versions() -> None:
@@ -18,7 +17,7 @@ def check_versions() -> None:
     from packaging.requirements import Requirement
     from packaging.version import Version
 
-    requirements = Path(__file__).resolve().parent.parent / "requirements.txt"
+    requirements = Path(__file__).resolve().parents[2] / "requirements.txt"
     for line in re.findall(r"(?m)^(?:torch|transformers)\b.*", requirements.read_text(encoding="utf-8")):
         needed = Requirement(line)
         found = next((package.version for package in metadata.distributions(name=needed.name)), None)
@@ -85,28 +84,6 @@ def pick_dtype(dtype: str, device):
         # Private, and in torch 2.6 and newer; the public get_capabilities() is newer than that
         native = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return torch.bfloat16 if native else torch.float32
-
-
-def pick_micro_batch_size(config: PPOConfig, gpt2_config, device, n_prompt: int, n_tokens: int, drawing=False) -> int:
-    """How many completions of n_tokens tokens, after prompts of n_prompt, go through a model at once. By default as
-    many as fit into an eighth of a GPU's memory, or elsewhere into 2 GiB, at most 64. Some six float32 copies of the
-    logits and two of keys and values live at once; drawing needs one token's logits.
-    """
-    more = 4 if drawing else 1
-    if config.micro_batch_size:
-        return more * config.micro_batch_size
-    import torch
-
-    logits = 24 * n_tokens * gpt2_config.vocab_size // more
-    cache = 16 * (n_prompt + n_tokens) * gpt2_config.n_layer * gpt2_config.n_embd
-    if device.type == "cuda":
-        return max(1, torch.cuda.get_device_properties(device).total_memory // 8 // (logits + cache))
-    return min(64 * more, max(1, 2**31 // (logits + cache)))
-
-
-def to_device(tensor, device):
-    """A CPU tensor on a device, without waiting for a CUDA GPU. For an Apple GPU it waits (pytorch issue 189690)."""
-    return tensor.to(device, non_blocking=str(device).startswith("cuda"))
 
 
 def keep_freed_memory() -> None:

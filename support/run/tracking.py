@@ -3,6 +3,7 @@
 metrics.csv stays the truth: if a package raises, one line says so and the run goes on without it.
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -10,8 +11,9 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
-from support.errors import UserError, first_line
-from support.files import read_json, write_whole
+from support.common.errors import UserError, first_line
+from support.common.files import read_json, write_whole
+from support.compute import processes
 
 PROJECT = "ppo-chinese-gpt2"  # unless WANDB_PROJECT, SWANLAB_PROJECT or TRACKIO_PROJECT names another
 
@@ -26,10 +28,17 @@ def check_installed(package: str) -> None:
 class Tracker:
     """A run in a package ("none" for no package). tracking.json keeps its id there, with which --resume goes on."""
 
-    def __init__(self, run_dir: Path, package: str, config: dict):
-        self.package, self.module = package, None
-        if package != "none":
+    def __init__(self, run_dir: Path, config: dict):
+        self.package, self.module = config["track"], None
+        if self.package != "none" and processes.rank() == 0:
             self.attempt(lambda: self.start(run_dir, config))
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.module:
+            self.attempt(self.module.finish)
 
     def start(self, run_dir: Path, config: dict) -> None:
         path = run_dir / "tracking.json"
@@ -61,11 +70,6 @@ class Tracker:
             return {"samples": table}
         return {"samples": self.module.Table(columns=columns, data=samples)} if samples else {}
 
-    def finish(self) -> None:
-        if self.module:
-            self.attempt(self.module.finish)
-        self.module = None
-
     def attempt(self, call: Callable) -> None:
         """Call a package. If it raises, say so once, and do without it from here on."""
         try:
@@ -76,7 +80,8 @@ class Tracker:
 
 
 def numbers(value, name: str) -> dict[str, float]:
-    """The numbers of a JSON value outside its lists, by their path."""
+    """The numbers of a JSON value, or of a dataclass, outside its lists, by their path."""
+    value = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
     if isinstance(value, dict):
         return {path: x for key, part in value.items() for path, x in numbers(part, f"{name}/{key}").items()}
     return {name: value} if isinstance(value, (int, float)) else {}

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoTokenizer, BertTokenizer, GenerationCon
 from transformers.utils import logging as transformers_logging
 
 from gpt2_value_head import GPT2HeadWithValueModel, never_sampled_ids
-from support.errors import UserError, first_line, is_out_of_memory
-from support.hub import VALUE_HEAD, has_vocabulary
+from support.common.errors import UserError, first_line, is_out_of_memory
+from support.models.hub import VALUE_HEAD, has_vocabulary
 
 SPECIAL_TOKENS = re.compile(r"\[(PAD|UNK|CLS|SEP|MASK)\]")
 SPACE_BETWEEN_CHARACTERS = re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])")

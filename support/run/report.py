@@ -4,42 +4,45 @@ import json
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from support.compare import read_metrics
-from support.errors import escaped
-from support.evaluation import SHOWN, before_after_table, results_table
-from support.figures import duration, in_markdown, table
-from support.files import MEND_LINE, damaged, whole_lines
-from support.settings import changes, load_config
+from support.common.errors import escaped
+from support.common.figures import in_markdown, table
+from support.common.files import MEND_LINE, damaged, read_json, whole_lines
+from support.run.compare import read_metrics
+from support.run.evaluation import Results
+from support.run.results import SHOWN, before_after_table, results_table
+from support.run.settings import changes, load_config
 
 STARTS = "environment.jsonl"  # a line for the start of the run, for each --resume and for each --eval_only
 
 
-def run_report(run_dir: Path, results: dict, inputs: dict[str, str], starts: list[dict]) -> str:
-    """Returns the report of a run that has been judged, in Markdown. Raises UserError if a file there is damaged.
-
-    results: evaluation.json. inputs: hashes of the models and others, by name. starts: environment.jsonl.
-    """
-    parts = [f"# {in_markdown(run_dir.resolve().name)}", f"**{results['verdict']}**"]
+def run_report(run_dir: Path, results: Results) -> str:
+    """Return the report of a run that has been judged, in Markdown. Raises UserError if a file there is damaged."""
+    starts, inputs = read_starts(run_dir), read_json(run_dir / "inputs.json", "remove it: it is made again", missing={})
+    parts = [f"# {in_markdown(run_dir.resolve().name)}", f"**{results.verdict}**"]
     if (run_dir / "rewards.png").exists():
         parts.append("![curves of the run](rewards.png)")
-    n = f"{results['after']['n']:,} completions before training and as many after it"
+    n = f"{results.after.n:,} completions before training and as many after it"
     limit = "The limit is the best policy that this KL coefficient allows, and the gain the share of the way there"
     judged = f"Judged on {n}, of the same random draws. {limit}; KL is in nats per completion."
     parts += ["## Results", judged, results_table(results)]
-    if gains := [f"{best['gain']:.2f} with {best['n']}" for best in results["best_of_n"] if best["gain"] is not None]:
+    if gains := [f"{best['gain']:.2f} with {best['n']}" for best in results.best_of_n if best["gain"] is not None]:
         drafts = "Without any training, the best of several drafts by the original model has a gain of"
         parts.append(f"{drafts} {', '.join(gains)}.")
-    if alarms := results.get("alarms"):
-        warnings = [f"- step {alarm['step']}: {in_markdown(alarm['says'])}" for alarm in alarms]
+    if results.alarms:
+        warnings = [f"- step {alarm['step']}: {in_markdown(alarm['says'])}" for alarm in results.alarms]
         parts += ["Warnings while it trained:", "\n".join(warnings)]
-    parts += [f"## The first {SHOWN} completions, before and after", before_after_table(results)]
+    parts += [
+        f"## The first {SHOWN} completions, before and after",
+        before_after_table(results.before.samples, results.after.samples),
+    ]
 
     commands = [f"    {escaped(start.get('command', '(unknown)'))}  # {when(start)}" for start in starts]
     parts += ["## How it was made", "\n".join(commands)]
     if (run_dir / "metrics.csv").exists():
         seconds = read_metrics(run_dir)["time/step"]
-        took = f"{len(seconds):,} steps in {duration(sum(seconds))}, without loading and judging"
+        took = f"{len(seconds):,} steps in {tqdm.format_interval(sum(seconds))}, without loading and judging"
         parts.append(f"{took}; {np.median(seconds):.2f} s a step in the median.")
     config = load_config(run_dir / "config.json")
     if changed := [[name, str(here), str(preset)] for name, (preset, here) in changes(config).items()]:

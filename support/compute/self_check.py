@@ -4,9 +4,9 @@ import torch
 import transformers
 from transformers.cache_utils import DynamicCache
 
-from support.batches import Completions, Prompts
-from support.errors import UserError
-from support.shared_prompts import SharedPrompts
+from gpt2_value_head import SharedPrompts
+from support.common.errors import UserError
+from support.compute.batches import Completions, Prompts
 
 
 @torch.no_grad()
@@ -25,8 +25,8 @@ def check_passes(model) -> None:
     if not whole.isfinite().all():
         return  # sampling reports it
 
-    prompts, passes = Prompts.from_tensors(queries, 0, model.device), SharedPrompts(model)
-    shared, _ = passes(passes.trunk(Completions(prompts, responses, torch.ones_like(responses, dtype=torch.bool))))
+    prompts = Prompts.from_tensors(queries, 0, model.device)
+    shared, _ = SharedPrompts(model)(Completions(prompts, responses, torch.ones_like(responses, dtype=torch.bool)))
 
     cache, mask = DynamicCache(), prompts.mask_with(2)
     drawn = [model(prompts.ids, prompts.mask, cache, use_cache=True, logits_to_keep=1).logits[prompts.rows]]

@@ -1,0 +1,221 @@
+"""How a batch goes through a policy and its reference, and how a gradient gets into the policy's weights.
+
+The engine knows nothing about PPO. Policy and reference share the first `config.frozen_share` of their blocks. In
+bfloat16 a copy of the policy computes, and its gradients move the float32 weights (Micikevicius et al. 2018, "Mixed
+precision training", arXiv:1710.03740). Work is split into micro-batches and over processes, which all call the same
+methods with the same whole batch and get the results of the whole batch. The update equals that of a single process up
+to rounding.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from gpt2_value_head import SharedPrompts, completion_mask, completion_uniforms, restrict_logits, restriction, sample
+from support.compute import processes
+from support.compute.batches import Completions, Prompts, to_device
+from support.compute.devices import pick_dtype
+from support.compute.self_check import check_passes
+
+MAX_SKIPPED = 10  # optimiser steps in a row without a finite gradient: then training has failed
+
+
+class Engine:
+    """Two models, the optimiser, and the average of the policy's weights over the steps. Arguments as PPOTrainer's."""
+
+    def __init__(self, config, model, ref_model, tokenizer):
+        self.config, self.device = config, model.device
+        self.dtype = pick_dtype(config.dtype, self.device)
+        self.sep_token_id, self.pad_token_id = tokenizer.sep_token_id, tokenizer.pad_token_id
+        self.restriction = restriction(tokenizer, model.config.vocab_size, self.device)
+        self.world_size = processes.world_size()
+
+        # Frozen weights are in memory once; if the arithmetic is not float32, a copy of the policy computes
+        self.model = model.eval()
+        self.ref_model = ref_model.eval().to(self.dtype).requires_grad_(False)
+        for one in (model, ref_model):
+            one.freeze(config.frozen_share)
+        self.compute_model = model if self.dtype == torch.float32 else copy.deepcopy(model).to(self.dtype)
+        self.compute_model.v_head.float()
+        for weight, ref_weight in zip(self.compute_model.parameters(), self.ref_model.parameters()):
+            if not weight.requires_grad:
+                if not weight.equal(ref_weight):
+                    raise ValueError("policy and reference differ in a frozen block; frozen_share=0 trains them all")
+                ref_weight.data = weight.data
+
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self.n_trained = sum(weight.numel() for weight in self.weights)
+        self.copied_weights = [weight for weight in self.compute_model.parameters() if weight.requires_grad]
+        policy, value_head = self.weights[:-2], self.weights[-2:]  # the head's weight and bias come last
+        groups = [{"params": policy, "lr": config.lr}, {"params": value_head, "lr": config.value_lr}]
+        fused = self.device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.Adam(groups, eps=config.adam_epsilon, fused=fused)
+        self.skipped_in_a_row = 0  # optimiser steps, up to the last `fetch`
+        self.averaged = copy.deepcopy(model)
+        self.averages = [weight for weight in self.averaged.parameters() if weight.requires_grad]
+        self.trained_policy = SharedPrompts(self.compute_model, config.detach_value)
+        check_passes(self.compute_model)
+        if self.world_size > 1:
+            self.trained_policy = DistributedDataParallel(self.trained_policy, gradient_as_bucket_view=True)
+
+    def generate(self, queries: list[torch.Tensor], model, seed: int, step: int, first: int) -> Completions:
+        """Let `model` continue each query; completion i uses the random numbers of (seed, step, first + i)."""
+        model, gen_len = self.in_compute_dtype(model), self.config.gen_len
+        special = self.restriction, self.sep_token_id, self.pad_token_id
+        prompts = Prompts.from_tensors(queries, self.pad_token_id, self.device)
+        size = self.micro_batch_size(prompts.ids.shape[1], gen_len, drawing=True)
+        ids = torch.zeros(len(queries), gen_len, dtype=torch.int64, device=self.device)
+        for rows in self.own_rows(len(queries), size):
+            part, numbers = prompts.select(rows), range(first + rows.start, first + rows.stop)
+            uniforms = to_device(completion_uniforms(seed, step, numbers, gen_len), self.device)
+            ids[rows] = sample(model, part.ids, part.mask, part.rows, uniforms, *special, self.config.temperature)
+        mask = completion_mask(self.all_reduce_sum(ids), self.sep_token_id)
+        longest = int(mask.sum(-1).max())
+        return Completions(prompts, ids[:, :longest], mask[:, :longest])
+
+    # --- splitting a batch
+
+    def micro_batch_size(self, n_prompt: int, n_tokens: int, drawing: bool = False) -> int:
+        """How many completions of n_tokens tokens, after prompts of n_prompt, go through a model at once. By default as
+        many as fit into an eighth of a GPU's memory, or elsewhere into 2 GiB, at most 64. Some six float32 copies of
+        the logits and two of keys and values live at once; drawing needs one token's logits."""
+        more = 4 if drawing else 1
+        if self.config.micro_batch_size:
+            return more * self.config.micro_batch_size
+        gpt2_config = self.model.config
+        logits = 24 * n_tokens * gpt2_config.vocab_size // more
+        cache = 16 * (n_prompt + n_tokens) * gpt2_config.n_layer * gpt2_config.n_embd
+        if self.device.type == "cuda":
+            return max(1, torch.cuda.get_device_properties(self.device).total_memory // 8 // (logits + cache))
+        return min(64 * more, max(1, 2**31 // (logits + cache)))
+
+    def own_rows(self, n: int, size: int) -> list[slice]:
+        """The rows, out of n, that this process sends through a model, `size` at a time."""
+        mine = range(n)[processes.rows_of_rank(n)] if self.world_size > 1 else range(n)
+        return [slice(first, min(first + size, mine.stop)) for first in range(mine.start, mine.stop, size)]
+
+    def parts(self, batch) -> list:
+        """The micro-batches of this process. batch: Completions, or an Experience."""
+        size = self.micro_batch_size(batch.prompts.ids.shape[1], batch.mask.shape[1])
+        return [batch.select(rows) for rows in self.own_rows(len(batch.mask), size)]
+
+    def gather(self, computed: list[torch.Tensor], n: int) -> torch.Tensor:
+        """Concatenate results (k, rows, ...) of the micro-batches of `parts`, of all processes: (k, n, ...)."""
+        computed = torch.cat(computed, dim=1)
+        if self.world_size == 1:
+            return computed
+        whole = computed.new_zeros(len(computed), n, *computed.shape[2:])
+        whole[:, processes.rows_of_rank(n)] = computed
+        return processes.all_reduce_sum(whole)
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over the processes, in place."""
+        return processes.all_reduce_sum(tensor) if self.world_size > 1 else tensor
+
+    # --- forward passes
+
+    @torch.no_grad()
+    def in_compute_dtype(self, model):
+        """`model` in the dtype of the arithmetic: itself or a copy. The copy of the policy is kept and updated here."""
+        if model is not self.model:
+            return model if model.dtype == self.dtype else copy.deepcopy(model).to(self.dtype)
+        if self.compute_model is not model:
+            torch._foreach_copy_(self.copied_weights, self.weights)  # private; torch's Adam has used it since 2.1
+        return self.compute_model
+
+    def passes(self, model) -> SharedPrompts:
+        """What `forward` takes to send completions through `model`."""
+        return SharedPrompts(self.in_compute_dtype(model))
+
+    def forward(self, completions: Completions, passes=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Restricted logits (n, T, V) and values (n, T), float32. passes: see `passes`; by default the policy's, for
+        training."""
+        logits, values = (passes or self.trained_policy)(completions)
+        return restrict_logits(logits, self.restriction, self.config.temperature), values.float()
+
+    @torch.no_grad()
+    def share_trunk(self, completions: Completions) -> Completions:
+        """Add the hidden states after the frozen blocks, which policy and reference share, if any block is frozen."""
+        if not self.ref_model.n_frozen:
+            return completions
+        passes, prompts = SharedPrompts(self.ref_model), completions.prompts
+        states = [passes.trunk(part.prompts, part.ids)[1][None] for part in self.parts(completions)]
+        prompt_states, _ = passes.trunk(prompts, completions.ids[:, :1])
+        prompts = replace(prompts, hidden_states=prompt_states)
+        return replace(completions, prompts=prompts, hidden_states=self.gather(states, len(completions.ids))[0])
+
+    # --- an optimiser step
+
+    def zero_grad(self) -> None:
+        """Begin an optimiser step: clear the gradients, and take over the weights of the last step."""
+        self.in_compute_dtype(self.model).zero_grad()
+
+    def micro_batches(self, batch) -> Iterator[tuple]:
+        """The micro-batches of this process, each with its share of the batch's tokens: the sum of their losses, times
+        these weights, is the mean over all tokens. batch: an Experience."""
+        n_tokens, parts = batch.mask.sum(), self.parts(batch)
+        for part in parts:
+            last = self.world_size == 1 or part is parts[-1]  # processes exchange gradients in its backward pass
+            with contextlib.nullcontext() if last else self.trained_policy.no_sync():
+                yield part, self.world_size * part.mask.sum() / n_tokens  # DDP divides by the number of processes
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of a loss to the gradients."""
+        loss.backward()
+
+    def clip_and_step(self) -> dict[str, torch.Tensor]:
+        """Clip the gradient and take an optimiser step, or skip it if the gradient isn't finite."""
+        if self.compute_model is not self.model:
+            for weight, copied_weight in zip(self.weights, self.copied_weights):
+                weight.grad = copied_weight.grad.float()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.weights, self.config.max_grad_norm)
+        skipped = (~grad_norm.isfinite()).float()
+        if fused := self.optimizer.defaults["fused"]:
+            self.optimizer.found_inf = skipped  # as GradScaler sets it: if 1, Adam does nothing, without a look at it
+        if fused or not skipped:
+            self.optimizer.step()
+        return {"grad_norm": grad_norm, "skipped": skipped}
+
+    # --- statistics
+
+    def means(self, updates: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Average the statistics of several optimiser steps over steps and processes; `skipped` is summed."""
+        table = torch.stack([torch.stack(list(update.values())) for update in updates])
+        table = self.all_reduce_sum(table / self.world_size)
+        self.skipped = table[:, list(updates[0]).index("skipped")]
+        return {**dict(zip(updates[0], table.mean(0))), "skipped": self.skipped.sum()}
+
+    def fetch(self, statistics: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Convert scalars to floats, in one transfer from the GPU; after `means`. Raises FloatingPointError after
+        MAX_SKIPPED skipped optimiser steps in a row."""
+        fetched = torch.stack([*statistics.values(), *self.skipped]).tolist()
+        for skipped in fetched[len(statistics) :]:
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+            if self.skipped_in_a_row == MAX_SKIPPED:
+                raise FloatingPointError(f"the gradient of {MAX_SKIPPED} optimiser steps in a row was not finite")
+        return dict(zip(statistics, fetched))
+
+    # --- checkpoints
+
+    def state_dict(self) -> dict:
+        """The engine's part of a checkpoint: weights by name, the optimiser's state, and the skipped steps."""
+        return {
+            "policy": {name: weight.detach() for name, weight in self.model.named_parameters()},
+            "average": {name: weight.detach() for name, weight in self.averaged.named_parameters()},
+            "optimizer": self.optimizer.state_dict(),
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what `state_dict` returned. Raises ValueError or RuntimeError if the weights are another model's."""
+        for model, weights in ((self.model, state["policy"]), (self.averaged, state["average"])):
+            if weights.keys() != dict(model.named_parameters()).keys():
+                raise ValueError("its weights are not those of this model")
+            model.load_state_dict(weights, strict=False)  # tied weights are there under one name only
+        groups = self.optimizer.state_dict()["param_groups"]  # with this run's settings, fused if this device allows it
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+        self.skipped_in_a_row = state["skipped_in_a_row"]

@@ -1,0 +1,161 @@
+"""How good a policy is: rewards and KL of completions that are always drawn with the same random numbers.
+
+evaluation.json has the `Results` of a run: an `Evaluation` before and one after training, and what they are measured
+against.
+"""
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ppo import PPOTrainer, kl_from_logits, logprobs_from_logits, masked_mean
+from reward import score_texts
+from support.common.files import damaged, read_json, write_whole
+from support.compute.batches import Completions
+from support.models.pretrained import decode, encode_prompt
+from support.run.limit import best_of_n, frontier, gain
+
+SEED = 20_170_707  # of every evaluation, whatever the run's seed: all policies are judged on the same draws
+TWICE = 64  # texts that are scored a second time
+
+
+@dataclass
+class Evaluation:
+    """A policy judged on n completions. `samples` has (prompt, completion, reward) and `kls` the KL of each; the others
+    are means over them, but for `commonest`, (text, count), and `noise`, see the function."""
+
+    n: int
+    reward: float
+    reward_ci95: float
+    kl: float
+    distinct_1: float
+    distinct_2: float
+    unique: float
+    length: float
+    ended: float
+    ref_logprob: float
+    commonest: list
+    samples: list
+    kls: list
+    noise: float = 0.0
+
+    def rewards(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the rewards (n,) float64, and the index of the prompt of each (n,) int64."""
+        index = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompt for prompt, *_ in self.samples))}
+        rewards = torch.tensor([reward for *_, reward in self.samples], dtype=torch.float64)
+        return rewards, torch.tensor([index[prompt] for prompt, *_ in self.samples])
+
+
+@dataclass
+class Results:
+    """What evaluation.json has. `gain`, `frontier` and `best_of_n`: see support/limit.py."""
+
+    before: Evaluation
+    after: Evaluation | None = None
+    steps: int | None = None
+    alarms: list = field(default_factory=list)
+    gain: dict | None = None
+    frontier: list = field(default_factory=list)
+    best_of_n: list = field(default_factory=list)
+    verdict: str | None = None
+
+    def measure(self, beta: float) -> None:
+        """Compute gain, frontier and best-of-n at a KL coefficient."""
+        rewards, prompt_index = self.before.rewards()
+        self.gain = gain(self.before, self.after, beta)
+        self.frontier = frontier(rewards, prompt_index)
+        fewest = prompt_index.bincount().min()
+        self.best_of_n = [best_of_n(rewards, prompt_index, n, self.gain) for n in (2, 3, 4, 8) if n <= fewest]
+
+    @classmethod
+    def read(cls, path: Path) -> "Results | None":
+        """Read an evaluation.json; None if there is none. Raises UserError if it is damaged."""
+        if not path.exists():
+            return None
+        remedy = "remove it: --resume makes it again"
+        values = read_json(path, remedy)
+        with damaged(path, remedy):
+            parts = {when: Evaluation(**values[when]) for when in ("before", "after") if values.get(when)}
+            return cls(**values | parts)
+
+    def write(self, path: Path) -> None:
+        write_whole(path, json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1) + "\n")
+
+    def without_samples(self) -> dict:
+        """Return all numbers and the verdict, what matters most first."""
+        found = {"verdict": self.verdict, "gain": self.gain} | dataclasses.asdict(self)
+        for when in ("before", "after"):
+            found[when] = {name: value for name, value in found[when].items() if name not in ("samples", "kls")}
+        return found
+
+
+def evaluate(trainer: PPOTrainer, model, reward, prompts: list[str]) -> Evaluation:
+    """Judge `model` on `eval_samples` completions, the prompts in turn.
+
+    `kl` is the mean of `kl_to_reference`: the same expectation as the sampled log-ratios, with less noise.
+    """
+    prompt_index, completions, texts, rewards = sample_and_score(trainer, model, reward, prompts)
+    kl, ref_logprobs = kl_to_reference(trainer, model, completions)
+    mask, n = completions.mask.cpu(), len(texts)
+    ended = ((completions.ids == trainer.tokenizer.sep_token_id) & completions.mask).sum().item()
+    of_prompt = [prompts[i] for i in prompt_index]
+    counts = Counter(zip(of_prompt, texts))
+    return Evaluation(
+        n=n,
+        reward=rewards.mean().item(),
+        reward_ci95=1.96 * rewards.std().item() / math.sqrt(n),
+        kl=kl.mean().item(),
+        distinct_1=distinct(texts, 1),
+        distinct_2=distinct(texts, 2),
+        unique=len(counts) / n,
+        length=mask.sum().item() / n,
+        ended=ended / n,
+        ref_logprob=masked_mean(ref_logprobs, mask).item(),
+        commonest=[[prompt + text, count] for (prompt, text), count in counts.most_common(10)],
+        samples=[list(sample) for sample in zip(of_prompt, texts, rewards.tolist())],
+        kls=kl.tolist(),
+    )
+
+
+def sample_and_score(trainer: PPOTrainer, model, reward, prompts: list[str]):
+    """Draw `eval_samples` completions, the prompts in turn. Returns the index of each one's prompt (n,) int64, the
+    Completions, their texts, and their rewards (n,) float32."""
+    prompt_index = torch.arange(trainer.config.eval_samples) % len(prompts)
+    queries = [encode_prompt(trainer.tokenizer, prompt) for prompt in prompts]
+    completions = trainer.engine.generate([queries[i] for i in prompt_index], model, SEED, 0, 0)
+    texts = decode(trainer.tokenizer, completions.token_lists())
+    rewards = score_texts(reward, [prompts[i] + text for i, text in zip(prompt_index, texts)])
+    return prompt_index, completions, texts, rewards
+
+
+def noise(reward, judged: Evaluation) -> float:
+    """Return the share of the rewards' variance that is chance: half the mean squared difference of two rewards of
+    the same text, for TWICE texts, over the variance of all rewards."""
+    scores, _ = judged.rewards()
+    again = score_texts(reward, [prompt + text for prompt, text, _ in judged.samples[:TWICE]])
+    difference = (again - scores[:TWICE]).square().mean().item() / 2
+    return difference / scores.var(correction=0).item() if difference else 0.0
+
+
+@torch.no_grad()
+def kl_to_reference(trainer: PPOTrainer, model, completions: Completions) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return how far `model` is from the reference along completions, on the CPU: the KL (n,) in nats, over the whole
+    vocabulary at each token and summed; and the reference's log-probabilities (n, T) of the tokens."""
+    engine, computed = trainer.engine, []
+    policy, reference = engine.passes(model), engine.passes(trainer.ref_model)
+    for part in engine.parts(completions):
+        (logits, _), (ref_logits, _) = engine.forward(part, policy), engine.forward(part, reference)
+        computed.append(torch.stack([kl_from_logits(logits, ref_logits), logprobs_from_logits(ref_logits, part.ids)]))
+    kl, ref_logprobs = engine.gather(computed, len(completions.ids)).cpu()
+    return kl.where(completions.mask.cpu(), 0).sum(-1), ref_logprobs
+
+
+def distinct(texts: list[str], n: int) -> float:
+    """Distinct-n: different n-grams of characters over all of them (Li et al. 2016, arXiv:1510.03055)."""
+    ngrams = [text[i : i + n] for text in texts for i in range(len(text) - n + 1)]
+    return len(set(ngrams)) / max(1, len(ngrams))

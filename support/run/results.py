@@ -1,0 +1,81 @@
+"""What came of a run, in words and tables."""
+
+import math
+import statistics
+
+from support.common.figures import decimals, table
+from support.run.evaluation import Results
+
+GOOD = 0.7  # gain; with normal rewards a share x of KL* buys at most 2 sqrt(x) - x of it, so the shares of KL* below
+UNMOVED = 0.01  # buy at most 0.2 of the gain,
+FAR = 2  # at most 0.83: more reward than the limit's at this distance means that texts were found which no sample had,
+CLOSE = 1.5  # and at most 0.95
+UNSURE = 0.15  # standard error of the gain above which a good run and a short one look alike
+SHOWN = 5  # completions in the before/after table
+
+
+def verdict(results: Results, config) -> str:
+    """Return what kind of run this was and the flag to change, in one sentence; the rewards' unit doesn't matter."""
+    before, after, result = results.before, results.after, results.gain
+    if (share := result["gain"]) is None:
+        more = f"judge again by more samples, with --eval_only and --eval_samples {result.get('samples_needed')}"
+        return f"gain unknown: {more if 'samples_needed' in result else result['why']}"
+    kl, limit, error = after.kl, result["limit"], result["gain_se"]
+    got, spent = f"{share:.0%} of what is possible", f"KL {kl:.2g} where {limit['kl']:.2g} is worth it"
+    calmer = "a lower --lr" if config.minibatch_size == config.batch_size else f"--minibatch_size {config.batch_size}"
+    collapsed = after.unique < before.unique / 2
+    if kl < UNMOVED * limit["kl"]:
+        return f"unmoved: {spent}; try a higher --lr"
+    if kl > FAR * limit["kl"] and (after.reward > limit["reward"] or collapsed):
+        return f"hacked: {spent}; try {calmer if share < GOOD else 'a higher --init_kl_coef'}"
+    if error > UNSURE and abs(share - GOOD) < 2 * error:
+        needed = 2 ** math.ceil(math.log2(len(after.samples) * (2 * error / UNSURE) ** 2))
+        return f"good or short, which these samples cannot tell: --eval_only with --eval_samples {needed} would"
+    if share >= GOOD:
+        return f"good: {got}"
+    bought = after.reward - result["J_before"]
+    buyable = min(point["reward"] + point["beta"] * (kl - point["kl"]) for point in results.frontier)
+    luck = 2 * error * (limit["J"] - result["J_before"])
+    if kl > CLOSE * limit["kl"] or bought + luck < 0.5 * (buyable - result["J_before"]):
+        return f"wasted KL: {spent}; try {calmer}"
+    return f"short: {got}; go on with more --episodes"
+
+
+ROWS = {  # of the table of results: what, and its format; None for the rewards' own
+    "reward": ("mean reward", None),
+    "reward_ci95": ("95% interval, plus or minus", None),
+    "kl": ("KL to the reference, nats", ".3f"),
+    "distinct_1": ("distinct-1, characters", ".3f"),
+    "distinct_2": ("distinct-2, pairs of characters", ".3f"),
+    "unique": ("unique completions", ".1%"),
+    "length": ("mean length, tokens", ".1f"),
+    "ended": ("ended by SEP", ".1%"),
+    "ref_logprob": ("log-probability a token, reference", ".2f"),
+}
+
+
+def results_table(results: Results) -> str:
+    """Return the figures before and after training and those of the limit as a Markdown table."""
+    before, after, result = results.before, results.after, results.gain
+    limit = result["limit"] if result["gain"] is not None else {}
+    in_rewards = f".{decimals(statistics.pstdev(score for *_, score in before.samples), 3)}f"
+    rows = [
+        (what, form, getattr(before, key), getattr(after, key), limit.get(key)) for key, (what, form) in ROWS.items()
+    ]
+    if "J" in result:
+        rows.append((f"J = reward - {result['beta']:.3g} KL", None, result["J_before"], result["J"], limit.get("J")))
+    cells = [
+        [what, *("" if value is None else f"{value:{form or in_rewards}}" for value in values)]
+        for what, form, *values in rows
+    ]
+    if limit:
+        cells.append(["gain", "0", f"{result['gain']:.2f} (standard error {result['gain_se']:.2f})", "1"])
+    return table(["", "before", "after", "the limit"], cells)
+
+
+def before_after_table(before: list, after: list, shown: int = SHOWN) -> str:
+    """Return the first samples before and after training, of the same random draws, as a Markdown table."""
+    form = f".{decimals(statistics.pstdev(score for *_, score in before))}f"
+    pairs = zip(before[:shown], after)
+    rows = [[prompt, old, f"{was:{form}}", new, f"{now:{form}}"] for (prompt, old, was), (_, new, now) in pairs]
+    return table(["prompt", "before", "score", "after", "score"], rows)

@@ -1,0 +1,244 @@
+"""The folder of a run, and all that is written into it.
+
+runs/<name>/
+    config.json       the settings of the run
+    inputs.json       hashes of models, prompts and your own reward's file, which --resume compares
+    environment.jsonl one line per start: its command and first step, versions, device, dtype, processes
+    metrics.csv       one row per step
+    samples.jsonl     one line per completion
+    evaluation.json   how good the policy was before and after, with all samples; without them, results.json
+    inputs/           the file of your own reward and the prompts' file, as they were
+    checkpoints/      see checkpoint.py
+    error.log         the traceback of a reward function that failed, and its texts
+    model/  rewards.png  report.md      what the end of a run writes
+
+Every process calls every function; only rank 0 reads and writes.
+"""
+
+import contextlib
+import json
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from config import PPOConfig
+from support.common.errors import RewardError, UserError, escaped
+from support.common.files import disk_errors, read_json, remove, whole, write_whole
+from support.compute import processes
+from support.compute.devices import environment
+from support.models.model_card import write_results
+from support.run.checkpoint import load_checkpoint, save_checkpoint
+from support.run.command_line import FINAL, new_run_folder
+from support.run.evaluation import Results
+from support.run.load import hash_of, reward_file
+from support.run.log import RunLog
+from support.run.report import STARTS, read_starts, run_report
+from support.run.results import before_after_table, results_table
+from support.run.settings import changes, save_config, total_steps
+from support.run.text_trainer import save_trained
+
+
+class RunFolder:
+    """The folder of a run that trains, locked as long as it is open. Made by `create` or `resume`; closed by `with`."""
+
+    def __init__(self, path: Path, trainer, lock: FileLock | None, log: RunLog | None):
+        self.path, self.config, self.trainer, self.lock, self.log = path, trainer.config, trainer, lock, log
+        self.logged = log.rows if log else []  # the rows of metrics.csv up to the trainer's step
+        self.saved_at = time.monotonic()
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.log:
+            self.log.close()
+            self.lock.release()
+
+    @classmethod
+    def create(cls, path: Path, trainer, inputs: dict[str, str], argv: list[str]) -> "RunFolder":
+        """Make the folder of a new run. Without --run_name, runs of the same second take different names.
+
+        inputs: see `load.input_hashes`. argv: this start's command line. Raises UserError if that isn't possible.
+        """
+
+        def make() -> Path:
+            free = new_run_folder(trainer.config) if path.exists() else path
+            with disk_errors(free):
+                free.mkdir(parents=True)
+            return free
+
+        made = processes.broadcast_from_rank_0(make)
+        trainer.config.run_name = made.name
+        return cls.begin(made, trainer, lock_folder(made), inputs, argv)
+
+    @classmethod
+    def resume(cls, path: Path, trainer, inputs: dict[str, str], argv: list[str]) -> "RunFolder":
+        """Open the folder of an earlier run, and put its newest checkpoint into the trainer. Raises UserError, with all
+        files as they were, if the inputs are others, a file is damaged, or the run has lost its checkpoints."""
+        lock = lock_folder(path)
+        compare_inputs(path, inputs)
+        load_checkpoint(trainer, path / "checkpoints")
+        return cls.begin(path, trainer, lock, inputs, argv)
+
+    @classmethod
+    def begin(cls, path: Path, trainer, lock, inputs: dict[str, str], argv: list[str]) -> "RunFolder":
+        """Start the log, or go on with what was logged up to the trainer's step, and write down the settings."""
+
+        def write() -> RunLog:
+            if trainer.n_steps == 0 and (path / "model").exists():
+                raise UserError(f"{path} has lost its checkpoints; start a new run under another --run_name")
+            with disk_errors(path):
+                log = RunLog(path, trainer.n_steps)
+                (path / "checkpoints").mkdir(exist_ok=True)
+                for leftover in [*path.glob(".partial-*"), *path.glob("checkpoints/.partial-*")]:
+                    remove(leftover)  # of a kill
+            note_start(path, trainer, argv, trainer.n_steps + 1)
+            write_whole(path / "inputs.json", json.dumps(inputs, ensure_ascii=False, indent=2) + "\n")
+            for file in map(Path, filter(None, (reward_file(trainer.config), trainer.config.prompts_file))):
+                content = file.read_bytes()
+                with whole(path / "inputs" / f"{file.stem}-{hash_of(content)}{file.suffix}") as copied:
+                    copied.parent.mkdir(exist_ok=True)
+                    copied.write_bytes(content)
+            save_config(trainer.config, path / "config.json")  # last: what has it can be resumed
+            return log
+
+        folder = cls(path, trainer, lock, on_rank_0(write))
+        config, engine = trainer.config, trainer.engine
+        print(f"{engine.n_trained / 1e6:.1f} of {trainer.model.num_parameters() / 1e6:.1f} million parameters train")
+        if changed := [f"{name} {here} (preset: {preset})" for name, (preset, here) in changes(config).items()]:
+            print(f"changed from the preset {config.preset}: {', '.join(changed)}")
+        print(f"run folder {path}, {total_steps(config)} steps of {config.batch_size} completions")
+        several = f"{processes.world_size()} processes, each " if processes.world_size() > 1 else ""
+        print(f"{several}on {engine.device} in {str(engine.dtype).removeprefix('torch.')}")
+        return folder
+
+    def read_results(self) -> Results | None:
+        return read_results(self.path)
+
+    def write_results(self, results: Results) -> None:
+        if self.log:
+            results.write(self.path / "evaluation.json")
+
+    def save_settings(self) -> None:
+        """Write the settings again, after the KL coefficient was chosen."""
+        if self.log:
+            save_config(self.config, self.path / "config.json")
+
+    def write_log(self, row: dict, samples: list[tuple]) -> None:
+        """Write a step's row of metrics.csv, and its samples, (prompt, completion, score), to samples.jsonl."""
+        if self.log:
+            names = ("prompt", "completion", "score")
+            self.log.write(row, [{"step": row["step"], **dict(zip(names, sample))} for sample in samples])
+
+    def checkpoint_due(self) -> bool:
+        """After the last step, after every `save_every` steps, and when the last is `save_every_minutes` old."""
+        step, every, minutes = self.trainer.n_steps, self.config.save_every, self.config.save_every_minutes
+        old = minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
+        return step == total_steps(self.config) or (every > 0 and step % every == 0) or old
+
+    def save_checkpoint(self) -> None:
+        if self.log:
+            with disk_errors(self.path):
+                self.log.sync()  # a checkpoint counts on the log up to its step
+            save_checkpoint(self.trainer, self.path / "checkpoints", self.config.keep_checkpoints)
+        self.saved_at = time.monotonic()
+
+    def save_model(self, example: str) -> None:
+        """Replace model/ by the policy that training ended with. example: a prompt for its card."""
+        if self.log:
+            with whole(self.path / "model") as partial:
+                save_trained(self.trainer, partial, example)
+
+    @contextlib.contextmanager
+    def errors_explained(self):
+        """Raise UserError if training fails. If a reward does, save a checkpoint first."""
+        with disk_errors(self.path), failures_explained(self.path, lambda: f"step {self.trainer.n_steps + 1}"):
+            try:
+                yield
+            except RewardError:
+                self.save_checkpoint()
+                raise
+
+
+def on_rank_0(function: Callable):
+    """function() on rank 0, None on the others. Raises UserError on all if it raises one."""
+    results = []
+    processes.broadcast_from_rank_0(lambda: results.append(function()))
+    return results[0] if results else None
+
+
+def lock_folder(path: Path) -> FileLock | None:
+    """Lock a run folder for this process. Raises UserError if another process has locked it."""
+
+    def acquire() -> FileLock:
+        lock = FileLock(path / ".lock")
+        with disk_errors(path):
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                raise UserError(f"another process is at work in {path}; wait for it, or stop it")
+        return lock
+
+    return on_rank_0(acquire)
+
+
+def read_results(path: Path) -> Results | None:
+    """Read a run's evaluation.json; None if there is none yet."""
+    return processes.broadcast_from_rank_0(lambda: Results.read(path / "evaluation.json"))
+
+
+def compare_inputs(path: Path, inputs: dict[str, str]) -> None:
+    """Raise UserError if a run has judged or trained a model with other models, prompts or reward than these."""
+    file, judged = path / "inputs.json", path / "evaluation.json"
+    before = processes.broadcast_from_rank_0(
+        lambda: read_json(file, "remove it: it is made again", missing={}) if judged.exists() else {}
+    )
+    for name, now in inputs.items():
+        # The demo's models are made anew, and may differ in the last digits on another machine
+        if before.get(name, now) != now and not name.endswith("_name demo"):
+            what = f"{name} is {now} and was {before[name]}"
+            way = f"put it back, start a new run, or remove {file} to go on with what is there now"
+            raise UserError(f"this is not what {path} was started with: {what}; {way}")
+
+
+def note_start(path: Path, trainer, argv: list[str], step: int | None) -> None:
+    """Add a line to environment.jsonl; step: the first of this start, or None if it judges a saved model."""
+    engine = trainer.engine
+    start = {"command": escaped(shlex.join(["python", "train_ppo.py", *argv])), "step": step}
+    start |= {"parameters": trainer.model.num_parameters(), "parameters that train": engine.n_trained}
+    start |= environment(engine.device)
+    start |= {"dtype": str(engine.dtype).removeprefix("torch."), "processes": processes.world_size()}
+    write_whole(path / STARTS, "".join(json.dumps(each) + "\n" for each in [*read_starts(path), start]))
+
+
+@contextlib.contextmanager
+def failures_explained(path: Path, where: Callable[[], str]):
+    """Raise UserError, with where it happened, if a reward or the arithmetic fails. A reward's traceback is kept in
+    error.log."""
+    try:
+        yield
+    except RewardError as error:
+        if processes.rank() == 0 and error.traceback:
+            write_whole(path / "error.log", error.traceback)
+        log = f"; the traceback and the texts are in {path / 'error.log'}" if error.traceback else ""
+        raise UserError(f"{where()}: {error}{log}")
+    except FloatingPointError as error:
+        kept = "; the last checkpoint is kept" if any(path.glob("checkpoints/step-*")) else ""
+        raise UserError(f"{where()}: {error}; try a lower --lr, or --dtype float32{kept}")
+
+
+def write_ending(path: Path, config: PPOConfig, results: Results, prompts: list[str], draw) -> None:
+    """Write evaluation.json, results.json, the picture, the model's card, and report.md. draw(out): draws the run."""
+    with disk_errors(path / FINAL[-1]):
+        (path / FINAL[-1]).unlink(missing_ok=True)  # until it belongs to what is written here
+    results.write(path / "evaluation.json")
+    write_whole(path / "results.json", json.dumps(results.without_samples(), ensure_ascii=False, indent=1) + "\n")
+    if (path / "metrics.csv").exists():
+        draw(path / "rewards.png")
+    figures, texts = results_table(results), before_after_table(results.before.samples, results.after.samples)
+    judgement = f"**{results.verdict}**\n\n{figures}\n\nThe same draws before and after:\n\n{texts}"
+    write_results(path / "model", config, prompts, judgement)
+    write_whole(path / FINAL[-1], run_report(path, results))
