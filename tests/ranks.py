@@ -25,7 +25,7 @@ if multiprocessing.current_process().name == "MainProcess":
 
 class Ranks:
     """n processes that call function(rank, *arguments) in `folder`; what they print is in the files RANK.out, RANK.err.
-    torchrun: they are started by its own agent, and once more after one of them has died."""
+    torchrun: its own agent starts them, and once more after one of them has died."""
 
     def __init__(self, folder: Path, function, *arguments, n=2, torchrun=False):
         self.folder, self.processes = folder, []
@@ -108,14 +108,12 @@ def program(rank: int, flags: list[str], read=True) -> None:
     runpy.run_path(str(ROOT / "train_ppo.py"), run_name="__main__")
 
 
-# ----------------------------------------------------------------------------------------------
-# Rewards, as tests.ranks:NAME. Something happens to rank 1 at step 5 of the first start, if its share of a batch is 8.
-
 SHARE, STEP = 8, 5
 shares = []
 
 
 def lengths(texts: list[str], happens) -> list[float]:
+    """A reward. Something happens to rank 1 at step 5 of the first start, if its share of a batch is 8."""
     shares.extend([texts] if len(texts) == SHARE else [])
     process = os.environ.get("RANK"), os.environ.get("TORCHELASTIC_RESTART_COUNT")
     if process == ("1", "0") and len(texts) == SHARE and len(shares) == STEP:
@@ -124,11 +122,11 @@ def lengths(texts: list[str], happens) -> list[float]:
 
 
 def killed(texts: list[str]) -> list[float]:
-    return lengths(texts, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    return lengths(texts, lambda: signal.raise_signal(signal.SIGKILL))
 
 
 def interrupted(texts: list[str]) -> list[float]:
-    return lengths(texts, lambda: os.kill(os.getpid(), signal.SIGINT))
+    return lengths(texts, lambda: signal.raise_signal(signal.SIGINT))
 
 
 def fails(texts: list[str]) -> list[float]:

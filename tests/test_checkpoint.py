@@ -59,9 +59,6 @@ def test_a_loaded_trainer_goes_on_as_the_saved_one(policy, tmp_path):
     assert_same_weights(trainer, other)
 
 
-# --- damage
-
-
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("ran",)
@@ -126,9 +123,6 @@ def test_without_any_usable_checkpoint_loading_fails_and_changes_nothing(policy,
     with pytest.raises(UserError, match=f"no usable checkpoint in {two_checkpoints}"):
         load_checkpoint(twin(policy), two_checkpoints)
     assert contents(two_checkpoints) == before and capsys.readouterr().out.count("warning: ") == 2
-
-
-# --- which ones are kept
 
 
 def write_checkpoints(policy, folder, *steps, keep=99):

@@ -25,7 +25,7 @@ from train_ppo import main
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
-def three_steps(rank, n_processes, gpt2_folder, file):
+def three_steps(rank, n_processes, gpt2_folder):
     """Save weights and statistics of three PPO steps. In the third the last process's first gradient is NaN."""
     meeting.init_process_group()
     model, tokenizer = load_gpt2(gpt2_folder)
@@ -46,9 +46,8 @@ def three_steps(rank, n_processes, gpt2_folder, file):
         stats.append(trainer.step(queries, of_many_lengths, scores))
         states.append(copy.deepcopy(model.state_dict()))
     states.append(trainer.policy_for_saving.state_dict())
-    torch.save({"states": states, "stats": stats, "drawn": drawn}, file.format(rank))
-    if n_processes > 1:
-        meeting.exit_process(0)
+    torch.save({"states": states, "stats": stats, "drawn": drawn}, f"{rank}-of-{n_processes}")
+    meeting.exit_process(0)
 
 
 def distance(one, other) -> float:
@@ -57,15 +56,11 @@ def distance(one, other) -> float:
 
 
 def test_the_update_does_not_depend_on_the_number_of_processes(tmp_path, gpt2_folder):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    three_steps(0, 1, gpt2_folder, str(tmp_path / "alone"))
-    torch.set_num_threads(threads)
-    ranks = Ranks(tmp_path, three_steps, 2, gpt2_folder, "result-{}")
-    assert ranks.wait() == [0, 0], ranks.err(0)
-    alone = torch.load(tmp_path / "alone")
-    for rank in range(2):
-        result = torch.load(tmp_path / f"result-{rank}")
+    for n in (1, 2):
+        ranks = Ranks(tmp_path, three_steps, n, gpt2_folder, n=n)
+        assert ranks.wait() == [0] * n, ranks.err(0)
+    alone, *results = [torch.load(tmp_path / name) for name in ("0-of-1", "0-of-2", "1-of-2")]
+    for result in results:
         for one, other in zip(alone["states"], result["states"]):
             # Gradients are sums of some 100 float32 terms in another order, an error near 1e-6 of them; Adam's epsilon
             # of 1e-5 lets no weight of a small gradient make more than 100 times as much of it
@@ -74,10 +69,6 @@ def test_the_update_does_not_depend_on_the_number_of_processes(tmp_path, gpt2_fo
         for one, other in zip(alone["stats"][:2], result["stats"]):
             assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
         assert [stats["ppo/skipped"] for stats in result["stats"]] == [0, 0, 1]  # on all ranks or on none
-
-
-# ----------------------------------------------------------------------------------------------
-# Whole runs
 
 
 def same_curve(one: Path, other: Path) -> bool:

@@ -40,9 +40,6 @@ def whole(gpt2_folder, tmp_path_factory):
     return run_dir
 
 
-# --- signals
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_stops_after_the_step_with_a_checkpoint(policy, whole, tmp_path, number, code, capfd):
     """And the run goes on to the end of one that was not stopped."""
@@ -80,9 +77,6 @@ def test_a_terminal_that_goes_away_stops_nothing_below_nohup(capfd):
     signal.raise_signal(signal.SIGHUP)
     stop.release()
     assert not stop.received and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-
-
-# --- rewards and steps that fail
 
 
 @pytest.mark.parametrize(("call", "where", "kept"), [(1, "evaluation", []), (4, "step 2", ["step-000001"])])

@@ -49,9 +49,6 @@ def copied(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "run")
 
 
-# --- stopped at any moment
-
-
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory, gpt2_folder):
     """A policy, its finished run of three steps, and the run's folder as a kill at each flush would have left it."""
@@ -185,9 +182,6 @@ def test_a_run_without_its_checkpoints_does_not_begin_again(killed, tmp_path, re
     assert contents(run_dir) == before
 
 
-# --- settings
-
-
 @pytest.mark.parametrize(("mode", "taken"), [("resume", WHEN_GOING_ON), ("eval_only", WHEN_JUDGING)])
 def test_settings_that_decide_the_result_are_refused(finished, mode, taken):
     for name in sorted(set(ANOTHER) - taken):
@@ -244,9 +238,6 @@ def test_unnamed_runs_of_the_same_second_get_folders_of_their_own(tmp_path):
             assert other.config.run_name == other.path.name != one.path.name and other.path.is_dir()
 
 
-# --- judged again
-
-
 def test_a_run_is_judged_with_other_settings_and_left_as_it_is(finished, copied, capsys):
     """A judgement by fewer samples is only printed."""
     change_json(copied / "config.json", device="auto")
@@ -275,9 +266,6 @@ def test_a_run_at_work_is_refused_and_a_stale_lock_is_not(finished, copied, caps
             assert "another process is at work in" in capsys.readouterr().err and contents(copied) == before
     assert main(["--eval_only", str(copied)]) == 0
     assert read_json(copied / "evaluation.json") == read_json(finished / "evaluation.json")
-
-
-# --- changed inputs
 
 
 def test_changed_inputs_are_named_and_nothing_is_done(killed, tmp_path):
