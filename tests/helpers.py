@@ -349,3 +349,14 @@ def evaluated(unit=1.0) -> dict:
     gain = {"beta": 0.15 * unit, "limit": limit, "J_before": 0.2546 * unit, "J": 0.6904 * unit}
     gain |= {"gain": 0.9177, "gain_se": 0.0234}
     return {"before": figures | before, "after": figures | after, "gain": gain, "verdict": "good"}
+
+
+def load_gpt2(folder):
+    """A fresh policy and its tokenizer."""
+    from support.models import load_gpt2_config, load_policy, load_tokenizer
+
+    return load_policy(folder, load_gpt2_config(folder)), load_tokenizer(folder)
+
+
+def checkpoints(run_dir) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())

@@ -6,34 +6,43 @@ They are forked from a server that has loaded the libraries, so that not each of
 import multiprocessing
 import os
 import re
+import runpy
 import signal
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 from torch.distributed import TCPStore
 
-LIBRARIES = ["torch", "torch.distributed", "torch.multiprocessing", "matplotlib.pyplot", "transformers.pipelines"]
-LIBRARIES += [f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "bert")]
+from tests.helpers import ROOT
+
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload([*LIBRARIES, "tests.conftest", "train_ppo", "support.run_folder"])
+GPT2 = "transformers.models.gpt2.modeling_gpt2"
+context.set_forkserver_preload(["tests.conftest", "train_ppo", "support.load", "support.run_folder", GPT2])
+if multiprocessing.current_process().name == "MainProcess":
+    forkserver.ensure_running()  # it loads them while other tests run
 
 
 class Ranks:
     """n processes that call function(rank, *arguments) in `folder`; what they print is in the files RANK.out, RANK.err.
-    restarts: how often torchrun has started them before."""
+    torchrun: its own agent starts them, and once more after one of them has died."""
 
-    def __init__(self, folder: Path, function, *arguments, n=2, restarts=0):
+    def __init__(self, folder: Path, function, *arguments, n=2, torchrun=False):
         self.folder, self.processes = folder, []
+        if torchrun:
+            self.start(launch, folder, n, function, arguments)
+            return
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank in range(n):
             environment = {"RANK": rank, "WORLD_SIZE": n, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": n}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.store.port}
-            environment |= {"TORCHELASTIC_RESTART_COUNT": restarts, "TORCHELASTIC_RUN_ID": "job"}
-            environment |= {"TORCHELASTIC_USE_AGENT_STORE": True}
-            environment = {name: str(value) for name, value in environment.items()}
-            process = context.Process(target=call, args=(folder, environment, function, arguments))
-            process.start()
-            self.processes.append(process)
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.store.port, "TORCHELASTIC_RUN_ID": "job"}
+            environment |= {"TORCHELASTIC_RESTART_COUNT": 0, "TORCHELASTIC_USE_AGENT_STORE": True}
+            self.start(call, folder, function, arguments, {name: str(value) for name, value in environment.items()})
+
+    def start(self, target, *arguments) -> None:
+        process = context.Process(target=target, args=arguments)
+        process.start()
+        self.processes.append(process)
 
     def wait(self) -> list[int]:
         """The exit codes. Kills a run that hangs."""
@@ -52,49 +61,72 @@ class Ranks:
         return (self.folder / f"{rank}.err").read_text(encoding="utf-8")
 
 
-def call(folder: Path, environment: dict[str, str], function, arguments) -> None:
+def redirect(folder: Path, name: str) -> None:
+    out, err = (os.open(folder / f"{name}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_APPEND) for kind in ("out", "err"))
+    os.dup2(err, 2)
+    print_to(out)
+
+
+def print_to(descriptor: int) -> None:
+    os.dup2(descriptor, 1)
+    sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", closefd=False)  # with a buffer, as a file has it
+
+
+def launch(folder: Path, n: int, function, arguments) -> None:
+    """What `torchrun --standalone --nproc-per-node n --max-restarts 1` does with a script."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from support import meeting
+
+    redirect(folder, "torchrun")
+    meeting.exit_process = sys.exit  # a process that ends without its return value is waited for without end
+    config = LaunchConfig(1, 1, n, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=1)
+    config.start_method, config.monitor_interval = "fork", 0.1
+    elastic_launch(config, call)(folder, function, arguments)
+
+
+def call(folder: Path, function, arguments, environment={}) -> None:
     import torch
 
     os.environ.update(environment)
-    rank = int(environment["RANK"])
-    for stream, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # with a buffer, as a file has it
+    redirect(folder, os.environ["RANK"])
     os.chdir(folder)
     torch.set_num_threads(1)
-    function(rank, *arguments)
+    function(int(os.environ["RANK"]), *arguments)
 
 
-def program(rank: int, flags: list[str]) -> None:
-    """`python train_ppo.py FLAGS`, without the picture."""
-    from support import meeting, run_folder
-    from train_ppo import main
+def program(rank: int, flags: list[str], read=True) -> None:
+    """`python train_ppo.py FLAGS`, without the picture. read: whether anybody reads what it prints."""
+    from support import run_folder
 
+    if not read:
+        reader, broken = os.pipe()
+        os.close(reader)
+        print_to(broken)
     run_folder.draw = lambda runs, out: out.touch()
-    meeting.exit_process(main(flags))
+    sys.argv = ["train_ppo.py", *flags]
+    runpy.run_path(str(ROOT / "train_ppo.py"), run_name="__main__")
 
-
-# ----------------------------------------------------------------------------------------------
-# Rewards, as tests.ranks:NAME. Something happens to rank 1 at step 5 of the first start, if its share of a batch is 8.
 
 SHARE, STEP = 8, 5
 shares = []
 
 
 def lengths(texts: list[str], happens) -> list[float]:
+    """A reward. Something happens to rank 1 at step 5 of the first start, if its share of a batch is 8."""
     shares.extend([texts] if len(texts) == SHARE else [])
-    first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
-    if os.environ.get("RANK") == "1" and first_start and len(texts) == SHARE and len(shares) == STEP:
+    process = os.environ.get("RANK"), os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if process == ("1", "0") and len(texts) == SHARE and len(shares) == STEP:
         happens()
     return [len(text) / 20 for text in texts]
 
 
 def killed(texts: list[str]) -> list[float]:
-    return lengths(texts, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    return lengths(texts, lambda: signal.raise_signal(signal.SIGKILL))
 
 
 def interrupted(texts: list[str]) -> list[float]:
-    return lengths(texts, lambda: os.kill(os.getpid(), signal.SIGINT))
+    return lengths(texts, lambda: signal.raise_signal(signal.SIGINT))
 
 
 def fails(texts: list[str]) -> list[float]:

@@ -4,6 +4,7 @@ import copy
 import math
 import zlib
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ import torch
 
 from config import PPOConfig
 from support.evaluation import evaluate
-from support.models import encode_prompt, load_gpt2_config, load_policy, load_tokenizer
+from support.models import encode_prompt
 from support.text_trainer import TextPPOTrainer
-from tests.helpers import FORBIDDEN, SEP, VOCAB, plain_gpt2
+from tests.helpers import FORBIDDEN, SEP, VOCAB, load_gpt2, plain_gpt2
 
 PROMPTS, N, GEN_LEN, TEMPERATURE = ["刚收到货,感觉", "衣服", "这本书很不错"], 61, 4, 0.7
 SEED = 20_170_707  # of every evaluation, in earlier versions too
@@ -28,8 +29,7 @@ class Judged:
     """The judgement of a policy that ends many of its texts at once, and what it was made with."""
 
     def __init__(self, folder, **changes):
-        self.tokenizer = load_tokenizer(folder)
-        self.reference = load_policy(folder, load_gpt2_config(folder))
+        self.reference, self.tokenizer = load_gpt2(folder)
         self.model = copy.deepcopy(self.reference)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -40,39 +40,14 @@ class Judged:
         settings = dict(gen_len=GEN_LEN, temperature=TEMPERATURE, eval_samples=N, micro_batch_size=7, frozen_share=0.0)
         config = PPOConfig(**settings | {"device": "cpu", "dtype": "float32", "seed": 11} | changes)
         self.trainer = TextPPOTrainer(config, copy.deepcopy(self.model), copy.deepcopy(self.reference), self.tokenizer)
-        self.result = self.judge(self.model)
+        self.result = evaluate(self.trainer, self.model, score, PROMPTS)
         self.prompts, self.completions, self.scores = map(list, zip(*self.result["samples"]))
 
-    def judge(self, model) -> dict:
-        return evaluate(self.trainer, model, score, PROMPTS)
 
-
-class Recount:
-    """The draws of a judgement once more, token after token: the completions and how likely they were."""
-
-    def __init__(self, judged: Judged):
-        models = [plain_gpt2(model) for model in (judged.model, judged.reference)]
-        self.responses, self.kls, self.ref_logprobs = [], [], []
-        for i in range(N):
-            ids = [2, *(VOCAB.index(character) for character in PROMPTS[i % 3])]
-            philox = np.random.Philox(key=[SEED, 0], counter=[0, 0, 0, i])
-            response, kl = [], 0.0
-            for uniform in np.random.Generator(philox).random(GEN_LEN, np.float32):
-                logprobs, ref_logprobs = (self.logprobs(model, ids + response) for model in models)
-                token = int((logprobs.exp().cumsum(0) <= uniform).sum())
-                kl += (logprobs.exp() * (logprobs - ref_logprobs)).sum().item()
-                self.ref_logprobs.append(ref_logprobs[token].item())
-                response.append(token)
-                if token == SEP:
-                    break
-            self.responses.append(response)
-            self.kls.append(kl)
-
-    @staticmethod
-    @torch.no_grad()
-    def logprobs(model, ids: list[int]) -> torch.Tensor:
-        logits = model(torch.tensor([ids])).logits[0, -1] / TEMPERATURE
-        return logits.index_fill(0, torch.tensor(FORBIDDEN), -1e4).log_softmax(-1)
+@torch.no_grad()
+def logprobs_of_next(model, ids: list[int]) -> torch.Tensor:
+    logits = model(torch.tensor([ids])).logits[0, -1] / TEMPERATURE
+    return logits.index_fill(0, torch.tensor(FORBIDDEN), -1e4).log_softmax(-1)
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +56,25 @@ def judged(gpt2_folder) -> Judged:
 
 
 @pytest.fixture(scope="module")
-def recount(judged) -> Recount:
-    return Recount(judged)
+def recount(judged) -> SimpleNamespace:
+    """The draws of a judgement once more, token after token: the completions and how likely they were."""
+    models = [plain_gpt2(model) for model in (judged.model, judged.reference)]
+    found = SimpleNamespace(responses=[], kls=[], ref_logprobs=[])
+    for i in range(N):
+        ids = [2, *(VOCAB.index(character) for character in PROMPTS[i % 3])]
+        philox = np.random.Philox(key=[SEED, 0], counter=[0, 0, 0, i])
+        response, kl = [], 0.0
+        for uniform in np.random.Generator(philox).random(GEN_LEN, np.float32):
+            logprobs, ref_logprobs = (logprobs_of_next(model, ids + response) for model in models)
+            token = int((logprobs.exp().cumsum(0) <= uniform).sum())
+            kl += (logprobs.exp() * (logprobs - ref_logprobs)).sum().item()
+            found.ref_logprobs.append(ref_logprobs[token].item())
+            response.append(token)
+            if token == SEP:
+                break
+        found.responses.append(response)
+        found.kls.append(kl)
+    return found
 
 
 def test_completions_are_the_evaluations_draws_with_the_prompts_in_turn_and_their_scores(judged, recount):
@@ -94,10 +86,7 @@ def test_completions_are_the_evaluations_draws_with_the_prompts_in_turn_and_thei
     assert judged.scores == pytest.approx(expected, abs=1e-6)
     assert judged.result["reward"] == pytest.approx(np.mean(expected), abs=1e-6)
     assert judged.result["reward_ci95"] == pytest.approx(1.96 * np.std(expected, ddof=1) / math.sqrt(N), rel=1e-5)
-
-
-def test_lengths_and_ends_count_the_tokens(judged, recount):
-    """Some completions end with the last token that they may have."""
+    # Some completions end with the last token that they may have
     ended = [response[-1] == SEP for response in recount.responses]
     lengths = [len(response) for response in recount.responses]
     assert 0 < sum(ended) < N and sum(lengths) < N * GEN_LEN
@@ -128,11 +117,12 @@ def test_an_evaluation_is_the_same_for_every_seed_and_after_every_step(judged, g
     other = Judged(gpt2_folder, seed=12)
     queries = [encode_prompt(other.tokenizer, PROMPTS[0])] * 4
     other.trainer.step(queries, other.trainer.generate(queries), [0.0] * 4)
-    assert judged.result == other.result == other.judge(other.model)
+    assert judged.result == other.result == evaluate(other.trainer, other.model, score, PROMPTS)
 
 
 def test_in_bfloat16_both_policies_are_rounded(gpt2_folder):
     """The reference judged against itself has moved nowhere, though the judged one comes in float32."""
     judged = Judged(gpt2_folder, dtype="bfloat16")
-    assert judged.judge(judged.reference)["kls"] == pytest.approx([0.0] * N, abs=1e-6)
+    itself = evaluate(judged.trainer, judged.reference, score, PROMPTS)
+    assert itself["kls"] == pytest.approx([0.0] * N, abs=1e-6)
     assert judged.result["kl"] > 0.01

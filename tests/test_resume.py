@@ -17,7 +17,7 @@ from support.errors import UserError
 from support.files import remove
 from support.load import input_hashes
 from support.run_folder import RunFolder, RunLog
-from tests.helpers import change_json, contents, count_characters, read_json, rows, small_run, tiny_run, weights
+from tests.helpers import change_json, checkpoints, contents, load_gpt2, read_json, rows, tiny_run, weights
 from tools.stress_resume import differences
 from train_ppo import main
 
@@ -49,20 +49,10 @@ def copied(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "run")
 
 
-def checkpoints(run_dir) -> list[str]:
-    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
-
-
-# --- stopped at any moment
-
-
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory, gpt2_folder):
     """A policy, its finished run of three steps, and the run's folder as a kill at each flush would have left it."""
-    from support.models import load_gpt2_config, load_policy, load_tokenizer
-
-    policy = load_policy(gpt2_folder, load_gpt2_config(gpt2_folder)), load_tokenizer(gpt2_folder)
-    runs_dir, copies, fsync = tmp_path_factory.mktemp("runs"), [], os.fsync
+    policy, runs_dir, copies, fsync = load_gpt2(gpt2_folder), tmp_path_factory.mktemp("runs"), [], os.fsync
 
     def copying(descriptor):
         copies.append(shutil.copytree(runs_dir / "run", runs_dir / f"killed-{len(copies)}"))
@@ -94,20 +84,20 @@ def test_a_run_killed_at_any_flush_goes_on_to_the_same_end(killed, tmp_path):
 
 
 @pytest.mark.parametrize("kept", [1, 100])
-@pytest.mark.parametrize("file", ["metrics.csv", "samples.jsonl"])
-def test_a_run_killed_inside_a_log_write_goes_on_to_the_same_end(killed, tmp_path, file, kept):
+def test_a_run_killed_inside_a_log_write_goes_on_to_the_same_end(killed, tmp_path, kept):
     """`kept`: the bytes that are there of the first step that no checkpoint holds."""
     policy, whole, copies = killed
     first = next(copy for copy in copies if (copy / "checkpoints" / "step-000002").exists())
     run_dir = shutil.copytree(first, tmp_path / "run")
-    there, complete = (run_dir / file).read_bytes(), (whole / file).read_bytes()
-    (run_dir / file).write_bytes(complete[: len(there) + kept])
+    for name in ("metrics.csv", "samples.jsonl"):
+        there, complete = (run_dir / name).read_bytes(), (whole / name).read_bytes()
+        (run_dir / name).write_bytes(complete[: len(there) + kept])
     assert tiny_run(run_dir, policy, resume=True) == 0 and differences(whole, run_dir) == []
 
 
-@pytest.mark.parametrize("failing", range(0, 50, 10))
+@pytest.mark.parametrize("failing", range(0, 50, 20))
 def test_a_full_disk_loses_nothing(killed, tmp_path, monkeypatch, failing):
-    """At a flush of any file. Earlier checkpoints stay, and with room again the run goes on to the same end."""
+    """At a flush of any file. With room again the run goes on to the same end."""
     policy, whole, _ = killed
     run_dir, flushes, fsync = tmp_path / "run", [], os.fsync
 
@@ -128,7 +118,6 @@ def test_a_full_disk_loses_nothing(killed, tmp_path, monkeypatch, failing):
 
 
 def test_a_log_that_the_disk_cannot_take_ends_the_run_in_one_line(killed, tmp_path, monkeypatch):
-    policy, whole, _ = killed
     write = RunLog.write
 
     def full(self, row, samples):
@@ -140,25 +129,20 @@ def test_a_log_that_the_disk_cannot_take_ends_the_run_in_one_line(killed, tmp_pa
 
     monkeypatch.setattr(RunLog, "write", full)
     with pytest.raises(UserError, match="metrics.csv cannot be written: No space left on device"):
-        tiny_run(tmp_path / "run", policy, save_every=2)
-    monkeypatch.setattr(RunLog, "write", write)
-    assert tiny_run(tmp_path / "run", policy, resume=True, save_every=2) == 0
-    assert differences(whole, tmp_path / "run") == []
+        tiny_run(tmp_path / "run", killed[0], save_every=2)
+    assert checkpoints(tmp_path / "run") == ["step-000002"]
 
-
-# --- the logs
 
 HEADER = "step,episodes,env/reward_mean,objective/kl"
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
-    [("metrics.csv", f"{HEADER}\n1,16,0,0\n2,32,0,0,0\n"), ("samples.jsonl", '{"step": 1}\n{}\n')],
+    ("name", "content"), [("metrics.csv", f"{HEADER}\n2,32,0,0,0\n"), ("samples.jsonl", '{"step": 1}\n{}\n')]
 )
 def test_a_damaged_log_is_left_as_it_is_and_so_is_the_other(tmp_path, name, content):
-    (tmp_path / "metrics.csv").write_bytes(f"{HEADER}\n1,16,0,0\n9,16,0,0\n".encode())
-    (tmp_path / "samples.jsonl").write_bytes(b'{"step": 1}\n{"step": 9}\n')
-    (tmp_path / name).write_bytes(content.encode())
+    (tmp_path / "metrics.csv").write_text(f"{HEADER}\n1,16,0,0\n9,16,0,0\n")
+    (tmp_path / "samples.jsonl").write_text('{"step": 1}\n{"step": 9}\n')
+    (tmp_path / name).write_text(content)
     before = contents(tmp_path)
     with pytest.raises(UserError, match=f"{tmp_path / name}.*; mend that line, or remove it"):
         RunLog(tmp_path, 3)
@@ -191,24 +175,18 @@ def test_logs_are_on_disk_before_the_checkpoint_that_counts_on_them(policy, tmp_
 def test_a_run_without_its_checkpoints_does_not_begin_again(killed, tmp_path, removed):
     run_dir = shutil.copytree(killed[1], tmp_path / "run")
     for path in [path for name in removed for path in run_dir.glob(name)]:
-        shutil.rmtree(path)
+        remove(path)
     before = contents(run_dir)
     with pytest.raises(UserError, match="has no checkpoint to go on from"):
         tiny_run(run_dir, killed[0], resume=True, episodes=32)
     assert contents(run_dir) == before
 
 
-# --- settings
-
-
 @pytest.mark.parametrize(("mode", "taken"), [("resume", WHEN_GOING_ON), ("eval_only", WHEN_JUDGING)])
-def test_settings_that_decide_the_result_are_refused(copied, mode, taken, capsys):
-    before = contents(copied)
+def test_settings_that_decide_the_result_are_refused(finished, mode, taken):
     for name in sorted(set(ANOTHER) - taken):
-        assert main([f"--{mode}", str(copied), *flags([name])]) == 2, name
-        assert f"would change the result of {copied}" in capsys.readouterr().err
-    assert main(["--resume", str(copied), "--episodes", "47"]) == 2  # fewer
-    assert contents(copied) == before
+        with pytest.raises(UserError, match=f"--{name} .* would change the result of {finished}"):
+            read_command_line([f"--{mode}", str(finished), *flags([name])])
 
 
 def test_a_run_goes_on_with_all_settings_that_do_not_decide_its_result(copied, trackers):
@@ -227,17 +205,14 @@ def test_a_run_goes_on_with_all_settings_that_do_not_decide_its_result(copied, t
     assert read_json(copied / "evaluation.json")["before"]["ref_logprob"] == -99
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"kl_budget": 0.1, "eval_samples": 64, "kl_controller": "adaptive", "target": 0.01, "horizon": 20}]
-)
-def test_a_raised_run_equals_one_that_was_as_long_from_the_start(policy, tmp_path, changes):
+def test_a_raised_run_equals_one_that_was_as_long_from_the_start(policy, tmp_path):
     """The coefficient that --kl_budget found is not put back to its first value."""
-    run_dir = tmp_path / "run"
-    assert tiny_run(run_dir, policy, **changes) == 0
+    run_dir, changes = tmp_path / "run", dict(kl_budget=0.1, kl_controller="adaptive", target=0.01, horizon=20)
+    assert tiny_run(run_dir, policy, eval_samples=64, **changes) == 0
     short = weights(run_dir)
     budget = {"init_kl_coef": read_json(run_dir / "config.json")["init_kl_coef"]}  # as main() reads it
-    assert tiny_run(run_dir, policy, resume=True, episodes=40, **changes | budget) == 0
-    assert tiny_run(tmp_path / "long", policy, episodes=40, **changes) == 0
+    assert tiny_run(run_dir, policy, resume=True, episodes=40, eval_samples=64, **changes | budget) == 0
+    assert tiny_run(tmp_path / "long", policy, episodes=40, eval_samples=64, **changes) == 0
     assert differences(tmp_path / "long", run_dir) == [] and weights(run_dir) != short
 
 
@@ -263,12 +238,13 @@ def test_unnamed_runs_of_the_same_second_get_folders_of_their_own(tmp_path):
             assert other.config.run_name == other.path.name != one.path.name and other.path.is_dir()
 
 
-# --- judged again
-
-
-def test_a_run_is_judged_with_other_settings_and_left_as_it_is(finished, copied):
+def test_a_run_is_judged_with_other_settings_and_left_as_it_is(finished, copied, capsys):
+    """A judgement by fewer samples is only printed."""
     change_json(copied / "config.json", device="auto")
     before = contents(copied)
+    assert main(["--eval_only", str(copied), "--eval_samples", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "keeps its judgement by 16 samples" in out and "mean reward" in out and contents(copied) == before
     assert main(["--eval_only", str(copied), *flags(WHEN_JUDGING)]) == 0
     after = contents(copied)
     changed = {path.name for path in before | after if before.get(path) != after.get(path)}
@@ -279,14 +255,8 @@ def test_a_run_is_judged_with_other_settings_and_left_as_it_is(finished, copied)
     assert f"python train_ppo.py --eval_only {copied}" in (copied / "report.md").read_text(encoding="utf-8")
 
 
-def test_judging_by_fewer_samples_is_printed_and_changes_nothing(copied, capsys):
-    before = contents(copied)
-    assert main(["--eval_only", str(copied), "--eval_samples", "4"]) == 0
-    out = capsys.readouterr().out
-    assert "keeps its judgement by 16 samples" in out and "mean reward" in out and contents(copied) == before
-
-
 def test_a_run_at_work_is_refused_and_a_stale_lock_is_not(finished, copied, capsys):
+    """Judged again with its own settings, it gets the judgement that it had."""
     (copied / "report.md").unlink()
     before = contents(copied)
     with (copied / ".lock").open("w") as lock:
@@ -295,10 +265,7 @@ def test_a_run_at_work_is_refused_and_a_stale_lock_is_not(finished, copied, caps
             assert main([mode, str(copied)]) == 2
             assert "another process is at work in" in capsys.readouterr().err and contents(copied) == before
     assert main(["--eval_only", str(copied)]) == 0
-    assert read_json(copied / "evaluation.json") == read_json(finished / "evaluation.json")  # judged as before
-
-
-# --- changed inputs
+    assert read_json(copied / "evaluation.json") == read_json(finished / "evaluation.json")
 
 
 def test_changed_inputs_are_named_and_nothing_is_done(killed, tmp_path):
@@ -317,41 +284,26 @@ def test_changed_inputs_are_named_and_nothing_is_done(killed, tmp_path):
 
 
 def test_each_input_has_a_hash_of_its_own(policy, tmp_path, monkeypatch):
-    """The weights, the tokenizer, the prompts and the file of a reward, by the flag that named it."""
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "judge_a.py").write_text("score = len\n")
     import judge_a
 
-    config = PPOConfig(model_name="m", reward="judge_a:score")
-    model, tokenizer = policy
-    other_model, other_tokenizer = copy.deepcopy(model), copy.deepcopy(tokenizer)
+    def hashes(model=policy[0], tokenizer=policy[1], prompts=("衣服",)):
+        config = PPOConfig(model_name="m", reward="judge_a:score")
+        return input_hashes(config, model, tokenizer, judge_a.score, [*prompts])
+
+    one, (other_model, other_tokenizer) = hashes(), copy.deepcopy(policy)
     other_model.v_head.summary.bias.data += 1
     other_tokenizer.add_tokens("画")
-    one = input_hashes(config, model, tokenizer, judge_a.score, ["衣服"])
     changed = {
-        "weights of --model_name m": input_hashes(config, other_model, tokenizer, judge_a.score, ["衣服"]),
-        "tokenizer of --model_name m": input_hashes(config, model, other_tokenizer, judge_a.score, ["衣服"]),
-        "prompts": input_hashes(config, model, tokenizer, judge_a.score, ["衣服", "衣服"]),
+        "weights of --model_name m": hashes(model=other_model),
+        "tokenizer of --model_name m": hashes(tokenizer=other_tokenizer),
+        "prompts": hashes(prompts=("衣服", "衣服")),
     }
     (tmp_path / "judge_a.py").write_text("score = max\n")
-    changed["file of --reward judge_a:score"] = input_hashes(config, model, tokenizer, judge_a.score, ["衣服"])
-    for name, hashes in changed.items():
-        assert [key for key in one if hashes[key] != one[key]] == [f"the hash of the {name}"]
-
-
-def test_a_reward_that_failed_before_anything_was_judged_is_mended_and_the_run_goes_on(tmp_path, demo, monkeypatch):
-    monkeypatch.syspath_prepend(str(tmp_path))
-    file, given = tmp_path / "judge_to_mend.py", ["--reward", "judge_to_mend:score"]
-    file.write_text("def score(texts):\n    return [1 / 0]\n")
-    code, run_dir = small_run(tmp_path, "--episodes", "16", *given)
-    assert code == 2 and "ZeroDivisionError" in (run_dir / "error.log").read_text()
-    file.write_text("def score(texts):\n    return [0.25] * len(texts)\n")
-    del sys.modules["judge_to_mend"]
-    assert main(["--resume", str(run_dir), *given]) == 0
-    assert [row["env/reward_mean"] for row in rows(run_dir)] == ["0.25"]
-
-
-# --- where and how
+    changed["file of --reward judge_a:score"] = hashes()
+    for name, others in changed.items():
+        assert [key for key in one if others[key] != one[key]] == [f"the hash of the {name}"]
 
 
 def test_a_run_keeps_where_each_of_its_parts_was_computed(killed, tmp_path, monkeypatch):
@@ -378,22 +330,16 @@ def test_a_raised_run_that_was_stopped_is_not_finished(killed, tmp_path, monkeyp
         assert weights(run_dir) == weights(killed[1]) or stopped[1] == "report"
 
 
-@pytest.mark.parametrize(("every", "due"), [(0, [5]), (1, [1, 2, 3, 4, 5]), (2, [2, 4, 5])])
-def test_a_checkpoint_is_due_every_so_many_steps_and_after_the_last(tmp_path, every, due):
-    config = PPOConfig(batch_size=4, minibatch_size=4, episodes=17, save_every=every, save_every_minutes=0)
+@pytest.mark.parametrize(("every", "minutes", "due"), [(0, 0, [8]), (3, 0, [3, 6, 8]), (0, 10, [3, 6, 8])])
+def test_a_checkpoint_is_due_by_steps_by_the_clock_and_after_the_last(tmp_path, monkeypatch, every, minutes, due):
+    """A step takes four minutes."""
+    now, saved = [0], []
+    monkeypatch.setattr("time.monotonic", lambda: 240 * now[0])
+    config = PPOConfig(batch_size=4, minibatch_size=4, episodes=31, save_every=every, save_every_minutes=minutes)
     folder = RunFolder(tmp_path, config, [], {})
-    assert [step for step in range(1, 6) if folder.checkpoint_due(step)] == due
-
-
-def test_a_checkpoint_is_due_when_the_last_is_old(policy, tmp_path, monkeypatch):
-    """By a clock that a step takes a minute of."""
-    now = [0.0]
-
-    def reward(texts):
-        now[0] += 60
-        return count_characters(texts)
-
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
-    changes = dict(episodes=64, save_every=0, save_every_minutes=3, keep_checkpoints=9)
-    assert tiny_run(tmp_path / "run", policy, reward, **changes) == 0
-    assert checkpoints(tmp_path / "run") == [f"step-00000{step}" for step in (1, 4, 7, 8)]  # judging took two minutes
+    folder.writes = False
+    for now[0] in range(1, 9):
+        if folder.checkpoint_due(now[0]):
+            saved.append(now[0])
+            folder.save_checkpoint(None)
+    assert saved == due
