@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, DistilBertConfig, D
 from reward import RewardError, SentimentReward, find_positive_label, score_texts
 from support.demo_models import NEGATIVE, POSITIVE
 from support.errors import UserError
-from support.user_code import import_function, to_ids
+from support.user_code import import_function
 from tests.helpers import VOCAB, change_json, write_classifier, write_gpt2, write_model
 
 
@@ -111,9 +111,6 @@ def test_a_classifier_of_another_family_scores(tmp_path):
     assert SentimentReward(folder, "cpu")(["刚收"])[0].item() == pytest.approx(expected, abs=1e-6)
 
 
-# --- any callable
-
-
 @pytest.mark.parametrize(
     "result",
     [
@@ -121,6 +118,7 @@ def test_a_classifier_of_another_family_scores(tmp_path):
         torch.tensor([0.5, 1.0], dtype=torch.bfloat16, requires_grad=True),
         [torch.tensor([0.5]), np.array([[1.0]])],
         [Decimal("0.5"), Fraction(2, 2)],
+        [np.float32(0.5), np.int64(1)],
         type("Series", (), {"tolist": lambda self: [0.5, 1.0]})(),  # as of pandas
     ],
 )
@@ -157,22 +155,26 @@ def test_a_reward_that_raises_is_named_with_its_line_and_its_traceback_is_kept_w
 
     with pytest.raises(RewardError) as error:
         score_texts(reward, ["好评", "差评"])
-    line = reward.__code__.co_firstlineno + 2
-    said = f"the reward function raised ZeroDivisionError: division by zero ({__file__}, line {line})"
-    assert str(error.value) == said
+    where = f"({__file__}, line {reward.__code__.co_firstlineno + 2})"
+    assert str(error.value) == f"the reward function raised ZeroDivisionError: division by zero {where}"
     whole, texts = error.value.traceback.split("\nIt was called with these texts:\n")
     assert whole.startswith("Traceback") and json.loads(texts) == ["好评", "差评"]
     assert len(calls) == 1  # a call may take minutes, or cost money
 
 
-@pytest.mark.parametrize("what", [SystemExit(), ValueError("enough\nof it")], ids=repr)
-def test_whatever_a_reward_raises_ends_in_one_line(what):
+@pytest.mark.parametrize("raised", [SystemExit(), ValueError("enough\nof it")], ids=repr)
+def test_whatever_a_reward_raises_ends_in_one_line(raised):
     def raises_while_it_is_read(texts):
         yield 0.5
-        raise what
+        raise raised
 
     with pytest.raises(RewardError, match="^the reward function raised [^\n]+$"):
         score_texts(raises_while_it_is_read, ["好评"])
+
+
+def test_a_reward_that_runs_out_of_memory_blames_no_text():
+    with pytest.raises(RewardError, match="^out of memory in the reward function [^好]*; lower [^好]*$"):
+        score_texts(lambda texts: torch.empty(1 << 60), ["好评"])
 
 
 def test_a_reward_may_change_its_list_and_is_not_called_without_texts():
@@ -181,22 +183,12 @@ def test_a_reward_may_change_its_list_and_is_not_called_without_texts():
     assert texts == ["好评", "差评"] and score_texts(lambda texts: 1 / 0, []).shape == (0,)
 
 
-def test_a_reward_that_runs_out_of_memory_blames_no_text():
-    with pytest.raises(RewardError, match="^out of memory in the reward function .*; lower ") as error:
-        score_texts(lambda texts: torch.empty(1 << 60), ["好评", "差评"])
-    assert "好评" not in str(error.value) and "好评" in error.value.traceback
-
-
 def test_importing_a_reward_leaves_gradient_mode_and_default_dtype_as_they_were(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     script = "import torch\ntorch.set_grad_enabled(False)\ntorch.set_default_dtype(torch.float64)\nscore = print\n"
     (tmp_path / "sets_modes.py").write_text(script)
     assert import_function("sets_modes:score") is print
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
-
-
-def test_booleans_are_not_token_ids():
-    assert to_ids([True, False]) is None and to_ids(np.array([3, 5], dtype=np.uint8)).tolist() == [3, 5]
 
 
 def test_an_error_is_one_line_that_steers_no_terminal():
