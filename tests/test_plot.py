@@ -29,7 +29,8 @@ def words(legend) -> list[str]:
     return [text.get_text() for text in legend.get_texts()]
 
 
-def points(line) -> list[list[float]]:
+def points(*lines) -> list[list[float]]:
+    (line,) = lines
     return line.get_xydata().tolist()
 
 
@@ -40,6 +41,15 @@ def panels(figures) -> dict:
 def lines(axes, label: str) -> list:
     """The lines that a panel's key calls this."""
     return [line for line in axes.lines if line.get_label() == label]
+
+
+WHOLE = {
+    "before": judged(0.62, 0.01, [0.01, 0.01, 0.51, 0.99]),
+    "after": judged(0.8, 0.4, [0.26, 0.99]),
+    "frontier": [{"beta": 1, "reward": 0.7, "kl": 0.1}, {"beta": 0.2, "reward": 0.9, "kl": 0.45}],
+    "best_of_n": [{"n": 2, "reward": 0.8, "kl": 0.19, "gain": 0.8}, {"n": 3, "reward": 0.83, "kl": 0.43, "gain": 1}],
+    "gain": {"gain": 0.5, "gain_se": 0.1, "limit": {"reward": 0.93, "kl": 0.52, "J": 0.82}},
+}
 
 
 def test_the_reward_is_smoothed_over_a_tenth_of_the_run_and_its_ends_are_in_the_key(tmp_path, figures):
@@ -63,11 +73,12 @@ def test_the_reward_is_smoothed_over_a_tenth_of_the_run_and_its_ends_are_in_the_
 
 
 def test_runs_that_differ_in_the_seed_are_drawn_as_mean_and_standard_deviation(tmp_path, figures):
-    """Of lines at 0.2, 0.4 and 0.9: 0.5, and the root of (0.09 + 0.01 + 0.16) / 2."""
+    """Of lines at 0.2, 0.4 and 0.9: 0.5, and the root of (0.09 + 0.01 + 0.16) / 2. Scores of 0.26, 0.99, -2 and 6:
+    the shares in 40 bins of 0.2."""
     rewards = [0.2, 0.4, 0.9]
     runs = [write_run(tmp_path / f"{m}", 4, i, settings={"seed": i}, **{MEAN: m}) for i, m in enumerate(rewards)]
-    for run, reward, kl in zip(runs, (0.8, 0.6), (0.4, 0.1)):
-        write_evaluation(run, after=judged(reward, kl, [reward]))
+    for run, evaluation in zip(runs, (WHOLE, {"after": judged(0.6, 0.1, [-2.0, 6.0])})):
+        write_evaluation(run, **evaluation)
     draw([*runs, write_run(tmp_path / "4", settings={"lr": 0.5})], tmp_path / "x.png")
     drawn = panels(figures)
     assert lines(drawn[REWARD], "running mean")[0].get_ydata() == pytest.approx([0.5] * 4)
@@ -78,35 +89,31 @@ def test_runs_that_differ_in_the_seed_are_drawn_as_mean_and_standard_deviation(t
     means = np.mean([read_metrics(run)["objective/entropy"] for run in runs], axis=0)
     assert drawn["entropy"].lines[0].get_ydata() == pytest.approx(means)
     assert np.allclose(points(*lines(drawn[PLANE], "after")), [[0.25, 0.7]])
-
-
-WHOLE = {
-    "before": judged(0.62, 0.01, [0.01, 0.01, 0.51, 0.99]),
-    "after": judged(0.84, 0.41, [0.26, 0.99]),
-    "frontier": [{"beta": 1, "reward": 0.7, "kl": 0.1}, {"beta": 0.2, "reward": 0.9, "kl": 0.45}],
-    "best_of_n": [{"n": 2, "reward": 0.8, "kl": 0.19, "gain": 0.8}, {"n": 3, "reward": 0.83, "kl": 0.43, "gain": 1}],
-    "gain": {"gain": 0.5, "gain_se": 0.1, "limit": {"reward": 0.93, "kl": 0.52, "J": 0.82}},
-}
+    before, after = (outline.get_data() for outline in drawn[HISTOGRAM].patches)
+    assert after.edges == pytest.approx(np.arange(-20, 61, 2) / 10)
+    assert {i: share for i, share in enumerate(before.values) if share} == {10: 0.5, 12: 0.25, 14: 0.25}
+    assert {i: share for i, share in enumerate(after.values) if share} == {0: 0.25, 11: 0.25, 14: 0.25, 39: 0.25}
 
 
 def test_the_plane_of_reward_and_kl_shows_what_is_known(tmp_path, figures):
     """A growing run has been judged before training only; if the gain is unknown there is no limit."""
-    run = write_run(tmp_path / "run", 3)
-    write_evaluation(run, **WHOLE)
-    draw([run], tmp_path / "x.png")
-    plane, metrics = panels(figures)[PLANE], read_metrics(run)
-    assert {label: points(*lines(plane, label)) for label in words(plane.get_legend())} == {
-        "a step": np.stack([metrics["objective/kl"], metrics[MEAN]], 1).tolist(),
+    run, gain = write_run(tmp_path / "run", 3), {"gain": None, "limit": {"reward": 1, "kl": 1}}
+    metrics, shown = read_metrics(run), []
+    for evaluation in (WHOLE, {"before": judged(0.61, 0.0, [0.5, 0.7]), "frontier": [], "gain": gain}):
+        write_evaluation(run, **evaluation)
+        draw([run], tmp_path / "x.png")
+        plane = panels(figures)[PLANE]
+        shown.append({label: points(*lines(plane, label)) for label in words(plane.get_legend())})
+    steps = np.stack([metrics["objective/kl"], metrics[MEAN]], 1).tolist()
+    assert shown[1] == {"a step": steps, "before": [[0.0, 0.61]]}
+    assert shown[0] == {
+        "a step": steps,
         "best possible": [[0.1, 0.7], [0.45, 0.9]],
         "best of n drafts": [[0.19, 0.8], [0.43, 0.83]],
         "before": [[0.01, 0.62]],
-        "after": [[0.41, 0.84]],
+        "after": [[0.4, 0.8]],
         "the limit at this beta": [[0.52, 0.93]],
     }
-    gain = {"gain": None, "limit": {"reward": 1, "kl": 1}}
-    write_evaluation(run, before=judged(0.61, 0.0, [0.5, 0.7]), frontier=[], gain=gain)
-    draw([run], tmp_path / "x.png")
-    assert words(panels(figures)[PLANE].get_legend()) == ["a step", "before"]
 
 
 def test_each_run_is_drawn_in_its_colour_and_what_several_share_once_in_black(tmp_path, figures):
@@ -131,18 +138,6 @@ def test_each_run_is_drawn_in_its_colour_and_what_several_share_once_in_black(tm
     for label, number in of_third.items():
         assert [line.get_color() for line in lines(drawn[PLANE], label)] == ["black", *colours[2:] * number]
     assert [star.get_color() for star in lines(drawn[PLANE], "after")] == colours[:2]
-
-
-def test_rewards_are_drawn_as_shares_of_all_runs_completions_over_all_of_their_range(tmp_path, figures):
-    """The scores 0.26 and 0.99 of one run, and -2 and 6 of another, in 40 bins of 0.2."""
-    runs = [write_run(tmp_path / f"{seed}", 2, settings={"seed": seed}) for seed in (1, 2)]
-    write_evaluation(runs[0], **WHOLE)
-    write_evaluation(runs[1], after=judged(0, 0, [-2.0, 6.0]))
-    draw(runs, tmp_path / "x.png")
-    before, after = (outline.get_data() for outline in panels(figures)[HISTOGRAM].patches)
-    assert after.edges == pytest.approx(np.arange(-20, 61, 2) / 10)
-    assert {i: share for i, share in enumerate(before.values) if share} == {10: 0.5, 12: 0.25, 14: 0.25}
-    assert {i: share for i, share in enumerate(after.values) if share} == {0: 0.25, 11: 0.25, 14: 0.25, 39: 0.25}
 
 
 def test_the_gain_is_drawn_against_a_setting_with_its_standard_error_over_seeds(tmp_path, figures, capsys):
