@@ -48,10 +48,11 @@ def test_a_byte_level_gpt2_of_your_own_loop_has_its_own_card(tmp_path, monkeypat
     config = PPOConfig(device="cpu", gen_len=5, temperature=0.7)
     trainer = TextPPOTrainer.from_pretrained(write_bpe_gpt2(tmp_path / "gpt2"), config)
     trainer.encode(["this film was", "刚收到货"])
-    trainer.save(saved := tmp_path / "saved")
-    assert metadata(saved) == HEAD
-    assert "up to 5 tokens, sampled at temperature 0.7" in card(saved) and str(tmp_path) not in card(saved)
-    texts = run_its_code(saved, monkeypatch, capsys)
+    trainer.save(tmp_path / "saved")
+    assert metadata(tmp_path / "saved") == HEAD
+    text = card(tmp_path / "saved")
+    assert "up to 5 tokens, sampled at temperature 0.7" in text and str(tmp_path) not in text
+    texts = run_its_code(tmp_path / "saved", monkeypatch, capsys)
     assert len("".join(texts).split("this film was")) == 6
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -40,17 +41,23 @@ def load(**settings):
 
 REFUSED = [  # (call, part of what is said)
     (step(rewards=[0.5, math.nan]), "reward 1 is nan"),
+    (step(rewards=[math.inf, 0.5]), "reward 0 is inf"),
     (step(rewards=["good", 0.5]), "reward 0 is 'good'"),
     (step(rewards=[0.5]), "2 rewards"),
     (step([QUERY]), "1 queries need as many responses, not 2"),
     (step("衣服"), "a list with one query"),
+    (step(["衣服", "书"]), "query 0 must be a 1-d tensor or a list of token ids"),
     (step(responses=[RESPONSE, [7.0, 8.5]]), "response 1 must be"),
-    (step(responses=[RESPONSE, [True, True]]), "response 1 must be"),
     (step([QUERY, [2, 43]]), "query 1 has an id outside the vocabulary of 43"),
+    (step(responses=[RESPONSE, [7, 0, 3]]), "response 1 has ['[PAD]'] before its end"),
+    (step([QUERY, [5] * 46]), "46 + 3 tokens > 48 positions"),
+    (lambda trainer: trainer.generate(torch.tensor(QUERY)), "query 0 must be"),
+    (lambda trainer: trainer.generate([QUERY, [2] * 46]), "46 tokens + gen_len 3 > 48 positions"),
     (lambda trainer: trainer.generate([[2, 5, 3]]), "query 0 ends with [SEP]"),
     (lambda trainer: trainer.encode("衣服"), "encode() takes a list of texts, for example encode(['刚收到货'])"),
     (load(lr=-1.0), "lr must be above 0"),
     (load(kl_budget=0.4), "call fit_kl_coef before the first step"),
+    (lambda trainer: TextPPOTrainer.from_pretrained("./missing"), "doesn't exist"),
     (fit(prompts=[]), "at least one prompt"),
     (fit(budget=0), "a budget above 0"),
     (fit(reward=lambda texts: [0.5] * len(texts)), "differ in score"),
@@ -80,20 +87,38 @@ def test_what_is_refused_is_said_and_leaves_the_trainer_as_it_was(trainer):
 
 
 @pytest.mark.parametrize(
+    "rewards",
+    [
+        np.array([0.5, 1.0], dtype=np.float16),
+        [np.float32(0.5), np.int64(1)],
+        [Decimal("0.5"), True],
+        torch.tensor([0.25, 0.5], dtype=torch.float64, requires_grad=True) * 2,
+        [torch.tensor(0.5), torch.tensor([1.0], requires_grad=True)],
+    ],
+    ids=str,
+)
+def test_rewards_are_numbers_of_any_kind(twins, rewards):
+    """Twice: nothing goes back through a graph of theirs."""
+    trainer, twin = twins
+    for _ in range(2):
+        stats = trainer.step([QUERY] * 2, [[5, 6], [7]], rewards)
+        assert stats == twin.step([QUERY] * 2, [[5, 6], [7]], [0.5, 1.0])
+
+
+@pytest.mark.parametrize(
     "kind",
     [
-        lambda batch: [np.array(ids, dtype=np.uint8) for ids in batch],
+        list,
+        lambda batch: [np.array(ids, dtype=np.int16) for ids in batch],
         lambda batch: [torch.tensor(ids, dtype=torch.int32) for ids in batch],
         np.array,
     ],
 )
-def test_token_ids_come_in_any_form_and_rewards_with_a_graph(twins, kind):
-    """Twice: nothing goes back through the graph of the rewards. Numbers of other kinds: see test_reward.py."""
+def test_token_ids_come_in_any_form(twins, kind):
     (trainer, twin), queries, responses = twins, [QUERY, [2, 9, 8]], [[5, 6], [7, 3]]
-    rewards = torch.tensor([0.25, 0.5], dtype=torch.float64, requires_grad=True) * 2
-    for _ in range(2):
-        assert all(map(torch.equal, trainer.generate(kind(queries)), twin.generate(queries)))
-        assert trainer.step(kind(queries), kind(responses), rewards) == twin.step(queries, responses, [0.5, 1.0])
+    as_tensors = [[torch.tensor(ids) for ids in batch] for batch in (queries, responses)]
+    assert all(map(torch.equal, trainer.generate(kind(queries)), twin.generate(as_tensors[0])))
+    assert trainer.step(kind(queries), kind(responses), [0.5, 1]) == twin.step(*as_tensors, torch.tensor([0.5, 1]))
 
 
 def test_a_loop_may_be_written_below_no_grad_and_generate_in_inference_mode(twins):
@@ -105,8 +130,18 @@ def test_a_loop_may_be_written_below_no_grad_and_generate_in_inference_mode(twin
     assert stats == twin.step([QUERY] * 4, twin.generate([QUERY] * 4), [0.1, 0.9, 0.5, 0.3])
 
 
-def test_a_failed_call_does_not_count_as_drawn(twins, monkeypatch):
+def test_queries_one_at_a_time_draw_what_one_call_draws(twins):
     trainer, twin = twins
+    at_once = trainer.generate([QUERY] * 16)
+    one_by_one = [twin.generate([QUERY])[0] for _ in range(16)]
+    assert all(map(torch.equal, at_once, one_by_one))
+    trainer.step([QUERY] * 16, at_once, torch.arange(16) / 16)
+    assert not all(map(torch.equal, at_once, trainer.generate([QUERY] * 16)))
+
+
+def test_judging_draws_and_failed_calls_do_not_count(twins, monkeypatch):
+    trainer, twin = twins
+    trainer.generate([QUERY] * 4, trainer.ref_model, seed=9, step=0)
     with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
         patched.setattr("support.engine.sample", lambda *args: 1 / 0)
         trainer.generate([QUERY] * 4)
@@ -122,8 +157,8 @@ def test_texts_come_back_as_they_went_in(trainer):
 
 
 def test_a_budget_finds_the_coefficient_and_counts_from_the_first_step(trainer):
-    """If a share p of the reference's texts gets 30 and the others 0, the best policy's share is q = p exp(30 / beta)
-    over the sum of both, and its KL is q log(q/p) + (1 - q) log((1 - q) / (1 - p))."""
+    """With rewards of a and b at shares of 1 - p and p, the best policy at a distance of 0.1 nats is known: it has the
+    second at the share q with q log(q/p) + (1 - q) log((1 - q) / (1 - p)) = 0.1, and beta = (b - a) / logit gap."""
 
     def reward(texts):
         return [30.0 * ("!" in text) for text in texts]
@@ -131,8 +166,8 @@ def test_a_budget_finds_the_coefficient_and_counts_from_the_first_step(trainer):
     coef = trainer.fit_kl_coef(["衣服"], reward, 0.1)
     queries = trainer.encode(["衣服"] * trainer.config.eval_samples)
     p = float(np.mean(reward(trainer.decode(trainer.generate(queries, trainer.ref_model, 20_170_707, 0))))) / 30
-    q = p * math.exp(30 / coef) / (p * math.exp(30 / coef) + 1 - p)
-    kl = q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
+    tilted = p * math.exp(30 / coef) / (p * math.exp(30 / coef) + 1 - p)
+    kl = tilted * math.log(tilted / p) + (1 - tilted) * math.log((1 - tilted) / (1 - p))
     assert kl == pytest.approx(0.1, rel=20 / len(queries))  # the estimate is without the bias of order 1 / n
     assert trainer.step([QUERY] * 2, [[5, 6], [7]], [0.5, 1.0])["objective/kl_coef"] == coef
 

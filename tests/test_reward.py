@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, DistilBertConfig, D
 from reward import RewardError, SentimentReward, find_positive_label, score_texts
 from support.demo_models import NEGATIVE, POSITIVE
 from support.errors import UserError
-from support.user_code import import_function
+from support.user_code import import_function, to_ids
 from tests.helpers import VOCAB, change_json, write_classifier, write_gpt2, write_model
 
 
@@ -184,6 +184,10 @@ def test_importing_a_reward_leaves_gradient_mode_and_default_dtype_as_they_were(
     (tmp_path / "sets_modes.py").write_text(sets_modes)
     assert import_function("sets_modes:score") is print
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+
+
+def test_booleans_are_not_token_ids():
+    assert to_ids([True, False]) is None and to_ids(np.array([3, 5], dtype=np.uint8)).tolist() == [3, 5]
 
 
 def test_an_error_is_one_line_that_steers_no_terminal():

@@ -1,8 +1,9 @@
-"""The training loops of docs/trl.md and README.md run as printed."""
+"""docs/trl.md: the loop runs as printed, and both languages show the same code."""
 
 import re
 
 import numpy as np
+import pytest
 import torch
 from transformers import pipeline
 
@@ -11,22 +12,27 @@ from support.text_trainer import TextPPOTrainer
 from tests.helpers import code_blocks
 
 
-def run_code(code: str, changes: dict[str, str], tmp_path, monkeypatch) -> dict:
+def run_page(page_code: str, changes: dict[str, str], tmp_path, monkeypatch) -> dict:
     """Run code of a page with `changes` in another folder. Returns its names."""
     monkeypatch.chdir(tmp_path)
     for printed, here in changes.items():
-        assert code.count(printed) == 1, printed
-        code = code.replace(printed, here)
-    exec(compile(code, "page", "exec"), names := {})
+        assert page_code.count(printed) == 1, printed
+        page_code = page_code.replace(printed, here)
+    names = {}
+    exec(compile(page_code, "page", "exec"), names)
     return names
 
 
 def test_the_loop_of_the_page_runs_as_printed(demo, tmp_path, monkeypatch, capsys):
     """With the demo's models and settings; the reward rises, and plain transformers opens the result."""
-    changes = {"gen_len=16": 'preset="demo"', "* 128": "* 64", "range(157)": "range(5)"}
-    changes |= {"uer/roberta-base-finetuned-jd-binary-chinese": demo[1].as_posix()}
-    changes |= {"uer/gpt2-chinese-cluecorpussmall": "demo"}
-    names = run_code(code_blocks("docs/trl.md")[1], changes, tmp_path, monkeypatch)
+    changes = {
+        "uer/gpt2-chinese-cluecorpussmall": "demo",
+        "uer/roberta-base-finetuned-jd-binary-chinese": demo[1].as_posix(),
+        "gen_len=16": 'preset="demo"',
+        "* 128": "* 64",
+        "range(157)": "range(5)",
+    }
+    names = run_page(code_blocks("docs/trl.md")[1], changes, tmp_path, monkeypatch)
     means = re.findall(r"^(\d\.\d\d)  KL -?\d\.\d\d  刚收到货,感觉", capsys.readouterr().out, re.MULTILINE)
     assert len(means) == 5 and np.mean(list(map(float, means[-2:]))) > float(means[0])
     assert not any("SEP" in text or " " in text for text in names["texts"])
@@ -35,7 +41,12 @@ def test_the_loop_of_the_page_runs_as_printed(demo, tmp_path, monkeypatch, capsy
 
 def test_the_loop_of_the_readme_runs_as_printed(demo, tmp_path, monkeypatch, capsys):
     (snippet,) = [code for code in code_blocks("README.md", "python") if code.startswith("from config import")]
-    names = run_code(snippet, {"range(20)": "range(2)", "* 128": "* 16"}, tmp_path, monkeypatch)
+    names = run_page(snippet, {"range(20)": "range(4)", "* 128": "* 64"}, tmp_path, monkeypatch)
     assert re.search(r"\d\.\d of \d\.\d million parameters train", capsys.readouterr().out)
     again = TextPPOTrainer.from_pretrained("my_model", PPOConfig(preset="demo"))
     assert torch.equal(again.model.lm_head.weight, names["trainer"].policy_for_saving.lm_head.weight)
+
+
+@pytest.mark.parametrize("name", ["trl", "differences"])
+def test_both_languages_show_the_same_code(name):
+    assert code_blocks(f"docs/{name}.md") == code_blocks(f"docs/{name}.zh.md")
