@@ -9,7 +9,7 @@ import pytest
 
 from plot_rewards import PANELS, draw, main, smooth
 from support.compare import read_metrics
-from tests.helpers import COLUMNS, MEAN, STD, write_run
+from tests.helpers import MEAN, STD, write_run
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 REWARD = "mean reward of each step"
@@ -29,12 +29,13 @@ def words(legend) -> list[str]:
     return [text.get_text() for text in legend.get_texts()]
 
 
-def points(line) -> list[list[float]]:
+def points(*lines) -> list[list[float]]:
+    (line,) = lines
     return line.get_xydata().tolist()
 
 
-def panels(figures, number=-1) -> dict:
-    return {axes.get_title(): axes for axes in figures[number][0].axes}
+def panels(figures) -> dict:
+    return {axes.get_title(): axes for axes in figures[-1][0].axes}
 
 
 def lines(axes, label: str) -> list:
@@ -42,28 +43,27 @@ def lines(axes, label: str) -> list:
     return [line for line in axes.lines if line.get_label() == label]
 
 
-def colour(line) -> tuple[float, ...]:
-    from matplotlib.colors import to_rgb
-
-    return to_rgb(line.get_color())
+WHOLE = {
+    "before": judged(0.62, 0.01, [0.01, 0.01, 0.51, 0.99]),
+    "after": judged(0.8, 0.4, [0.26, 0.99]),
+    "frontier": [{"beta": 1, "reward": 0.7, "kl": 0.1}, {"beta": 0.2, "reward": 0.9, "kl": 0.45}],
+    "best_of_n": [{"n": 2, "reward": 0.8, "kl": 0.19, "gain": 0.8}, {"n": 3, "reward": 0.83, "kl": 0.43, "gain": 1}],
+    "gain": {"gain": 0.5, "gain_se": 0.1, "limit": {"reward": 0.93, "kl": 0.52, "J": 0.82}},
+}
 
 
 def test_the_reward_is_smoothed_over_a_tenth_of_the_run_and_its_ends_are_in_the_key(tmp_path, figures):
-    """The mean of squares over r neighbours on either side is i^2 + r (r + 1) / 3. r shrinks towards the start, which
-    is the model before training; the last mean is that of the last six steps. The decimals are those of the first
-    step's standard deviation."""
-    squares = np.arange(100) ** 2
-    spread = np.array([40.0] + [0.001] * 99)
+    """The mean of squares over r neighbours on either side is i^2 + r (r + 1) / 3, and r shrinks towards the start.
+    The decimals are those of the first step's standard deviation."""
+    squares, spread = np.arange(100) ** 2, np.array([40.0] + [0.001] * 99)
     run = write_run(tmp_path / "run", 100, **{MEAN: squares, STD: spread})
     write_evaluation(run, alarms=[{"step": 1, "alarm": "x"}, {"step": 6, "alarm": "y"}])
     draw([run], tmp_path / "x.png")
     raw, smoothed, alarms = panels(figures)[REWARD].lines
-    episodes = [128 * step for step in range(1, 101)]
-    assert points(raw) == np.stack([episodes, squares], 1).tolist()
+    assert points(raw) == np.stack([128 * np.arange(1, 101), squares], 1).tolist()
     reach = np.array([0, 1, 2, 3, 4, *[5] * 90])
-    assert smoothed.get_xdata().tolist() == episodes
-    assert smoothed.get_ydata()[:95] == pytest.approx(squares[:95] + reach * (reach + 1) / 3)
-    assert smoothed.get_ydata()[95:] == pytest.approx([squares[i - 5 :].mean() for i in range(95, 100)])
+    means = [*(squares[:95] + reach * (reach + 1) / 3), *(squares[i - 5 :].mean() for i in range(95, 100))]
+    assert np.allclose(points(smoothed), np.stack([128 * np.arange(1, 101), means], 1))
     assert points(alarms) == [[128, 0], [768, 35]]
     (band,) = panels(figures)[REWARD].collections  # 95% of the means of 128 completions
     first = [y for x, y in band.get_paths()[0].vertices if x == 128]
@@ -73,12 +73,12 @@ def test_the_reward_is_smoothed_over_a_tenth_of_the_run_and_its_ends_are_in_the_
 
 
 def test_runs_that_differ_in_the_seed_are_drawn_as_mean_and_standard_deviation(tmp_path, figures):
-    """Of lines at 0.2, 0.4 and 0.9: 0.5, and the root of (0.09 + 0.01 + 0.16) / 2."""
-    runs = [
-        write_run(tmp_path / f"{i}", 4, i, settings={"seed": i}, **{MEAN: m}) for i, m in enumerate([0.2, 0.4, 0.9])
-    ]
-    for run, reward, kl in zip(runs, (0.8, 0.6), (0.4, 0.1)):
-        write_evaluation(run, after=judged(reward, kl, [reward]))
+    """Of lines at 0.2, 0.4 and 0.9: 0.5, and the root of (0.09 + 0.01 + 0.16) / 2. Scores of 0.26, 0.99, -2 and 6:
+    the shares in 40 bins of 0.2."""
+    rewards = [0.2, 0.4, 0.9]
+    runs = [write_run(tmp_path / f"{m}", 4, i, settings={"seed": i}, **{MEAN: m}) for i, m in enumerate(rewards)]
+    for run, evaluation in zip(runs, (WHOLE, {"after": judged(0.6, 0.1, [-2.0, 6.0])})):
+        write_evaluation(run, **evaluation)
     draw([*runs, write_run(tmp_path / "4", settings={"lr": 0.5})], tmp_path / "x.png")
     drawn = panels(figures)
     assert lines(drawn[REWARD], "running mean")[0].get_ydata() == pytest.approx([0.5] * 4)
@@ -88,38 +88,32 @@ def test_runs_that_differ_in_the_seed_are_drawn_as_mean_and_standard_deviation(t
     assert words(figures[0][0].legends[0])[0] == "lr 0.0001, 3 runs: reward 0.50 to 0.50"
     means = np.mean([read_metrics(run)["objective/entropy"] for run in runs], axis=0)
     assert drawn["entropy"].lines[0].get_ydata() == pytest.approx(means)
-    (star,) = lines(drawn[PLANE], "after")
-    assert points(star)[0] == pytest.approx([0.25, 0.7])
-
-
-WHOLE = {
-    "before": judged(0.62, 0.01, [0.01, 0.01, 0.51, 0.99]),
-    "after": judged(0.84, 0.41, [0.26, 0.99]),
-    "frontier": [{"beta": 1, "reward": 0.7, "kl": 0.1}, {"beta": 0.2, "reward": 0.9, "kl": 0.45}],
-    "best_of_n": [{"n": 2, "reward": 0.8, "kl": 0.19, "gain": 0.8}, {"n": 3, "reward": 0.83, "kl": 0.43, "gain": 1}],
-    "gain": {"gain": 0.5, "gain_se": 0.1, "limit": {"reward": 0.93, "kl": 0.52, "J": 0.82}},
-}
+    assert np.allclose(points(*lines(drawn[PLANE], "after")), [[0.25, 0.7]])
+    before, after = (outline.get_data() for outline in drawn[HISTOGRAM].patches)
+    assert after.edges == pytest.approx(np.arange(-20, 61, 2) / 10)
+    assert {i: share for i, share in enumerate(before.values) if share} == {10: 0.5, 12: 0.25, 14: 0.25}
+    assert {i: share for i, share in enumerate(after.values) if share} == {0: 0.25, 11: 0.25, 14: 0.25, 39: 0.25}
 
 
 def test_the_plane_of_reward_and_kl_shows_what_is_known(tmp_path, figures):
     """A growing run has been judged before training only; if the gain is unknown there is no limit."""
-    run = write_run(tmp_path / "run", 3)
-    write_evaluation(run, **WHOLE)
-    draw([run], tmp_path / "x.png")
-    plane, metrics = panels(figures)[PLANE], read_metrics(run)
-    shown = {label: points(lines(plane, label)[0]) for label in words(plane.get_legend())}
-    assert shown.pop("a step") == np.stack([metrics["objective/kl"], metrics[MEAN]], 1).tolist()
-    assert shown == {
+    run, gain = write_run(tmp_path / "run", 3), {"gain": None, "limit": {"reward": 1, "kl": 1}}
+    metrics, shown = read_metrics(run), []
+    for evaluation in (WHOLE, {"before": judged(0.61, 0.0, [0.5, 0.7]), "frontier": [], "gain": gain}):
+        write_evaluation(run, **evaluation)
+        draw([run], tmp_path / "x.png")
+        plane = panels(figures)[PLANE]
+        shown.append({label: points(*lines(plane, label)) for label in words(plane.get_legend())})
+    steps = np.stack([metrics["objective/kl"], metrics[MEAN]], 1).tolist()
+    assert shown[1] == {"a step": steps, "before": [[0.0, 0.61]]}
+    assert shown[0] == {
+        "a step": steps,
         "best possible": [[0.1, 0.7], [0.45, 0.9]],
         "best of n drafts": [[0.19, 0.8], [0.43, 0.83]],
         "before": [[0.01, 0.62]],
-        "after": [[0.41, 0.84]],
+        "after": [[0.4, 0.8]],
         "the limit at this beta": [[0.52, 0.93]],
     }
-    gain = {"gain": None, "limit": {"reward": 1, "kl": 1}}
-    write_evaluation(run, before=judged(0.61, 0.0, [0.5, 0.7]), frontier=[], gain=gain)
-    draw([run], tmp_path / "x.png")
-    assert words(panels(figures)[PLANE].get_legend()) == ["a step", "before"]
 
 
 def test_each_run_is_drawn_in_its_colour_and_what_several_share_once_in_black(tmp_path, figures):
@@ -133,41 +127,25 @@ def test_each_run_is_drawn_in_its_colour_and_what_several_share_once_in_black(tm
     draw(runs, tmp_path / "x.png")
     drawn, metrics = panels(figures), [read_metrics(run) for run in runs]
     assert list(drawn) == [REWARD, PLANE, HISTOGRAM, *(title for title, *_ in PANELS)]
-    colours = [colour(line) for line in figures[0][0].legends[0].get_lines()]
+    colours = [line.get_color() for line in figures[0][0].legends[0].get_lines()]
     for title, columns, _ in PANELS:
         expected = [(number, column) for number in range(3) for column in columns]
         for line, (number, column) in zip(drawn[title].lines, expected, strict=True):
             assert points(line) == np.stack([metrics[number]["step"], metrics[number][column]], 1).tolist()
-            assert colour(line) == colours[number]
+            assert line.get_color() == colours[number]
     assert words(drawn["time"].get_legend()) == ["sample", "score", "ppo"] and not drawn[REWARD].collections
-    for label, number in {"best possible": 2, "best of n drafts": 1, "before": 2, "the limit at this beta": 1}.items():
-        shared, *own = lines(drawn[PLANE], label)
-        assert colour(shared) == (0, 0, 0) and [colour(line) for line in own] == colours[2:] * (number - 1)
-    assert [colour(star) for star in lines(drawn[PLANE], "after")] == colours[:2]
-
-
-def test_rewards_are_drawn_as_shares_of_all_runs_completions_over_all_of_their_range(tmp_path, figures):
-    """The scores 0.26 and 0.99 of one run, and -2 and 6 of another, in 40 bins of 0.2."""
-    runs = [write_run(tmp_path / f"{seed}", 2, settings={"seed": seed}) for seed in (1, 2)]
-    write_evaluation(runs[0], **WHOLE)
-    write_evaluation(runs[1], after=judged(0, 0, [-2.0, 6.0]))
-    draw(runs, tmp_path / "x.png")
-    before, after = (outline.get_data() for outline in panels(figures)[HISTOGRAM].patches)
-    assert after.edges == pytest.approx(np.arange(-20, 61, 2) / 10)
-    assert {i: share for i, share in enumerate(before.values) if share} == {10: 0.5, 12: 0.25, 14: 0.25}
-    assert {i: share for i, share in enumerate(after.values) if share} == {0: 0.25, 11: 0.25, 14: 0.25, 39: 0.25}
-
-
-def gained(folder, gain, **settings) -> str:
-    write_run(folder, 2, without=COLUMNS[1:], settings=settings)
-    write_evaluation(folder, gain={"gain": gain, "gain_se": 0.1, "limit": {"kl": 0.4, "reward": 0.95}})
-    return str(folder)
+    of_third = {"best possible": 1, "best of n drafts": 0, "before": 1, "the limit at this beta": 0}
+    for label, number in of_third.items():
+        assert [line.get_color() for line in lines(drawn[PLANE], label)] == ["black", *colours[2:] * number]
+    assert [star.get_color() for star in lines(drawn[PLANE], "after")] == colours[:2]
 
 
 def test_the_gain_is_drawn_against_a_setting_with_its_standard_error_over_seeds(tmp_path, figures, capsys):
     """The mean of 0.5 and 0.7 is 0.6; its standard error is their standard deviation, 0.1 sqrt(2), over sqrt(2)."""
-    gains = {1e-4: (0.5, 0.7), 5e-4: (0.9,), 4e-4: (0.8, 0.5, None)}
-    runs = [gained(tmp_path / f"{lr}{s}", gain, lr=lr, seed=s) for lr, of in gains.items() for s, gain in enumerate(of)]
+    gains, runs = {1e-4: (0.5, 0.7), 5e-4: (0.9,), 4e-4: (0.8, 0.5, None)}, []
+    for lr, seed, gain in [(lr, seed, gain) for lr, of_lr in gains.items() for seed, gain in enumerate(of_lr)]:
+        runs.append(str(write_run(tmp_path / f"{lr}-{seed}", 2, settings={"lr": lr, "seed": seed})))
+        write_evaluation(Path(runs[-1]), gain=WHOLE["gain"] | {"gain": gain})
     assert main([*runs, "--against", "lr"]) == 0
     (axes,) = figures[0][0].axes
     assert sorted(points(lines(axes, "a run")[0])) == [[1e-4, 0.5], [1e-4, 0.7], [4e-4, 0.5], [4e-4, 0.8], [5e-4, 0.9]]
@@ -196,9 +174,9 @@ def test_pictures_are_written_in_the_format_of_their_name_with_the_printed_table
 
 def test_the_run_that_wrote_metrics_last_is_drawn_into_its_folder(tmp_path, capsys, figures):
     """Neither the last by name nor one without metrics."""
-    runs = [write_run(tmp_path / "runs" / name, 2) for name in ("old", "first", "new", "zz")]
-    for seconds, number in enumerate((3, 0, 1, 2), 1):
-        os.utime(runs[number] / "metrics.csv", (seconds, seconds))
+    runs = [write_run(tmp_path / "runs" / name, 2) for name in ("zz", "first", "new")]
+    for seconds, run in enumerate(runs, 1):
+        os.utime(run / "metrics.csv", (seconds, seconds))
     (tmp_path / "runs" / "zzz").mkdir()
     assert main([]) == 0
     assert capsys.readouterr().out == f"wrote {Path('runs/new/rewards.png')}\n"
@@ -209,24 +187,23 @@ HEADER = f"step,episodes,{MEAN},{STD},objective/kl"
 
 
 @pytest.mark.parametrize(
-    ("flags", "files", "said"),
+    ("flags", "file", "content", "said"),
     [
-        ([], {}, "no run with a metrics.csv in runs; train first, or name a run folder"),
-        (["run", "--out", "x.unknown"], {}, "x.unknown: the name of a picture must end in .png, .pdf or .svg"),
-        (["run", "--out", "missing/x.png"], {}, "x.png cannot be written: No such file or directory"),
-        (["run", "--by", "lr,rate"], {}, "--by rate: no run here has such a setting; take some of preset, run_name"),
-        (["run", "--against", "lr"], {}, "--against lr needs runs with known gains and different numbers"),
-        (["missing"], {}, "missing has no metrics.csv; give the folder of a run"),
-        (["run"], {"metrics.csv": f"{HEADER}\n1,128,0.5,0,0"}, "has no step yet"),  # a line that is half written
-        (["run"], {"metrics.csv": f"{HEADER}\n1,128,0,0,0\n2,256\n"}, "line 3 of"),
-        (["run"], {"evaluation.json": "{"}, "evaluation.json is damaged"),
+        ("", "", "", "no run with a metrics.csv in runs; train first, or name a run folder"),
+        ("run --out x.unknown", "", "", "x.unknown: the name of a picture must end in .png, .pdf or .svg"),
+        ("run --by lr,rate", "", "", "--by rate: no run here has such a setting; take some of preset, run_name"),
+        ("run --against lr", "", "", "--against lr needs runs with known gains and different numbers"),
+        ("missing", "", "", "missing has no metrics.csv; give the folder of a run"),
+        ("run", "metrics.csv", f"{HEADER}\n1,128,0.5,0,0", "has no step yet"),  # a line that is half written
+        ("run", "metrics.csv", f"{HEADER}\n1,128,0,0,0\n2,256\n", "line 3 of"),
+        ("run", "evaluation.json", "{", "evaluation.json is damaged"),
     ],
 )
-def test_flags_and_files_that_cannot_be_used_are_one_line(tmp_path, flags, files, said, capsys):
+def test_flags_and_files_that_cannot_be_used_are_one_line(tmp_path, flags, file, content, said, capsys):
     run = write_run(tmp_path / "run", 2)
-    for name, content in files.items():
-        (run / name).write_text(content)
-    assert main(flags) == 2
+    if file:
+        (run / file).write_text(content)
+    assert main(flags.split()) == 2
     out, err = capsys.readouterr()
     assert err.startswith("plot_rewards.py: error: ") and said in err and err.count("\n") == 1 and not out
     assert not list(tmp_path.rglob("*.png"))

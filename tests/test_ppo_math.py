@@ -34,11 +34,32 @@ def test_kl_by_hand_and_with_forbidden_tokens():
     assert ppo.kl_from_logits(q, p).item() == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
 
 
-def test_forbidden_tokens_leave_gradients_finite():
-    logits = torch.randn(2, 3, 5, requires_grad=True)
-    restricted = logits.index_fill(-1, T([0, 4]), -INF)
-    ppo.logprobs_from_logits(restricted, torch.ones(2, 3, dtype=torch.int64)).sum().backward()
-    assert logits.grad.isfinite().all() and (logits.grad[..., [0, 4]] == 0).all()
+MASK = T([[True, True, False], [True, False, False]])
+GRADIENTS = {  # functions of logits (2, 3, 5) with forbidden tokens, and of x, y (2, 3) with NaN at the padding
+    "logprobs_from_logits": lambda logits, x, y: ppo.logprobs_from_logits(logits, torch.ones(2, 3, dtype=torch.int64)),
+    "entropy_from_logits": lambda logits, x, y: ppo.entropy_from_logits(logits),
+    "kl_from_logits": lambda logits, x, y: ppo.kl_from_logits(logits, logits.flip(0)),
+    "masked_mean": lambda logits, x, y: ppo.masked_mean(x, MASK),
+    "whiten": lambda logits, x, y: ppo.whiten(x, MASK),
+    "explained_variance": lambda logits, x, y: ppo.explained_variance(x, y, MASK),
+    "compute_rewards": lambda logits, x, y: ppo.compute_rewards(T([0.1, 0.2]), x, y, MASK, 0.2)[0],
+    "compute_advantages": lambda logits, x, y: ppo.compute_advantages(x, y, MASK, 0.9, 0.8)[0],
+    "policy_loss": lambda logits, x, y: ppo.policy_loss(x, y, x.detach(), MASK, 0.2)[0],
+    "value_loss": lambda logits, x, y: ppo.value_loss(x, y, y.detach(), MASK, 0.2)[0],
+}
+# The first at a token of probability 0. Of the others only value_loss is differentiated, of which padding is never NaN
+NAN_GRADIENT = ["entropy_from_logits", "whiten", "explained_variance", "value_loss"]
+CASES = [pytest.param(name, marks=[pytest.mark.xfail(strict=True)] * (name in NAN_GRADIENT)) for name in GRADIENTS]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_finite_with_forbidden_tokens_and_nan_at_the_padding(name):
+    generator = torch.Generator().manual_seed(0)
+    logits, x, y = (torch.randn(shape, generator=generator) for shape in ((2, 3, 5), (2, 3), (2, 3)))
+    inputs = [logits.index_fill(-1, T([0, 4]), -INF), x.where(MASK, NAN), y.where(MASK, NAN)]
+    GRADIENTS[name](*(tensor.requires_grad_() for tensor in inputs)).square().sum().backward()
+    gradients = torch.cat([tensor.grad.flatten() for tensor in inputs if tensor.grad is not None])
+    assert gradients.isfinite().all() and gradients.any()
 
 
 # --- masked statistics
@@ -59,17 +80,15 @@ def test_whiten_over_the_whole_batch(mask_dtype, shift_mean):
     assert got.numpy() == pytest.approx(np.where(mask, expected, 0), abs=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ([[1.0, 1, 9], [3, 3, 9]], [[-1.0, -1, 0], [1, 1, 0]]),  # keeps which completion was better
-        ([[0.7, 0.7, 9]], [[0.0, 0, 0]]),  # all equal: 0 and not NaN
-        ([[2e-4, -2e-4, 9]], [[5**0.5 * 0.4, -(5**0.5) * 0.4, 0]]),  # a variance of 4e-8, and 1e-8 beside it
-    ],
-)
-def test_whiten_by_hand(values, expected):
-    mask = T([[True, True, False]] * len(values))
-    assert ppo.whiten(T(values, dtype=torch.float64), mask).numpy() == pytest.approx(np.array(expected), abs=1e-7)
+def test_whiten_by_hand():
+    """It keeps which completion was better; all equal is 0 and not NaN; 1e-8 counts beside a variance of 4e-8."""
+    mask = T([[True, True, False]] * 2)
+    whitened = {1.0: 1.0, 0.0: 0.0, 2e-4: 5**0.5 * 0.4}
+    for size, expected in whitened.items():
+        values = T([[7 - size, 7 - size, 9], [7 + size, 7 + size, 9]], dtype=torch.float64)
+        assert ppo.whiten(values, mask).tolist() == [
+            pytest.approx([sign * expected] * 2 + [0], abs=1e-7) for sign in (-1, 1)
+        ]
 
 
 @pytest.mark.parametrize(

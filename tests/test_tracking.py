@@ -42,20 +42,18 @@ def test_settings_every_column_samples_and_results_arrive(policy, tmp_path, trac
 
 def test_each_package_is_asked_in_its_own_words_and_resumes_its_run(policy, tmp_path, trackers, monkeypatch):
     monkeypatch.setenv("SWANLAB_PROJECT", "mine")
-    run_dir, project = tmp_path / "run", {"project": "ppo-chinese-gpt2"}
-    options = {}
+    run_dir, project = tmp_path / "run", {"project": "ppo-chinese-gpt2", "config": 0}
     for i, package in enumerate(PACKAGES):
         tiny_run(run_dir, policy, resume=i > 0, track=package, episodes=8 + 16 * i)
         tiny_run(run_dir, policy, resume=True, track=package, episodes=16 + 16 * i)
-        options[package] = [call[1] for call in calls(trackers, package) if call[0] == "init"]
-        for each in options[package]:
-            del each["config"]
+    inits = {name: [call[1] for call in calls(trackers, name) if call[0] == "init"] for name in PACKAGES}
+    options = {name: [each | {"config": 0} for each in init] for name, init in inits.items()}
     ids = read_json(run_dir / "tracking.json")
     assert list(ids) == PACKAGES and len({*ids.values()}) == 3
     by_id = {"resume": "allow", "id": ids["wandb"], "dir": str(run_dir)}
     assert options["wandb"] == [project | by_id | {"name": "run"}] * 2
     by_id = {"resume": "allow", "id": ids["swanlab"], "logdir": str(run_dir / "swanlog")}
-    assert options["swanlab"] == [{"project": "mine", "experiment_name": "run"} | by_id] * 2
+    assert options["swanlab"] == [project | {"project": "mine", "experiment_name": "run"} | by_id] * 2
     assert options["trackio"] == [project | {"name": "run", "resume": resume} for resume in ("never", "allow")]
 
 
