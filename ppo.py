@@ -320,15 +320,22 @@ class PPOTrainer:
         """The policy with the average of its weights over the steps (`polynomial_average`)."""
         return self.engine.averaged if self.n_steps else self.model
 
-    def generate(self, query_tensors: list[torch.Tensor]) -> Completions:
-        """Let the policy continue each query, a 1-d int64 tensor on the CPU.
+    def generate(self, query_tensors: list[torch.Tensor], model=None, seed=None, step=None) -> Completions:
+        """Continue each query, a 1-d int64 tensor on the CPU.
 
-        The random numbers of completion i depend only on the run's seed, the step, and i, which counts the completions
-        since the last step: n calls with one query draw what one call with n queries draws.
+        The random numbers of completion i depend only on (seed, step, i). By default the policy continues, with the
+        run's seed and step, and i counts the completions since the last step: n calls with one query draw what one
+        call with n queries draws.
         """
-        first, self.n_drawn = self.n_drawn, self.n_drawn + len(query_tensors)
-        return self.engine.generate(query_tensors, self.model, self.config.seed, self.n_steps + 1, first)
+        model = self.model if model is None else model
+        seed = self.config.seed if seed is None else seed
+        if step is not None:
+            return self.engine.generate(query_tensors, model, seed, step, 0)
+        completions = self.engine.generate(query_tensors, model, seed, self.n_steps + 1, self.n_drawn)
+        self.n_drawn += len(query_tensors)
+        return completions
 
+    @torch.enable_grad()
     def step(self, completions: Completions, scores: torch.Tensor) -> dict[str, float]:
         """Take one PPO step on a batch. Returns its statistics as floats.
 

@@ -13,8 +13,8 @@ sys.path.insert(0, str(ROOT))
 import pytest
 import torch
 
-from support.demo_models import demo_models
-from support.models import load_gpt2_config, load_policy, load_tokenizer
+from support.models.demo_models import demo_models
+from support.models.pretrained import load_gpt2_config, load_policy, load_tokenizer
 from tests.helpers import TRACKER, small_run, write_classifier, write_gpt2
 
 
@@ -49,7 +49,7 @@ def finished(tmp_path_factory, demo) -> Path:
 @pytest.fixture
 def without_pictures(monkeypatch):
     """Runs leave an empty rewards.png: to draw one takes longer than a small run."""
-    monkeypatch.setattr("support.run_folder.draw", lambda runs, out: out.touch())
+    monkeypatch.setattr("plot_rewards.draw", lambda runs, out: out.touch())
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -15,9 +16,11 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 from config import PPOConfig
 from plot_rewards import PANELS
 from ppo import PPOTrainer
-from support.demo_models import NEGATIVE, POSITIVE
-from support.models import encode_prompt
-from support.run_folder import RunFolder
+from support.models.demo_models import NEGATIVE, POSITIVE
+from support.models.pretrained import encode_prompt
+from support.run.evaluation import Evaluation, Results
+from support.run.run_folder import RunFolder
+from support.run.text_trainer import TextPPOTrainer
 from train_ppo import main, train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,12 +133,10 @@ def tiny_run(run_dir, policy, reward=count_characters, resume=False, inputs=None
         episodes=24, batch_size=8, minibatch_size=8, ppo_epochs=1, gen_len=4, eval_samples=8, device="cpu",
         dtype="float32", save_every=1, log_samples_every=0, runs_dir=str(run_dir.parent), run_name=run_dir.name,
     )  # fmt: skip
-    config = PPOConfig(**defaults | changes)
-    folder = RunFolder(run_dir, config, ["--resume"] if resume else [], inputs or {})
-    try:
-        return train(config, copy.deepcopy(policy[0]), policy[1], reward, PROMPTS[1:], folder, resume)
-    finally:
-        folder.close()
+    config, argv = PPOConfig(**defaults | changes), ["--resume"] if resume else []
+    trainer = PPOTrainer(config, copy.deepcopy(policy[0]), copy.deepcopy(policy[0]), policy[1])
+    with (RunFolder.resume if resume else RunFolder.create)(run_dir, trainer, inputs or {}, argv) as folder:
+        return train(trainer, reward, PROMPTS[1:], folder)
 
 
 def contents(folder) -> dict:
@@ -173,7 +174,7 @@ PROMPTS = ["刚收到货,感觉", "衣服", "这本书很好"]
 def make(policy, **changes):
     model, tokenizer = policy
     defaults = dict(batch_size=6, minibatch_size=6, gen_len=6, dtype="float32", device="cpu", episodes=60)
-    return PPOTrainer(PPOConfig(**{**defaults, **changes}), model, copy.deepcopy(model), tokenizer)
+    return TextPPOTrainer(PPOConfig(**{**defaults, **changes}), model, copy.deepcopy(model), tokenizer)
 
 
 def batch_of(trainer, policy, n=6):
@@ -339,21 +340,34 @@ def write_run(folder, steps=30, seed=0, without=(), settings={}, **changes):
     return folder
 
 
-def evaluated(unit=1.0) -> dict:
-    """An evaluation.json of rewards with a standard deviation of 0.4 units before training."""
+def evaluation(samples, kls=None, **figures) -> Evaluation:
+    """A policy judged on samples, (prompt, completion, reward); figures that aren't given are 0."""
+    kls = kls or [0.0] * len(samples)
+    found = dict.fromkeys((field.name for field in dataclasses.fields(Evaluation)), 0.0)
+    found |= {"n": len(samples), "reward": float(np.mean([reward for *_, reward in samples]))}
+    found |= {"kl": float(np.mean(kls)), "commonest": [], "samples": [list(sample) for sample in samples], "kls": kls}
+    return Evaluation(**found | figures)
+
+
+def evaluated(unit=1.0) -> Results:
+    """The results of a run whose rewards have a standard deviation of 0.4 units before training."""
     figures = {"kl": 1.2346, "distinct_1": 0.1006, "distinct_2": 0.5006, "unique": 0.98765, "length": 12.34}
     figures |= {"ended": 0.1234, "ref_logprob": -2.345, "reward_ci95": 0.0114 * unit}
-    before = {"samples": [["p|", "old\n1", 0.1 * unit], ["p|", "old2", 0.9 * unit]], "reward": 0.25449 * unit}
-    after = {"samples": [["p|", "new1", 0.876 * unit], ["p|", "new2", 0.5 * unit]], "reward": 0.87551 * unit}
+    before = [["p|", "old\n1", 0.1 * unit], ["p|", "old2", 0.9 * unit]]
+    after = [["p|", "new1", 0.876 * unit], ["p|", "new2", 0.5 * unit]]
     limit = {"reward": 0.9317 * unit, "kl": 1.3579, "J": 0.7284 * unit}
     gain = {"beta": 0.15 * unit, "limit": limit, "J_before": 0.2546 * unit, "J": 0.6904 * unit}
-    gain |= {"gain": 0.9177, "gain_se": 0.0234}
-    return {"before": figures | before, "after": figures | after, "gain": gain, "verdict": "good"}
+    return Results(
+        evaluation(before, **figures, reward=0.25449 * unit),
+        evaluation(after, **figures, reward=0.87551 * unit),
+        gain=gain | {"gain": 0.9177, "gain_se": 0.0234},
+        verdict="good",
+    )
 
 
 def load_gpt2(folder):
     """A fresh policy and its tokenizer."""
-    from support.models import load_gpt2_config, load_policy, load_tokenizer
+    from support.models.pretrained import load_gpt2_config, load_policy, load_tokenizer
 
     return load_policy(folder, load_gpt2_config(folder)), load_tokenizer(folder)
 

@@ -18,7 +18,7 @@ from tests.helpers import ROOT
 
 context = multiprocessing.get_context("forkserver")
 GPT2 = "transformers.models.gpt2.modeling_gpt2"
-context.set_forkserver_preload(["tests.conftest", "train_ppo", "support.load", "support.run_folder", GPT2])
+context.set_forkserver_preload(["tests.conftest", "train_ppo", "support.run.load", "support.run.run_folder", GPT2])
 if multiprocessing.current_process().name == "MainProcess":
     forkserver.ensure_running()  # it loads them while other tests run
 
@@ -76,10 +76,10 @@ def launch(folder: Path, n: int, function, arguments) -> None:
     """What `torchrun --standalone --nproc-per-node n --max-restarts 1` does with a script."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from support import meeting
+    from support.compute import processes
 
     redirect(folder, "torchrun")
-    meeting.exit_process = sys.exit  # a process that ends without its return value is waited for without end
+    processes.exit_process = sys.exit  # a process that ends without its return value is waited for without end
     config = LaunchConfig(1, 1, n, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=1)
     config.start_method, config.monitor_interval = "fork", 0.1
     elastic_launch(config, call)(folder, function, arguments)
@@ -97,7 +97,7 @@ def call(folder: Path, function, arguments, environment={}) -> None:
 
 def program(rank: int, flags: list[str], read=True) -> None:
     """`python train_ppo.py FLAGS`, without the picture. read: whether anybody reads what it prints."""
-    from support import run_folder
+    from support.run import run_folder
 
     if not read:
         reader, broken = os.pipe()

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from config import PPOConfig
-from support.alarms import Alarms
+from support.run.warnings import Alarms
 from tests.helpers import rows, tiny_run
 
 # A step of a run with the default settings

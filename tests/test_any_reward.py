@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from config import PPOConfig
-from support.text_trainer import TextPPOTrainer
+from support.run.text_trainer import TextPPOTrainer
 from tests.helpers import read_json, rows, small_run
 
 pytestmark = pytest.mark.usefixtures("without_pictures", "demo")

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from support.checkpoint import load_checkpoint, save_checkpoint
-from support.errors import UserError
+from support.common.errors import UserError
+from support.run.checkpoint import load_checkpoint, save_checkpoint
 from tests.helpers import batch_of, change_json, contents, load_gpt2, make, read_json
 
 

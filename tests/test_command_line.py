@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import pytest
 
 from config import PPOConfig
-from support import command_line
-from support.command_line import new_run_folder, read_command_line
-from support.errors import UserError
-from support.user_code import import_function
+from reward import import_function
+from support.common.errors import UserError
+from support.run import command_line
+from support.run.command_line import new_run_folder, read_command_line
 from tests.helpers import ROOT, copy_run
 from train_ppo import main
 

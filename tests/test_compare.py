@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from config import PPOConfig
-from support.compare import Run, comparison, curves, read_run, short
-from support.errors import UserError
+from support.common.errors import UserError
+from support.run.compare import Run, comparison, curves, read_run, short
 from tests.helpers import MEAN, STD, write_run
 
 

@@ -9,10 +9,10 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from config import PPOConfig
-from support.command_line import read_command_line
-from support.files import remove
-from support.settings import read_prompts
-from support.text_trainer import TextPPOTrainer
+from support.common.files import remove
+from support.run.command_line import read_command_line
+from support.run.settings import read_prompts
+from support.run.text_trainer import TextPPOTrainer
 from tests.helpers import change_json, contents, copy_run, read_json
 from train_ppo import main
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from config import PPOConfig
-from support.errors import UserError
-from support.settings import (
+from support.common.errors import UserError
+from support.run.settings import (
     changes,
     check,
     load_config,
@@ -56,7 +56,7 @@ CHOICES |= {"track": ["none", "wandb", "swanlab", "trackio"]}
 @pytest.fixture(autouse=True)
 def versions_are_known(monkeypatch):
     """`check` is called some hundred times here, and reads the installed versions each time."""
-    monkeypatch.setattr("support.settings.check_versions", lambda: None)
+    monkeypatch.setattr("support.run.settings.check_versions", lambda: None)
 
 
 def typed(values: dict) -> list:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, BertTokenizer, GPT2LMHeadModel
 
 from reward import SentimentReward
-from support import demo_models
+from support.models import demo_models
 
 HAPPY = "不错 满意 漂亮 好用 舒服 喜欢 划算 精致 给力 贴心 合适 靠谱 "
 HAPPY += "下次还会再来 推荐大家购买 值得拥有 全五分好评 家人都说好 会一直支持"

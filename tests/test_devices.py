@@ -9,8 +9,8 @@ import torch
 
 import train_ppo
 from config import PPOConfig
-from support.devices import check_versions, pick_device, pick_dtype, pick_micro_batch_size, to_device
-from support.errors import UserError
+from support.common.errors import UserError
+from support.compute.devices import check_versions, pick_device, pick_dtype, pick_micro_batch_size, to_device
 
 
 @pytest.mark.parametrize(

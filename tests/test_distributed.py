@@ -13,11 +13,12 @@ import torch
 from config import PPOConfig
 from ppo import PPOTrainer
 from reward import score_texts
-from support import meeting, run_folder
-from support.command_line import read_command_line
-from support.errors import UserError
-from support.files import remove
-from support.models import encode_prompt
+from support.common.errors import UserError
+from support.common.files import remove
+from support.compute import processes
+from support.models.pretrained import encode_prompt
+from support.run import run_folder
+from support.run.command_line import read_command_line
 from tests.helpers import PROMPTS, checkpoints, load_gpt2, rows
 from tests.ranks import STEP, Ranks, program
 from train_ppo import main
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("without_pictures")
 
 def three_steps(rank, n_processes, gpt2_folder):
     """Save weights and statistics of three PPO steps. In the third the last process's first gradient is NaN."""
-    meeting.init_process_group()
+    processes.init_process_group()
     model, tokenizer = load_gpt2(gpt2_folder)
     sizes = dict(batch_size=16, minibatch_size=8, micro_batch_size=1, gen_len=8)
     config = PPOConfig(**sizes, ppo_epochs=2, lr=1e-4, dtype="float32", device="cpu")
@@ -47,7 +48,7 @@ def three_steps(rank, n_processes, gpt2_folder):
         states.append(copy.deepcopy(model.state_dict()))
     states.append(trainer.policy_for_saving.state_dict())
     torch.save({"states": states, "stats": stats, "drawn": drawn}, f"{rank}-of-{n_processes}")
-    meeting.exit_process(0)
+    processes.exit_process(0)
 
 
 def distance(one, other) -> float:

@@ -1,5 +1,6 @@
 """The limit, the gain and the verdict, against closed forms, exact sums and numbers calculated by hand."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -11,15 +12,16 @@ import pytest
 import torch
 
 from config import PPOConfig
-from support import evaluation
-from support.errors import UserError
-from tests.helpers import evaluated
+from support.common.errors import UserError
+from support.run import limit
+from support.run.evaluation import Evaluation, Results, distinct, noise
+from support.run.results import before_after_table, results_table, verdict
+from tests.helpers import evaluated, evaluation
 
 
-def judged(scores, kls=None, prompts=None, **more):
-    prompts, kls = prompts or ["a"] * len(scores), kls or [0.0] * len(scores)
-    samples = [[prompt, "x", score] for prompt, score in zip(prompts, scores)]
-    return {"samples": samples, "kls": kls, "reward": float(np.mean(scores)), "kl": float(np.mean(kls)), **more}
+def judged(scores, kls=None, prompts=None, **figures) -> Evaluation:
+    prompts = prompts or ["a"] * len(scores)
+    return evaluation([(prompt, "x", score) for prompt, score in zip(prompts, scores)], kls, **figures)
 
 
 def limit_of(groups: list[np.ndarray], beta: float) -> dict:
@@ -42,11 +44,11 @@ def limit_of(groups: list[np.ndarray], beta: float) -> dict:
 def test_gibbs_policy_by_hand():
     """Weights 1/4 and 3/4: without one sample, R* and J* are the other's reward, and 3/4 is left out as if it were 1/2.
     Of one sample a prompt there is nothing to choose, and exp(1000 / 0.01) is infinite."""
-    best = evaluation.gibbs_policy(torch.tensor([0.0, 2 * math.log(3)]), torch.zeros(2), 2.0)
+    best = limit.gibbs_policy(torch.tensor([0.0, 2 * math.log(3)]), torch.zeros(2), 2.0)
     assert (best["reward"], best["J"]) == pytest.approx((1.5 * math.log(3), math.log(8 / 3)))
-    best = evaluation.gibbs_policy(torch.tensor([0.2, 0.7]), torch.tensor([0, 1]), 0.5)
+    best = limit.gibbs_policy(torch.tensor([0.2, 0.7]), torch.tensor([0, 1]), 0.5)
     assert (best["reward"], best["kl"], best["J"]) == pytest.approx((0.45, 0, 0.45))
-    best = evaluation.gibbs_policy(torch.arange(1000.0), torch.zeros(1000), 0.01)
+    best = limit.gibbs_policy(torch.arange(1000.0), torch.zeros(1000), 0.01)
     assert 998 < best["J"] < best["reward"] < 1000 and best["effective_samples"] == pytest.approx(1)
 
 
@@ -56,7 +58,7 @@ def test_gibbs_policy_of_prompts_with_different_counts_leaves_out_each_sample(be
     groups = [rng.uniform(-2, 2, size=size) for size in (9, 30, 17)]
     index, shuffle = np.repeat([4, 0, 2], [9, 30, 17]), rng.permutation(56)
     rewards, prompt_index = torch.tensor(np.concatenate(groups)[shuffle]), torch.tensor(index[shuffle])
-    best = evaluation.gibbs_policy(rewards, prompt_index, beta)
+    best = limit.gibbs_policy(rewards, prompt_index, beta)
     ratios = best.pop("ratios")
     assert best == pytest.approx(limit_of(groups, beta))
     expected = np.concatenate([np.exp(group / beta) / np.exp(group / beta).mean() for group in groups])
@@ -72,7 +74,7 @@ def test_gain_and_its_standard_error_against_repeated_draws():
         before = judged((rng.uniform(size=400) + better).tolist(), prompts=prompts)
         kls = rng.exponential(0.2, size=400).tolist()
         after = judged((rng.beta(4, 2, size=400) + better).tolist(), kls, prompts)
-        gains.append(evaluation.gain(before, after, prompts[:4], beta))
+        gains.append(limit.gain(before, after, beta))
     found, errors = (np.array([each[name] for each in gains]) for name in ("gain", "gain_se"))
     assert errors.mean() == pytest.approx(found.std(), rel=0.21)
     expected = (4 / 6 - beta * 0.2 - 0.5) / (beta * math.log(beta * (math.exp(1 / beta) - 1)) - 0.5)
@@ -88,12 +90,12 @@ def test_gain_and_its_standard_error_by_hand_in_any_unit(unit):
     scores_after, kls, beta = unit * rng.uniform(0.5, 1.8, size=500), rng.exponential(0.3, size=500), 0.25 * unit
     before = judged(scores.tolist(), rng.uniform(size=600).tolist(), prompts)
     after = judged(scores_after.tolist(), kls.tolist(), ["a", "b"] * 250)
-    result = evaluation.gain(before, after, ["b", "a"], beta)
+    result = limit.gain(before, after, beta)
 
     own = [np.array(prompts) == prompt for prompt in "ab"]
-    limit = limit_of([scores[of] for of in own], beta)
+    best = limit_of([scores[of] for of in own], beta)
     j_before, j_after = scores.mean(), scores_after.mean() - beta * kls.mean()
-    share = (j_after - j_before) / (limit["J"] - j_before)
+    share = (j_after - j_before) / (best["J"] - j_before)
     squares = 0.0
     for of in own:
         moves = beta * np.exp(scores[of] / beta) / np.exp(scores[of] / beta).mean()  # of J*, by each sample
@@ -101,18 +103,18 @@ def test_gain_and_its_standard_error_by_hand_in_any_unit(unit):
         squares += ((mixed - mixed.mean()) ** 2).sum()
     values = (scores_after - beta * kls).reshape(250, 2)
     error = math.sqrt(((values - values.mean(0)) ** 2).sum() / 498 / 500 + squares / 598 / 600)
-    assert result.pop("limit") == pytest.approx(limit)
+    assert result.pop("limit") == pytest.approx(best)
     expected = {"beta": beta, "J_before": j_before, "J": j_after, "gain": share}
-    assert result == pytest.approx(expected | {"gain_se": error / (limit["J"] - j_before)}, rel=1e-5)
+    assert result == pytest.approx(expected | {"gain_se": error / (best["J"] - j_before)}, rel=1e-5)
 
 
-def binary(n_best: int, n: int, n_prompts: int = 1) -> dict:
+def binary(n_best: int, n: int, n_prompts: int = 1) -> Evaluation:
     """Of each prompt's n completions n_best score 1, the others 0: at a small beta these carry the limit."""
     prompts = [f"prompt {i % n_prompts}" for i in range(n * n_prompts)]
     return judged([float(i < n_best * n_prompts) for i in range(n * n_prompts)], prompts=prompts)
 
 
-def two_valued(high: float) -> dict:
+def two_valued(high: float) -> Evaluation:
     """At beta 1, J* is log cosh(high / 2) above J_ref: about high / 4 standard deviations of high / 2."""
     return judged([0.0, high] * 10_000)
 
@@ -142,18 +144,17 @@ FEW, HANDFUL, DEAR = "too few samples", "a handful of texts", "hardly any KL is 
     ],
 )
 def test_gain_is_unknown_beyond_each_limit_and_known_within_it(before, beta, why):
-    prompts = list(dict.fromkeys(prompt for prompt, *_ in before["samples"]))
-    unit = 1e4  # the limits hold in any
-    scores = [unit * score for *_, score in before["samples"]]
-    before = before | judged(scores, prompts=[prompt for prompt, *_ in before["samples"]])
-    result = evaluation.gain(before, before, prompts, beta * unit)
+    unit, prompts = 1e4, [prompt for prompt, *_ in before.samples]  # the limits hold in any unit
+    scores = [unit * score for *_, score in before.samples]
+    before = judged(scores, prompts=prompts, noise=before.noise)
+    result = limit.gain(before, before, beta * unit)
     if why is None:
         assert result["gain"] == pytest.approx(0, abs=1e-6) and result["gain_se"] > 0 and "why" not in result
     else:
         assert result["gain"] is None and why in result["why"] and "gain_se" not in result
     assert ("J" in result) == (beta > 0) and json.dumps(result)
     if why == FEW:  # twice as many as would do
-        effective, least = result["limit"]["effective_samples"], max(100, 5 * len(prompts))
+        effective, least = result["limit"]["effective_samples"], max(100, 5 * len(set(prompts)))
         assert 1 <= result["samples_needed"] * effective / (2 * len(scores) * least) < 2
 
 
@@ -165,26 +166,26 @@ def test_noise_is_half_the_squared_difference_of_two_scores_over_the_variance():
         texts.extend(batch)
         return [0.4, 2.0] * (len(batch) // 2)
 
-    assert evaluation.noise(again, judged([0.0, 2.0] * 50)) == pytest.approx(0.04)
+    assert noise(again, judged([0.0, 2.0] * 50)) == pytest.approx(0.04)
     assert texts == ["ax"] * 64
-    assert evaluation.noise(lambda batch: [0.5] * len(batch), judged([0.5] * 100)) == 0
+    assert noise(lambda batch: [0.5] * len(batch), judged([0.5] * 100)) == 0
 
 
 @pytest.mark.parametrize(("good", "first"), [(19, 9), (21, 0)])
 def test_the_frontier_by_hand(good, first):
     """`good` of 1,000 score 1e4, the others 0. At the lowest betas the limit rests on these only: on 20 at least."""
     scores = np.array([1e4] * good + [0.0] * (1000 - good))
-    points = evaluation.frontier(judged(scores.tolist()), ["a"])
+    points = limit.frontier(*judged(scores.tolist()).rewards())
     assert len(points) == 22 - first
     for power in (first, first + 4, 21):
-        limit = limit_of([scores], beta := 0.15 * 1.25**power * scores.std(ddof=1))
-        expected = {"beta": beta, "reward": limit["reward"], "kl": limit["kl"]}
+        best = limit_of([scores], beta := 0.15 * 1.25**power * scores.std(ddof=1))
+        expected = {"beta": beta, "reward": best["reward"], "kl": best["kl"]}
         assert points[power - first] == pytest.approx(expected)
 
 
 def test_the_frontier_needs_five_effective_samples_of_each_prompt():
     for best, there in ((4, False), (6, True)):
-        points = evaluation.frontier(binary(best, 40, 10), [f"prompt {i}" for i in range(10)])
+        points = limit.frontier(*binary(best, 40, 10).rewards())
         assert (points[0]["beta"] < 0.1) == there and points[-1]["beta"] > 4
 
 
@@ -196,23 +197,23 @@ def test_best_of_n_by_trying_all_choices_within_a_prompt():
     known = {"gain": 0.5, "beta": 0.2, "J_before": 0.5, "limit": {"J": 0.9}}
     for n in (2, 3, 8):
         brute = [np.mean([max(choice) for choice in itertools.combinations(scores, n)]) for scores in (first, second)]
-        best = evaluation.best_of_n({"before": before, "gain": known}, ["a", "b"], n)
+        best = limit.best_of_n(*before.rewards(), n, known)
         assert best["reward"] == pytest.approx(np.mean(brute))
         assert best["kl"] == pytest.approx({2: math.log(2) - 1 / 2, 3: math.log(3) - 2 / 3, 8: math.log(8) - 7 / 8}[n])
         assert best["gain"] == pytest.approx((best["reward"] - 0.2 * best["kl"] - 0.5) / 0.4)
-    assert evaluation.best_of_n({"before": before, "gain": {"gain": None}}, ["a", "b"], 2)["gain"] is None
+    assert limit.best_of_n(*before.rewards(), 2, {"gain": None})["gain"] is None
 
 
 def test_the_yardsticks_are_of_the_policy_before():
     before = judged([0.1, 0.6, 0.3, 0.9, 0.2, 0.5, 0.8] * 20, prompts=["a", "b"] * 70)
-    results = {"before": before, "after": judged([0.4] * 140, [0.25] * 140, ["a", "b"] * 70)}
-    evaluation.add_yardsticks(results, ["b", "a"], 0.5)
-    assert results["gain"] == evaluation.gain(before, results["after"], ["b", "a"], 0.5)
-    assert results["frontier"] == evaluation.frontier(before, ["b", "a"])
-    assert [each["n"] for each in results["best_of_n"]] == [2, 3, 4, 8]
-    few = {"before": judged([0.1] * 7, prompts=["a"] * 4 + ["b"] * 3), "after": judged([0.2] * 16)}
-    evaluation.add_yardsticks(few, ["a", "b"], 0.2)
-    assert [each["n"] for each in few["best_of_n"]] == [2, 3]  # b has three
+    results = Results(before, judged([0.4] * 140, [0.25] * 140, ["a", "b"] * 70))
+    results.measure(0.5)
+    assert results.gain == limit.gain(before, results.after, 0.5)
+    assert results.frontier == limit.frontier(*before.rewards())
+    assert [each["n"] for each in results.best_of_n] == [2, 3, 4, 8]
+    few = Results(judged([0.1] * 7, prompts=["a"] * 4 + ["b"] * 3), judged([0.2] * 16))
+    few.measure(0.2)
+    assert [each["n"] for each in few.best_of_n] == [2, 3]  # b has three
 
 
 @functools.cache
@@ -220,17 +221,15 @@ def normal(unit):
     """Normally distributed rewards before training, whose frontier is R = sqrt(2 KL), and this frontier."""
     scores = [unit * NormalDist().inv_cdf((i + 0.5) / 2000) for i in range(2000)]
     before = judged(scores, unique=0.8)
-    return before, evaluation.frontier(before, ["a"])
+    return before, limit.frontier(*before.rewards())
 
 
 def verdict_on(reward, kl, beta=1.0, unit=1.0, noise=0.0, unique=0.7, **settings):
     """Of a run from `normal` rewards to this reward and KL."""
     after = judged([unit * (reward + noise), unit * (reward - noise)] * 1000, [kl] * 2000, unique=unique)
     before, frontier = normal(unit)
-    found = evaluation.gain(before, after, ["a"], unit * beta)
-    return evaluation.verdict(
-        {"before": before, "after": after, "gain": found, "frontier": frontier}, PPOConfig(**settings)
-    )
+    found = limit.gain(before, after, unit * beta)
+    return verdict(Results(before, after, gain=found, frontier=frontier), PPOConfig(**settings))
 
 
 @pytest.mark.parametrize(
@@ -274,36 +273,47 @@ def cells(table: str) -> list[list[str]]:
 def test_the_tables_show_rewards_with_the_decimals_of_their_spread_before_training(unit, digits):
     """0.4 units before training; afterwards all are equal."""
     found = evaluated(unit)
-    found["after"]["samples"] = found["after"]["samples"][:1] * 2
+    found.after.samples = found.after.samples[:1] * 2
 
     def of_rewards(*values, digits=digits):
         return [f"{value * unit:.{digits}f}" for value in values]
 
-    header, _, *rows = cells(evaluation.results_table(found))
+    header, _, *rows = cells(results_table(found))
     assert header == ["", "before", "after", "the limit"] and len(rows) == 11
     assert rows[0][1:] == of_rewards(0.25449, 0.87551, 0.9317)
     assert rows[2][1:] == ["1.235", "1.235", "1.358"] and rows[5][1:] == ["98.8%", "98.8%", ""]
     assert rows[-2][1:] == of_rewards(0.2546, 0.6904, 0.7284)
     assert rows[-1] == ["gain", "0", "0.92 (standard error 0.02)", "1"]
     was, now = of_rewards(0.1, 0.876, digits=max(0, digits - 1))
-    assert cells(evaluation.before_after_table(found, 1))[2:] == [["p\\|", "old 1", was, "new1", now]]
-    found["gain"] |= {"gain": None, "why": "few"}
-    assert [row[3:] for row in cells(evaluation.results_table(found))[2:]] == [[""]] * 10
+    assert cells(before_after_table(found.before.samples, found.after.samples, 1))[2:] == [
+        ["p\\|", "old 1", was, "new1", now]
+    ]
+    found.gain |= {"gain": None, "why": "few"}
+    assert [row[3:] for row in cells(results_table(found))[2:]] == [[""]] * 10
 
 
 def test_distinct_n_by_hand():
     """a, b, a, b, c: three of five. ab, ba, ab: two of three, and no pair across texts."""
-    assert evaluation.distinct(["abab", "c"], 1) == pytest.approx(3 / 5)
-    assert evaluation.distinct(["abab", "c"], 2) == pytest.approx(2 / 3)
-    assert evaluation.distinct(["a", ""], 2) == 0
+    assert distinct(["abab", "c"], 1) == pytest.approx(3 / 5)
+    assert distinct(["abab", "c"], 2) == pytest.approx(2 / 3)
+    assert distinct(["a", ""], 2) == 0
 
 
-def test_an_evaluation_is_written_readably_and_read_again(tmp_path):
-    found, path = {"before": judged([0.25, 0.5], prompts=["感觉", "衣服"])}, tmp_path / "evaluation.json"
-    assert evaluation.read(tmp_path, ["感觉"]) == {}
-    evaluation.write_json(path, found)
-    assert "感觉" in path.read_text(encoding="utf-8") and evaluation.read(tmp_path, ["衣服", "感觉", "书"]) == found
-    for content in (json.dumps(found), "{", '{"after": 1}'):  # the first judges another prompt, too
+def test_results_are_written_readably_and_read_again(tmp_path):
+    path = tmp_path / "evaluation.json"
+    assert Results.read(path) is None
+    found = Results(judged([0.25, 0.5], prompts=["感觉", "衣服"], noise=0.1))
+    found.write(path)
+    assert "感觉" in path.read_text(encoding="utf-8") and Results.read(path) == found
+    found = dataclasses.replace(evaluated(), steps=3, alarms=[{"step": 1}])
+    found.write(path)
+    assert Results.read(path) == found
+    content = json.loads(path.read_text(encoding="utf-8"))
+    without = {when: content.pop(when) for when in ("before", "after")}
+    for judgement in without.values():
+        del judgement["samples"], judgement["kls"]
+    assert found.without_samples() == content | without
+    for content in ("{", '{"after": 1}', '{"before": {"n": 1}}'):
         path.write_text(content)
         with pytest.raises(UserError, match="evaluation.json is damaged .*remove it: --resume makes it again"):
-            evaluation.read(tmp_path, ["感觉"])
+            Results.read(path)

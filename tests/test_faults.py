@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ppo import PPOTrainer
-from support.errors import UserError, is_out_of_memory
-from support.signals import StopSignal
+from support.common.errors import UserError, is_out_of_memory
+from support.run.signals import StopSignal
 from tests.helpers import ROOT, checkpoints, count_characters, load_gpt2, rows, small_run, tiny_run
 from tools.stress_resume import differences
 
@@ -35,7 +35,7 @@ def whole(gpt2_folder, tmp_path_factory):
     """A run in which nothing goes wrong."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("support.run_folder.draw", lambda runs, out: out.touch())
+        patch.setattr("support.run.run_folder.draw", lambda runs, out: out.touch())
         assert tiny_run(run_dir, load_gpt2(gpt2_folder)) == 0
     return run_dir
 
@@ -63,7 +63,7 @@ def test_ctrl_c_ends_an_evaluation_at_once(policy, tmp_path, call):
 
 def test_a_second_signal_leaves_at_once():
     script = (
-        "import signal; from support.signals import StopSignal; stop = StopSignal()\n"
+        "import signal; from support.run.signals import StopSignal; stop = StopSignal()\n"
         "signal.raise_signal(signal.SIGINT); print(stop.received == signal.SIGINT, flush=True)\n"
         "signal.raise_signal(signal.SIGTERM); print('still here', flush=True)\n"
     )

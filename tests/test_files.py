@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from support.errors import UserError
-from support.files import damaged, disk_errors, read_json, whole, whole_lines, write_whole
+from support.common.errors import UserError
+from support.common.files import damaged, disk_errors, read_json, whole, whole_lines, write_whole
 
 
 def write_folder(path, text):

@@ -6,7 +6,7 @@ import torch
 from config import PPOConfig
 from ppo import logprobs_values_entropy
 from reward import SentimentReward
-from support.text_trainer import TextPPOTrainer
+from support.run.text_trainer import TextPPOTrainer
 from tests.helpers import small_run, weights, write_gpt2
 from train_ppo import main
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from support.errors import UserError
-from support.hub import model_folder
+from support.common.errors import UserError
+from support.models.hub import model_folder
 from tests.hub_server import Hub
 
 SHARDS = ["{}-00001-of-00002.{}", "{}-00002-of-00002.{}", "{}.{}.index.json"]

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from config import PPOConfig
-from support.evaluation import evaluate
-from support.models import encode_prompt
-from support.text_trainer import TextPPOTrainer
+from support.models.pretrained import encode_prompt
+from support.run.evaluation import evaluate
+from support.run.text_trainer import TextPPOTrainer
 from tests.helpers import FORBIDDEN, SEP, VOCAB, load_gpt2, plain_gpt2
 
 PROMPTS, N, GEN_LEN, TEMPERATURE = ["刚收到货,感觉", "衣服", "这本书很不错"], 61, 4, 0.7
@@ -41,7 +41,7 @@ class Judged:
         config = PPOConfig(**settings | {"device": "cpu", "dtype": "float32", "seed": 11} | changes)
         self.trainer = TextPPOTrainer(config, copy.deepcopy(self.model), copy.deepcopy(self.reference), self.tokenizer)
         self.result = evaluate(self.trainer, self.model, score, PROMPTS)
-        self.prompts, self.completions, self.scores = map(list, zip(*self.result["samples"]))
+        self.prompts, self.completions, self.scores = map(list, zip(*self.result.samples))
 
 
 @torch.no_grad()
@@ -78,37 +78,37 @@ def recount(judged) -> SimpleNamespace:
 
 
 def test_completions_are_the_evaluations_draws_with_the_prompts_in_turn_and_their_scores(judged, recount):
-    assert judged.result["n"] == N == len(judged.completions)
+    assert judged.result.n == N == len(judged.completions)
     assert judged.prompts == (PROMPTS * 21)[:N]
     written = ["".join(VOCAB[token] for token in response if token != SEP) for response in recount.responses]
     assert [text.replace(" ", "") for text in judged.completions] == [text.replace("##", "") for text in written]
     expected = score([prompt + text for prompt, text in zip(judged.prompts, judged.completions)])
     assert judged.scores == pytest.approx(expected, abs=1e-6)
-    assert judged.result["reward"] == pytest.approx(np.mean(expected), abs=1e-6)
-    assert judged.result["reward_ci95"] == pytest.approx(1.96 * np.std(expected, ddof=1) / math.sqrt(N), rel=1e-5)
+    assert judged.result.reward == pytest.approx(np.mean(expected), abs=1e-6)
+    assert judged.result.reward_ci95 == pytest.approx(1.96 * np.std(expected, ddof=1) / math.sqrt(N), rel=1e-5)
     # Some completions end with the last token that they may have
     ended = [response[-1] == SEP for response in recount.responses]
     lengths = [len(response) for response in recount.responses]
     assert 0 < sum(ended) < N and sum(lengths) < N * GEN_LEN
     assert any(end and length == GEN_LEN for end, length in zip(ended, lengths))
-    assert judged.result["ended"] == pytest.approx(sum(ended) / N)
-    assert judged.result["length"] == pytest.approx(sum(lengths) / N)
+    assert judged.result.ended == pytest.approx(sum(ended) / N)
+    assert judged.result.length == pytest.approx(sum(lengths) / N)
 
 
 def test_the_kl_is_summed_over_vocabulary_and_tokens(judged, recount):
     """In float32, whose rounding of a log-probability of about 10 is 1e-6, over 4 tokens."""
-    assert judged.result["kls"] == pytest.approx(recount.kls, abs=1e-4) and min(recount.kls) > 0.01
-    assert judged.result["kl"] == pytest.approx(sum(recount.kls) / N, abs=1e-5)
+    assert judged.result.kls == pytest.approx(recount.kls, abs=1e-4) and min(recount.kls) > 0.01
+    assert judged.result.kl == pytest.approx(sum(recount.kls) / N, abs=1e-5)
     expected = sum(recount.ref_logprobs) / len(recount.ref_logprobs)
-    assert judged.result["ref_logprob"] == pytest.approx(expected, abs=1e-5)
+    assert judged.result.ref_logprob == pytest.approx(expected, abs=1e-5)
 
 
 def test_equal_completions_of_two_prompts_are_two(judged):
     counts = Counter(zip(judged.prompts, judged.completions))
     assert len(set(judged.completions)) < len(counts) < N
-    assert judged.result["unique"] == pytest.approx(len(counts) / N)
+    assert judged.result.unique == pytest.approx(len(counts) / N)
     texts = {prompt + completion: count for (prompt, completion), count in counts.items()}
-    commonest = judged.result["commonest"]
+    commonest = judged.result.commonest
     assert [count for _, count in commonest] == sorted(counts.values(), reverse=True)[:10]
     assert all(texts.pop(text) == count for text, count in commonest)
 
@@ -124,5 +124,5 @@ def test_in_bfloat16_both_policies_are_rounded(gpt2_folder):
     """The reference judged against itself has moved nowhere, though the judged one comes in float32."""
     judged = Judged(gpt2_folder, dtype="bfloat16")
     itself = evaluate(judged.trainer, judged.reference, score, PROMPTS)
-    assert itself["kls"] == pytest.approx([0.0] * N, abs=1e-6)
-    assert judged.result["kl"] > 0.01
+    assert itself.kls == pytest.approx([0.0] * N, abs=1e-6)
+    assert judged.result.kl > 0.01

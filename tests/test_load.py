@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from config import PPOConfig
-from support import collectives
-from support.demo_models import NEGATIVE
-from support.errors import UserError
-from support.load import PROGRAM, check_same, hash_of, load, load_folders
-from support.text_trainer import TextPPOTrainer
+from support.common.errors import UserError
+from support.compute import processes
+from support.models.demo_models import NEGATIVE
+from support.run.load import PROGRAM, check_same, hash_of, load, load_folders
+from support.run.text_trainer import TextPPOTrainer
 from tests.helpers import ROOT, write_classifier
 
 PROMPT = "刚收到货,感觉"  # 7 characters, and [CLS] before
@@ -64,7 +64,7 @@ def test_configs_and_prompts_are_checked_before_any_weights(gpt2_folder, classif
         found.append(flag)
         return folders[name]
 
-    monkeypatch.setattr("support.load.model_folder", model_folder)
+    monkeypatch.setattr("support.run.load.model_folder", model_folder)
     for names, changes, line, flags in (
         (("sentiment", "sentiment"), {}, "type 'bert'", []),
         (("gpt2", "unclear"), {}, "which label", ["--model_name"]),
@@ -74,7 +74,7 @@ def test_configs_and_prompts_are_checked_before_any_weights(gpt2_folder, classif
     ):
         found.clear()
         with monkeypatch.context() as patch, pytest.raises(UserError, match=line):
-            patch.setattr("support.load.load_policy", lambda *args: pytest.fail("read too early"))
+            patch.setattr("support.run.load.load_policy", lambda *args: pytest.fail("read too early"))
             load(settings(model_name=names[0], reward_model_name=names[1], **changes))
         assert found == flags
     _, _, reward, _ = load(settings(model_name="gpt2", reward_model_name="unclear", positive_label="b"))
@@ -91,8 +91,8 @@ def compared(monkeypatch):
 
     def compare(config, *parts):
         values, replaced = {}, []
-        monkeypatch.setattr(collectives, "check_same", values.update)
-        monkeypatch.setattr(collectives, "broadcast_weights", replaced.append)
+        monkeypatch.setattr(processes, "check_same", values.update)
+        monkeypatch.setattr(processes, "broadcast_weights", replaced.append)
         check_same(config, *parts)
         return values, replaced
 
@@ -139,7 +139,7 @@ def test_another_classifier_or_program_changes_its_own_hash(compared, parts, tmp
 
     program = tmp_path / "ppo.py"
     shutil.copy(ROOT / "ppo.py", program)
-    monkeypatch.setattr("support.load.PROGRAM", [program if path.name == "ppo.py" else path for path in PROGRAM])
+    monkeypatch.setattr("support.run.load.PROGRAM", [program if path.name == "ppo.py" else path for path in PROGRAM])
     assert changed() == []
     program.write_bytes(program.read_bytes() + b"#")
     assert changed() == ["the hash of this program's files"]

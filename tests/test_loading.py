@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from config import PPOConfig
 from reward import SentimentReward
-from support import models
-from support.errors import UserError
-from support.text_trainer import TextPPOTrainer
+from support.common.errors import UserError
+from support.models import pretrained as models
+from support.run.text_trainer import TextPPOTrainer
 from tests.helpers import write_bpe_gpt2, write_gpt2
 
 BIN = "pytorch_model.bin"

@@ -8,8 +8,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from config import PPOConfig
-from support.model_card import write_card, write_results
-from support.text_trainer import TextPPOTrainer
+from support.models.model_card import write_card, write_results
+from support.run.text_trainer import TextPPOTrainer
 from tests.helpers import write_bpe_gpt2
 from train_ppo import main
 

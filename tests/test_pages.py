@@ -19,7 +19,7 @@ from huggingface_hub import constants
 import plot_rewards
 import train_ppo
 from config import PPOConfig
-from support.demo_models import write_review
+from support.models.demo_models import write_review
 from tests.helpers import ROOT, code_blocks, read, write_bpe_gpt2, write_classifier, write_gpt2
 from tests.hub_server import Hub
 from tools import review_models
@@ -123,7 +123,7 @@ def typed(tmp_path_factory, finished):
 
     with Hub(models) as hub, pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("support.run_folder.draw", lambda runs, out: out.touch())
+        patch.setattr("support.run.run_folder.draw", lambda runs, out: out.touch())
         patch.setitem(review_models.GPT2_SIZES, "n_embd", 32)
         patch.setitem(review_models.GPT2_SIZES, "n_head", 2)
         patch.setitem(review_models.CLASSIFIER_SIZES, "hidden_size", 32)

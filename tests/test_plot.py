@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from plot_rewards import PANELS, draw, main, smooth
-from support.compare import read_metrics
+from support.run.compare import read_metrics
 from tests.helpers import MEAN, STD, write_run
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")

@@ -14,8 +14,8 @@ from torch import distributed as dist
 
 from config import PPOConfig
 from reward import score_texts
-from support import collectives, meeting
-from support.errors import UserError
+from support.common.errors import UserError
+from support.compute import processes
 from tests.helpers import ROOT
 from tests.ranks import Ranks
 from train_ppo import main
@@ -36,7 +36,7 @@ def exchange(rank: int) -> None:
     """Save what each function gives on each of three processes, of which the first is on a machine of its own."""
     socket.gethostname = lambda: ("gpu-1", "gpu-2", "gpu-2")[rank]
     os.environ["LOCAL_RANK"] = str((0, 0, 1)[rank])
-    meeting.init_process_group()
+    processes.init_process_group()
     print("printed by", rank)
 
     def fails_on(*ranks):
@@ -48,25 +48,25 @@ def exchange(rank: int) -> None:
         return function
 
     rows = torch.zeros(5)
-    mine = collectives.rows_of_rank(5)
+    mine = processes.rows_of_rank(5)
     rows[mine] = torch.arange(1.0, 6.0)[mine]
     from_rank_0 = [lambda: {"rank": rank}, fails_on(0), fails_on(1), lambda: sys.exit(f"help of {rank}")]
     results = {
-        "rank": (collectives.rank(), collectives.world_size()),
-        "rows": [list(range(n))[collectives.rows_of_rank(n)] for n in (0, 2, 5, 10)],
-        "sum": [collectives.all_reduce_sum(rows).tolist(), rows.tolist()],
-        "broadcast": [outcome(collectives.broadcast_from_rank_0, function) for function in from_rank_0],
-        "all": [outcome(collectives.on_all_ranks, fails_on(*ranks)) for ranks in ((), (0,), (1, 2), (2,), (0, 2))],
+        "rank": (processes.rank(), processes.world_size()),
+        "rows": [list(range(n))[processes.rows_of_rank(n)] for n in (0, 2, 5, 10)],
+        "sum": [processes.all_reduce_sum(rows).tolist(), rows.tolist()],
+        "broadcast": [outcome(processes.broadcast_from_rank_0, function) for function in from_rank_0],
+        "all": [outcome(processes.on_all_ranks, fails_on(*ranks)) for ranks in ((), (0,), (1, 2), (2,), (0, 2))],
     }
     versions = ("2.13", ("2.13", "2.13", "2.6")[rank])
-    results["same"] = [outcome(collectives.check_same, {"torch": version}) for version in versions]
+    results["same"] = [outcome(processes.check_same, {"torch": version}) for version in versions]
 
     model = torch.nn.BatchNorm1d(2)
     model.weight.data[:] = model.running_mean[:] = rank + 1
-    collectives.broadcast_weights(model)
+    processes.broadcast_weights(model)
     results["weights"] = [model.weight.tolist(), model.running_mean.tolist()]
 
-    meeting.set_timeout(0.5)
+    processes.set_timeout(0.5)
     if rank:
         while not Path("given-up").exists():
             time.sleep(0.05)
@@ -74,10 +74,10 @@ def exchange(rank: int) -> None:
         try:
             score_texts(len, ["a", "b", "c"])
         except RuntimeError as error:
-            results["lost"] = meeting.lost_process(error)
+            results["lost"] = processes.lost_process(error)
     Path("given-up").touch()
     torch.save(results, f"{rank}.pt")
-    meeting.exit_process((0, 130, 2)[rank])
+    processes.exit_process((0, 130, 2)[rank])
 
 
 @pytest.fixture(scope="module")
@@ -120,11 +120,11 @@ def test_a_process_that_does_not_answer_within_the_timeout_is_lost(three):
 
 def test_only_errors_of_gloo_and_nccl_mean_a_lost_process(monkeypatch):
     closed = RuntimeError("[gloo/gloo/transport/tcp/pair.cc:546] Connection closed by peer [10.0.0.2]:41873")
-    assert meeting.lost_process(closed) is None  # a single process has none to lose
-    monkeypatch.setattr(meeting, "process_group", lambda: dist)
-    assert "[10.0.0.2]:41873" in meeting.lost_process(closed)
-    assert meeting.lost_process(dist.DistBackendError("NCCL error: remote process exited"))
-    assert meeting.lost_process(RuntimeError("shapes do not match")) is None
+    assert processes.lost_process(closed) is None  # a single process has none to lose
+    monkeypatch.setattr(processes, "process_group", lambda: dist)
+    assert "[10.0.0.2]:41873" in processes.lost_process(closed)
+    assert processes.lost_process(dist.DistBackendError("NCCL error: remote process exited"))
+    assert processes.lost_process(RuntimeError("shapes do not match")) is None
 
 
 def test_processes_that_do_not_find_each_other_get_one_line(monkeypatch, capsys):
@@ -140,7 +140,7 @@ def test_processes_that_do_not_find_each_other_get_one_line(monkeypatch, capsys)
 
 def test_output_is_shown_line_by_line_and_outlasts_its_reader():
     script = (
-        "import sys; from support.streams import hold_streams; hold_streams()\n"
+        "import sys; from support.run.streams import hold_streams; hold_streams()\n"
         "print('first'); sys.stdin.readline()\n"
         "print('感觉', end='', flush=True); print('more\\n' * 10000)\n"
         "sys.exit(7)\n"

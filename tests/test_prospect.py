@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
-from support.errors import UserError
-from support.prospect import kl_coef_for, prospect
+from support.common.errors import UserError
+from support.run.limit import kl_coef_for
+from support.run.warnings import prospect
+from tests.helpers import evaluation
 
 ONE = torch.zeros(1000, dtype=torch.int64)
 
@@ -49,9 +51,9 @@ def test_a_budget_that_no_coefficient_meets_is_refused(scores, budget, said):
     kl_coef_for(torch.tensor([0.0] * 990 + [1.0] * 10, dtype=torch.float64), ONE, 0.4)
 
 
-def lines(scores, kl_coef, prompts=("好",), **before) -> list[str]:
+def lines(scores, kl_coef, prompts=("好",), noise=0.0) -> list[str]:
     samples = [[prompts[i % len(prompts)], "", score] for i, score in enumerate(scores)]
-    return prospect({"samples": samples} | before, list(prompts), kl_coef)
+    return prospect(evaluation(samples, noise=noise), list(prompts), kl_coef)
 
 
 def test_what_is_possible_is_told_in_the_unit_of_the_scores():

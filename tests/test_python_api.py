@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from config import PPOConfig
-from support.text_trainer import TextPPOTrainer
+from support.run.text_trainer import TextPPOTrainer
 from tests.helpers import make
 
 QUERY, RESPONSE = [2, 5, 6], [7, 8, 3]
@@ -143,7 +143,7 @@ def test_judging_draws_and_failed_calls_do_not_count(twins, monkeypatch):
     trainer, twin = twins
     trainer.generate([QUERY] * 4, trainer.ref_model, seed=9, step=0)
     with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
-        patched.setattr("support.engine.sample", lambda *args: 1 / 0)
+        patched.setattr("support.compute.engine.sample", lambda *args: 1 / 0)
         trainer.generate([QUERY] * 4)
     assert all(map(torch.equal, trainer.generate([QUERY] * 4), twin.generate([QUERY] * 4)))
 

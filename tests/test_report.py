@@ -3,10 +3,10 @@
 import json
 
 from config import PPOConfig
-from support.evaluation import before_after_table, results_table
-from support.figures import in_markdown, table
-from support.report import read_starts, run_report
-from support.settings import save_config
+from support.common.figures import in_markdown, table
+from support.run.report import run_report
+from support.run.results import before_after_table, results_table
+from support.run.settings import save_config
 from tests.helpers import evaluated
 
 STARTS = [
@@ -25,19 +25,22 @@ def test_a_report_says_what_came_of_the_run_and_how_it_was_made(tmp_path):
     (run / "metrics.csv").write_text("step,time/step\n1,50\n2,7\n3,8.6\n")
     (run / "rewards.png").touch()
     results = evaluated()
-    results["before"]["n"] = results["after"]["n"] = 1500
-    results["best_of_n"] = [{"n": 2, "gain": 0.456}, {"n": 3, "gain": 0.7}]
-    results["alarms"] = [{"step": 2, "alarm": "x", "says": "too <b>fast"}]
+    results.before.n = results.after.n = 1500
+    results.best_of_n = [{"n": 2, "gain": 0.456}, {"n": 3, "gain": 0.7}]
+    results.alarms = [{"step": 2, "alarm": "x", "says": "too <b>fast"}]
     (run / "environment.jsonl").write_text("".join(json.dumps(start) + "\n" for start in STARTS))
-    report = run_report(run, results, {"the hash of the prompts": "ba98"}, read_starts(run))
+    (run / "inputs.json").write_text('{"the hash of the prompts": "ba98"}')
+    report = run_report(run, results)
     assert report.startswith("# my_run\n\n**good**\n\n![curves of the run](rewards.png)\n")
-    assert results_table(results) in report and before_after_table(results) in report
+    assert (
+        results_table(results) in report and before_after_table(results.before.samples, results.after.samples) in report
+    )
     lines = report.split("\n")
     for line in (
         r"    python train_ppo.py --lr 2e-4\n# Title  # from step 1",
         "    (unknown)  # judged again",
         r"- step 2: too \<b>fast",
-        "3 steps in 1 min 6 s, without loading and judging; 8.60 s a step in the median.",
+        "3 steps in 01:05, without loading and judging; 8.60 s a step in the median.",
     ):
         assert line in lines
     assert "a gain of 0.46 with 2, 0.70 with 3." in report and "1,500 completions before training" in report
@@ -52,10 +55,10 @@ def test_a_report_says_what_came_of_the_run_and_how_it_was_made(tmp_path):
         assert row in shown
 
     save_config(PPOConfig(preset="demo"), run / "config.json")
-    for name in ("metrics.csv", "rewards.png"):
+    for name in ("metrics.csv", "rewards.png", "inputs.json", "environment.jsonl"):
         (run / name).unlink()
-    unknown = {"gain": {"gain": None, "why": "no price"}, "best_of_n": [{"n": 2, "gain": None}], "alarms": []}
-    report = run_report(run, results | unknown, {}, [])
+    results.gain, results.best_of_n, results.alarms = {"gain": None, "why": "no price"}, [{"n": 2, "gain": None}], []
+    report = run_report(run, results)
     assert "All settings are those of the preset demo." in report
     assert not any(part in report for part in ("![", "| J", "| gain", "drafts", "Warnings", " steps in ", "| setting"))
 

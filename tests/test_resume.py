@@ -12,11 +12,11 @@ import pytest
 
 from config import PPOConfig
 from ppo import PPOTrainer
-from support.command_line import new_run_folder, read_command_line
-from support.errors import UserError
-from support.files import remove
-from support.load import input_hashes
-from support.run_folder import RunFolder, RunLog
+from support.common.errors import UserError
+from support.common.files import remove
+from support.run.command_line import new_run_folder, read_command_line
+from support.run.load import input_hashes
+from support.run.run_folder import RunFolder, RunLog
 from tests.helpers import change_json, checkpoints, contents, load_gpt2, read_json, rows, tiny_run, weights
 from tools.stress_resume import differences
 from train_ppo import main
@@ -60,7 +60,7 @@ def killed(tmp_path_factory, gpt2_folder):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", copying)
-        patch.setattr("support.run_folder.draw", lambda runs, out: out.touch())
+        patch.setattr("plot_rewards.draw", lambda runs, out: out.touch())
         assert tiny_run(runs_dir / "run", policy, save_every=2, keep_checkpoints=1) == 0
     return policy, runs_dir / "run", copies
 
@@ -165,7 +165,7 @@ def test_logs_are_on_disk_before_the_checkpoint_that_counts_on_them(policy, tmp_
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", watched)
-    monkeypatch.setattr("support.run_folder.save_checkpoint", lambda *_: order.append("checkpoint"))
+    monkeypatch.setattr("support.run.run_folder.save_checkpoint", lambda *_: order.append("checkpoint"))
     assert tiny_run(tmp_path / "run", policy, episodes=8) == 0
     i = order.index("checkpoint")
     assert order[i - 2 : i] == ["metrics.csv", "samples.jsonl"]

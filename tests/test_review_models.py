@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from reward import SentimentReward
-from support import demo_models
-from support.errors import UserError
-from support.models import encode_prompt, load_policy, read_policy_folder
+from support.common.errors import UserError
+from support.models import demo_models
+from support.models.pretrained import encode_prompt, load_policy, read_policy_folder
 from tools import review_models
 from tools.review_models import batches, evaluate, main, read_reviews, write_vocab
 

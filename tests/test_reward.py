@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, DistilBertConfig, DistilBertForSequenceClassification
 
-from reward import RewardError, SentimentReward, find_positive_label, score_texts
-from support.demo_models import NEGATIVE, POSITIVE
-from support.errors import UserError
-from support.user_code import import_function, to_ids
+from reward import RewardError, SentimentReward, find_positive_label, import_function, score_texts
+from support.common.errors import UserError
+from support.compute.batches import to_ids
+from support.models.demo_models import NEGATIVE, POSITIVE
 from tests.helpers import VOCAB, change_json, write_classifier, write_gpt2, write_model
 
 

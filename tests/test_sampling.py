@@ -5,15 +5,16 @@ and a wrong way by far more than 1e-9, on any processor.
 """
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
 
 import gpt2_value_head as g
-from support import batches as b
-from support import models
-from support.shared_prompts import SharedPrompts
+from gpt2_value_head import SharedPrompts
+from support.compute import batches as b
+from support.models import pretrained as models
 from tests.helpers import FORBIDDEN, PROMPTS, SEP
 
 LAST = 1 - 2**-24  # the largest number that a draw can be
@@ -37,7 +38,8 @@ def draw(policy, texts, seed=1, step=1, gen_len=6, temperature=1.0, first=0, uni
     if uniforms is None:
         uniforms = g.completion_uniforms(seed, step, range(first, first + len(texts)), gen_len)
     restriction = g.restriction(tokenizer, model.config.vocab_size)
-    return g.sample(model, prompts_of(tokenizer, texts), uniforms, restriction, SEP, 0, temperature)
+    prompts = prompts_of(tokenizer, texts)
+    return g.sample(model, prompts.ids, prompts.mask, prompts.rows, uniforms, restriction, SEP, 0, temperature)
 
 
 def plain_forward(model, ids):
@@ -72,7 +74,9 @@ def test_shared_prompts_equal_one_sequence_at_a_time(policy64, frozen_share):
     texts = PROMPTS + PROMPTS
     completions = completions_of(tokenizer, texts, draw(policy64, texts))
     if frozen_share:
-        completions = SharedPrompts(reference).trunk(completions)
+        prompt_states, states = SharedPrompts(reference).trunk(completions.prompts, completions.ids)
+        prompts = dataclasses.replace(completions.prompts, hidden_states=prompt_states)
+        completions = dataclasses.replace(completions, prompts=prompts, hidden_states=states)
     for rows in (slice(None), slice(1, 3), torch.tensor([4, 2, 5, 0])):  # whole, and prompts that some rows don't use
         part = completions.select(rows)
         logits, values = SharedPrompts(model)(part)

@@ -6,9 +6,9 @@ from transformers.models.gpt2 import modeling_gpt2
 
 import gpt2_value_head
 import train_ppo
-from support import self_check, shared_prompts
-from support.batches import Prompts
-from support.errors import UserError
+from support.common.errors import UserError
+from support.compute import self_check
+from support.compute.batches import Prompts
 from tests.helpers import make
 
 attention_bias = gpt2_value_head.attention_bias
@@ -30,6 +30,15 @@ def uncached(forward):
     return call
 
 
+def unpadded(forward):
+    def call(self, input_ids, attention_mask=None, *args, **options):
+        return forward(
+            self, input_ids, None if attention_mask is None else torch.ones_like(attention_mask), *args, **options
+        )
+
+    return call
+
+
 @pytest.mark.parametrize(("dtype", "frozen_share"), [(torch.float32, 0), (torch.bfloat16, 0.5)])
 def test_all_ways_agree_in_every_dtype(policy, dtype, frozen_share):
     policy[0].freeze(frozen_share)
@@ -39,10 +48,10 @@ def test_all_ways_agree_in_every_dtype(policy, dtype, frozen_share):
 @pytest.mark.parametrize(
     ("module", "name", "broken", "way"),
     [
-        (shared_prompts, "attention_bias", without_padding, "with a shared prompt"),
-        (shared_prompts, "position_ids", lambda m: torch.arange(m.shape[1]).expand_as(m), "with a shared prompt"),
+        (gpt2_value_head, "attention_bias", without_padding, "with a shared prompt"),
+        (gpt2_value_head, "position_ids", lambda m: torch.arange(m.shape[1]).expand_as(m), "with a shared prompt"),
         (Prompts, "spread", lambda self, tensor: tensor[self.rows.flip(0)], "with a shared prompt"),
-        (gpt2_value_head, "attention_bias", without_padding, "token by token"),
+        (gpt2_value_head.GPT2HeadWithValueModel, "forward", unpadded, "token by token"),
         (gpt2_value_head.GPT2HeadWithValueModel, "forward", uncached, "token by token"),
         (modeling_gpt2, "create_causal_mask", lambda attention_mask, **_: attention_mask, "with a shared prompt"),
     ],
@@ -50,7 +59,7 @@ def test_all_ways_agree_in_every_dtype(policy, dtype, frozen_share):
 )
 def test_what_the_library_might_lose_is_noticed(policy, monkeypatch, module, name, broken, way):
     policy[0].set_attn_implementation("eager")
-    monkeypatch.setattr(module, name, broken(getattr(module, name)) if broken is uncached else broken)
+    monkeypatch.setattr(module, name, broken(getattr(module, name)) if broken in (uncached, unpadded) else broken)
     with pytest.raises(UserError, match=f"{way} the logits are [0-9]+% off"):
         self_check.check_passes(policy[0])
 
@@ -62,7 +71,7 @@ def test_the_model_that_computes_is_checked(policy, monkeypatch):
         bias = attention_bias(mask, n_keys, seq, like)
         return bias if like.dtype == torch.float32 else torch.zeros_like(bias)
 
-    monkeypatch.setattr(shared_prompts, "attention_bias", broken)
+    monkeypatch.setattr(gpt2_value_head, "attention_bias", broken)
     make(policy, dtype="float32")
     with pytest.raises(UserError, match="with a shared prompt the logits are"):
         make(policy, dtype="bfloat16")
@@ -73,7 +82,7 @@ def test_the_model_that_computes_is_checked(policy, monkeypatch):
     [("float32", 0.005, False), ("float32", 0.02, True), ("bfloat16", 0.05, False), ("bfloat16", 0.15, True)],
 )
 def test_rounding_is_allowed_and_more_is_noticed(policy, monkeypatch, dtype, noise, noticed):
-    forward = shared_prompts.SharedPrompts.forward
+    forward = gpt2_value_head.SharedPrompts.forward
 
     def noisy(self, completions):
         logits, values = forward(self, completions)
@@ -81,7 +90,7 @@ def test_rounding_is_allowed_and_more_is_noticed(policy, monkeypatch, dtype, noi
         size = (logits - logits.mean(-1, keepdim=True)).norm(dim=-1, keepdim=True)
         return logits + noise * size * direction / direction.norm(dim=-1, keepdim=True), values
 
-    monkeypatch.setattr(shared_prompts.SharedPrompts, "forward", noisy)
+    monkeypatch.setattr(gpt2_value_head.SharedPrompts, "forward", noisy)
     if noticed:
         with pytest.raises(UserError, match="with a shared prompt"):
             self_check.check_passes(policy[0].to(getattr(torch, dtype)))
@@ -90,7 +99,7 @@ def test_rounding_is_allowed_and_more_is_noticed(policy, monkeypatch, dtype, noi
 
 
 def test_a_run_stops_before_it_trains(demo, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(shared_prompts, "attention_bias", without_mask)
+    monkeypatch.setattr(gpt2_value_head, "attention_bias", without_mask)
     assert train_ppo.main(["--preset", "demo", "--runs_dir", str(tmp_path), "--run_name", "r"]) == 2
     assert "don't work with this program: with a shared prompt" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from config import PPOConfig
-from ppo import PPOTrainer
+from support.run.text_trainer import TextPPOTrainer
 from tests.helpers import SEP, Reference
 
 N = 7  # completions in a batch
@@ -65,7 +65,7 @@ def test_two_steps_end_at_the_weights_of_a_second_implementation(policy, changes
         model, ref_model = moved_policy(policy[0])
     start = {name: tensor.double() for name, tensor in copy.deepcopy(model.state_dict()).items()}
     reference = Reference(config, model, ref_model)
-    trainer = PPOTrainer(config, model, ref_model, policy[1])
+    trainer = TextPPOTrainer(config, model, ref_model, policy[1])
     for batch in batches():
         stats, expected = trainer.step(*batch), reference.step(*batch)
         assert stats == pytest.approx(expected, rel=REL, abs=ABS)
@@ -94,7 +94,7 @@ def test_scores_and_coefficient_in_another_unit_are_the_same_run(policy, c):
         own = copy.deepcopy(model)
         own.v_head.scale_(unit)
         config = PPOConfig(**SETTINGS | {"init_kl_coef": 0.3 * unit})
-        trainers.append(PPOTrainer(config, own, copy.deepcopy(ref_model), policy[1]))
+        trainers.append(TextPPOTrainer(config, own, copy.deepcopy(ref_model), policy[1]))
     for queries, responses, scores in batches():
         plain = trainers[0].step(queries, responses, scores)
         other = trainers[1].step(queries, responses, [c * score for score in scores])

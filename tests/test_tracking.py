@@ -6,8 +6,8 @@ from importlib.machinery import PathFinder
 
 import pytest
 
-from support import tracking
-from support.errors import UserError
+from support.common.errors import UserError
+from support.run import tracking
 from tests.helpers import TRACKER, read_json, rows, tiny_run
 
 pytestmark = pytest.mark.usefixtures("without_pictures")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from ppo import PPOTrainer
-from support.alarms import Alarms
-from support.evaluation import gibbs_policy, scores_and_prompts
-from support.figures import duration
+from support.common.figures import duration
+from support.run.evaluation import gibbs_policy, scores_and_prompts
+from support.run.warnings import Alarms
 from tests.helpers import PROMPTS, count_characters, read_json, rows, tiny_run
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
@@ -51,7 +51,7 @@ def test_alarms_get_the_limits_kl_whatever_the_unit_of_the_reward(policy, tmp_pa
         limits.append(limit)
         return Alarms(config, limit)
 
-    monkeypatch.setattr("support.run_folder.Alarms", alarms)
+    monkeypatch.setattr("support.run.run_folder.Alarms", alarms)
 
     def reward(texts):
         return [1000.0 * len(set(text)) for text in texts]

@@ -10,9 +10,9 @@ from transformers import GPT2Config
 
 import gpt2_value_head as g
 from config import PPOConfig
-from ppo import PPOTrainer
-from support.batches import Prompts
-from support.evaluation import kl_to_reference
+from support.compute.batches import Prompts
+from support.run.evaluation import kl_to_reference
+from support.run.text_trainer import TextPPOTrainer
 from tests.helpers import batch_of, make
 
 BAD = 1e30  # a score whose value loss has a gradient beyond float32, once the unit of rewards is that of others
@@ -33,7 +33,7 @@ def small(policy, n_layer=2, n_positions=16, vocab_size=43, **changes):
     torch.manual_seed(0)
     model = g.GPT2HeadWithValueModel(GPT2Config(**shape, initializer_range=0.2))
     config = PPOConfig(**{**dict(dtype="float32", device="cpu", gen_len=6), **changes})
-    return PPOTrainer(config, model, copy.deepcopy(model), policy[1])
+    return TextPPOTrainer(config, model, copy.deepcopy(model), policy[1])
 
 
 def moves(trainer, step):
@@ -101,9 +101,9 @@ def test_models_that_differ_in_what_is_frozen_are_refused(policy, part):
     model, reference = policy[0], copy.deepcopy(policy[0])
     with torch.no_grad():
         reference.get_parameter(part)[0] += 1
-    PPOTrainer(PPOConfig(frozen_share=0, dtype="float32", device="cpu"), copy.deepcopy(model), reference, policy[1])
+    TextPPOTrainer(PPOConfig(frozen_share=0, dtype="float32", device="cpu"), copy.deepcopy(model), reference, policy[1])
     with pytest.raises(ValueError, match="frozen_share=0 trains them all"):
-        PPOTrainer(PPOConfig(frozen_share=0.5, dtype="float32", device="cpu"), model, reference, policy[1])
+        TextPPOTrainer(PPOConfig(frozen_share=0.5, dtype="float32", device="cpu"), model, reference, policy[1])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -111,13 +111,13 @@ def test_models_that_differ_in_what_is_frozen_are_refused(policy, part):
 def test_the_reference_stays_where_it_was_and_an_untouched_policy_with_it(policy, frozen_share, dtype):
     """The KL is exactly 0 in either dtype, even if the models come with dropout switched on."""
     config = PPOConfig(frozen_share=frozen_share, dtype=dtype, device="cpu", lr=1e-2)
-    trainer = PPOTrainer(config, policy[0].train(), copy.deepcopy(policy[0]), policy[1])
+    trainer = TextPPOTrainer(config, policy[0].train(), copy.deepcopy(policy[0]), policy[1])
     for untouched in (trainer.model, trainer.policy_for_saving, trainer.ref_model):
-        assert kl_to_reference(trainer, untouched, QUERIES, RESPONSES)[0].tolist() == [0] * 6
+        assert kl_to_reference(trainer, untouched, trainer.collate(QUERIES, RESPONSES))[0].tolist() == [0] * 6
     before = copy.deepcopy(trainer.ref_model.state_dict())
     trainer.step(QUERIES, RESPONSES, SCORES)
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.ref_model.state_dict().items())
-    assert kl_to_reference(trainer, trainer.model, QUERIES, RESPONSES)[0].min() > 0
+    assert kl_to_reference(trainer, trainer.model, trainer.collate(QUERIES, RESPONSES))[0].min() > 0
 
 
 def test_bfloat16_arithmetic_follows_the_float32_weights(policy):
@@ -144,7 +144,7 @@ def test_values_and_the_saved_policy_are_float32_if_the_arithmetic_is_bfloat16(p
     stats, judged = trainer.step(QUERIES, RESPONSES, SCORES), trainer.policy_for_saving
     assert stats["ppo/val/mean"] == pytest.approx(0.3, rel=1e-6)  # 0.30078 in bfloat16
     before = copy.deepcopy(judged.state_dict())
-    kl_to_reference(trainer, judged, [[2, 5]], trainer.generate([[2, 5]], judged, 7, 0))
+    kl_to_reference(trainer, judged, trainer.collate([[2, 5]], trainer.generate([[2, 5]], judged, 7, 0)))
     assert judged.dtype == torch.float32 and all(map(torch.equal, before.values(), judged.state_dict().values()))
 
 
@@ -197,7 +197,7 @@ def test_a_query_and_its_response_may_fill_all_positions_and_no_more(policy):
     queries = [[2, *range(5, 14)], [2, 5]]
     responses = [[5, 6, 7, 8, 9, 10], trainer.generate(queries)[1]]
     assert math.isfinite(trainer.step(queries, responses, [1.0, 0.0])["ppo/loss/total"])
-    kl, ref_logprobs, _ = kl_to_reference(trainer, trainer.model, queries, responses)
+    kl, ref_logprobs = kl_to_reference(trainer, trainer.model, trainer.collate(queries, responses))
     assert kl.isfinite().all() and ref_logprobs[0].isfinite().all()
     with pytest.raises(ValueError, match=r"10 \+ 7 tokens > 16 positions"):
         trainer.step(queries, [[5] * 7, [6]], [1.0, 0.0])
@@ -226,7 +226,7 @@ def test_generate_draws_what_seed_step_and_place_say(policy):
     def expected(model, seed, step, first=0):
         prompts, special = Prompts.from_tensors(queries, 0, "cpu"), (g.restriction(policy[1], 43), 3, 0)
         draws = g.completion_uniforms(seed, step, range(first, first + 6), 6)
-        rows = g.sample(model, prompts, draws, *special, 0.8).tolist()
+        rows = g.sample(model, prompts.ids, prompts.mask, prompts.rows, draws, *special, 0.8).tolist()
         return [row[: row.index(3) + 1] if 3 in row else row for row in rows]
 
     calls = [

@@ -8,7 +8,7 @@ import torch
 from transformers import pipeline
 
 from config import PPOConfig
-from support.text_trainer import TextPPOTrainer
+from support.run.text_trainer import TextPPOTrainer
 from tests.helpers import code_blocks
 
 

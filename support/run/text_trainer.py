@@ -57,8 +57,7 @@ class TextPPOTrainer(PPOTrainer):
     def generate(self, query_tensors, model=None, seed=None, step=None) -> list[torch.Tensor]:
         """Continue each query (1-d int64, or a list of ids). Returns responses, 1-d int64 on the CPU, including [SEP].
 
-        By default the policy responds, with the draws of `PPOTrainer.generate`; with a model, a seed or a step given,
-        the random numbers of response i depend only on (seed, step, i). Raises ValueError if a query leaves no room for
+        Model, seed and step are those of `PPOTrainer.generate`. Raises ValueError if a query leaves no room for
         `gen_len` tokens.
         """
         gen_len, n_positions = self.config.gen_len, self.model.config.n_positions
@@ -67,11 +66,7 @@ class TextPPOTrainer(PPOTrainer):
                 raise ValueError(f"query {i} ends with {self.tokenizer.sep_token}, which ends a text; remove it")
             if len(query) + gen_len > n_positions:
                 raise ValueError(f"query {i}: {len(query)} tokens + gen_len {gen_len} > {n_positions} positions")
-        if model is seed is step is None:
-            completions = super().generate(query_tensors)
-        else:
-            seed, step = (self.config.seed if seed is None else seed), (self.n_steps + 1 if step is None else step)
-            completions = self.engine.generate(query_tensors, model or self.model, seed, step, 0)
+        completions = super().generate(query_tensors, model, seed, step)
         return [torch.tensor(ids) for ids in completions.token_lists()]
 
     def decode(self, *parts: Sequence) -> list[str]:
