@@ -76,14 +76,14 @@ class Hub:
 
     def serve(self, handler, path: str, what) -> None:
         for name, folder in self.models.items():
+            found = sorted(folder.iterdir())
             if path in (f"/api/models/{name}", f"/api/models/{name}/revision/main"):
-                files = [{"rfilename": file.name} for file in sorted(folder.iterdir())]
+                files = [{"rfilename": file.name} for file in found]
                 info = {"id": name, "modelId": name, "sha": COMMIT, "siblings": files, "tags": [], "private": False}
                 return self.send_json(handler, 200, info)
             if path in (f"/api/models/{name}/tree/main", f"/api/models/{name}/tree/{COMMIT}"):
-                files = [{"type": "file", "path": file.name, "size": file.stat().st_size, "oid": file.name}
-                         for file in sorted(folder.iterdir())]  # fmt: skip
-                return self.send_json(handler, 200, files)
+                info = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f.name} for f in found]
+                return self.send_json(handler, 200, info)
             file = folder / path.rsplit("/", 1)[1]
             if path in (f"/{name}/resolve/{r}/{file.name}" for r in ("main", COMMIT)) and file.is_file():
                 return self.send_file(handler, file.read_bytes(), what)
@@ -104,9 +104,8 @@ class Hub:
             return self.send_json(handler, 200, {"errors": [], "warnings": []})
         if "/preupload/" in handler.path:
             files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
-            return self.send_json(
-                handler, 200, {"files": [file | {"shouldIgnore": False, "oid": None} for file in files]}
-            )
+            files = [file | {"shouldIgnore": False, "oid": None} for file in files]
+            return self.send_json(handler, 200, {"files": files})
         lines = [json.loads(line) for line in body.splitlines()]
         files = [line["value"] for line in lines if line["key"] == "file"]
         self.uploaded[name] = {file["path"]: base64.b64decode(file["content"]) for file in files}

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoTokenizer, BertTokenizer, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from reward import SentimentReward
 from support import demo_models
@@ -26,23 +26,16 @@ def reviews() -> list[tuple[str, int]]:
     return [demo_models.write_review(draw) for _ in range(4000)]
 
 
-def test_a_label_says_how_a_review_ends(reviews):
+def test_reviews_end_as_their_label_says_half_of_them_happily_and_a_fifth_mixed(reviews):
+    """Standard errors of these shares: 0.008 and 0.006; five of them are allowed."""
     for text, label in reviews:
         assert (bool(ENDS_WELL.search(text)), bool(ENDS_BADLY.search(text))) == (label == 1, label == 0), text
-
-
-def test_half_of_the_reviews_are_happy_and_a_fifth_mixed(reviews):
-    """Standard errors of these shares: 0.008 and 0.006; five of them are allowed."""
     mixed = [text for text, _ in reviews if ",但是" in text]
     assert sum(label for _, label in reviews) / 4000 == pytest.approx(0.5, abs=0.04)
     assert len(mixed) / 4000 == pytest.approx(0.2, abs=0.03)
     assert all(bool(ENDS_WELL.search(text.split(",但是")[0])) == bool(ENDS_BADLY.search(text)) for text in mixed)
     assert all(any(word in text for text, _ in reviews) for word in (HAPPY + " " + UNHAPPY).split())
     assert max(len(text) for text, _ in reviews) <= 62  # with [CLS] and [SEP] the models' 64 positions
-
-
-# ----------------------------------------------------------------------------------------------
-# The cache
 
 
 @pytest.fixture
@@ -75,31 +68,6 @@ def test_models_are_made_once_for_each_source_and_torch(made, tmp_path, monkeypa
     assert len({gpt2, other, demo_models.demo_models()[0]}) == 3 == len(made)
 
 
-# ----------------------------------------------------------------------------------------------
-# Making them
-
-
-def test_fitting_teaches_labels_and_texts_but_no_padding(tmp_path, monkeypatch):
-    """Two reviews, the shorter of which is padded, and untrained models."""
-    monkeypatch.setattr(demo_models, "LR", 1e-2)
-    two = [("很不错", 1), ("很失望,要求退货", 0)] * 32
-    size = len(demo_models.write_vocab(tmp_path / "vocab.txt", two))
-    tokenizer = BertTokenizer(str(tmp_path / "vocab.txt"))
-    torch.manual_seed(0)
-    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
-    classifier = demo_models.new_classifier(size, tiny | {"max_position_embeddings": 64})
-    gpt2 = demo_models.new_gpt2(size, {"n_embd": 16, "n_layer": 1, "n_head": 1, "n_positions": 64})
-    for model in (classifier, gpt2):
-        demo_models.fit(model, tokenizer, two, 60, random.Random(1))
-        assert not model.training and all(weight.grad is None for weight in model.parameters())
-    good, bad = (tokenizer(text, return_tensors="pt")["input_ids"] for text, _ in two[:2])
-    with torch.no_grad():
-        assert classifier(good).logits.argmax() == 1 and classifier(bad).logits.argmax() == 0
-        assert gpt2(good, labels=good).loss < 1  # an untrained model: log 16 = 2.8
-        after_the_end = gpt2(good).logits[0, -1].softmax(-1)
-    assert after_the_end[tokenizer.pad_token_id] < 1 / 16  # less than an untrained model's
-
-
 def test_making_depends_on_nothing_else_and_leaves_the_random_generator_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_models, "STEPS", {"gpt2": 1, "sentiment": 1})
     states = []
@@ -112,10 +80,6 @@ def test_making_depends_on_nothing_else_and_leaves_the_random_generator_alone(tm
         states.append([torch.load(tmp_path / name / which / "pytorch_model.bin") for which in ("gpt2", "sentiment")])
     for first, second in zip(*states):
         assert all(torch.equal(weight, second[name]) for name, weight in first.items())
-
-
-# ----------------------------------------------------------------------------------------------
-# What the models have learned
 
 
 def test_the_classifier_judges_reviews_by_how_they_end(demo, reviews):

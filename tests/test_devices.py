@@ -9,7 +9,7 @@ import torch
 
 import train_ppo
 from config import PPOConfig
-from support.devices import check_versions, pick_device, pick_dtype, pick_micro_batch_size, to_device
+from support.devices import check_device, check_versions, pick_device, pick_dtype, pick_micro_batch_size, to_device
 from support.errors import UserError
 
 
@@ -22,10 +22,7 @@ from support.errors import UserError
     ],
 )
 def test_a_version_that_cannot_work_is_one_line_before_anything_else(monkeypatch, capsys, versions, refused):
-    def distributions(name):
-        return [types.SimpleNamespace(version=versions[name])]
-
-    monkeypatch.setattr(metadata, "distributions", distributions)
+    monkeypatch.setattr(metadata, "distributions", lambda name: [types.SimpleNamespace(version=versions[name])])
     if refused is None:
         check_versions()
         return
@@ -58,11 +55,10 @@ def machine(monkeypatch):
     return pretend
 
 
-@pytest.mark.parametrize("device", ["tpu", "cuda:x", "meta", "mps"])
-def test_a_device_that_is_unknown_or_cannot_compute_is_refused_in_one_line(capfd, device):
-    assert train_ppo.main(["--preset", "demo", "--device", device]) == 2
-    out, err = capfd.readouterr()
-    assert out == "" and err.count("\n") == 1 and err.startswith(f"train_ppo.py: error: --device {device}: torch")
+@pytest.mark.parametrize("device", ["cuda:x", "meta", "mps"])
+def test_a_device_that_is_unknown_or_cannot_compute_is_refused_in_one_line(device):
+    with pytest.raises(UserError, match=f"^--device {device}: torch can't compute there .*$"):
+        check_device(device)
 
 
 CUDA = ["cuda", "cuda:0", "cuda:1"]
@@ -85,13 +81,13 @@ def test_a_run_takes_the_named_or_the_best_device(machine, capsys, device, there
     assert not torch.backends.cuda.cudnn_sdp_enabled() and capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("there", [{"driver": True}, {"seen": True}])
-def test_an_nvidia_gpu_that_torch_cannot_use_is_one_warning(machine, capsys, there):
+def test_an_nvidia_gpu_that_torch_cannot_use_is_one_warning(machine, capsys):
     """A torch without CUDA sees none of them; one without code for this GPU sees it."""
-    machine(**there)
-    assert pick_device("auto") == torch.device("cpu")
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("warning: ") and "no kernel" in line and "pytorch.org" in line
+    for there in {"driver": True}, {"seen": True}:
+        machine(**there)
+        assert pick_device("auto") == torch.device("cpu")
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.startswith("warning: ") and "no kernel" in line and "pytorch.org" in line
 
 
 def test_under_torchrun_each_process_takes_a_gpu_of_its_own(machine, monkeypatch):
