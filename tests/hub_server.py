@@ -24,23 +24,10 @@ class Hub:
         self.released = threading.Event()
 
     def __enter__(self):
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *args):
-                pass
-
-            def do_GET(self):
-                hub.answer(self)
-
-            def do_POST(self):
-                hub.take(self)
-
-            do_HEAD = do_GET
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        members = {"protocol_version": "HTTP/1.1", "log_message": lambda *args: None}
+        members |= dict.fromkeys(("do_GET", "do_HEAD"), lambda handler: self.answer(handler))
+        members["do_POST"] = lambda handler: self.take(handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (BaseHTTPRequestHandler,), members))
         self.server.daemon_threads = True
         self.server.handle_error = lambda *args: None  # clients that went away
         self.url = f"http://127.0.0.1:{self.server.server_port}"

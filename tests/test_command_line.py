@@ -5,15 +5,12 @@ import json
 import os
 import shutil
 import sys
-from datetime import datetime
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from config import PPOConfig
-from support import command_line
-from support.command_line import new_run_folder, read_command_line
+from support.command_line import read_command_line
 from support.errors import UserError
 from support.settings import save_config
 from support.user_code import import_function
@@ -114,14 +111,6 @@ def test_latest_is_the_run_that_was_started_last(folder):
         os.utime(folder / "runs" / name / "config.json", (1_000_000 - age, 1_000_000 - age))
     config, run_dir, mode = read_command_line(["--resume", "latest"])
     assert (run_dir.as_posix(), config.seed, config.lr, mode) == ("runs/a", 100, 1e-4, "resume")
-
-
-def test_a_run_without_a_name_is_named_after_the_time(folder, monkeypatch):
-    monkeypatch.setattr(command_line, "datetime", SimpleNamespace(now=lambda: datetime(2031, 2, 3, 14, 5, 6)))
-    for name in ("20310203-140506", "20310203-140506-2", "20310203-140506-3"):
-        assert new_run_folder(PPOConfig()) == Path("runs", name)
-        (folder / "runs" / name).mkdir(parents=True)
-    assert new_run_folder(PPOConfig(run_name="mine", runs_dir="else")).as_posix() == "else/mine"
 
 
 def test_a_reward_is_imported_from_the_working_folder_without_hiding_the_programs_files(folder):

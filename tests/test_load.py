@@ -89,14 +89,9 @@ def parts(gpt2_folder, classifier_folder):
     return load_folders(settings(), "cpu", gpt2_folder, classifier_folder)
 
 
-GPT2, SENTIMENT = "uer/gpt2-chinese-cluecorpussmall", "uer/roberta-base-finetuned-jd-binary-chinese"
-HASHES = [  # these names are in the inputs.json of every run
-    "the hash of the prompts",
-    f"the hash of the weights of --model_name {GPT2}",
-    f"the hash of the tokenizer of --model_name {GPT2}",
-    f"the hash of the weights of --reward_model_name {SENTIMENT}",
-    f"the hash of the tokenizer of --reward_model_name {SENTIMENT}",
-]
+HASHES = ["the hash of the prompts"]  # these names are in the inputs.json of every run
+for model in f"--model_name {PPOConfig.model_name}", f"--reward_model_name {PPOConfig.reward_model_name}":
+    HASHES += [f"the hash of the weights of {model}", f"the hash of the tokenizer of {model}"]
 
 
 def test_processes_compare_device_dtype_and_inputs(compared, parts):

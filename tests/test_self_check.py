@@ -43,7 +43,6 @@ def test_all_ways_agree_in_every_dtype(policy, dtype, frozen_share):
         (gpt2_value_head.GPT2HeadWithValueModel, "forward", uncached, "token by token"),
         (modeling_gpt2, "create_causal_mask", lambda attention_mask, **_: attention_mask, "with a shared prompt"),
     ],
-    ids=["padding", "positions", "another prompt", "padding in sampling", "cache", "the library's own mask"],
 )
 def test_what_the_library_might_lose_is_noticed(policy, monkeypatch, module, name, broken, way):
     policy[0].set_attn_implementation("eager")
