@@ -83,28 +83,18 @@ def test_a_given_value_wins_over_the_preset_and_the_preset_over_the_default():
     assert vars(replaced) == PRESETS["article"] | {"lr": 1e-4}
     assert vars(dataclasses.replace(PPOConfig(), preset="article")) == DEFAULT | {"preset": "article"}
     assert PPOConfig(lr=1e-5) == PPOConfig(lr=1e-5) != PPOConfig()
+    PPOConfig(preset="article").prompts.append("衣服")  # no config shares its list
+    PPOConfig().prompts.append("衣服")
+    assert [PPOConfig(preset=preset).prompts for preset in PRESETS] == [PRESETS[name]["prompts"] for name in PRESETS]
+    assert total_steps(PPOConfig(episodes=129, batch_size=128)) == 2 == total_steps(PPOConfig(episodes=256))
     with pytest.raises(TypeError, match="learning_rate"):
         PPOConfig(learning_rate=1e-5)
-
-
-def test_configs_share_no_list():
-    for preset in ("default", "article"):
-        config = PPOConfig(preset=preset)
-        config.prompts.append("衣服")
-        dataclasses.replace(config).prompts.append("苹果")
-        assert config.prompts == [*PRESETS[preset]["prompts"], "衣服"]
-        assert PPOConfig(preset=preset).prompts == PRESETS[preset]["prompts"]
 
 
 def test_changes_name_both_values_and_leave_out_names_of_runs():
     config = PPOConfig(preset="demo", lr=2e-4, prompts=["衣服"], seed=1, run_name="mine", runs_dir="there", resume="x")
     assert changes(config) == {"prompts": [["刚收到货,感觉"], ["衣服"]], "lr": [1e-4, 2e-4]}
     assert all(changes(PPOConfig(preset=preset)) == {} for preset in PRESETS)
-
-
-def test_episodes_are_rounded_up_to_whole_batches():
-    for episodes, steps in ((1, 1), (128, 1), (129, 2), (20_000, 157)):
-        assert total_steps(PPOConfig(episodes=episodes, batch_size=128)) == steps
 
 
 TINY = 5e-324  # the smallest number above 0

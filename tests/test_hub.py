@@ -21,8 +21,8 @@ SHARDS = ["{}-00001-of-00002.{}", "{}-00002-of-00002.{}", "{}.{}.index.json"]
 def published(tmp_path, gpt2_folder) -> Path:
     """A model as the Hub has it, with files that this program doesn't need."""
     folder = shutil.copytree(gpt2_folder, tmp_path / "published")
-    (folder / "tf_model.h5").touch()
-    (folder / "README.md").touch()
+    for name in ("tf_model.h5", "README.md"):
+        (folder / name).touch()
     return folder
 
 
@@ -146,15 +146,12 @@ def test_xet_storage_is_not_used(hub, published, find):
     assert (find() / "pytorch_model.bin").read_bytes() == (published / "pytorch_model.bin").read_bytes()
 
 
-def test_a_name_that_no_hub_can_be_asked_for_is_one_line(hub, find):
+def test_a_name_that_no_hub_can_be_asked_for_and_a_full_disk_are_one_line(hub, find, monkeypatch):
     with pytest.raises(UserError, match="this folder doesn't exist, and it isn't a Hub id"):
         find("./missing")
     with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
         find(HF_HUB_OFFLINE="1")
     assert not hub.requests
-
-
-def test_a_full_disk_is_one_line(find, monkeypatch):
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", Mock(side_effect=full))
     with pytest.raises(UserError, match="No space left on device; .* set HF_HOME"):

@@ -71,20 +71,6 @@ def test_configs_and_prompts_are_checked_before_any_weights(gpt2_folder, classif
 
 
 @pytest.fixture
-def compared(monkeypatch):
-    """A function that returns what `check_same` compares, and the models that are replaced by rank 0's."""
-
-    def compare(config, *parts):
-        values, replaced = {}, []
-        monkeypatch.setattr(collectives, "check_same", values.update)
-        monkeypatch.setattr(collectives, "broadcast_weights", replaced.append)
-        check_same(config, *parts)
-        return values, replaced
-
-    return compare
-
-
-@pytest.fixture
 def parts(gpt2_folder, classifier_folder):
     return load_folders(settings(), "cpu", gpt2_folder, classifier_folder)
 
@@ -92,12 +78,6 @@ def parts(gpt2_folder, classifier_folder):
 HASHES = ["the hash of the prompts"]  # these names are in the inputs.json of every run
 for model in f"--model_name {PPOConfig.model_name}", f"--reward_model_name {PPOConfig.reward_model_name}":
     HASHES += [f"the hash of the weights of {model}", f"the hash of the tokenizer of {model}"]
-
-
-def test_processes_compare_device_dtype_and_inputs(compared, parts):
-    values, replaced = compared(settings(dtype="bfloat16"), *parts)
-    assert values["--device cpu"] == "cpu" and values["--dtype bfloat16"] == "bfloat16"
-    assert set(HASHES) <= set(values) and replaced == []
 
 
 def test_another_classifier_changes_its_own_hash_and_another_dtype_none(parts):
@@ -111,10 +91,15 @@ def test_another_classifier_changes_its_own_hash_and_another_dtype_none(parts):
     assert [name for name in HASHES if after[name] != before[name]] == [HASHES[3]]
 
 
-def test_only_the_demo_models_are_replaced_by_those_of_rank_0(compared, parts):
-    policy, _, reward, _ = parts
-    assert compared(settings(model_name="demo"), *parts)[1] == [policy]
-    assert compared(settings(reward_model_name="demo"), *parts)[1] == [reward.pipeline.model]
+@pytest.mark.parametrize(("demo_model", "n"), [(None, None), ("model_name", 0), ("reward_model_name", 2)])
+def test_processes_compare_device_dtype_and_inputs_and_take_demo_models_of_rank_0(monkeypatch, parts, demo_model, n):
+    values, replaced = {}, []
+    monkeypatch.setattr(collectives, "check_same", values.update)
+    monkeypatch.setattr(collectives, "broadcast_weights", replaced.append)
+    check_same(settings(dtype="bfloat16", **{demo_model: "demo"} if demo_model else {}), *parts)
+    assert values["--device cpu"] == "cpu" and values["--dtype bfloat16"] == "bfloat16"
+    assert demo_model or set(HASHES) <= set(values)
+    assert replaced == ([] if n is None else [parts[0] if n == 0 else parts[2].pipeline.model])
 
 
 def test_a_hash_depends_on_names_shapes_dtypes_and_every_number():

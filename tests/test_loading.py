@@ -1,5 +1,6 @@
 """Opening models and tokenizers in published layouts, rejecting broken ones, and saving for plain transformers."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -69,34 +70,29 @@ GPT2_FOLDERS = {  # name: (the change to the folder, part of the line; None if i
     "an attention kernel": (lambda f: edit(f, attn_implementation="evil/kernel"), None),
     "code in weights": (lambda f: torch.save({"a": Evil()}, f / BIN), "can't be loaded"),
 }
+OTHER_TOKENIZER = {"tokenizer_class": "C"} | TOKENIZER_CODE
 CLASSIFIER_FOLDERS = {
-    "code for a tokenizer": (
-        lambda f: edit(f, "tokenizer_config.json", tokenizer_class="C", **TOKENIZER_CODE),
-        "the tokenizer in .* can't be loaded",
-    ),
+    "code for a tokenizer": (lambda f: edit(f, "tokenizer_config.json", **OTHER_TOKENIZER), "tokenizer .* be loaded"),
     "code for a classifier": (lambda f: edit(f, model_type="bert-generation", **CODE), "can't be loaded"),
 }
-CASES = [("gpt2", case) for case in GPT2_FOLDERS] + [("classifier", case) for case in CLASSIFIER_FOLDERS]
+CASES = [("gpt2", *case) for case in GPT2_FOLDERS.values()] + [("bert", *case) for case in CLASSIFIER_FOLDERS.values()]
 
 
-@pytest.mark.parametrize(("kind", "case"), CASES)
-def test_a_bad_model_folder_is_one_line_and_runs_no_code(request, tmp_path, monkeypatch, kind, case):
-    good, cases = request.getfixturevalue(f"{kind}_folder"), GPT2_FOLDERS if kind == "gpt2" else CLASSIFIER_FOLDERS
+@pytest.mark.parametrize(("kind", "change", "line"), CASES, ids=[*GPT2_FOLDERS, *CLASSIFIER_FOLDERS])
+def test_a_bad_model_folder_is_one_line_and_runs_no_code(
+    gpt2_folder, classifier_folder, tmp_path, monkeypatch, kind, change, line
+):
+    good = gpt2_folder if kind == "gpt2" else classifier_folder
     load = load_gpt2 if kind == "gpt2" else lambda folder: SentimentReward(folder, "cpu")
     folder = shutil.copytree(good, tmp_path / "model")
     (folder / "evil.py").write_text("open('ran', 'w')\nclass C: pass\n")
-    change, line = cases[case]
     change(folder)
     monkeypatch.chdir(tmp_path)
-    asked = []
-    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "n")
-    if line is None:
+    monkeypatch.setattr("builtins.input", lambda question: pytest.fail(question))
+    with pytest.raises(UserError, match=line) if line else contextlib.nullcontext() as error:
         load(folder)
-    else:
-        with pytest.raises(UserError, match=line) as error:
-            load(folder)
-        assert "\n" not in str(error.value) and str(folder) in str(error.value)
-    assert asked == [] and os.listdir(tmp_path) == ["model"] and not (folder / "__pycache__").exists()
+    assert not line or ("\n" not in str(error.value) and str(folder) in str(error.value))
+    assert os.listdir(tmp_path) == ["model"] and not (folder / "__pycache__").exists()
 
 
 def test_a_published_gpt2_opens_quietly_in_float32_with_a_value_head_at_zero(tmp_path, capfd):
