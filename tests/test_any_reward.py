@@ -58,5 +58,4 @@ def test_an_alarm_is_printed_once_and_stays_in_the_evaluation(policy, tmp_path, 
     alarms = read_json(tmp_path / "run" / "evaluation.json")["alarms"]
     assert tiny_run(tmp_path / "run", policy, variety, resume=True, episodes=32, **fast) == 0
     assert "moves too fast" not in capsys.readouterr().out
-    after = read_json(tmp_path / "run" / "evaluation.json")["alarms"]
-    assert [alarm for alarm in after if alarm in alarms] == alarms != []
+    assert read_json(tmp_path / "run" / "evaluation.json")["alarms"][: len(alarms)] == alarms != []

@@ -56,8 +56,6 @@ def one_line(capsys, *argv) -> str:
         ("--device tpu", "--device tpu: torch can't compute there"),
         ("--learning_rate 1e-5", "unknown argument --learning_rate"),
         ("--model-nam=uer/gpt2-chinese-cluecorpussmall", "did you mean --model_name?"),
-        ("--prompts_file missing.txt", "missing.txt cannot be read"),
-        ("--reward nothing", "give module:function"),
         ("--reward math:pi", "must be a function, not a float"),
         ("--track swanlab", "pip install swanlab"),
         ("--resume runs/nothing", "runs/nothing is not a run folder"),
@@ -90,7 +88,7 @@ def test_a_flag_that_does_not_fit_a_run_is_one_line_and_changes_nothing(flags, s
 
 
 def test_an_older_run_is_opened_with_defaults_and_keeps_what_it_has(run_dir, capsys):
-    """A line names those that train, and they are the preset's; an unknown setting or value is refused."""
+    """A line names those that train, and they are the preset's; an unknown setting is refused."""
     settings = read_json(run_dir / "config.json")
     older = {name: value for name, value in settings.items() if name not in ("adam_epsilon", "lam", "n")}
     (run_dir / "config.json").write_text(json.dumps(older))
@@ -98,9 +96,8 @@ def test_an_older_run_is_opened_with_defaults_and_keeps_what_it_has(run_dir, cap
         config, _, found = read_command_line([flags, str(run_dir)])
         assert found == mode and config.adam_epsilon == 1e-5 and config.lr == 1e-4 and config.lam == 0.95
         assert ": adam_epsilon 1e-05, lam 0.95\n" in capsys.readouterr().out
-    for wrong, said in ({"mood": 1}, "'mood'"), ({"lr": "big"}, "--lr must be float, not 'big'"):
-        (run_dir / "config.json").write_text(json.dumps(settings | wrong))
-        assert said in one_line(capsys, "--resume", run_dir)
+    change_json(run_dir / "config.json", mood=1)
+    assert "'mood'" in one_line(capsys, "--resume", run_dir)
 
 
 def test_latest_is_the_run_that_was_started_last(folder):

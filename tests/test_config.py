@@ -156,10 +156,8 @@ def test_a_minibatch_is_at_most_a_batch_and_a_run_name_the_name_of_one_folder():
 def test_a_prompts_file_has_one_prompt_per_line(tmp_path):
     """In UTF-8, whatever the system's encoding; a byte order mark and empty lines at the end don't count."""
     for content, prompts in {
-        "好": ["好"],
         "\ufeff刚收到货,感觉\r\n这部电影很\r\n": ["刚收到货,感觉", "这部电影很"],
         "a\nb\na\n\n\n": ["a", "b", "a"],
-        " I went \n": [" I went "],
         "a\u2028b\x0bc\nd\x85\n": ["a\u2028b\x0bc", "d\x85"],
     }.items():
         file = tmp_path / "prompts.txt"
@@ -220,6 +218,9 @@ def test_a_config_survives_its_file(tmp_path):
     assert '"这部电影很"' in path.read_text(encoding="utf-8")
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))  # as some editors save it
     assert load_config(path) == config
+    path.write_text('{"lr": "big"}')
+    with pytest.raises(UserError, match="--lr must be float, not 'big'"):
+        load_config(path)
 
 
 def test_a_field_that_a_student_adds_works(policy, tmp_path, monkeypatch, capsys, without_pictures):

@@ -95,5 +95,3 @@ def test_a_log_is_read_without_a_last_line_that_is_cut_short(tmp_path):
     """Perhaps inside a character. Other characters that end a line for some programs do not end one here."""
     (tmp_path / "log").write_bytes("\ufeff一\u2028二\n三\r\n四".encode()[:-1])
     assert whole_lines(tmp_path / "log") == ["一\u2028二", "三\r"]
-    (tmp_path / "log").write_bytes(b"half")
-    assert whole_lines(tmp_path / "log") == []

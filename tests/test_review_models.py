@@ -26,31 +26,22 @@ def write_csv(path, reviews, encoding="utf-8"):
     return path
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """Models that take a second."""
-    monkeypatch.setattr(review_models, "GPT2_SIZES", {"n_positions": 48, "n_embd": 32, "n_layer": 1, "n_head": 2})
-    classifier = demo_models.CLASSIFIER_SIZES | {"hidden_size": 32, "num_hidden_layers": 1}
-    monkeypatch.setattr(review_models, "CLASSIFIER_SIZES", classifier)
-    monkeypatch.setattr(review_models, "BATCH", 16)
-    monkeypatch.setattr(review_models, "WARMUP", 10)
-    monkeypatch.setattr(review_models, "EPOCHS", {"sentiment": 2, "gpt2": 2})
-    monkeypatch.setattr(review_models, "LR", {"sentiment": 5e-3, "gpt2": 1e-2})
+SMALL = {
+    "GPT2_SIZES": {"n_positions": 48, "n_embd": 32, "n_layer": 1, "n_head": 2},
+    "CLASSIFIER_SIZES": demo_models.CLASSIFIER_SIZES | {"hidden_size": 32, "num_hidden_layers": 1},
+    "EPOCHS": {"sentiment": 2, "gpt2": 2}, "LR": {"sentiment": 5e-3, "gpt2": 1e-2}, "BATCH": 16, "WARMUP": 10,
+}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def reviews() -> list[tuple[str, int]]:
+def test_a_file_of_reviews_becomes_models_that_the_program_opens(tmp_path, monkeypatch, capsys):
+    """Both have learned: chance is 50%, and log(vocabulary) nats per token. A random thirtieth is held out."""
     draw = random.Random(3)
-    return list(dict(demo_models.write_review(draw) for _ in range(800)).items())
-
-
-def test_a_file_of_reviews_becomes_models_that_the_program_opens(small, reviews, tmp_path, monkeypatch, capsys):
-    """Both have learned: chance is an accuracy of 50%, and log(vocabulary) nats per token. A random thirtieth is held
-    out, though the published file is sorted; the shuffle is part of what the README's models are."""
-    by_label = sorted(reviews, key=lambda review: review[1])
+    reviews = dict(demo_models.write_review(draw) for _ in range(800))
+    by_label = sorted(reviews.items(), key=lambda review: review[1])
     file, out, used = write_csv(tmp_path / "reviews.csv", by_label), tmp_path / "models", []
-    noted = lambda examples, draw: used.append(examples) or batches(examples, draw)  # noqa: E731
-    monkeypatch.setattr(review_models, "batches", noted)
+    for name, value in SMALL.items():
+        monkeypatch.setattr(review_models, name, value)
+    monkeypatch.setattr(review_models, "batches", lambda found, draw: used.append(found) or batches(found, draw))
     main([str(file), str(out)])
     assert {path.name for path in out.iterdir()} == {"gpt2", "sentiment"}
     *lines, command = capsys.readouterr().out.splitlines()
@@ -62,8 +53,8 @@ def test_a_file_of_reviews_becomes_models_that_the_program_opens(small, reviews,
     load_policy(out / "gpt2", config)
     assert config.n_positions == 48 and len(encode_prompt(tokenizer, PROMPT)) == 8
     assert float(found[3][2]) < math.log(config.vocab_size) / 2
-    draw = random.Random(4)
-    unseen = [review for review in (demo_models.write_review(draw) for _ in range(300)) if review not in reviews]
+    draw.seed(4)
+    unseen = [review for review in (demo_models.write_review(draw) for _ in range(300)) if review[0] not in reviews]
     scores = SentimentReward(out / "sentiment", "cpu")([text for text, _ in unseen])
     assert sum((score > 0.5) == label for score, (_, label) in zip(scores, unseen)) > 0.75 * len(unseen)
 
