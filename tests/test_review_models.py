@@ -16,11 +16,8 @@ from support.models import encode_prompt, load_policy, read_policy_folder
 from tools import review_models
 from tools.review_models import batches, evaluate, main, read_reviews, write_vocab
 
-PROMPT = "刚收到货,感觉"
-
 
 def write_csv(path, reviews, encoding="utf-8"):
-    """Write a file like the published one."""
     with path.open("w", newline="", encoding=encoding) as file:
         csv.writer(file).writerows([("cat", "label", "review"), *(("书籍", label, text) for text, label in reviews)])
     return path
@@ -51,7 +48,7 @@ def test_a_file_of_reviews_becomes_models_that_the_program_opens(tmp_path, monke
 
     config, tokenizer = read_policy_folder(out / "gpt2")
     load_policy(out / "gpt2", config)
-    assert config.n_positions == 48 and len(encode_prompt(tokenizer, PROMPT)) == 8
+    assert config.n_positions == 48 and len(encode_prompt(tokenizer, "刚收到货,感觉")) == 8
     assert float(found[3][2]) < math.log(config.vocab_size) / 2
     draw.seed(4)
     unseen = [review for review in (demo_models.write_review(draw) for _ in range(300)) if review[0] not in reviews]
@@ -75,6 +72,9 @@ def test_evaluation_weighs_each_token_or_text_alike_and_no_padding(name):
     model = new(20, sizes[name] | {"initializer_range": 1.0}).eval()
     draw = random.Random(0)
     examples = [([draw.randrange(1, 20) for _ in range(2 + i % 14)], i % 2) for i in range(100)]
+    lengths = [mask.sum(1) for _, mask, _ in batches(examples * 9, draw)]
+    assert all(n.max() - n.min() <= 3 for n in lengths)  # similar ones together
+    assert (means := [n.double().mean() for n in lengths]) != sorted(means)  # short ones don't always come first
     with torch.no_grad():
         logits = [model(input_ids=torch.tensor([ids])).logits[0] for ids, _ in examples]
     if name == "gpt2":
