@@ -24,23 +24,10 @@ class Hub:
         self.released = threading.Event()
 
     def __enter__(self):
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *args):
-                pass
-
-            def do_GET(self):
-                hub.answer(self)
-
-            def do_POST(self):
-                hub.take(self)
-
-            do_HEAD = do_GET
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        members = {"protocol_version": "HTTP/1.1", "log_message": lambda *args: None}
+        members |= dict.fromkeys(("do_GET", "do_HEAD"), lambda handler: self.answer(handler))
+        members["do_POST"] = lambda handler: self.take(handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (BaseHTTPRequestHandler,), members))
         self.server.daemon_threads = True
         self.server.handle_error = lambda *args: None  # clients that went away
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -76,14 +63,14 @@ class Hub:
 
     def serve(self, handler, path: str, what) -> None:
         for name, folder in self.models.items():
+            found = sorted(folder.iterdir())
             if path in (f"/api/models/{name}", f"/api/models/{name}/revision/main"):
-                files = [{"rfilename": file.name} for file in sorted(folder.iterdir())]
+                files = [{"rfilename": file.name} for file in found]
                 info = {"id": name, "modelId": name, "sha": COMMIT, "siblings": files, "tags": [], "private": False}
                 return self.send_json(handler, 200, info)
             if path in (f"/api/models/{name}/tree/main", f"/api/models/{name}/tree/{COMMIT}"):
-                files = [{"type": "file", "path": file.name, "size": file.stat().st_size, "oid": file.name}
-                         for file in sorted(folder.iterdir())]  # fmt: skip
-                return self.send_json(handler, 200, files)
+                info = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f.name} for f in found]
+                return self.send_json(handler, 200, info)
             file = folder / path.rsplit("/", 1)[1]
             if path in (f"/{name}/resolve/{r}/{file.name}" for r in ("main", COMMIT)) and file.is_file():
                 return self.send_file(handler, file.read_bytes(), what)
@@ -104,9 +91,8 @@ class Hub:
             return self.send_json(handler, 200, {"errors": [], "warnings": []})
         if "/preupload/" in handler.path:
             files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
-            return self.send_json(
-                handler, 200, {"files": [file | {"shouldIgnore": False, "oid": None} for file in files]}
-            )
+            files = [file | {"shouldIgnore": False, "oid": None} for file in files]
+            return self.send_json(handler, 200, {"files": files})
         lines = [json.loads(line) for line in body.splitlines()]
         files = [line["value"] for line in lines if line["key"] == "file"]
         self.uploaded[name] = {file["path"]: base64.b64decode(file["content"]) for file in files}

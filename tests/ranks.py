@@ -97,13 +97,13 @@ def call(folder: Path, function, arguments, environment={}) -> None:
 
 def program(rank: int, flags: list[str], read=True) -> None:
     """`python train_ppo.py FLAGS`, without the picture. read: whether anybody reads what it prints."""
-    from support.run import run_folder
+    import plot_rewards
 
     if not read:
         reader, broken = os.pipe()
         os.close(reader)
         print_to(broken)
-    run_folder.draw = lambda runs, out: out.touch()
+    plot_rewards.draw = lambda runs, out: out.touch()
     sys.argv = ["train_ppo.py", *flags]
     runpy.run_path(str(ROOT / "train_ppo.py"), run_name="__main__")
 

@@ -1,6 +1,5 @@
 """The demo's models: what they write and prefer, where they are kept, and in which files."""
 
-import json
 import os
 import random
 import re
@@ -8,16 +7,15 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoTokenizer, BertTokenizer, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from reward import SentimentReward
 from support.models import demo_models
+from tests.helpers import read_json
 
-HAPPY = "不错 满意 漂亮 好用 舒服 喜欢 划算 精致 给力 贴心 合适 靠谱 "
-HAPPY += "下次还会再来 推荐大家购买 值得拥有 全五分好评 家人都说好 会一直支持"
-UNHAPPY = "失望 粗糙 难看 难用 一般 太差 后悔 糟糕 敷衍 廉价 不值 气人 "
-UNHAPPY += "再也不会买了 要求退货 大家别上当 只能给差评 打算扔掉 客服也不理人"
-ENDS_WELL, ENDS_BADLY = (re.compile(f"({'|'.join(words.split())})[。!]?$") for words in (HAPPY, UNHAPPY))
+HAPPY = demo_models.GOOD + demo_models.GOOD_ENDINGS
+UNHAPPY = demo_models.BAD + demo_models.BAD_ENDINGS
+ENDS_WELL, ENDS_BADLY = (re.compile(f"({'|'.join(words)})[。!]?$") for words in (HAPPY, UNHAPPY))
 
 
 @pytest.fixture(scope="module")
@@ -26,44 +24,25 @@ def reviews() -> list[tuple[str, int]]:
     return [demo_models.write_review(draw) for _ in range(4000)]
 
 
-def test_a_label_says_how_a_review_ends(reviews):
+def test_reviews_end_as_their_label_says_half_of_them_happily_and_a_fifth_mixed(reviews):
+    """Standard errors of these shares: 0.008 and 0.006; five of them are allowed."""
     for text, label in reviews:
         assert (bool(ENDS_WELL.search(text)), bool(ENDS_BADLY.search(text))) == (label == 1, label == 0), text
-
-
-def test_half_of_the_reviews_are_happy_and_a_fifth_mixed(reviews):
-    """Standard errors of these shares: 0.008 and 0.006; five of them are allowed."""
     mixed = [text for text, _ in reviews if ",但是" in text]
     assert sum(label for _, label in reviews) / 4000 == pytest.approx(0.5, abs=0.04)
     assert len(mixed) / 4000 == pytest.approx(0.2, abs=0.03)
     assert all(bool(ENDS_WELL.search(text.split(",但是")[0])) == bool(ENDS_BADLY.search(text)) for text in mixed)
-    assert all(any(word in text for text, _ in reviews) for word in (HAPPY + " " + UNHAPPY).split())
+    assert all(any(word in text for text, _ in reviews) for word in HAPPY + UNHAPPY)
     assert max(len(text) for text, _ in reviews) <= 62  # with [CLS] and [SEP] the models' 64 positions
 
 
-# ----------------------------------------------------------------------------------------------
-# The cache
-
-
-@pytest.fixture
-def made(tmp_path, monkeypatch) -> list:
-    """The folders that were made, in an empty cache; making takes no time."""
+def test_models_are_made_once_for_each_source_and_torch(tmp_path, monkeypatch, capsys):
     made = []
-
-    def make(out):
-        made.append(out)
-        for name in ("gpt2", "sentiment"):
-            (out / name).mkdir()
-
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(demo_models, "make_demo_models", make)
-    return made
-
-
-def test_models_are_made_once_for_each_source_and_torch(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo_models, "make_demo_models", made.append)
     gpt2, sentiment = demo_models.demo_models()
     assert str(gpt2.parent) in capsys.readouterr().out and (gpt2.name, sentiment.name) == ("gpt2", "sentiment")
-    assert gpt2.is_dir() and sentiment.is_dir() and gpt2.is_relative_to(tmp_path / "cache" / "ppo-chinese-gpt2")
+    assert gpt2.parent.is_dir() and gpt2.is_relative_to(tmp_path / "cache" / "ppo-chinese-gpt2")
     assert demo_models.demo_models() == (gpt2, sentiment) and len(made) == 1 and capsys.readouterr().out == ""
     source = tmp_path / "demo_models.py"
     shutil.copy(demo_models.__file__, source)
@@ -73,31 +52,6 @@ def test_models_are_made_once_for_each_source_and_torch(made, tmp_path, monkeypa
     other = demo_models.demo_models()[0]
     monkeypatch.setattr(torch, "__version__", "99.0")
     assert len({gpt2, other, demo_models.demo_models()[0]}) == 3 == len(made)
-
-
-# ----------------------------------------------------------------------------------------------
-# Making them
-
-
-def test_fitting_teaches_labels_and_texts_but_no_padding(tmp_path, monkeypatch):
-    """Two reviews, the shorter of which is padded, and untrained models."""
-    monkeypatch.setattr(demo_models, "LR", 1e-2)
-    two = [("很不错", 1), ("很失望,要求退货", 0)] * 32
-    size = len(demo_models.write_vocab(tmp_path / "vocab.txt", two))
-    tokenizer = BertTokenizer(str(tmp_path / "vocab.txt"))
-    torch.manual_seed(0)
-    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
-    classifier = demo_models.new_classifier(size, tiny | {"max_position_embeddings": 64})
-    gpt2 = demo_models.new_gpt2(size, {"n_embd": 16, "n_layer": 1, "n_head": 1, "n_positions": 64})
-    for model in (classifier, gpt2):
-        demo_models.fit(model, tokenizer, two, 60, random.Random(1))
-        assert not model.training and all(weight.grad is None for weight in model.parameters())
-    good, bad = (tokenizer(text, return_tensors="pt")["input_ids"] for text, _ in two[:2])
-    with torch.no_grad():
-        assert classifier(good).logits.argmax() == 1 and classifier(bad).logits.argmax() == 0
-        assert gpt2(good, labels=good).loss < 1  # an untrained model: log 16 = 2.8
-        after_the_end = gpt2(good).logits[0, -1].softmax(-1)
-    assert after_the_end[tokenizer.pad_token_id] < 1 / 16  # less than an untrained model's
 
 
 def test_making_depends_on_nothing_else_and_leaves_the_random_generator_alone(tmp_path, monkeypatch):
@@ -114,16 +68,10 @@ def test_making_depends_on_nothing_else_and_leaves_the_random_generator_alone(tm
         assert all(torch.equal(weight, second[name]) for name, weight in first.items())
 
 
-# ----------------------------------------------------------------------------------------------
-# What the models have learned
-
-
 def test_the_classifier_judges_reviews_by_how_they_end(demo, reviews):
-    happy = ["刚收到货,感觉质量很不错,推荐大家购买。", "用了几天,客服太差,但是颜色非常漂亮。", "很满意"]
-    unhappy = ["刚收到货,感觉质量很失望,要求退货。", "用了几天,颜色漂亮,但是客服非常太差。", "很难用"]
     judge = SentimentReward(demo[1], "cpu")
-    scores = judge([*happy, *unhappy])
-    assert scores[:3].min() > 0.5 > scores[3:].max()
+    scores = judge(["用了几天,客服太差,但是颜色非常漂亮。", "很满意", "用了几天,颜色漂亮,但是客服非常太差。", "很难用"])
+    assert scores[:2].min() > 0.5 > scores[2:].max()
     right = [(score > 0.5) == label for score, (_, label) in zip(judge([t for t, _ in reviews[:300]]), reviews)]
     assert sum(right) >= 270
 
@@ -144,11 +92,7 @@ def test_the_gpt2_has_learned_the_grammar(demo, reviews):
 def test_the_files_are_laid_out_like_the_article_s(demo):
     for folder, architecture in zip(demo, ("GPT2LMHeadModel", "BertForSequenceClassification")):
         assert set(os.listdir(folder)) == {"config.json", "vocab.txt", "pytorch_model.bin", "tokenizer_config.json"}
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        assert config["architectures"] == [architecture]
+        assert read_json(folder / "config.json")["architectures"] == [architecture]
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        assert tokenizer.convert_ids_to_tokens(range(5)) == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
         assert len(tokenizer) == 144 and "[UNK]" not in tokenizer.tokenize("刚收到货,感觉不错。!")
         assert tokenizer.model_max_length == 64 and tokenizer.tokenize("A") == tokenizer.tokenize("a")
-    labels = json.loads((demo[1] / "config.json").read_text())["id2label"]
-    assert labels == {"0": "negative (stars 1, 2 and 3)", "1": "positive (stars 4 and 5)"}

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import plot_rewards
 from config import PPOConfig
-from ppo import PPOTrainer
 from reward import score_texts
 from support.common.errors import UserError
 from support.common.files import remove
 from support.compute import processes
 from support.models.pretrained import encode_prompt
-from support.run import run_folder
 from support.run.command_line import read_command_line
+from support.run.text_trainer import TextPPOTrainer
 from tests.helpers import PROMPTS, checkpoints, load_gpt2, rows
 from tests.ranks import STEP, Ranks, program
 from train_ppo import main
@@ -32,7 +32,7 @@ def three_steps(rank, n_processes, gpt2_folder):
     model, tokenizer = load_gpt2(gpt2_folder)
     sizes = dict(batch_size=16, minibatch_size=8, micro_batch_size=1, gen_len=8)
     config = PPOConfig(**sizes, ppo_epochs=2, lr=1e-4, dtype="float32", device="cpu")
-    trainer = PPOTrainer(config, model, copy.deepcopy(model), tokenizer)
+    trainer = TextPPOTrainer(config, model, copy.deepcopy(model), tokenizer)
     queries = [encode_prompt(tokenizer, PROMPTS[i % 3]) for i in range(16)]
     states, stats, drawn = [copy.deepcopy(model.state_dict())], [], []
     for step in range(3):
@@ -96,7 +96,7 @@ def runs(tmp_path_factory, flags):
     folder = tmp_path_factory.mktemp("several")
     flags = [*flags, "--reward", "tests.ranks:killed", "--run_name"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_folder, "draw", lambda runs, out: out.touch())
+        patch.setattr(plot_rewards, "draw", lambda runs, out: out.touch())
         patch.chdir(folder)
         assert main([*flags, "one"]) == 0
     ranks = Ranks(folder, program, [*flags, "two"], torchrun=True)

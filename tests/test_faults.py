@@ -35,7 +35,7 @@ def whole(gpt2_folder, tmp_path_factory):
     """A run in which nothing goes wrong."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("support.run.run_folder.draw", lambda runs, out: out.touch())
+        patch.setattr("plot_rewards.draw", lambda runs, out: out.touch())
         assert tiny_run(run_dir, load_gpt2(gpt2_folder)) == 0
     return run_dir
 
@@ -119,7 +119,7 @@ def test_full_memory_is_one_line_and_a_bug_keeps_its_traceback(tmp_path, gpt2_fo
     assert "lower --micro_batch_size, also with --resume" in err.splitlines()[-1] and "Traceback" not in err
     monkeypatch.setattr("train_ppo.train", lambda *_, **__: [][0])
     with pytest.raises(IndexError):
-        small_run(tmp_path, *flags)
+        small_run(tmp_path, *flags, name="other")
 
 
 def test_memory_that_ran_out_is_known_in_every_librarys_words():

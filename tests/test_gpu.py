@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from config import PPOConfig
-from ppo import logprobs_values_entropy
 from reward import SentimentReward
 from support.run.text_trainer import TextPPOTrainer
 from tests.helpers import small_run, weights, write_gpt2
@@ -36,8 +35,8 @@ def trainers(large_gpt2):
 
 def logprobs(trainer, responses):
     """The policy's log-probabilities of the responses' tokens, in one row, float64 on the CPU."""
-    completions = trainer.engine.collator.completions(trainer.encode(PROMPTS), responses)
-    found, *_ = trainer.engine.evaluate(logprobs_values_entropy, trainer.engine.share_trunk(completions), trainer.model)
+    completions = trainer.collate(trainer.encode(PROMPTS), responses)
+    found, *_ = trainer.forward_pass(trainer.engine.share_trunk(completions), trainer.model)
     return found[completions.mask].cpu().double()
 
 

@@ -5,6 +5,7 @@ import importlib
 import os
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from huggingface_hub import constants
@@ -20,8 +21,8 @@ SHARDS = ["{}-00001-of-00002.{}", "{}-00002-of-00002.{}", "{}.{}.index.json"]
 def published(tmp_path, gpt2_folder) -> Path:
     """A model as the Hub has it, with files that this program doesn't need."""
     folder = shutil.copytree(gpt2_folder, tmp_path / "published")
-    (folder / "tf_model.h5").touch()
-    (folder / "README.md").touch()
+    for name in ("tf_model.h5", "README.md"):
+        (folder / name).touch()
     return folder
 
 
@@ -33,10 +34,7 @@ def hub(published):
 
 @pytest.fixture
 def find(hub, tmp_path, monkeypatch):
-    """A function that finds a model as a new process with these environment variables would.
-
-    Waiting takes no time: `find.waited` has the seconds that the client would have slept.
-    """
+    """A function that finds a model as a new process with these variables would; find.waited: seconds, not slept."""
 
     def find(name="owner/gpt2", check=lambda folder: None, **variables) -> Path:
         for variable in [variable for variable in os.environ if variable.startswith("HF_")]:
@@ -58,10 +56,6 @@ def find(hub, tmp_path, monkeypatch):
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
-
-
-# ----------------------------------------------------------------------------------------------
-# What is downloaded
 
 
 @pytest.mark.parametrize(
@@ -122,11 +116,7 @@ def test_a_folder_is_preferred_to_a_hub_id_and_may_start_at_home(hub, find, tmp_
     assert not hub.requests
 
 
-# ----------------------------------------------------------------------------------------------
-# What can go wrong
-
 FAULTS = [  # (method, part of the path, what the hub does), part of the line
-    (("GET", "/api/models", "hang"), "doesn't answer; set HF_ENDPOINT"),
     (("HEAD", "pytorch_model.bin", "hang"), "doesn't answer.* HF_HUB_ETAG_TIMEOUT=60"),
     (("GET", "pytorch_model.bin", "stall"), "doesn't answer"),
     (("GET", "/api/models", 503), "has a problem .*503.* try later, or set HF_ENDPOINT .* --model_name PATH"),
@@ -156,18 +146,13 @@ def test_xet_storage_is_not_used(hub, published, find):
     assert (find() / "pytorch_model.bin").read_bytes() == (published / "pytorch_model.bin").read_bytes()
 
 
-def test_a_name_that_no_hub_can_be_asked_for_is_one_line(hub, find):
+def test_a_name_that_no_hub_can_be_asked_for_and_a_full_disk_are_one_line(hub, find, monkeypatch):
     with pytest.raises(UserError, match="this folder doesn't exist, and it isn't a Hub id"):
         find("./missing")
     with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
         find(HF_HUB_OFFLINE="1")
     assert not hub.requests
-
-
-def test_a_full_disk_is_one_line(find, monkeypatch):
-    def refuse(*args, **options):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", Mock(side_effect=full))
     with pytest.raises(UserError, match="No space left on device; .* set HF_HOME"):
         find()

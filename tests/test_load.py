@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import shutil
 import zlib
 
 import pytest
@@ -12,19 +11,15 @@ from config import PPOConfig
 from support.common.errors import UserError
 from support.compute import processes
 from support.models.demo_models import NEGATIVE
-from support.run.load import PROGRAM, check_same, hash_of, load, load_folders
+from support.run.load import hash_of, input_hashes, load, load_folders
 from support.run.text_trainer import TextPPOTrainer
-from tests.helpers import ROOT, write_classifier
+from tests.helpers import write_classifier
 
 PROMPT = "刚收到货,感觉"  # 7 characters, and [CLS] before
 
 
 def settings(**changes) -> PPOConfig:
-    return PPOConfig(**{"device": "cpu", "dtype": "float32", "gen_len": 4, **changes})
-
-
-# ----------------------------------------------------------------------------------------------
-# One process
+    return PPOConfig(**{"device": "cpu", "dtype": "float32", "gen_len": 4} | changes)
 
 
 def test_a_run_loads_the_parts_that_its_settings_name(gpt2_folder, classifier_folder):
@@ -38,24 +33,17 @@ def test_a_run_loads_the_parts_that_its_settings_name(gpt2_folder, classifier_fo
     assert torch.equal(policy.transformer.wpe.weight, saved["transformer.wpe.weight"])
 
 
-@pytest.mark.parametrize(
-    ("prompts", "gen_len", "fits"), [(["衣服", PROMPT, "书"], 41, False), (["衣服", PROMPT, "书"], 40, True)]
-)
-def test_the_longest_prompt_and_its_completion_fill_the_48_positions(
-    gpt2_folder, classifier_folder, prompts, gen_len, fits
-):
-    config = settings(prompts=prompts, gen_len=gen_len)
-    if fits:
-        policy, tokenizer, *_ = load_folders(config, "cpu", gpt2_folder, classifier_folder)
-        trainer = TextPPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
-        assert 1 <= len(trainer.generate(trainer.encode(prompts))[0]) <= gen_len
-    else:
-        with pytest.raises(UserError, match=f"--gen_len {gen_len} is too long: .* 48 .* takes 8$"):
-            load_folders(config, "cpu", gpt2_folder, classifier_folder)
+def test_the_longest_prompt_and_its_completion_fill_the_48_positions(gpt2_folder, classifier_folder):
+    prompts = ["衣服", PROMPT, "书"]
+    config = settings(prompts=prompts, gen_len=40)
+    policy, tokenizer, *_ = load_folders(config, "cpu", gpt2_folder, classifier_folder)
+    trainer = TextPPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
+    assert 1 <= len(trainer.generate(trainer.encode(prompts))[0]) <= 40
+    with pytest.raises(UserError, match="--gen_len 41 is too long: .* 48 .* takes 8$"):
+        load_folders(settings(prompts=prompts, gen_len=41), "cpu", gpt2_folder, classifier_folder)
 
 
 def test_configs_and_prompts_are_checked_before_any_weights(gpt2_folder, classifier_folder, tmp_path, monkeypatch):
-    """Before they are downloaded, and before they are read."""
     folders = {"gpt2": gpt2_folder, "sentiment": classifier_folder, "unclear": write_classifier(tmp_path, ("a", "b"))}
     found = []
 
@@ -77,26 +65,6 @@ def test_configs_and_prompts_are_checked_before_any_weights(gpt2_folder, classif
             patch.setattr("support.run.load.load_policy", lambda *args: pytest.fail("read too early"))
             load(settings(model_name=names[0], reward_model_name=names[1], **changes))
         assert found == flags
-    _, _, reward, _ = load(settings(model_name="gpt2", reward_model_name="unclear", positive_label="b"))
-    assert reward.positive_label == "b"
-
-
-# ----------------------------------------------------------------------------------------------
-# Several processes
-
-
-@pytest.fixture
-def compared(monkeypatch):
-    """A function that returns what `check_same` compares, and the models that are replaced by rank 0's."""
-
-    def compare(config, *parts):
-        values, replaced = {}, []
-        monkeypatch.setattr(processes, "check_same", values.update)
-        monkeypatch.setattr(processes, "broadcast_weights", replaced.append)
-        check_same(config, *parts)
-        return values, replaced
-
-    return compare
 
 
 @pytest.fixture
@@ -104,55 +72,28 @@ def parts(gpt2_folder, classifier_folder):
     return load_folders(settings(), "cpu", gpt2_folder, classifier_folder)
 
 
-GPT2, SENTIMENT = "uer/gpt2-chinese-cluecorpussmall", "uer/roberta-base-finetuned-jd-binary-chinese"
-HASHES = [  # these names are in the inputs.json of every run
-    "the hash of the prompts",
-    f"the hash of the weights of --model_name {GPT2}",
-    f"the hash of the tokenizer of --model_name {GPT2}",
-    f"the hash of the weights of --reward_model_name {SENTIMENT}",
-    f"the hash of the tokenizer of --reward_model_name {SENTIMENT}",
-]
+HASHES = ["the hash of the prompts"]  # these names are in the inputs.json of every run
+for model in f"--model_name {PPOConfig.model_name}", f"--reward_model_name {PPOConfig.reward_model_name}":
+    HASHES += [f"the hash of the weights of {model}", f"the hash of the tokenizer of {model}"]
 
 
-def test_processes_compare_versions_program_device_dtype_and_inputs(compared, parts):
-    values, replaced = compared(settings(dtype="bfloat16"), *parts)
-    assert values["torch"] == torch.__version__ and {"transformers", "numpy"} < values.keys()
-    assert values["--device cpu"] == "cpu" and values["--dtype bfloat16"] == "bfloat16"
-    assert [name for name in values if "hash" in name] == ["the hash of this program's files", *HASHES]
-    assert compared(settings(dtype="bfloat16"), *parts) == (values, replaced) and replaced == []
-
-
-def test_another_classifier_or_program_changes_its_own_hash(compared, parts, tmp_path, monkeypatch):
-    """The other inputs are in test_resume.py."""
-    classifier = parts[2].pipeline.model
-    values, _ = compared(settings(), *parts)
-
-    def changed() -> list[str]:
-        now, _ = compared(settings(), *parts)
-        return [name for name in values if now[name] != values[name]]
-
-    classifier.classifier.bias.data[-1] += 1
-    assert changed() == [HASHES[3]]
-    classifier.classifier.bias.data[-1] -= 1
+def test_another_classifier_changes_its_own_hash_and_another_dtype_none(parts):
+    classifier, before = parts[2].pipeline.model, input_hashes(settings(), *parts)
+    assert list(before) == HASHES
     classifier.bfloat16()
-    assert changed() == []  # a run may go on after the classifier's dtype has changed
-
-    program = tmp_path / "ppo.py"
-    shutil.copy(ROOT / "ppo.py", program)
-    monkeypatch.setattr("support.run.load.PROGRAM", [program if path.name == "ppo.py" else path for path in PROGRAM])
-    assert changed() == []
-    program.write_bytes(program.read_bytes() + b"#")
-    assert changed() == ["the hash of this program's files"]
+    assert input_hashes(settings(), *parts) == before  # a run may go on in another dtype
+    classifier.classifier.bias.data[-1] += 1
+    after = input_hashes(settings(), *parts)
+    assert [name for name in HASHES if after[name] != before[name]] == [HASHES[3]]
 
 
-@pytest.mark.parametrize(("policy_is_demo", "reward_is_demo"), [(True, False), (False, True)])
-def test_only_the_demo_models_are_replaced_by_those_of_rank_0(compared, parts, policy_is_demo, reward_is_demo):
-    names = {"model_name": "demo"} if policy_is_demo else {}
-    names |= {"reward_model_name": "demo"} if reward_is_demo else {}
-    policy, _, reward, _ = parts
-    expected = [policy] * policy_is_demo + [reward.pipeline.model] * reward_is_demo
-    _, replaced = compared(settings(**names), *parts)
-    assert list(map(id, replaced)) == list(map(id, expected))
+def test_processes_compare_versions_device_dtype_and_inputs(monkeypatch, gpt2_folder, classifier_folder):
+    values = {}
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
+    monkeypatch.setattr(processes, "check_same", values.update)
+    load(settings(model_name=str(gpt2_folder), reward_model_name=str(classifier_folder), dtype="bfloat16"))
+    assert values["--device"] == "cpu" and values["--dtype"] == "torch.bfloat16"
+    assert {"torch", "transformers", "numpy", "the hash of the prompts"} < values.keys()
 
 
 def test_a_hash_depends_on_names_shapes_dtypes_and_every_number():

@@ -1,5 +1,6 @@
 """Opening models and tokenizers in published layouts, rejecting broken ones, and saving for plain transformers."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -24,24 +25,15 @@ def load_gpt2(folder):
     return models.load_policy(folder, config), tokenizer
 
 
-def load_classifier(folder):
-    return SentimentReward(folder, "cpu")
-
-
 def edit(folder, file="config.json", **values):
-    """Change values of a JSON file; None removes one."""
     settings = json.loads((folder / file).read_text()) | values
     settings = {name: value for name, value in settings.items() if value is not None}
     (folder / file).write_text(json.dumps(settings))
 
 
-def edit_weights(folder, change):
-    torch.save(change(torch.load(folder / BIN)), folder / BIN)
-
-
-def without(part):
-    """A change to a model folder: the weights with this part of their name are missing."""
-    return lambda f: edit_weights(f, lambda weights: {name: w for name, w in weights.items() if part not in name})
+def without_last_block(folder):
+    weights = torch.load(folder / BIN)
+    torch.save({name: weight for name, weight in weights.items() if "h.1." not in name}, folder / BIN)
 
 
 @torch.no_grad()
@@ -58,10 +50,6 @@ def same_logits(one, other) -> bool:
     return (logits(one) - logits(other)).abs().max() <= 200 * torch.finfo(torch.float32).eps * logits(one).abs().max()
 
 
-# ----------------------------------------------------------------------------------------------
-# Bad model folders, and those of strangers
-
-
 class Evil:
     def __reduce__(self):
         return os.system, ("touch ran",)
@@ -71,54 +59,40 @@ CODE = {"auto_map": {"AutoConfig": "evil.C", "AutoModelForSequenceClassification
 TOKENIZER_CODE = {"auto_map": {"AutoTokenizer": ["evil.C", "evil.C"]}}
 GPT2_FOLDERS = {  # name: (the change to the folder, part of the line; None if it opens all the same)
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
-    "no weights": (lambda f: (f / BIN).unlink(), "weights in .* can't be loaded"),
     "weights cut off": (lambda f: (f / BIN).write_bytes((f / BIN).read_bytes()[:-200]), "can't be loaded"),
-    "half of the weights": (without("h.1."), "lack transformer.h.1.attn.c_attn.bias"),
+    "half of the weights": (without_last_block, "lack transformer.h.1.attn.c_attn.bias"),
     "config of a wider model": (lambda f: edit(f, n_embd=64), "config.json describes other shapes"),
     "no vocabulary": (lambda f: (f / "vocab.txt").unlink(), "no tokenizer in"),
     "vocabulary too long": (lambda f: (f / "vocab.txt").open("a").write("a\nb\n"), "has 45 tokens, .* model has 43"),
     "vocabulary too short": (lambda f: edit(f, vocab_size=176), "has 43 tokens, but the model has 176"),
     "code for a config": (lambda f: edit(f, model_type="evil", **CODE), "config.json can't be loaded"),
     "code beside a model": (lambda f: edit(f, **CODE), None),
-    "code beside a tokenizer": (lambda f: edit(f, "tokenizer_config.json", **TOKENIZER_CODE), None),
     "an attention kernel": (lambda f: edit(f, attn_implementation="evil/kernel"), None),
     "code in weights": (lambda f: torch.save({"a": Evil()}, f / BIN), "can't be loaded"),
 }
+OTHER_TOKENIZER = {"tokenizer_class": "C"} | TOKENIZER_CODE
 CLASSIFIER_FOLDERS = {
-    "no head": (without("classifier"), "lack classifier.bias"),
-    "code for a tokenizer": (
-        lambda f: edit(f, "tokenizer_config.json", tokenizer_class="C", **TOKENIZER_CODE),
-        "the tokenizer in .* can't be loaded",
-    ),
+    "code for a tokenizer": (lambda f: edit(f, "tokenizer_config.json", **OTHER_TOKENIZER), "tokenizer .* be loaded"),
     "code for a classifier": (lambda f: edit(f, model_type="bert-generation", **CODE), "can't be loaded"),
-    "code in weights": (lambda f: torch.save([Evil()], f / BIN), "can't be loaded"),
 }
-CASES = [(load_gpt2, case) for case in GPT2_FOLDERS] + [(load_classifier, case) for case in CLASSIFIER_FOLDERS]
+CASES = [("gpt2", *case) for case in GPT2_FOLDERS.values()] + [("bert", *case) for case in CLASSIFIER_FOLDERS.values()]
 
 
-@pytest.mark.parametrize(("load", "case"), CASES)
+@pytest.mark.parametrize(("kind", "change", "line"), CASES, ids=[*GPT2_FOLDERS, *CLASSIFIER_FOLDERS])
 def test_a_bad_model_folder_is_one_line_and_runs_no_code(
-    gpt2_folder, classifier_folder, tmp_path, monkeypatch, load, case
+    gpt2_folder, classifier_folder, tmp_path, monkeypatch, kind, change, line
 ):
-    good, cases = (classifier_folder, CLASSIFIER_FOLDERS) if load is load_classifier else (gpt2_folder, GPT2_FOLDERS)
+    good = gpt2_folder if kind == "gpt2" else classifier_folder
+    load = load_gpt2 if kind == "gpt2" else lambda folder: SentimentReward(folder, "cpu")
     folder = shutil.copytree(good, tmp_path / "model")
     (folder / "evil.py").write_text("open('ran', 'w')\nclass C: pass\n")
-    change, line = cases[case]
     change(folder)
     monkeypatch.chdir(tmp_path)
-    asked = []
-    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "n")
-    if line is None:
+    monkeypatch.setattr("builtins.input", lambda question: pytest.fail(question))
+    with pytest.raises(UserError, match=line) if line else contextlib.nullcontext() as error:
         load(folder)
-    else:
-        with pytest.raises(UserError, match=line) as error:
-            load(folder)
-        assert "\n" not in str(error.value) and str(folder) in str(error.value)
-    assert asked == [] and os.listdir(tmp_path) == ["model"] and not (folder / "__pycache__").exists()
-
-
-# ----------------------------------------------------------------------------------------------
-# Published layouts
+    assert not line or ("\n" not in str(error.value) and str(folder) in str(error.value))
+    assert os.listdir(tmp_path) == ["model"] and not (folder / "__pycache__").exists()
 
 
 def test_a_published_gpt2_opens_quietly_in_float32_with_a_value_head_at_zero(tmp_path, capfd):
@@ -132,15 +106,11 @@ def test_a_published_gpt2_opens_quietly_in_float32_with_a_value_head_at_zero(tmp
     assert model.config._attn_implementation == "eager" and model.lm_head.weight is model.transformer.wte.weight
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"activation_function": "gelu"},
-        {"tie_word_embeddings": False},
-        {"use_cache": False, "bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": 0},
-    ],
-    ids=["gelu", "untied", "special tokens"],
-)
+UNUSUAL = [{"activation_function": "gelu"}, {"tie_word_embeddings": False}]
+UNUSUAL += [{"use_cache": False, "bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": 0}]
+
+
+@pytest.mark.parametrize("change", UNUSUAL, ids=["gelu", "untied", "special tokens"])
 def test_logits_are_those_of_plain_transformers_before_and_after_saving(tmp_path, change):
     folder = write_gpt2(tmp_path / "gpt2", tie_word_embeddings=change.get("tie_word_embeddings", True))
     edit(folder, **change)
@@ -161,10 +131,6 @@ def test_a_vocab_txt_beside_a_gpt2_is_bert_s_even_if_nothing_says_so(tmp_path):
     assert models.encode_prompt(models.load_tokenizer(folder), "刚收到货").tolist() == [2, 5, 6, 7, 8]
 
 
-# ----------------------------------------------------------------------------------------------
-# Saving
-
-
 @pytest.fixture
 def saved(policy, tmp_path):
     model, tokenizer = policy
@@ -172,27 +138,6 @@ def saved(policy, tmp_path):
     torch.nn.init.ones_(model.v_head.summary.bias)
     models.save_policy(model, tokenizer, tmp_path / "saved", temperature=0.7, gen_len=9, value_unit=8.0)
     return model, tokenizer, tmp_path / "saved"
-
-
-def test_saving_twice_writes_the_same_files_and_leaves_the_model_as_it_was(saved, tmp_path):
-    model, tokenizer, folder = saved
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    models.save_policy(model, tokenizer, tmp_path / "again", temperature=0.7, gen_len=9, value_unit=8.0)
-    assert sorted(os.listdir(folder)) == sorted(os.listdir(tmp_path / "again"))
-    for path in folder.iterdir():
-        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
-    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
-    assert model.v_head.summary.bias.item() == 1 and tokenizer.encode("衣服") == [2, 30, 31, 3]
-
-
-def test_a_saved_folder_opens_here_with_its_value_head_in_the_unit_of_the_scores(saved, capfd):
-    model, _, folder = saved
-    capfd.readouterr()
-    again, _ = load_gpt2(folder)
-    assert capfd.readouterr().out == ""
-    assert again.v_head.summary.bias.item() == 8
-    for name, weight in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], 8 * weight if "v_head" in name else weight), name
 
 
 def test_a_saved_folder_opens_in_plain_transformers_with_the_settings_of_the_run(saved, capfd):
@@ -251,18 +196,17 @@ def test_a_byte_level_tokenizer_starts_and_ends_texts_with_its_own_token(tmp_pat
     assert [query.tolist() for query in queries] == [[end, *plain.encode(prompt)] for prompt in prompts]
     good = [torch.tensor(plain.encode(text) + [end]) for text in (" great, truly", "不错")]
     assert trainer.decode(queries, good) == ["this film was great, truly", "刚收到货,感觉很不错"]
-    half_a_character = trainer.decode(queries[1:], [good[1][:-2]])[0]
-    assert half_a_character in ("刚收到货,感觉很不", "刚收到货,感觉很")
+    assert trainer.decode(queries[1:], [good[1][:-2]])[0] in (
+        "刚收到货,感觉很不",
+        "刚收到货,感觉很",
+    )  # half a character
     stats = trainer.step(queries[:1] * 3, [good[0], good[0][:-1], good[1][:2]], [0.1, 0.5, 0.9])
     assert stats["tokens/ended_share"] == pytest.approx(1 / 3)
 
     trainer.save(tmp_path / "saved")
-    trainer.save(tmp_path / "saved")
     again = TextPPOTrainer.from_pretrained(tmp_path / "saved", PPOConfig(device="cpu"))
     assert again.encode(prompts)[0].tolist() == queries[0].tolist()
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").encode(prompts[0]) == queries[0].tolist()
-    generator = pipeline("text-generation", model=str(tmp_path / "saved"))
-    assert generator(prompts[0], max_new_tokens=1)[0]["generated_text"].startswith(prompts[0])
 
 
 def test_rows_that_pad_the_embeddings_are_never_sampled(tmp_path):
@@ -276,21 +220,14 @@ def test_rows_that_pad_the_embeddings_are_never_sampled(tmp_path):
     assert suppressed == [0, 1, 2, 4, *range(43, 64)]
 
 
-# ----------------------------------------------------------------------------------------------
-# Texts and tokens
-
-
-@pytest.mark.parametrize(
-    ("decoded", "text"),
-    [
-        ("[CLS] 刚 收 到 [MASK] 货 [UNK]", "刚收到货"),
-        ("good phone 很 好 用 5 星", "good phone很好用5星"),
-        ("4 . 5 Z 9", "4.5 Z 9"),
-        ("##韩 国 ##", "韩国##"),
-    ],
-)
-def test_decoded_tokens_are_joined_as_people_write_them(decoded, text):
-    assert models.clean_text(decoded) == text == models.clean_text(text)
+def test_decoded_tokens_are_joined_as_people_write_them():
+    for decoded, text in {
+        "[CLS] 刚 收 到 [MASK] 货 [UNK]": "刚收到货",
+        "good phone 很 好 用 5 星": "good phone很好用5星",
+        "4 . 5 Z 9": "4.5 Z 9",
+        "##韩 国 ##": "韩国##",
+    }.items():
+        assert models.clean_text(decoded) == text == models.clean_text(text)
 
 
 def test_a_prompt_starts_a_text_and_does_not_end_it(policy):
@@ -300,16 +237,11 @@ def test_a_prompt_starts_a_text_and_does_not_end_it(policy):
     assert models.decode(policy[1], sequences) == ["刚收到,goods", "错", "good", ""]
 
 
-@pytest.mark.parametrize(
-    ("prompt", "line"),
-    [
-        ("衣服Good", "'Good' in the prompt '衣服Good' isn't in the vocabulary.* lower-case"),
-        ("衣服[SEP]", "'\\[SEP\\]' in the prompt .* is a special token"),
-    ],
-)
-def test_a_prompt_that_the_model_would_see_as_another_is_rejected(gpt2_folder, tmp_path, prompt, line):
+def test_a_prompt_that_the_model_would_see_as_another_is_rejected(gpt2_folder, tmp_path):
     """With a tokenizer that keeps capitals, which its vocabulary lacks, as the article's does."""
     folder = shutil.copytree(gpt2_folder, tmp_path / "model")
     edit(folder, "tokenizer_config.json", do_lower_case=False)
-    with pytest.raises(UserError, match=line):
-        models.encode_prompt(models.load_tokenizer(folder), prompt)
+    tokenizer = models.load_tokenizer(folder)
+    for prompt, word in ("衣服Good", "'Good'"), ("衣服[SEP]", "'\\[SEP\\]'"):
+        with pytest.raises(UserError, match=f"{word} in the prompt .* isn't in the vocabulary, or is a special token"):
+            models.encode_prompt(tokenizer, prompt)

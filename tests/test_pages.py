@@ -123,7 +123,7 @@ def typed(tmp_path_factory, finished):
 
     with Hub(models) as hub, pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("support.run.run_folder.draw", lambda runs, out: out.touch())
+        patch.setattr("plot_rewards.draw", lambda runs, out, *_: out.touch())
         patch.setitem(review_models.GPT2_SIZES, "n_embd", 32)
         patch.setitem(review_models.GPT2_SIZES, "n_head", 2)
         patch.setitem(review_models.CLASSIFIER_SIZES, "hidden_size", 32)

@@ -61,11 +61,6 @@ def exchange(rank: int) -> None:
     versions = ("2.13", ("2.13", "2.13", "2.6")[rank])
     results["same"] = [outcome(processes.check_same, {"torch": version}) for version in versions]
 
-    model = torch.nn.BatchNorm1d(2)
-    model.weight.data[:] = model.running_mean[:] = rank + 1
-    processes.broadcast_weights(model)
-    results["weights"] = [model.weight.tolist(), model.running_mean.tolist()]
-
     processes.set_timeout(0.5)
     if rank:
         while not Path("given-up").exists():
@@ -98,7 +93,6 @@ DIFFER = "UserError: torch is 2.13 on host gpu-1, but 2.6 on host gpu-2"
         ("rank", [(0, 3), (1, 3), (2, 3)]),
         ("rows", [[[], [], [0], [0, 1, 2]], [[], [0], [1, 2], [3, 4, 5]], [[], [1], [3, 4], [6, 7, 8, 9]]]),
         ("sum", [[[1, 2, 3, 4, 5]] * 2] * 3),
-        ("weights", [[[1, 1], [1, 1]]] * 3),
         ("broadcast", [[{"rank": 0}, FIRST, 0, "SystemExit: help of 0"]] * 3),
         ("all", [[rank, FIRST, SECOND, THIRD, FIRST] for rank in range(3)]),
         ("same", [[None, DIFFER]] * 3),

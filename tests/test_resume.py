@@ -7,17 +7,17 @@ import json
 import os
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from config import PPOConfig
-from ppo import PPOTrainer
 from support.common.errors import UserError
 from support.common.files import remove
 from support.run.command_line import new_run_folder, read_command_line
 from support.run.load import input_hashes
 from support.run.run_folder import RunFolder, RunLog
-from tests.helpers import change_json, checkpoints, contents, load_gpt2, read_json, rows, tiny_run, weights
+from tests.helpers import change_json, checkpoints, contents, load_gpt2, make, read_json, rows, tiny_run, weights
 from tools.stress_resume import differences
 from train_ppo import main
 
@@ -128,7 +128,7 @@ def test_a_log_that_the_disk_cannot_take_ends_the_run_in_one_line(killed, tmp_pa
             write(self, row, samples)
 
     monkeypatch.setattr(RunLog, "write", full)
-    with pytest.raises(UserError, match="metrics.csv cannot be written: No space left on device"):
+    with pytest.raises(UserError, match="run cannot be written: No space left on device"):
         tiny_run(tmp_path / "run", killed[0], save_every=2)
     assert checkpoints(tmp_path / "run") == ["step-000002"]
 
@@ -227,15 +227,14 @@ def test_a_finished_run_is_left_alone_and_missing_output_is_made_again(finished,
     assert differences(finished, copied) == [] and (copied / "rewards.png").exists()
 
 
-def test_unnamed_runs_of_the_same_second_get_folders_of_their_own(tmp_path):
+def test_unnamed_runs_of_the_same_second_get_folders_of_their_own(policy, tmp_path):
     """A name that was given is not changed."""
     for name, refused in ((None, contextlib.nullcontext()), ("mine", pytest.raises(UserError, match="mine exists"))):
-        configs = [PPOConfig(runs_dir=str(tmp_path), run_name=name) for _ in range(2)]
-        one, other = [RunFolder(new_run_folder(config), config, [], {}) for config in configs]
-        one.make()
-        with refused:
-            other.make()
-            assert other.config.run_name == other.path.name != one.path.name and other.path.is_dir()
+        trainer = make(policy, runs_dir=str(tmp_path), run_name=name)
+        path = new_run_folder(trainer.config)
+        path.mkdir()  # by another run
+        with refused, RunFolder.create(path, trainer, {}, []) as folder:
+            assert trainer.config.run_name == folder.path.name != path.name and folder.path.is_dir()
 
 
 def test_a_run_is_judged_with_other_settings_and_left_as_it_is(finished, copied, capsys):
@@ -319,15 +318,15 @@ def test_a_run_keeps_where_each_of_its_parts_was_computed(killed, tmp_path, monk
 
 def test_a_raised_run_that_was_stopped_is_not_finished(killed, tmp_path, monkeypatch):
     """Whether in training or before the last file: what its first end wrote is there, and is not the end."""
-    for stopped in (PPOTrainer, "step"), (RunFolder, "report"):
-        run_dir = shutil.copytree(killed[1], tmp_path / stopped[1])
+    for stopped in "ppo.PPOTrainer.step", "train_ppo.finish":
+        run_dir = shutil.copytree(killed[1], tmp_path / stopped)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(*stopped, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(stopped, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             tiny_run(run_dir, killed[0], resume=True, episodes=40)
         config = read_json(run_dir / "config.json")
         change_json(run_dir / "config.json", model_name="demo", reward_model_name="demo")
         assert config["episodes"] == 40 and read_command_line(["--resume", str(run_dir)])[2] == "resume"
-        assert weights(run_dir) == weights(killed[1]) or stopped[1] == "report"
+        assert weights(run_dir) == weights(killed[1]) or stopped == "train_ppo.finish"
 
 
 @pytest.mark.parametrize(("every", "minutes", "due"), [(0, 0, [8]), (3, 0, [3, 6, 8]), (0, 10, [3, 6, 8])])
@@ -336,10 +335,11 @@ def test_a_checkpoint_is_due_by_steps_by_the_clock_and_after_the_last(tmp_path, 
     now, saved = [0], []
     monkeypatch.setattr("time.monotonic", lambda: 240 * now[0])
     config = PPOConfig(batch_size=4, minibatch_size=4, episodes=31, save_every=every, save_every_minutes=minutes)
-    folder = RunFolder(tmp_path, config, [], {})
-    folder.writes = False
+    trainer = SimpleNamespace(config=config)
+    folder = RunFolder(tmp_path, trainer, None, None)
     for now[0] in range(1, 9):
-        if folder.checkpoint_due(now[0]):
+        trainer.n_steps = now[0]
+        if folder.checkpoint_due():
             saved.append(now[0])
-            folder.save_checkpoint(None)
+            folder.save_checkpoint()
     assert saved == due

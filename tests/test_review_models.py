@@ -16,37 +16,29 @@ from support.models.pretrained import encode_prompt, load_policy, read_policy_fo
 from tools import review_models
 from tools.review_models import batches, evaluate, main, read_reviews, write_vocab
 
-PROMPT = "刚收到货,感觉"
-
 
 def write_csv(path, reviews, encoding="utf-8"):
-    """Write a file like the published one."""
     with path.open("w", newline="", encoding=encoding) as file:
         csv.writer(file).writerows([("cat", "label", "review"), *(("书籍", label, text) for text, label in reviews)])
     return path
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """Models that take a second."""
-    monkeypatch.setattr(review_models, "GPT2_SIZES", {"n_positions": 48, "n_embd": 32, "n_layer": 1, "n_head": 2})
-    classifier = demo_models.CLASSIFIER_SIZES | {"hidden_size": 32, "num_hidden_layers": 1}
-    monkeypatch.setattr(review_models, "CLASSIFIER_SIZES", classifier)
-    monkeypatch.setattr(review_models, "BATCH", 16)
-    monkeypatch.setattr(review_models, "WARMUP", 10)
-    monkeypatch.setattr(review_models, "EPOCHS", {"sentiment": 2, "gpt2": 2})
-    monkeypatch.setattr(review_models, "LR", {"sentiment": 5e-3, "gpt2": 1e-2})
+SMALL = {
+    "GPT2_SIZES": {"n_positions": 48, "n_embd": 32, "n_layer": 1, "n_head": 2},
+    "CLASSIFIER_SIZES": demo_models.CLASSIFIER_SIZES | {"hidden_size": 32, "num_hidden_layers": 1},
+    "EPOCHS": {"sentiment": 2, "gpt2": 2}, "LR": {"sentiment": 5e-3, "gpt2": 1e-2}, "BATCH": 16, "WARMUP": 10,
+}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def reviews() -> list[tuple[str, int]]:
+def test_a_file_of_reviews_becomes_models_that_the_program_opens(tmp_path, monkeypatch, capsys):
+    """Both have learned: chance is 50%, and log(vocabulary) nats per token. A random thirtieth is held out."""
     draw = random.Random(3)
-    return list(dict(demo_models.write_review(draw) for _ in range(800)).items())
-
-
-def test_a_file_of_reviews_becomes_models_that_the_program_opens(small, reviews, tmp_path, capsys):
-    """Both have learned: chance is an accuracy of 50%, and log(vocabulary) nats per token."""
-    file, out = write_csv(tmp_path / "reviews.csv", reviews), tmp_path / "models"
+    reviews = dict(demo_models.write_review(draw) for _ in range(800))
+    by_label = sorted(reviews.items(), key=lambda review: review[1])
+    file, out, used = write_csv(tmp_path / "reviews.csv", by_label), tmp_path / "models", []
+    for name, value in SMALL.items():
+        monkeypatch.setattr(review_models, name, value)
+    monkeypatch.setattr(review_models, "batches", lambda found, draw: used.append(found) or batches(found, draw))
     main([str(file), str(out)])
     assert {path.name for path in out.iterdir()} == {"gpt2", "sentiment"}
     *lines, command = capsys.readouterr().out.splitlines()
@@ -56,29 +48,19 @@ def test_a_file_of_reviews_becomes_models_that_the_program_opens(small, reviews,
 
     config, tokenizer = read_policy_folder(out / "gpt2")
     load_policy(out / "gpt2", config)
-    assert config.n_positions == 48 and len(encode_prompt(tokenizer, PROMPT)) == 8
+    assert config.n_positions == 48 and len(encode_prompt(tokenizer, "刚收到货,感觉")) == 8
     assert float(found[3][2]) < math.log(config.vocab_size) / 2
-    draw = random.Random(4)
-    unseen = [review for review in (demo_models.write_review(draw) for _ in range(300)) if review not in reviews]
+    draw.seed(4)
+    unseen = [review for review in (demo_models.write_review(draw) for _ in range(300)) if review[0] not in reviews]
     scores = SentimentReward(out / "sentiment", "cpu")([text for text, _ in unseen])
     assert sum((score > 0.5) == label for score, (_, label) in zip(scores, unseen)) > 0.75 * len(unseen)
 
-
-def test_held_out_reviews_are_a_random_thirtieth_that_no_model_is_trained_on(small, reviews, tmp_path, monkeypatch):
-    """The published file is sorted by kind and label; the shuffle is part of what the README's models are."""
-    by_label = sorted(reviews, key=lambda review: review[1])
-    used = []
-    monkeypatch.setattr(
-        review_models, "batches", lambda examples, draw: used.append(examples) or batches(examples, draw)
-    )
-    review_models.make_review_models(tmp_path, by_label)
     training, held_out = used[:2]
     assert used == [training, held_out] * 4  # two epochs of each of the two models
-    assert len(held_out) == len(reviews) // 30 and len(training) + len(held_out) == len(reviews)
-    tokenizer = demo_models.BertTokenizer(str(tmp_path / "gpt2" / "vocab.txt"))
+    tokenizer = demo_models.BertTokenizer(str(out / "gpt2" / "vocab.txt"))
     examples = [(tokenizer(text)["input_ids"][:48], label) for text, label in by_label]
     random.Random(1).shuffle(examples)
-    assert held_out + training == examples
+    assert held_out + training == examples and len(held_out) == len(reviews) // 30
 
 
 @pytest.mark.parametrize("name", ["gpt2", "sentiment"])
@@ -90,31 +72,19 @@ def test_evaluation_weighs_each_token_or_text_alike_and_no_padding(name):
     model = new(20, sizes[name] | {"initializer_range": 1.0}).eval()
     draw = random.Random(0)
     examples = [([draw.randrange(1, 20) for _ in range(2 + i % 14)], i % 2) for i in range(100)]
+    lengths = [mask.sum(1) for _, mask, _ in batches(examples * 9, draw)]
+    assert all(n.max() - n.min() <= 3 for n in lengths)  # similar ones together
+    assert (means := [n.double().mean() for n in lengths]) != sorted(means)  # short ones don't always come first
     with torch.no_grad():
         logits = [model(input_ids=torch.tensor([ids])).logits[0] for ids, _ in examples]
     if name == "gpt2":
-        predicted = [row[:-1].log_softmax(-1) for row in logits]
-        nats = torch.cat([-row[range(len(row)), ids[1:]] for row, (ids, _) in zip(predicted, examples)]).mean()
-        assert float(evaluate(model, examples, draw).split()[0]) == pytest.approx(nats.item(), abs=0.0011)
+        nats = [-row[:-1].log_softmax(-1)[range(len(ids) - 1), ids[1:]] for row, (ids, _) in zip(logits, examples)]
+        assert float(evaluate(model, examples, draw).split()[0]) == pytest.approx(
+            torch.cat(nats).mean().item(), abs=0.0011
+        )
     else:
         accuracy = sum(row.argmax() == label for row, (_, label) in zip(logits, examples)) / 100
         assert evaluate(model, examples, draw) == f"accuracy {accuracy:.1%}"
-
-
-def test_batches_hold_every_review_once_beside_others_of_its_length():
-    draw = random.Random(0)
-    examples = [([i + 1] * (1 + i % 7), i) for i in range(200)]
-    found = list(batches(examples, draw))
-    assert sorted(len(ids) for ids, *_ in found) == [8, 64, 64, 64]
-    rows = [(row[mask == 1].tolist(), label.item()) for batch in found for row, mask, label in zip(*batch)]
-    assert sorted(rows, key=lambda row: row[1]) == examples
-    assert all(mask.sum(1).max() - mask.sum(1).min() <= 3 and mask.any(0).all() for _, mask, _ in found)
-    again = list(batches(examples, draw))
-    assert [row[0].tolist() for *row, _ in found] != [row[0].tolist() for *row, _ in again]
-
-
-# ----------------------------------------------------------------------------------------------
-# The reviews
 
 
 def test_texts_are_read_once_each_and_blank_ones_not(tmp_path, monkeypatch):
@@ -136,20 +106,14 @@ def test_a_vocabulary_has_every_piece_of_every_text_in_one_order(tmp_path):
     assert (tmp_path / "vocab.txt").read_text(encoding="utf-8").splitlines() == expected
 
 
-LINES = "label,review\n" + "".join(f"{i % 2},第{i}条很好\n" for i in range(100))
-
-
-@pytest.mark.parametrize(
-    ("content", "line"),
-    [
-        (LINES.removesuffix("1,第99条很好\n"), "has 99 different reviews; at least 100"),
-        (LINES.replace("\n0,", "\n1,"), "has 100 different reviews; at least 100 with both labels"),
-        (LINES + "5,好\n", "line 102: expected 0 or 1 in the column label"),
-    ],
-)
-def test_a_file_that_cannot_be_used_is_one_line_and_nothing_is_written(tmp_path, content, line):
-    file = tmp_path / "reviews.csv"
-    file.write_text(content, encoding="utf-8")
-    with pytest.raises(UserError, match=line) as error:
-        main([str(file), str(tmp_path / "models")])
-    assert str(file) in str(error.value) and not (tmp_path / "models").exists()
+def test_a_file_that_cannot_be_used_is_one_line_and_nothing_is_written(tmp_path):
+    lines, file = "label,review\n" + "".join(f"{i % 2},第{i}条很好\n" for i in range(100)), tmp_path / "reviews.csv"
+    for content, line in (
+        (lines.removesuffix("1,第99条很好\n"), "has 99 different reviews; at least 100"),
+        (lines.replace("\n0,", "\n1,"), "has 100 different reviews; at least 100 with both labels"),
+        (lines + "5,好\n", "line 102: expected 0 or 1 in the column label"),
+    ):
+        file.write_text(content, encoding="utf-8")
+        with pytest.raises(UserError, match=f"{file}.*{line}"):
+            main([str(file), str(tmp_path / "models")])
+        assert not (tmp_path / "models").exists()

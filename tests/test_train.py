@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from ppo import PPOTrainer
-from support.common.figures import duration
-from support.run.evaluation import gibbs_policy, scores_and_prompts
+from support.run.evaluation import Results
+from support.run.limit import gibbs_policy
 from support.run.warnings import Alarms
-from tests.helpers import PROMPTS, count_characters, read_json, rows, tiny_run
+from tests.helpers import PROMPTS, count_characters, rows, tiny_run
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
@@ -51,21 +51,17 @@ def test_alarms_get_the_limits_kl_whatever_the_unit_of_the_reward(policy, tmp_pa
         limits.append(limit)
         return Alarms(config, limit)
 
-    monkeypatch.setattr("support.run.run_folder.Alarms", alarms)
+    monkeypatch.setattr("support.run.warnings.Alarms", alarms)
 
     def reward(texts):
         return [1000.0 * len(set(text)) for text in texts]
 
     for name, kl_coef in (("run", 3000.0), ("free", 0.0)):
         tiny_run(tmp_path / name, policy, reward, episodes=8, eval_samples=64, init_kl_coef=kl_coef)
-    before = read_json(tmp_path / "run" / "evaluation.json")["before"]
-    expected = gibbs_policy(*scores_and_prompts(before, PROMPTS[1:]), 3000.0)["kl"]
+    before = Results.read(tmp_path / "run" / "evaluation.json").before
+    expected = gibbs_policy(*before.rewards(), 3000.0)["kl"]
     assert limits == [pytest.approx(expected), None]
     assert 0 < expected < math.log(64)  # which no policy over 64 samples exceeds
-
-
-def test_a_duration_is_told_in_its_two_largest_units():
-    assert [duration(seconds) for seconds in (59.6, 3599, 3600)] == ["1 min 0 s", "59 min 59 s", "1 h 0 min"]
 
 
 def test_a_run_tells_each_step_its_time_and_now_and_then_completions(policy, tmp_path, monkeypatch, capsys):
@@ -85,9 +81,9 @@ def test_a_run_tells_each_step_its_time_and_now_and_then_completions(policy, tmp
     tiny_run(tmp_path / "run", policy, takes(3, count_characters), log_samples_every=2)
     out = capsys.readouterr().out
     steps = [line for line in out.splitlines() if line.startswith("step ")]
-    for line, row, left in zip(steps, rows(tmp_path / "run"), (18, 9, 0), strict=True):
+    for line, row, left in zip(steps, rows(tmp_path / "run"), ("00:18", "00:09", "00:00"), strict=True):
         assert [float(row[f"time/{part}"]) for part in ("sample", "score", "ppo", "step")] == [2, 3, 4, 9]
-        assert line.startswith(f"step {row['step']}/3 ") and line.endswith(f"  9.00 s a step, {left} s left")
+        assert line.startswith(f"step {row['step']}/3 ") and line.endswith(f"  9.00 s a step, {left} left")
         words = line.split()
         for name, column in (("reward", "env/reward_mean"), ("KL", "objective/kl")):
             assert float(words[words.index(name) + 1]) == pytest.approx(float(row[column]), abs=0.006)

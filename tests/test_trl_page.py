@@ -42,7 +42,6 @@ def test_the_loop_of_the_page_runs_as_printed(demo, tmp_path, monkeypatch, capsy
 def test_the_loop_of_the_readme_runs_as_printed(demo, tmp_path, monkeypatch, capsys):
     (snippet,) = [code for code in code_blocks("README.md", "python") if code.startswith("from config import")]
     names = run_page(snippet, {"range(20)": "range(4)", "* 128": "* 64"}, tmp_path, monkeypatch)
-    assert re.search(r"\d\.\d of \d\.\d million parameters train", capsys.readouterr().out)
     again = TextPPOTrainer.from_pretrained("my_model", PPOConfig(preset="demo"))
     assert torch.equal(again.model.lm_head.weight, names["trainer"].policy_for_saving.lm_head.weight)
 

@@ -19,15 +19,15 @@ from collections import defaultdict
 import torch
 
 from config import PPOConfig
+from ppo import PPOTrainer
 from reward import score_texts
+from support.models.pretrained import decode, encode_prompt
 from support.run.load import load
 from support.run.settings import check, parse_args
-from support.run.text_trainer import TextPPOTrainer
 from tools import exits_on_user_error
 from train_ppo import draw_prompts
 
 STEPS = 3
-PHASES = {"generate": "sampling", "share_trunk": "logprobs", "evaluate": "logprobs", "optimise": "update"}  # by method
 
 
 def main(argv: list[str]) -> None:
@@ -51,8 +51,8 @@ def measure(config: PPOConfig) -> dict:
     """Medians of a few steps: seconds of a step and of its phases, completions and tokens a second, the arithmetic
     needed, its share of the ceiling, and the peak memory in GiB (on a CPU that of the process so far)."""
     policy, tokenizer, reward, prompts = load(config)
-    trainer = TextPPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
-    queries, device = trainer.encode(prompts), trainer.engine.device
+    trainer = PPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
+    queries, device = [encode_prompt(tokenizer, prompt) for prompt in prompts], trainer.engine.device
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     seconds: dict[str, float] = defaultdict(float)
 
@@ -67,8 +67,9 @@ def measure(config: PPOConfig) -> dict:
 
         return call
 
-    for name, phase in PHASES.items():
-        setattr(trainer.engine, name, timed(phase, getattr(trainer.engine, name)))
+    trainer.generate, trainer.step = timed("sampling", trainer.generate), timed("update", trainer.step)
+    trainer.forward_pass = timed("logprobs", trainer.forward_pass)
+    trainer.engine.share_trunk = timed("logprobs", trainer.engine.share_trunk)
     timed_scores = timed("scoring", score_texts)
     steps = []
     for step in range(1, STEPS + 2):
@@ -76,11 +77,13 @@ def measure(config: PPOConfig) -> dict:
         synchronize()
         started = time.perf_counter()
         drawn = draw_prompts(len(prompts), config.seed, step, config.batch_size)
-        batch = [queries[i] for i in drawn]
-        responses = trainer.generate(batch)
-        texts = [prompts[i] + text for i, text in zip(drawn, trainer.decode(responses))]
-        trainer.step(batch, responses, timed_scores(reward, texts))
+        completions = trainer.generate([queries[i] for i in drawn])
+        responses = completions.token_lists()
+        texts = [prompts[i] + text for i, text in zip(drawn, decode(tokenizer, responses))]
+        scores = timed_scores(reward, texts)
+        trainer.step(completions, scores)
         synchronize()
+        seconds["update"] -= seconds["logprobs"]  # both are part of PPOTrainer.step
         steps.append({**seconds, "step": time.perf_counter() - started})
     median = {name: statistics.median(step[name] for step in steps[1:]) for name in steps[0]}
     step = median.pop("step")

@@ -15,9 +15,10 @@ import torch
 
 import ppo
 from config import PPOConfig
+from ppo import PPOTrainer
 from reward import score_texts
+from support.models.pretrained import decode, encode_prompt
 from support.run.load import load
-from support.run.text_trainer import TextPPOTrainer
 
 WARM_UP = 3  # ordinary steps before: policy, reference and values differ, and a quarter of the batch is still unhappy
 
@@ -56,27 +57,24 @@ def demo_config() -> PPOConfig:
 def take_step(config: PPOConfig) -> Step:
     """Take WARM_UP ordinary steps, then one with everything between written down."""
     policy, tokenizer, reward, (prompt,) = load(config)
-    trainer = TextPPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
-    engine, queries = trainer.engine, trainer.encode([prompt] * config.batch_size)
+    trainer = PPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
+    queries = [encode_prompt(tokenizer, prompt)] * config.batch_size
     for step in range(WARM_UP + 1):
-        responses = trainer.generate(queries)
-        scores = score_texts(reward, [prompt + text for text in trainer.decode(responses)])
+        batch = trainer.generate(queries)
+        scores = score_texts(reward, [prompt + text for text in decode(tokenizer, batch.token_lists())])
         if step < WARM_UP:
-            trainer.step(queries, responses, scores)
+            trainer.step(batch, scores)
 
-    batch, optimise, seen = engine.collator.completions(queries, responses), engine.optimise, []
+    zero_grad, seen = trainer.engine.zero_grad, []
 
-    def look(model):
-        return engine.evaluate(ppo.logprobs_values_entropy, batch, model)
+    def zero_grad_watched():  # at the start of each optimiser step, of which an epoch has one
+        seen.append(trainer.forward_pass(batch, trainer.model))
+        zero_grad()
 
-    def optimise_watched(experience, loss_of):
-        seen.append(look(trainer.model))
-        return optimise(experience, loss_of)
-
-    engine.optimise = optimise_watched
-    ref_logprobs, *_ = look(trainer.ref_model)
-    kl_coef, stats = trainer.kl_controller.value, trainer.step(queries, responses, scores)
-    seen.append(look(trainer.model))
+    trainer.engine.zero_grad = zero_grad_watched
+    ref_logprobs, *_ = trainer.forward_pass(batch, trainer.ref_model)
+    kl_coef, stats = trainer.kl_controller.value, trainer.step(batch, scores)
+    seen.append(trainer.forward_pass(batch, trainer.model))
 
     mask, unit = batch.mask, trainer.reward_unit
     logprobs, values = [new[0] for new in seen], [unit * new[1] for new in seen]
@@ -86,7 +84,7 @@ def take_step(config: PPOConfig) -> Step:
     whitened = ppo.whiten(advantages, mask)
     ratios = [(new - logprobs[0]).where(mask, 0).exp() for new in logprobs]
     return Step(
-        [tokenizer.convert_ids_to_tokens(ids.tolist()) for ids in responses], mask, scores, unit, ref_logprobs,
+        [tokenizer.convert_ids_to_tokens(ids) for ids in batch.token_lists()], mask, scores, unit, ref_logprobs,
         penalties, rewards, deltas, advantages, returns, whitened, logprobs, values, ratios, stats,
     )  # fmt: skip
 

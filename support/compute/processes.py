@@ -21,9 +21,9 @@ def below_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def restarted() -> bool:
-    """Whether torchrun --max-restarts has started the processes again because one of them had died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def restart_count() -> int:
+    """How often torchrun --max-restarts has started the processes again because one of them had died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def init_process_group() -> None:
@@ -34,8 +34,11 @@ def init_process_group() -> None:
     import torch.distributed as dist
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    timeout = timedelta(seconds=PPOConfig.process_timeout)
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=PPOConfig.process_timeout))
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(f"start-{restart_count()}", store)  # it still has the addresses of dead processes
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except RuntimeError as error:
         hint = "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network interface between the machines"
         raise UserError(f"host {socket.gethostname()}: found no other process ({first_line(error)}); {hint}")

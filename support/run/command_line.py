@@ -3,7 +3,7 @@
 import shlex
 from dataclasses import replace
 from datetime import datetime
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 
 from config import PPOConfig
@@ -37,7 +37,7 @@ def read_command_line(argv: list[str], description: str = "") -> tuple[PPOConfig
         if {"kl_budget", "init_kl_coef"} <= given:
             raise UserError("--kl_budget chooses the value of --init_kl_coef; give only one of them")
         run_dir = Path(config.runs_dir, config.run_name or "")
-        if config.run_name and (run_dir / "config.json").exists() and processes.restarted():
+        if config.run_name and (run_dir / "config.json").exists() and processes.restart_count():
             mode = "resume"
         else:
             run_dir = new_run_folder(config)
@@ -72,7 +72,8 @@ def new_run_folder(config: PPOConfig) -> Path:
     runs = Path(config.runs_dir)
     if config.run_name is None:
         name = datetime.now().strftime("%Y%m%d-%H%M%S")
-        return next(runs / new for new in (name, *(f"{name}-{i}" for i in count(2))) if not (runs / new).exists())
+        names = chain([name], (f"{name}-{i}" for i in count(2)))
+        return next(runs / free for free in names if not (runs / free).exists())
     if (run_dir := runs / config.run_name).exists():
         raise UserError(f"{run_dir} exists already; choose another --run_name, or {flags_to_go_on(run_dir, config)}")
     return run_dir

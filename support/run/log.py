@@ -50,7 +50,7 @@ class RunLog:
         metrics, samples = run_dir / "metrics.csv", run_dir / "samples.jsonl"
         rows = read_rows(metrics) if metrics.exists() else []
         if last_step == 0 and len(rows) > 1 and not (run_dir / "checkpoints").exists():
-            raise UserError(f"{run_dir} has lost its checkpoints; start a new run under another --run_name")
+            raise UserError(f"{run_dir} has no checkpoint to go on from; start a new run under another --run_name")
         rows = [(line, row) for line, row in rows if row.get("step", 0) <= last_step]
         lines = []
         for number, line in enumerate(whole_lines(samples) if samples.exists() else [], 1):

@@ -89,7 +89,7 @@ class RunFolder:
 
         def write() -> RunLog:
             if trainer.n_steps == 0 and (path / "model").exists():
-                raise UserError(f"{path} has lost its checkpoints; start a new run under another --run_name")
+                raise UserError(f"{path} has no checkpoint to go on from; start a new run under another --run_name")
             with disk_errors(path):
                 log = RunLog(path, trainer.n_steps)
                 (path / "checkpoints").mkdir(exist_ok=True)
