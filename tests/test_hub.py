@@ -43,8 +43,8 @@ def find(hub, tmp_path, monkeypatch):
         for variable, value in {**defaults, **variables}.items():
             monkeypatch.setenv(variable, value)
         importlib.reload(constants)
-        monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.3)
-        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+        monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 1)
+        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
         return model_folder(name, "--model_name", check)
 
     find.waited = []
