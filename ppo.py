@@ -35,7 +35,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from support.compute.batches import Completions, Prompts, select_rows, to_device
+from support.compute.batches import Completions, select_rows, to_device
 from support.compute.engine import Engine
 
 # ----------------------------------------------------------------------------------------------
@@ -256,10 +256,6 @@ class Experience:
     @property
     def mask(self) -> torch.Tensor:
         return self.completions.mask
-
-    @property
-    def prompts(self) -> Prompts:
-        return self.completions.prompts
 
     def select(self, rows: torch.Tensor | slice) -> "Experience":
         """Keep only these completions. rows: a slice, or a tensor on the CPU."""

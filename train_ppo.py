@@ -47,7 +47,7 @@ def train(trainer, reward, prompts: list[str], folder) -> int:
     from support.run.warnings import Alarms, prospect
 
     # 1. How good the policy is before training, measured once
-    config, tokenizer, last_step = trainer.config, trainer.tokenizer, total_steps(trainer.config)
+    config, tokenizer, last_step = trainer.config, trainer.tokenizer, folder.last_step
     results = folder.read_results()
     if results is None:
         with failures_explained(folder.path, lambda: "evaluation"):
@@ -94,7 +94,8 @@ def train(trainer, reward, prompts: list[str], folder) -> int:
                 show = config.log_samples_every > 0 and step % config.log_samples_every == 0
                 for prompt, text, score in samples[:SHOWN] if show else []:
                     print(f"  {score:.3g}  {prompt}{text}")
-                tracker.log(row, samples if show else [], step)
+                if tracker.module:
+                    tracker.log(row, samples if show else [], step)
 
                 stopped = max(processes.all_gather(stop.received))
                 if stopped or folder.checkpoint_due():

@@ -98,10 +98,11 @@ class Engine:
         mine = range(n)[processes.rows_of_rank(n)] if self.world_size > 1 else range(n)
         return [slice(first, min(first + size, mine.stop)) for first in range(mine.start, mine.stop, size)]
 
-    def parts(self, batch) -> list:
-        """The micro-batches of this process. batch: Completions, or an Experience."""
-        size = self.micro_batch_size(batch.prompts.ids.shape[1], batch.mask.shape[1])
-        return [batch.select(rows) for rows in self.own_rows(len(batch.mask), size)]
+    def parts(self, completions: Completions, batch=None) -> list:
+        """The micro-batches of this process: of completions, or of a batch of them that has more about each."""
+        n_completions, n_tokens = completions.ids.shape
+        size = self.micro_batch_size(completions.prompts.ids.shape[1], n_tokens)
+        return [(batch or completions).select(rows) for rows in self.own_rows(n_completions, size)]
 
     def gather(self, computed: list[torch.Tensor], n: int) -> torch.Tensor:
         """Concatenate results (k, rows, ...) of the micro-batches of `parts`, of all processes: (k, n, ...)."""
@@ -157,7 +158,7 @@ class Engine:
     def micro_batches(self, batch) -> Iterator[tuple]:
         """The micro-batches of this process, each with its share of the batch's tokens: the sum of their losses, times
         these weights, is the mean over all tokens. batch: an Experience."""
-        n_tokens, parts = batch.mask.sum(), self.parts(batch)
+        n_tokens, parts = batch.mask.sum(), self.parts(batch.completions, batch)
         for part in parts:
             last = self.world_size == 1 or part is parts[-1]  # processes exchange gradients in its backward pass
             with contextlib.nullcontext() if last else self.trained_policy.no_sync():

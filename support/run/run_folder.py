@@ -47,7 +47,7 @@ class RunFolder:
     def __init__(self, path: Path, trainer, lock: FileLock | None, log: RunLog | None):
         self.path, self.config, self.trainer, self.lock, self.log = path, trainer.config, trainer, lock, log
         self.logged = log.rows if log else []  # the rows of metrics.csv up to the trainer's step
-        self.saved_at = time.monotonic()
+        self.last_step, self.saved_at = total_steps(trainer.config), time.monotonic()
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -110,7 +110,7 @@ class RunFolder:
         print(f"{engine.n_trained / 1e6:.1f} of {trainer.model.num_parameters() / 1e6:.1f} million parameters train")
         if changed := [f"{name} {here} (preset: {preset})" for name, (preset, here) in changes(config).items()]:
             print(f"changed from the preset {config.preset}: {', '.join(changed)}")
-        print(f"run folder {path}, {total_steps(config)} steps of {config.batch_size} completions")
+        print(f"run folder {path}, {folder.last_step} steps of {config.batch_size} completions")
         several = f"{processes.world_size()} processes, each " if processes.world_size() > 1 else ""
         print(f"{several}on {engine.device} in {str(engine.dtype).removeprefix('torch.')}")
         return folder
@@ -137,7 +137,7 @@ class RunFolder:
         """After the last step, after every `save_every` steps, and when the last is `save_every_minutes` old."""
         step, every, minutes = self.trainer.n_steps, self.config.save_every, self.config.save_every_minutes
         old = minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
-        return step == total_steps(self.config) or (every > 0 and step % every == 0) or old
+        return step == self.last_step or (every > 0 and step % every == 0) or old
 
     def save_checkpoint(self) -> None:
         if self.log:
