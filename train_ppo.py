@@ -29,14 +29,15 @@ from support.run.settings import total_steps
 from support.run.streams import hold_streams
 
 
-def train(trainer, reward, prompts: list[str], folder) -> int:
+def train(trainer, reward, prompts: list[str], queries: list, folder) -> int:
     """Train a policy, judge it before and after, and return the exit code. On several processes all of them run this.
 
-    trainer: a PPOTrainer. reward: from a list of texts to as many numbers. folder: a RunFolder.
+    trainer: a PPOTrainer. reward: from a list of texts to as many numbers. queries: the encoded prompts. folder: a
+    RunFolder.
     """
     # Imported here, since --help and what is refused at once need no torch
     from reward import score_texts
-    from support.models.pretrained import decode, encode_prompt
+    from support.models.pretrained import decode
     from support.run.evaluation import Results, evaluate, noise
     from support.run.limit import gibbs_policy, kl_coef_for
     from support.run.log import progress, step_row
@@ -51,7 +52,7 @@ def train(trainer, reward, prompts: list[str], folder) -> int:
     results = folder.read_results()
     if results is None:
         with failures_explained(folder.path, lambda: "evaluation"):
-            results = Results(evaluate(trainer, trainer.ref_model, reward, prompts))
+            results = Results(evaluate(trainer, trainer.ref_model, reward, prompts, queries))
             results.before.noise = noise(reward, results.before)
         folder.write_results(results)
 
@@ -66,7 +67,7 @@ def train(trainer, reward, prompts: list[str], folder) -> int:
         alarms.look(row)
 
     # 3. The loop: draw prompts, sample, score, step, log, save
-    stop, queries = StopSignal(), [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    stop = StopSignal()
     with Tracker(folder.path, vars(config)) as tracker:
         with folder.errors_explained():
             for step in range(trainer.n_steps + 1, last_step + 1):
@@ -111,7 +112,7 @@ def train(trainer, reward, prompts: list[str], folder) -> int:
         # 4. The trained model, how good it is now, and the pictures; --resume makes what is missing of them
         folder.save_model(prompts[0])
         with failures_explained(folder.path, lambda: "evaluation"):
-            results.after = evaluate(trainer, trainer.policy_for_saving, reward, prompts)
+            results.after = evaluate(trainer, trainer.policy_for_saving, reward, prompts, queries)
         results.steps, results.alarms = trainer.n_steps, alarms.found
         finish(folder.path, config, results, prompts)
         tracker.log(numbers(results, "evaluation"))
@@ -145,7 +146,9 @@ def draw_prompts(n_prompts: int, seed: int, step: int, batch_size: int) -> list[
     return [int(orders[p // n_prompts][p % n_prompts]) for p in positions]
 
 
-def judge_again(trainer, reward, prompts: list[str], run_dir: Path, inputs: dict[str, str], argv: list[str]) -> int:
+def judge_again(
+    trainer, reward, prompts: list[str], queries: list, run_dir: Path, inputs: dict[str, str], argv: list[str]
+) -> int:
     """Judge the saved model of a run without training, and return the exit code. trainer, reward: as for `train`."""
     from support.run.evaluation import Results, evaluate, noise
     from support.run.run_folder import (
@@ -162,7 +165,7 @@ def judge_again(trainer, reward, prompts: list[str], run_dir: Path, inputs: dict
     config, earlier = trainer.config, read_results(run_dir)
     saved = saved_policy(run_dir, trainer.model)
     with failures_explained(run_dir, lambda: "evaluation"):
-        before, after = (evaluate(trainer, model, reward, prompts) for model in (trainer.ref_model, saved))
+        before, after = (evaluate(trainer, model, reward, prompts, queries) for model in (trainer.ref_model, saved))
         before.noise = noise(reward, before)
     results = earlier or Results(before)
     n_earlier = results.after.n if results.after else 0
@@ -187,7 +190,7 @@ def saved_policy(run_dir: Path, policy):
     return saved
 
 
-def complete(trainer, reward, prompts: list[str], run_dir: Path, inputs: dict[str, str]) -> int:
+def complete(trainer, reward, prompts: list[str], queries: list, run_dir: Path, inputs: dict[str, str]) -> int:
     """Print completions by the model of a run before training and now, of the same draws, with their rewards, and
     return the exit code. The run may be at work; nothing in its folder changes. trainer, reward: as for `train`."""
     from support.run.checkpoint import load_checkpoint
@@ -198,6 +201,7 @@ def complete(trainer, reward, prompts: list[str], run_dir: Path, inputs: dict[st
     del inputs["the hash of the prompts"]  # which may be any
     compare_inputs(run_dir, inputs)
     config = trainer.config
+    config.eval_samples = config.n * len(prompts)
     finished, saved = processes.broadcast_from_rank_0(
         lambda: (is_finished(run_dir, config), (run_dir / "model").exists())
     )
@@ -209,7 +213,7 @@ def complete(trainer, reward, prompts: list[str], run_dir: Path, inputs: dict[st
 
     tables = []
     for model in (trainer.ref_model, now):
-        index, _, texts, scores = sample_and_score(trainer, model, reward, prompts)
+        index, _, texts, scores = sample_and_score(trainer, model, reward, prompts, queries)
         samples = [(prompts[i], text, score) for i, text, score in zip(index, texts, scores.tolist())]
         tables.append([samples[row] for row in index.argsort(stable=True)])  # prompt by prompt
     where = f"step {trainer.n_steps} of {total_steps(config)}" if trainer.n_steps else "training"
@@ -232,16 +236,16 @@ def main(argv: list[str] | None = None) -> int:
         from support.run.load import input_hashes, load
         from support.run.run_folder import RunFolder
 
-        policy, tokenizer, reward, prompts = loaded = load(config)
+        policy, tokenizer, reward, prompts, queries = loaded = load(config)
         inputs = input_hashes(config, *loaded)
         trainer = PPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
         if mode == "complete":
-            return complete(trainer, reward, prompts, run_dir, inputs)
+            return complete(trainer, reward, prompts, queries, run_dir, inputs)
         if mode == "eval_only":
-            return judge_again(trainer, reward, prompts, run_dir, inputs, argv)
+            return judge_again(trainer, reward, prompts, queries, run_dir, inputs, argv)
         open_folder = RunFolder.resume if mode == "resume" else RunFolder.create
         with open_folder(run_dir, trainer, inputs, argv) as folder:
-            return train(trainer, reward, prompts, folder)
+            return train(trainer, reward, prompts, queries, folder)
     except UserError as error:
         processes.say_why(str(error))
         return 2

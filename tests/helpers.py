@@ -136,7 +136,8 @@ def tiny_run(run_dir, policy, reward=count_characters, resume=False, inputs=None
     config, argv = PPOConfig(**defaults | changes), ["--resume"] if resume else []
     trainer = PPOTrainer(config, copy.deepcopy(policy[0]), copy.deepcopy(policy[0]), policy[1])
     with (RunFolder.resume if resume else RunFolder.create)(run_dir, trainer, inputs or {}, argv) as folder:
-        return train(trainer, reward, PROMPTS[1:], folder)
+        queries = [encode_prompt(policy[1], prompt) for prompt in PROMPTS[1:]]
+        return train(trainer, reward, PROMPTS[1:], queries, folder)
 
 
 def contents(folder) -> dict:

@@ -25,6 +25,10 @@ def score(texts: list[str]) -> list[float]:
     return [zlib.crc32(text.encode()) % 3000 / 1000 - 1 for text in texts]
 
 
+def queries_of(tokenizer) -> list[torch.Tensor]:
+    return [encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
+
+
 class Judged:
     """The judgement of a policy that ends many of its texts at once, and what it was made with."""
 
@@ -40,7 +44,7 @@ class Judged:
         settings = dict(gen_len=GEN_LEN, temperature=TEMPERATURE, eval_samples=N, micro_batch_size=7, frozen_share=0.0)
         config = PPOConfig(**settings | {"device": "cpu", "dtype": "float32", "seed": 11} | changes)
         self.trainer = TextPPOTrainer(config, copy.deepcopy(self.model), copy.deepcopy(self.reference), self.tokenizer)
-        self.result = evaluate(self.trainer, self.model, score, PROMPTS)
+        self.result = evaluate(self.trainer, self.model, score, PROMPTS, queries_of(self.tokenizer))
         self.prompts, self.completions, self.scores = map(list, zip(*self.result.samples))
 
 
@@ -117,12 +121,16 @@ def test_an_evaluation_is_the_same_for_every_seed_and_after_every_step(judged, g
     other = Judged(gpt2_folder, seed=12)
     queries = [encode_prompt(other.tokenizer, PROMPTS[0])] * 4
     other.trainer.step(queries, other.trainer.generate(queries), [0.0] * 4)
-    assert judged.result == other.result == evaluate(other.trainer, other.model, score, PROMPTS)
+    assert (
+        judged.result
+        == other.result
+        == evaluate(other.trainer, other.model, score, PROMPTS, queries_of(other.tokenizer))
+    )
 
 
 def test_in_bfloat16_both_policies_are_rounded(gpt2_folder):
     """The reference judged against itself has moved nowhere, though the judged one comes in float32."""
     judged = Judged(gpt2_folder, dtype="bfloat16")
-    itself = evaluate(judged.trainer, judged.reference, score, PROMPTS)
+    itself = evaluate(judged.trainer, judged.reference, score, PROMPTS, queries_of(judged.tokenizer))
     assert itself.kls == pytest.approx([0.0] * N, abs=1e-6)
     assert judged.result.kl > 0.01

@@ -25,7 +25,7 @@ def settings(**changes) -> PPOConfig:
 def test_a_run_loads_the_parts_that_its_settings_name(gpt2_folder, classifier_folder):
     names = dict(model_name=str(gpt2_folder), reward_model_name=str(classifier_folder))
     config = settings(**names, prompts=[PROMPT, "衣服"], positive_label=NEGATIVE, dtype="bfloat16")
-    policy, _, reward, prompts = load(config)
+    policy, _, reward, prompts, queries = load(config)
     assert prompts == [PROMPT, "衣服"]
     assert reward.positive_label == NEGATIVE and reward.pipeline.model.dtype == torch.bfloat16
     assert policy.dtype == torch.float32
@@ -36,11 +36,11 @@ def test_a_run_loads_the_parts_that_its_settings_name(gpt2_folder, classifier_fo
 def test_the_longest_prompt_and_its_completion_fill_the_48_positions(gpt2_folder, classifier_folder):
     prompts = ["衣服", PROMPT, "书"]
     config = settings(prompts=prompts, gen_len=40)
-    policy, tokenizer, *_ = load_folders(config, "cpu", gpt2_folder, classifier_folder)
+    policy, tokenizer, *_ = load_folders(config, "cpu", config.prompts, gpt2_folder, classifier_folder)
     trainer = TextPPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
     assert 1 <= len(trainer.generate(trainer.encode(prompts))[0]) <= 40
     with pytest.raises(UserError, match="--gen_len 41 is too long: .* 48 .* takes 8$"):
-        load_folders(settings(prompts=prompts, gen_len=41), "cpu", gpt2_folder, classifier_folder)
+        load_folders(settings(gen_len=41), "cpu", prompts, gpt2_folder, classifier_folder)
 
 
 def test_configs_and_prompts_are_checked_before_any_weights(gpt2_folder, classifier_folder, tmp_path, monkeypatch):
@@ -69,7 +69,7 @@ def test_configs_and_prompts_are_checked_before_any_weights(gpt2_folder, classif
 
 @pytest.fixture
 def parts(gpt2_folder, classifier_folder):
-    return load_folders(settings(), "cpu", gpt2_folder, classifier_folder)
+    return load_folders(settings(), "cpu", ["衣服"], gpt2_folder, classifier_folder)
 
 
 HASHES = ["the hash of the prompts"]  # these names are in the inputs.json of every run

@@ -14,6 +14,7 @@ import pytest
 from config import PPOConfig
 from support.common.errors import UserError
 from support.common.files import remove
+from support.models.pretrained import encode_prompt
 from support.run.command_line import new_run_folder, read_command_line
 from support.run.load import input_hashes
 from support.run.run_folder import RunFolder, RunLog
@@ -289,7 +290,8 @@ def test_each_input_has_a_hash_of_its_own(policy, tmp_path, monkeypatch):
 
     def hashes(model=policy[0], tokenizer=policy[1], prompts=("衣服",)):
         config = PPOConfig(model_name="m", reward="judge_a:score")
-        return input_hashes(config, model, tokenizer, judge_a.score, [*prompts])
+        queries = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+        return input_hashes(config, model, tokenizer, judge_a.score, [*prompts], queries)
 
     one, (other_model, other_tokenizer) = hashes(), copy.deepcopy(policy)
     other_model.v_head.summary.bias.data += 1

@@ -21,7 +21,7 @@ import torch
 from config import PPOConfig
 from ppo import PPOTrainer
 from reward import score_texts
-from support.models.pretrained import decode, encode_prompt
+from support.models.pretrained import decode
 from support.run.load import load
 from support.run.settings import check, parse_args
 from tools import exits_on_user_error
@@ -50,9 +50,9 @@ def main(argv: list[str]) -> None:
 def measure(config: PPOConfig) -> dict:
     """Medians of a few steps: seconds of a step and of its phases, completions and tokens a second, the arithmetic
     needed, its share of the ceiling, and the peak memory in GiB (on a CPU that of the process so far)."""
-    policy, tokenizer, reward, prompts = load(config)
+    policy, tokenizer, reward, prompts, queries = load(config)
     trainer = PPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
-    queries, device = [encode_prompt(tokenizer, prompt) for prompt in prompts], trainer.engine.device
+    device = trainer.engine.device
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     seconds: dict[str, float] = defaultdict(float)
 

@@ -17,7 +17,7 @@ import ppo
 from config import PPOConfig
 from ppo import PPOTrainer
 from reward import score_texts
-from support.models.pretrained import decode, encode_prompt
+from support.models.pretrained import decode
 from support.run.load import load
 
 WARM_UP = 3  # ordinary steps before: policy, reference and values differ, and a quarter of the batch is still unhappy
@@ -56,9 +56,9 @@ def demo_config() -> PPOConfig:
 
 def take_step(config: PPOConfig) -> Step:
     """Take WARM_UP ordinary steps, then one with everything between written down."""
-    policy, tokenizer, reward, (prompt,) = load(config)
+    policy, tokenizer, reward, (prompt,), queries = load(config)
     trainer = PPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
-    queries = [encode_prompt(tokenizer, prompt)] * config.batch_size
+    queries = queries * config.batch_size
     for step in range(WARM_UP + 1):
         batch = trainer.generate(queries)
         scores = score_texts(reward, [prompt + text for text in decode(tokenizer, batch.token_lists())])

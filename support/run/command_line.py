@@ -10,7 +10,7 @@ from config import PPOConfig
 from support.common.errors import UserError
 from support.common.files import path_errors, read_json
 from support.compute import processes
-from support.run.settings import check, load_config, parse_args, read_prompts, total_steps
+from support.run.settings import check, load_config, parse_args, total_steps
 from support.run.tracking import check_installed
 
 FINAL = ("model", "rewards.png", "report.md")  # what the end of a run writes, the last of them last
@@ -26,9 +26,8 @@ ALLOWED = {
 
 @path_errors()
 def read_command_line(argv: list[str], description: str = "") -> tuple[PPOConfig, Path, str]:
-    """Return the config, the run folder, and 'train', 'resume', 'eval_only', 'complete' or 'nothing'.
-
-    For 'complete', the config's eval_samples count the completions of all prompts. Raises UserError for bad input.
+    """Return the config, the run folder, and 'train', 'resume', 'eval_only', 'complete' or 'nothing'. Raises
+    UserError for bad input.
     """
     config, given = parse_args(argv, description=description)
     mode = next((mode for mode in ALLOWED if mode in given), "train")
@@ -45,8 +44,6 @@ def read_command_line(argv: list[str], description: str = "") -> tuple[PPOConfig
         run_dir = find_run_folder(config, getattr(config, mode))
     if mode != "train":
         config = saved_config(run_dir, config, given - {mode}, ALLOWED[mode])
-    if mode == "complete":
-        config.eval_samples = config.n * len(read_prompts(config))
     if mode == "resume" and is_finished(run_dir, config):
         print(f"{run_dir} is finished; --resume with more --episodes would train it further")
         return config, run_dir, "nothing"

@@ -17,7 +17,7 @@ from ppo import PPOTrainer, kl_from_logits, logprobs_from_logits, masked_mean
 from reward import score_texts
 from support.common.files import damaged, read_json, write_whole
 from support.compute.batches import Completions
-from support.models.pretrained import decode, encode_prompt
+from support.models.pretrained import decode
 from support.run.limit import best_of_n, frontier, gain
 
 SEED = 20_170_707  # of every evaluation, whatever the run's seed: all policies are judged on the same draws
@@ -94,12 +94,12 @@ class Results:
         return found
 
 
-def evaluate(trainer: PPOTrainer, model, reward, prompts: list[str]) -> Evaluation:
-    """Judge `model` on `eval_samples` completions, the prompts in turn.
+def evaluate(trainer: PPOTrainer, model, reward, prompts: list[str], queries: list[torch.Tensor]) -> Evaluation:
+    """Judge `model` on `eval_samples` completions, the prompts in turn. queries: the encoded prompts.
 
     `kl` is the mean of `kl_to_reference`: the same expectation as the sampled log-ratios, with less noise.
     """
-    prompt_index, completions, texts, rewards = sample_and_score(trainer, model, reward, prompts)
+    prompt_index, completions, texts, rewards = sample_and_score(trainer, model, reward, prompts, queries)
     kl, ref_logprobs = kl_to_reference(trainer, model, completions)
     mask, n = completions.mask.cpu(), len(texts)
     ended = ((completions.ids == trainer.tokenizer.sep_token_id) & completions.mask).sum().item()
@@ -122,11 +122,10 @@ def evaluate(trainer: PPOTrainer, model, reward, prompts: list[str]) -> Evaluati
     )
 
 
-def sample_and_score(trainer: PPOTrainer, model, reward, prompts: list[str]):
+def sample_and_score(trainer: PPOTrainer, model, reward, prompts: list[str], queries: list[torch.Tensor]):
     """Draw `eval_samples` completions, the prompts in turn. Returns the index of each one's prompt (n,) int64, the
     Completions, their texts, and their rewards (n,) float32."""
     prompt_index = torch.arange(trainer.config.eval_samples) % len(prompts)
-    queries = [encode_prompt(trainer.tokenizer, prompt) for prompt in prompts]
     completions = trainer.engine.generate([queries[i] for i in prompt_index], model, SEED, 0, 0)
     texts = decode(trainer.tokenizer, completions.token_lists())
     rewards = score_texts(reward, [prompts[i] + text for i, text in zip(prompt_index, texts)])

@@ -19,8 +19,9 @@ from support.run.settings import read_prompts
 
 
 def load(config: PPOConfig):
-    """Return the policy, tokenizer, reward and prompts of a run. Raises UserError on all processes if any fails or
-    has loaded something else."""
+    """Return the policy, tokenizer, reward, prompts and encoded prompts of a run. Raises UserError on all processes if
+    any fails or has loaded something else."""
+    prompts = processes.on_all_ranks(lambda: read_prompts(config))
     device = processes.on_all_ranks(lambda: pick_device(config.device))
     print(in_one_line(environment(device)))
     checks = {"model_name": read_policy_folder}
@@ -30,7 +31,7 @@ def load(config: PPOConfig):
     for flag, check in checks.items():
         folders.append(processes.on_all_ranks(lambda: model_folder(getattr(config, flag), f"--{flag}", check)))
     keep_freed_memory()
-    loaded = processes.on_all_ranks(lambda: load_folders(config, device, *folders))
+    loaded = processes.on_all_ranks(lambda: load_folders(config, device, prompts, *folders))
     if processes.world_size() > 1:
         versions = {name: environment(device)[name] for name in ("torch", "transformers", "numpy")}
         kinds = {"--device": device.type, "--dtype": str(pick_dtype(config.dtype, device))}
@@ -39,11 +40,11 @@ def load(config: PPOConfig):
 
 
 @path_errors()
-def load_folders(config: PPOConfig, device, policy_folder: Path, reward_folder: Path | None = None):
+def load_folders(config: PPOConfig, device, prompts: list[str], policy_folder: Path, reward_folder: Path | None = None):
     """Return what `load` returns, from local folders; configs and prompts are checked before weights are read."""
     gpt2_config, tokenizer = read_policy_folder(policy_folder)
-    prompts = read_prompts(config)
-    longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
+    queries = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    longest = max(map(len, queries))
     if longest + config.gen_len > gpt2_config.n_positions:
         room = f"{gpt2_config.n_positions} positions, of which the longest prompt takes {longest}"
         raise UserError(f"--gen_len {config.gen_len} is too long: the model has {room}")
@@ -51,10 +52,10 @@ def load_folders(config: PPOConfig, device, policy_folder: Path, reward_folder: 
         reward = import_function(config.reward)
     else:
         reward = SentimentReward(reward_folder, device, pick_dtype(config.dtype, device), config.positive_label)
-    return load_policy(policy_folder, gpt2_config, device), tokenizer, reward, prompts
+    return load_policy(policy_folder, gpt2_config, device), tokenizer, reward, prompts, queries
 
 
-def input_hashes(config: PPOConfig, policy, tokenizer, reward, prompts: list[str]) -> dict[str, str]:
+def input_hashes(config: PPOConfig, policy, tokenizer, reward, prompts: list[str], queries: list) -> dict[str, str]:
     """Return hashes, by name, of what decides a run besides its settings: models, prompts, your reward's file.
 
     The classifier's weights are rounded to bfloat16 first, so that a run may go on in another dtype.
@@ -63,8 +64,7 @@ def input_hashes(config: PPOConfig, policy, tokenizer, reward, prompts: list[str
     if not config.reward:
         rounded = {name: weight.bfloat16() for name, weight in reward.pipeline.model.named_parameters()}
         models[f"--reward_model_name {config.reward_model_name}"] = (rounded, reward.pipeline.tokenizer)
-    tokens = [encode_prompt(tokenizer, prompt).tolist() for prompt in prompts]
-    hashes = {"the hash of the prompts": hash_of([prompts, tokens])}
+    hashes = {"the hash of the prompts": hash_of([prompts, [query.tolist() for query in queries]])}
     for name, (weights, its_tokenizer) in models.items():
         hashes[f"the hash of the weights of {name}"] = hash_of(weights)
         hashes[f"the hash of the tokenizer of {name}"] = hash_of(sorted(its_tokenizer.get_vocab().items()))

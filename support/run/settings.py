@@ -86,7 +86,6 @@ def check(config: PPOConfig) -> None:
     if config.run_name is not None and not re.fullmatch(r"[^\W_][\w.\-]*", config.run_name):
         allowed = "letters, digits, '_', '-' and '.', beginning with a letter or digit"
         raise UserError(f"--run_name {config.run_name!r} must be {allowed}")
-    read_prompts(config)
 
 
 def check_value(field: Field, kind, value) -> None:
@@ -143,7 +142,6 @@ def load_config(path: Path) -> PPOConfig:
         way = "use the version of the program that wrote it, or remove that line"
         raise UserError(f"{path} has a setting that this program doesn't know, {reprlib.repr(unknown[0])}; {way}")
     config = PPOConfig(**values)
-    check(config)
     if lacking := [f"{name} {getattr(config, name)}" for name in sorted(names - values.keys() - NOT_COMPARED)]:
         print(f"{path} is from an older version; using these defaults: {', '.join(lacking)}")
     return config

@@ -128,7 +128,8 @@ class TextPPOTrainer(PPOTrainer):
         and completion) to as many numbers. Raises ValueError if no coefficient fits, or after the first step."""
         if not listed(prompts) or not kl_budget > 0:
             raise ValueError(f"fit_kl_coef() takes at least one prompt and a budget above 0, not {shown(kl_budget)}")
-        prompt_index, *_, rewards = sample_and_score(self, self.ref_model, reward, prompts)
+        queries = self.encode(prompts)
+        prompt_index, *_, rewards = sample_and_score(self, self.ref_model, reward, prompts, queries)
         self.set_kl_coef(kl_coef_for(rewards, prompt_index, kl_budget))
         return self.config.init_kl_coef
 
