@@ -24,7 +24,8 @@ from config import PPOConfig
 from support import import_libraries
 from support.common.errors import UserError, first_line, is_out_of_memory
 from support.compute import processes
-from support.run.command_line import flags_to_go_on, is_finished, read_command_line
+from support.run.command_line import read_command_line
+from support.run.folders import flags_to_go_on, is_finished
 from support.run.settings import total_steps
 from support.run.streams import hold_streams
 

@@ -15,7 +15,8 @@ from config import PPOConfig
 from support.common.errors import UserError
 from support.common.files import remove
 from support.models.pretrained import encode_prompt
-from support.run.command_line import new_run_folder, read_command_line
+from support.run.command_line import read_command_line
+from support.run.folders import new_run_folder
 from support.run.load import input_hashes
 from support.run.run_folder import RunFolder, RunLog
 from tests.helpers import change_json, checkpoints, contents, load_gpt2, make, read_json, rows, tiny_run, weights

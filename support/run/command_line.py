@@ -2,18 +2,16 @@
 
 import shlex
 from dataclasses import replace
-from datetime import datetime
-from itertools import chain, count
 from pathlib import Path
 
 from config import PPOConfig
 from support.common.errors import UserError
-from support.common.files import path_errors, read_json
+from support.common.files import path_errors
 from support.compute import processes
-from support.run.settings import check, load_config, parse_args, total_steps
+from support.run.folders import find_run_folder, is_finished, new_run_folder
+from support.run.settings import check, load_config, parse_args
 from support.run.tracking import check_installed
 
-FINAL = ("model", "rewards.png", "report.md")  # what the end of a run writes, the last of them last
 # Flags that may differ from the run's own settings, because they don't change its result (--episodes only extends it)
 ALWAYS = {"runs_dir", "device", "process_timeout", "micro_batch_size"}
 SAVING = {"log_samples_every", "save_every", "save_every_minutes", "keep_checkpoints"}
@@ -26,8 +24,9 @@ ALLOWED = {
 
 @path_errors()
 def read_command_line(argv: list[str], description: str = "") -> tuple[PPOConfig, Path, str]:
-    """Return the config, the run folder, and 'train', 'resume', 'eval_only', 'complete' or 'nothing'. Raises
-    UserError for bad input.
+    """Return the config, the run folder, and 'train', 'resume', 'eval_only', 'complete' or 'nothing'.
+
+    Raises UserError for bad input.
     """
     config, given = parse_args(argv, description=description)
     mode = next((mode for mode in ALLOWED if mode in given), "train")
@@ -64,37 +63,6 @@ def read_command_line(argv: list[str], description: str = "") -> tuple[PPOConfig
     return config, run_dir, mode
 
 
-def new_run_folder(config: PPOConfig) -> Path:
-    """Return the folder of a new run, which isn't made yet: --run_name, which must be free, or else the time."""
-    runs = Path(config.runs_dir)
-    if config.run_name is None:
-        name = datetime.now().strftime("%Y%m%d-%H%M%S")
-        names = chain([name], (f"{name}-{i}" for i in count(2)))
-        return next(runs / free for free in names if not (runs / free).exists())
-    if (run_dir := runs / config.run_name).exists():
-        raise UserError(f"{run_dir} exists already; choose another --run_name, or {flags_to_go_on(run_dir, config)}")
-    return run_dir
-
-
-def is_finished(run_dir: Path, config: PPOConfig) -> bool:
-    """Whether a run has done all steps of its config and written everything that the end of a run writes."""
-    evaluation = read_json(run_dir / "evaluation.json", "remove it: --resume makes it again", missing={})
-    steps = evaluation.get("steps") or 0
-    return steps >= total_steps(config) and all((run_dir / name).exists() for name in FINAL)
-
-
-def find_run_folder(config: PPOConfig, name: str) -> Path:
-    """Return the folder of an earlier run; 'latest' is the newest in --runs_dir. Raises UserError if there is none."""
-    if name == "latest":
-        runs = sorted(Path(config.runs_dir).glob("*/config.json"), key=lambda path: path.stat().st_mtime)
-        if not runs:
-            raise UserError(f"there is no run in {config.runs_dir}")
-        name = runs[-1].parent
-    if not (Path(name) / "config.json").is_file():
-        raise UserError(f"{name} is not a run folder: it has no config.json")
-    return Path(name)
-
-
 def saved_config(run_dir: Path, config: PPOConfig, given: set[str], allowed: set[str]) -> PPOConfig:
     """Return a run's own config with the allowed flags given here. Raises UserError if another flag would change it."""
     saved = load_config(run_dir / "config.json")
@@ -110,8 +78,3 @@ def saved_config(run_dir: Path, config: PPOConfig, given: set[str], allowed: set
         taken["prompts_file"] = config.prompts_file  # the run's own file gives way
     check(config := replace(saved, **taken))
     return config
-
-
-def flags_to_go_on(run_dir: Path, config: PPOConfig) -> str:
-    """Return the flags that continue a run. The user's own reward must be named again, see `read_command_line`."""
-    return shlex.join(["--resume", run_dir.as_posix(), *(["--reward", config.reward] if config.reward else [])])

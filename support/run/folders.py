@@ -1,0 +1,49 @@
+"""Which run folders there are: one that is free, an earlier one, a finished one. Needs no torch."""
+
+import shlex
+from datetime import datetime
+from itertools import chain, count
+from pathlib import Path
+
+from config import PPOConfig
+from support.common.errors import UserError
+from support.common.files import read_json
+from support.run.settings import total_steps
+
+FINAL = ("model", "rewards.png", "report.md")  # what the end of a run writes, the last of them last
+
+
+def new_run_folder(config: PPOConfig) -> Path:
+    """Return the folder of a new run, which isn't made yet: --run_name, which must be free, or else the time."""
+    runs = Path(config.runs_dir)
+    if config.run_name is None:
+        name = datetime.now().strftime("%Y%m%d-%H%M%S")
+        names = chain([name], (f"{name}-{i}" for i in count(2)))
+        return next(runs / free for free in names if not (runs / free).exists())
+    if (run_dir := runs / config.run_name).exists():
+        raise UserError(f"{run_dir} exists already; choose another --run_name, or {flags_to_go_on(run_dir, config)}")
+    return run_dir
+
+
+def is_finished(run_dir: Path, config: PPOConfig) -> bool:
+    """Whether a run has done all steps of its config and written everything that the end of a run writes."""
+    evaluation = read_json(run_dir / "evaluation.json", "remove it: --resume makes it again", missing={})
+    steps = evaluation.get("steps") or 0
+    return steps >= total_steps(config) and all((run_dir / name).exists() for name in FINAL)
+
+
+def find_run_folder(config: PPOConfig, name: str) -> Path:
+    """Return the folder of an earlier run; 'latest' is the newest in --runs_dir. Raises UserError if there is none."""
+    if name == "latest":
+        runs = sorted(Path(config.runs_dir).glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+        if not runs:
+            raise UserError(f"there is no run in {config.runs_dir}")
+        name = runs[-1].parent
+    if not (Path(name) / "config.json").is_file():
+        raise UserError(f"{name} is not a run folder: it has no config.json")
+    return Path(name)
+
+
+def flags_to_go_on(run_dir: Path, config: PPOConfig) -> str:
+    """Return the flags that continue a run. The user's own reward must be named again, see `read_command_line`."""
+    return shlex.join(["--resume", run_dir.as_posix(), *(["--reward", config.reward] if config.reward else [])])
