@@ -37,7 +37,7 @@ def init_process_group() -> None:
     timeout = timedelta(seconds=PPOConfig.process_timeout)
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-        store = dist.PrefixStore(f"start-{restart_count()}", store)  # it still has the addresses of dead processes
+        store = dist.PrefixStore(f"start-{restart_count()}", store)  # torch 2.13 keeps the addresses of dead ones
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except RuntimeError as error:
         hint = "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network interface between the machines"
