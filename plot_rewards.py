@@ -138,10 +138,11 @@ def add_key(axes) -> None:
 
 
 def draw_all(fig, drawn: list[Curve]) -> None:
-    """Draw the reward on top, the plane and the histogram below it, and two rows of PANELS, step by step."""
-    titles = [title for title, *_ in PANELS]
-    rows = [["reward"] * 4, ["plane"] * 2 + ["histogram"] * 2, titles[:4], titles[4:]]
-    axes = fig.subplot_mosaic(rows, height_ratios=[1.5, 1.6, 1, 1])
+    """Draw the reward on top, the plane and the histogram below it, and PANELS in rows of four, step by step."""
+    titles = [title for title, *_ in PANELS] + ["."] * (-len(PANELS) % 4)
+    small = [titles[i : i + 4] for i in range(0, len(titles), 4)]
+    rows = [["reward"] * 4, ["plane"] * 2 + ["histogram"] * 2, *small]
+    axes = fig.subplot_mosaic(rows, height_ratios=[1.5, 1.6, *[1] * len(small)])
     for name, draw_it in BIG.items():
         draw_it(axes[name], drawn)
     for title, columns, unit in PANELS:
