@@ -60,6 +60,7 @@ def one_line(capsys, *argv) -> str:
         ("--track swanlab", "pip install swanlab"),
         ("--resume runs/nothing", "runs/nothing is not a run folder"),
         ("--resume latest --runs_dir nowhere", "no run in nowhere"),
+        (f"--resume {'x' * 300}", "cannot be used: File name too long"),
     ],
 )
 def test_a_bad_flag_is_one_line_and_leaves_nothing(flags, said, folder, capsys, monkeypatch):
@@ -98,6 +99,14 @@ def test_an_older_run_is_opened_with_defaults_and_keeps_what_it_has(run_dir, cap
         assert ": adam_epsilon 1e-05, lam 0.95\n" in capsys.readouterr().out
     change_json(run_dir / "config.json", mood=1)
     assert "'mood'" in one_line(capsys, "--resume", run_dir)
+
+
+def test_batches_are_shared_equally_by_the_processes(folder, monkeypatch):
+    monkeypatch.setattr("support.compute.processes.world_size", lambda: 3)
+    for sizes, name in ("128 126", "batch_size 128"), ("126 64", "minibatch_size 64"):
+        batch, minibatch = sizes.split()
+        with pytest.raises(UserError, match=f"--{name} is not divisible by the 3 processes"):
+            read_command_line(["--batch_size", batch, "--minibatch_size", minibatch])
 
 
 def test_latest_is_the_run_that_was_started_last(folder):

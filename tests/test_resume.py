@@ -237,14 +237,16 @@ def test_unnamed_runs_of_the_same_second_get_folders_of_their_own(policy, tmp_pa
             assert trainer.config.run_name == folder.path.name != path.name and folder.path.is_dir()
 
 
-def test_a_run_is_judged_with_other_settings_and_left_as_it_is(finished, copied, capsys):
+def test_a_run_is_judged_with_other_settings_and_left_as_it_is(finished, copied, capsys, monkeypatch):
     """A judgement by fewer samples is only printed."""
     change_json(copied / "config.json", device="auto")
     before = contents(copied)
     assert main(["--eval_only", str(copied), "--eval_samples", "4"]) == 0
     out = capsys.readouterr().out
     assert "keeps its judgement by 16 samples" in out and "mean reward" in out and contents(copied) == before
+    monkeypatch.setattr("support.run.evaluation.noise", lambda *_: 0.01)
     assert main(["--eval_only", str(copied), *flags(WHEN_JUDGING)]) == 0
+    assert read_json(copied / "evaluation.json")["before"]["noise"] == 0.01
     after = contents(copied)
     changed = {path.name for path in before | after if before.get(path) != after.get(path)}
     assert changed == {"evaluation.json", "results.json", "report.md", "environment.jsonl", "README.md"}
@@ -263,7 +265,7 @@ def test_a_run_at_work_is_refused_and_a_stale_lock_is_not(finished, copied, caps
         for mode in ("--resume", "--eval_only"):
             assert main([mode, str(copied)]) == 2
             assert "another process is at work in" in capsys.readouterr().err and contents(copied) == before
-    assert main(["--eval_only", str(copied)]) == 0
+    assert main(["--eval_only", str(copied)]) == 0 and (copied / "report.md").exists()
     assert read_json(copied / "evaluation.json") == read_json(finished / "evaluation.json")
 
 
@@ -308,7 +310,10 @@ def test_each_input_has_a_hash_of_its_own(policy, tmp_path, monkeypatch):
 def test_a_run_keeps_where_each_of_its_parts_was_computed(killed, tmp_path, monkeypatch):
     run_dir = shutil.copytree(killed[1], tmp_path / "run")
     monkeypatch.setattr("platform.python_version", lambda: "3.99")
-    assert tiny_run(run_dir, killed[0], resume=True, episodes=32) == 0
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("衣服\n", encoding="utf-8")
+    assert tiny_run(run_dir, killed[0], resume=True, episodes=32, prompts_file=str(prompts)) == 0
+    assert [path.read_bytes() for path in (run_dir / "inputs").iterdir()] == [prompts.read_bytes()]
     starts = [json.loads(line) for line in (run_dir / "environment.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [start.pop("step") for start in starts] == [1, 4]
     assert [start.pop("Python") for start in starts] == [".".join(map(str, sys.version_info[:3])), "3.99"]
