@@ -83,4 +83,10 @@ def test_the_numbers_are_those_of_a_real_step(demo):
         assert said == pytest.approx(found[name], abs=error), name
     shown = one_step.happy_and_unhappy(step, config.cliprange)
     assert step.scores[shown["happy"]] > 0.9 and step.scores[shown["unhappy"]] < 0.1
+    last, beyond = step.ratios[-2], config.cliprange
+    clipped = {"happy": (last > 1 + beyond) & (step.whitened > 0), "unhappy": (last < 1 - beyond) & (step.whitened < 0)}
+    assert all(clipped[name][i].any() for name, i in shown.items())
+    for loss in ("policy", "value", "total"):  # an epoch has one optimiser step
+        mean = sum(found[f"{loss} loss {k}"] for k in range(1, 5)) / 4
+        assert mean == pytest.approx(step.stats[f"ppo/loss/{loss}"], rel=1e-3, abs=1e-5)
     assert one_step.columns(step).keys() >= {"penalty", "delta", "ratio 4", "ratio after"}
