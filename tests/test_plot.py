@@ -175,6 +175,18 @@ def test_pictures_are_written_in_the_format_of_their_name_with_the_printed_table
     assert starts == [b"\x89PNG", b"<?xm"]
 
 
+def test_a_full_disk_leaves_the_old_picture(tmp_path, monkeypatch, capsys):
+    def full(self, out, **options):
+        out.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    run = write_run(tmp_path / "run", 2)
+    (run / "rewards.png").write_text("old")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    assert main([str(run)]) == 2 and "No space left" in capsys.readouterr().err
+    assert (run / "rewards.png").read_text() == "old"
+
+
 def test_the_run_that_wrote_metrics_last_is_drawn_into_its_folder(tmp_path, capsys, figures):
     """Neither the last by name nor one without metrics."""
     runs = [write_run(tmp_path / "runs" / name, 2) for name in ("zz", "first", "new")]

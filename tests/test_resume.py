@@ -216,10 +216,11 @@ def test_a_raised_run_equals_one_that_was_as_long_from_the_start(policy, tmp_pat
     assert differences(tmp_path / "long", run_dir) == [] and weights(run_dir) != short
 
 
-def test_a_finished_run_is_left_alone_and_missing_output_is_made_again(finished, copied, capsys):
-    before = contents(copied)
+def test_a_finished_run_is_left_alone_and_missing_output_is_made_again(finished, copied, capsys, monkeypatch):
+    before, timeouts = contents(copied), []
+    monkeypatch.setattr("support.compute.processes.set_timeout", timeouts.append)
     assert main(["--resume", str(copied), *flags(WHEN_GOING_ON - {"episodes"})]) == 0
-    assert "is finished" in capsys.readouterr().out and contents(copied) == before
+    assert "is finished" in capsys.readouterr().out and contents(copied) == before and timeouts == [30.0]
     for name in ("report.md", "rewards.png", "evaluation.json", "model"):
         remove(copied / name)
         assert read_command_line(["--resume", str(copied)])[2] == "resume"
@@ -267,6 +268,8 @@ def test_a_run_at_work_is_refused_and_a_stale_lock_is_not(finished, copied, caps
             assert "another process is at work in" in capsys.readouterr().err and contents(copied) == before
     assert main(["--eval_only", str(copied)]) == 0 and (copied / "report.md").exists()
     assert read_json(copied / "evaluation.json") == read_json(finished / "evaluation.json")
+    change_json(copied / "inputs.json", **{"the hash of the prompts": "0"})
+    assert main(["--eval_only", str(copied)]) == 2 and "is not what" in capsys.readouterr().err
 
 
 def test_changed_inputs_are_named_and_nothing_is_done(killed, tmp_path):
