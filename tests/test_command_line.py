@@ -60,7 +60,6 @@ def one_line(capsys, *argv) -> str:
         ("--track swanlab", "pip install swanlab"),
         ("--resume runs/nothing", "runs/nothing is not a run folder"),
         ("--resume latest --runs_dir nowhere", "no run in nowhere"),
-        (f"--resume {'x' * 300}", "cannot be used: File name too long"),
     ],
 )
 def test_a_bad_flag_is_one_line_and_leaves_nothing(flags, said, folder, capsys, monkeypatch):
@@ -99,6 +98,14 @@ def test_an_older_run_is_opened_with_defaults_and_keeps_what_it_has(run_dir, cap
         assert ": adam_epsilon 1e-05, lam 0.95\n" in capsys.readouterr().out
     change_json(run_dir / "config.json", mood=1)
     assert "'mood'" in one_line(capsys, "--resume", run_dir)
+
+
+def test_a_folder_that_may_not_be_looked_into_is_one_line(folder, monkeypatch, capsys):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", denied)
+    assert "config.json cannot be used: Permission denied" in one_line(capsys, "--resume", "run")
 
 
 def test_batches_are_shared_equally_by_the_processes(folder, monkeypatch):
