@@ -72,6 +72,7 @@ DAMAGES = {
 }
 WITH_A_RIGHT_SUM = {
     "another shape": ("policy.safetensors", lambda file: save_file({"transformer.ln_f.bias": torch.zeros(33)}, file)),
+    "another model": ("policy.safetensors", lambda file: save_file({"transformer.ln_f.bias": torch.zeros(32)}, file)),
     "no generators": ("optimizer.pt", lambda file: torch.save(torch.load(file) | {"random": None}, file)),
     "a stranger's weights": ("policy.safetensors", lambda file: file.write_bytes(pickle.dumps(Evil()))),
     "a stranger's pickle": ("optimizer.pt", lambda file: file.write_bytes(pickle.dumps(Evil()))),

@@ -100,6 +100,22 @@ def test_an_older_run_is_opened_with_defaults_and_keeps_what_it_has(run_dir, cap
     assert "'mood'" in one_line(capsys, "--resume", run_dir)
 
 
+def test_a_folder_that_may_not_be_looked_into_is_one_line(folder, monkeypatch, capsys):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", denied)
+    assert "config.json cannot be used: Permission denied" in one_line(capsys, "--resume", "run")
+
+
+def test_batches_are_shared_equally_by_the_processes(folder, monkeypatch):
+    monkeypatch.setattr("support.compute.processes.world_size", lambda: 3)
+    for sizes, name in ("128 126", "batch_size 128"), ("126 64", "minibatch_size 64"):
+        batch, minibatch = sizes.split()
+        with pytest.raises(UserError, match=f"--{name} is not divisible by the 3 processes"):
+            read_command_line(["--batch_size", batch, "--minibatch_size", minibatch])
+
+
 def test_latest_is_the_run_that_was_started_last(folder):
     for name in ("b", "a", "c"):
         (folder / "runs" / name).mkdir(parents=True)

@@ -1,6 +1,7 @@
 """support/compare.py: which runs are one curve, what they are called, and the table, by hand."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,7 +31,8 @@ def test_runs_that_differ_only_in_the_seed_are_one_curve():
     assert [curve.label for curve in found] == ["lr 1.41e-05, 3 runs", "lr 0.5, 3 runs"]
     assert [r.name for r in found[1].runs] == ["0.5 1", "0.5 2", "0.5 3"]
     assert labels(*runs[:3]) == ["all, 3 runs"] and labels(runs[0]) == ["1.41e-05 1"]
-    assert labels(run("a"), run("b", seed=2, run_name="b", runs_dir="x", save_every=1)) == ["all, 2 runs"]
+    silent = dict(log_samples_every=1, save_every=1, save_every_minutes=1, keep_checkpoints=1, process_timeout=1)
+    assert labels(run("a"), run("b", seed=2, run_name="b", runs_dir="x", **silent)) == ["all, 2 runs"]
 
 
 def test_runs_that_cannot_be_told_apart_have_their_names():
@@ -63,13 +65,15 @@ def test_a_curve_ends_where_its_shortest_run_ends():
         curve.metrics
 
 
-def test_a_rewards_file_that_changed_tells_runs_apart(tmp_path):
+def test_a_rewards_file_that_changed_tells_runs_apart(tmp_path, monkeypatch):
     for name in "ab":
         folder = write_run(tmp_path / name, 2, settings={"reward": "my:score", "seed": ord(name)})
         hashes = {"the hash of the file of --reward my:score": name * 12, "the hash of the prompts": name}
         (folder / "inputs.json").write_text(json.dumps(hashes))
     runs = [read_run(tmp_path / name) for name in "ab"]
     assert labels(*runs) == [f"reward my:score {name * 12}" for name in "ab"]
+    monkeypatch.chdir(tmp_path / "a")
+    assert read_run(Path(".")).name == "a"
 
 
 def cells(text: str) -> list[list[str]]:
@@ -102,7 +106,8 @@ def test_the_table_by_hand():
 
 
 def test_a_reader_is_told_of_other_limits_and_mixed_rows():
-    for name in ("model_name", "reward_model_name", "reward", "prompts", "gen_len", "temperature", "init_kl_coef"):
+    of_the_limit = "model_name reward_model_name positive_label reward prompts prompts_file gen_len".split()
+    for name in (*of_the_limit, "temperature", "init_kl_coef"):
         runs = [run("a"), run("b", **{name: 0.7})]
         assert f"These runs differ in {name}, and so in the limit" in comparison(runs, curves(runs))
     runs = [run("a"), run("b", batch_size=4)]

@@ -1,9 +1,11 @@
 """The demo's models: what they write and prefer, where they are kept, and in which files."""
 
+import contextlib
 import os
 import random
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +38,13 @@ def test_reviews_end_as_their_label_says_half_of_them_happily_and_a_fifth_mixed(
     assert max(len(text) for text, _ in reviews) <= 62  # with [CLS] and [SEP] the models' 64 positions
 
 
+class LockOfAnother(contextlib.nullcontext):
+    """Another process, which held the lock before, has made the models."""
+
+    def __enter__(self):
+        Path(self.enter_result).with_suffix("").mkdir()
+
+
 def test_models_are_made_once_for_each_source_and_torch(tmp_path, monkeypatch, capsys):
     made = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -52,6 +61,9 @@ def test_models_are_made_once_for_each_source_and_torch(tmp_path, monkeypatch, c
     other = demo_models.demo_models()[0]
     monkeypatch.setattr(torch, "__version__", "99.0")
     assert len({gpt2, other, demo_models.demo_models()[0]}) == 3 == len(made)
+    shutil.rmtree(gpt2.parent.parent)
+    monkeypatch.setattr(demo_models, "FileLock", LockOfAnother)
+    assert demo_models.demo_models()[0].parent.is_dir() and len(made) == 3
 
 
 def test_making_depends_on_nothing_else_and_leaves_the_random_generator_alone(tmp_path, monkeypatch):

@@ -28,6 +28,9 @@ def test_a_version_that_cannot_work_is_one_line_before_anything_else(monkeypatch
         assert train_ppo.main(["--preset", "demo"]) == 2
         out, err = capsys.readouterr()
         assert out == "" and err.count("\n") == 1 and refused in err and "pip install -r requirements.txt" in err
+    monkeypatch.setattr(metadata, "distributions", lambda name: [])
+    with pytest.raises(UserError, match="^torch.* is needed, not None"):
+        check_versions()
 
 
 @pytest.fixture
@@ -80,13 +83,16 @@ def test_a_run_takes_the_named_or_the_best_device(machine, capsys, device, there
     assert not torch.backends.cuda.cudnn_sdp_enabled() and capsys.readouterr().out == ""
 
 
-def test_an_nvidia_gpu_that_torch_cannot_use_is_one_warning(machine, capsys):
+def test_an_nvidia_gpu_that_torch_cannot_use_is_one_warning(machine, capsys, monkeypatch):
     """A torch without CUDA sees none of them; one without code for this GPU sees it."""
     for there in {"driver": True}, {"seen": True}:
         machine(**there)
         assert pick_device("auto") == torch.device("cpu")
         (line,) = capsys.readouterr().out.splitlines()
         assert line.startswith("warning: ") and "no kernel" in line and "pytorch.org" in line
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
+    machine(driver=True)
+    assert pick_device("auto") == torch.device("cpu") and capsys.readouterr().out == ""
 
 
 def test_under_torchrun_each_process_takes_a_gpu_of_its_own(machine, monkeypatch):
@@ -138,6 +144,7 @@ def test_only_a_cuda_gpu_is_not_waited_for():
         ("cuda", 0, 10**6, False, 1),
         ("cpu", 0, 16, False, 64),  # 184 would fit into 2 GiB
         ("mps", 0, 100, False, 32),  # 2 GiB / (24 * 100 * 21,128 + 16 * 108 * 12 * 768)
+        ("cpu", 0, 10**6, False, 1),
         ("cpu", 500, 16, True, 2_000),
     ],
 )

@@ -1,5 +1,6 @@
 """What goes wrong from outside: signals, rewards and steps that fail, memory that runs out."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from ppo import PPOTrainer
 from support.common.errors import UserError, is_out_of_memory
 from support.run.signals import StopSignal
 from tests.helpers import ROOT, checkpoints, count_characters, load_gpt2, rows, small_run, tiny_run
-from tools.stress_resume import differences
+from tools import stress_resume
+from tools.stress_resume import COMPARED, differences
 
 pytestmark = pytest.mark.usefixtures("without_pictures", "signals_restored")
 
@@ -38,6 +40,20 @@ def whole(gpt2_folder, tmp_path_factory):
         patch.setattr("plot_rewards.draw", lambda runs, out: out.touch())
         assert tiny_run(run_dir, load_gpt2(gpt2_folder)) == 0
     return run_dir
+
+
+def test_runs_that_differ_in_one_byte_differ(whole, tmp_path, monkeypatch):
+    """Otherwise no test would notice that a run goes on otherwise."""
+    for i, name in enumerate(("metrics.csv", *COMPARED)):
+        other = shutil.copytree(whole, tmp_path / str(i))
+        content = bytearray((other / name).read_bytes())
+        content[content.index(b"e")] += 1
+        (other / name).write_bytes(content)
+        assert differences(whole, other) == [name]
+    monkeypatch.setattr("sys.argv", ["stress_resume"])
+    for found in [], ["metrics.csv"]:
+        monkeypatch.setattr(stress_resume, "stress", lambda *_: (3, found))
+        assert stress_resume.main() == len(found)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
@@ -69,6 +85,16 @@ def test_a_second_signal_leaves_at_once():
     )
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (143, "True\n") and result.stderr.count("\n") == 2
+
+
+def test_below_torchrun_a_second_signal_is_a_repetition(monkeypatch, capfd):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setattr("os._exit", pytest.fail)
+    stop = StopSignal()
+    for _ in range(2):
+        signal.raise_signal(signal.SIGTERM)
+    stop.release()
+    assert stop.received == signal.SIGTERM and capfd.readouterr().err == ""
 
 
 def test_a_terminal_that_goes_away_stops_nothing_below_nohup(capfd):
@@ -117,6 +143,8 @@ def test_full_memory_is_one_line_and_a_bug_keeps_its_traceback(tmp_path, gpt2_fo
     assert small_run(tmp_path, *flags)[0] == 2
     err = capsys.readouterr().err
     assert "lower --micro_batch_size, also with --resume" in err.splitlines()[-1] and "Traceback" not in err
+    monkeypatch.setattr("train_ppo.train", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert small_run(tmp_path, *flags, name="stopped")[0] == 130 and capsys.readouterr().err.endswith("\nstopped\n")
     monkeypatch.setattr("train_ppo.train", lambda *_, **__: [][0])
     with pytest.raises(IndexError):
         small_run(tmp_path, *flags, name="other")
@@ -128,4 +156,5 @@ def test_memory_that_ran_out_is_known_in_every_librarys_words():
             allocate(size)
         assert is_out_of_memory(error.value)
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert is_out_of_memory(RuntimeError("std::bad_alloc"))
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))

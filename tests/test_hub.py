@@ -75,6 +75,7 @@ def test_only_what_loading_needs_is_downloaded_and_only_once(hub, published, fin
     small = {"config.json", "vocab.txt", "tokenizer_config.json"}
     folder = find()
     assert names(folder) == small | set(wanted or there)
+    assert all(request.endswith("/config.json") for request in hub.requests if "/main/" in request)  # of one commit
     assert all((folder / name).read_bytes() == (published / name).read_bytes() for name in names(folder))
     hub.requests.clear()
     assert find() == folder == find(HF_HUB_OFFLINE="1") and hub.requests == []

@@ -1,12 +1,15 @@
 """What a run loads, in which order, and what several processes compare of it."""
 
 import copy
+import gc
 import hashlib
 import zlib
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import support
 from config import PPOConfig
 from support.common.errors import UserError
 from support.compute import processes
@@ -20,6 +23,14 @@ PROMPT = "刚收到货,感觉"  # 7 characters, and [CLS] before
 
 def settings(**changes) -> PPOConfig:
     return PPOConfig(**{"device": "cpu", "dtype": "float32", "gen_len": 4} | changes)
+
+
+def test_libraries_are_imported_without_the_garbage_collector_which_then_collects_again(monkeypatch):
+    collecting = []
+    monkeypatch.setattr(support, "sys", SimpleNamespace(modules={}))
+    monkeypatch.setattr("gc.freeze", lambda: collecting.append(gc.isenabled()))
+    support.import_libraries()
+    assert collecting == [False] and gc.isenabled()
 
 
 def test_a_run_loads_the_parts_that_its_settings_name(gpt2_folder, classifier_folder):

@@ -1,13 +1,15 @@
 """Opening models and tokenizers in published layouts, rejecting broken ones, and saving for plain transformers."""
 
 import contextlib
+import copy
 import json
 import os
 import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, pipeline
+from transformers.utils.logging import get_verbosity
 
 from config import PPOConfig
 from reward import SentimentReward
@@ -96,14 +98,24 @@ def test_a_bad_model_folder_is_one_line_and_runs_no_code(
 
 
 def test_a_published_gpt2_opens_quietly_in_float32_with_a_value_head_at_zero(tmp_path, capfd):
-    folder = write_gpt2(tmp_path / "gpt2")
+    folder, verbosity = write_gpt2(tmp_path / "gpt2"), get_verbosity()
     edit(folder, dtype="bfloat16")
     model, _ = load_gpt2(folder)
+    assert get_verbosity() == verbosity
     out, err = capfd.readouterr()
     assert out.count("\n") == 1 and "value head" in out and err == ""
     assert not model.v_head.summary.weight.any() and not model.v_head.summary.bias.any()
     assert not model.training and model.dtype == torch.float32 and model.config.eos_token_id is None
     assert model.config._attn_implementation == "eager" and model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_an_apple_gpu_gets_attention_without_sdpa_and_full_memory_is_no_fault_of_the_files(gpt2_folder):
+    config = models.load_gpt2_config(gpt2_folder)
+    for device, kind in ("cpu", "sdpa"), ("mps", "eager"):
+        model = models.load_weights(GPT2LMHeadModel, gpt2_folder, copy.deepcopy(config), device)
+        assert model.config._attn_implementation == kind
+    with pytest.raises(MemoryError), models.loading("it"):
+        raise MemoryError
 
 
 UNUSUAL = [{"activation_function": "gelu"}, {"tie_word_embeddings": False}]
@@ -145,6 +157,7 @@ def test_a_saved_folder_opens_in_plain_transformers_with_the_settings_of_the_run
     model, _, folder = saved
     capfd.readouterr()
     assert same_logits(model, plain(folder)) and capfd.readouterr().out == ""
+    assert not getattr(model.config, "task_specific_params", None)  # a loop of one's own goes on with this model
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["GPT2LMHeadModel"]
     assert config["task_specific_params"]["text-generation"]["max_new_tokens"] == 9  # what early 5.x reads
@@ -207,6 +220,10 @@ def test_a_byte_level_tokenizer_starts_and_ends_texts_with_its_own_token(tmp_pat
     again = TextPPOTrainer.from_pretrained(tmp_path / "saved", PPOConfig(device="cpu"))
     assert again.encode(prompts)[0].tolist() == queries[0].tolist()
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").encode(prompts[0]) == queries[0].tolist()
+
+    edit(tmp_path / "gpt2", "tokenizer_config.json", bos_token="a")  # which starts texts, and doesn't end them
+    other = models.load_tokenizer(tmp_path / "gpt2")
+    assert [other.cls_token, other.sep_token, other.pad_token] == ["a", plain.eos_token, plain.eos_token]
 
 
 def test_rows_that_pad_the_embeddings_are_never_sampled(tmp_path):

@@ -96,3 +96,5 @@ def test_the_reward_and_the_first_prompts_are_named(tmp_path, changes, reward):
     write_results(tmp_path, config, [f"衣服{i}" for i in range(9)], "good: 80%")
     shown = "`衣服0`, `衣服1`, `衣服2`, `衣服3`, `衣服4`, ..."
     assert f"Trained on 12,800 completions of {shown}, with {reward} as the reward.\n\ngood: 80%\n" in card(tmp_path)
+    write_results(tmp_path, config, [f"衣服{i}" for i in range(5)], "good: 80%")
+    assert "`衣服4`, with" in card(tmp_path)

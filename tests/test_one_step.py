@@ -2,8 +2,10 @@
 
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.helpers import read
 from tools import one_step
@@ -74,6 +76,13 @@ def test_both_languages_have_the_same_numbers():
     assert sorted(english) == sorted(chinese) and len(english) > 100
 
 
+def test_a_completion_that_was_clipped_is_shown_rather_than_a_shorter_one():
+    ratios = torch.tensor([[1.1, 1.1], [1.1, 1.3], [0.9, 0.9], [0.9, 0.7]])
+    whitened, scores = torch.tensor([[1.0], [1], [-1], [-1]]).expand(4, 2), torch.tensor([0.95, 0.95, 0.05, 0.05])
+    step = SimpleNamespace(tokens=["a", "ab"] * 2, scores=scores, whitened=whitened, ratios=[ratios, ratios])
+    assert one_step.happy_and_unhappy(step, 0.2) == {"happy": 1, "unhappy": 3}
+
+
 def test_the_numbers_are_those_of_a_real_step(demo):
     config = one_step.demo_config()
     step = one_step.take_step(config)
@@ -83,4 +92,7 @@ def test_the_numbers_are_those_of_a_real_step(demo):
         assert said == pytest.approx(found[name], abs=error), name
     shown = one_step.happy_and_unhappy(step, config.cliprange)
     assert step.scores[shown["happy"]] > 0.9 and step.scores[shown["unhappy"]] < 0.1
+    for loss in ("policy", "value", "total"):  # an epoch has one optimiser step
+        mean = sum(found[f"{loss} loss {k}"] for k in range(1, 5)) / 4
+        assert mean == pytest.approx(step.stats[f"ppo/loss/{loss}"], rel=1e-3, abs=1e-5)
     assert one_step.columns(step).keys() >= {"penalty", "delta", "ratio 4", "ratio after"}

@@ -73,18 +73,18 @@ def test_the_reward_is_smoothed_over_a_tenth_of_the_run_and_its_ends_are_in_the_
 
 
 def test_runs_that_differ_in_the_seed_are_drawn_as_mean_and_standard_deviation(tmp_path, figures):
-    """Of lines at 0.2, 0.4 and 0.9: 0.5, and the root of (0.09 + 0.01 + 0.16) / 2. Scores of 0.26, 0.99, -2 and 6:
-    the shares in 40 bins of 0.2."""
-    rewards = [0.2, 0.4, 0.9]
+    """Of lines at 0.2, 0.4 and, smoothed, 0.9, 1, 1, 0.9. In the middle their mean is 1.6 / 3, and their variance
+    0.52 / 3. Scores of 0.26, 0.99, -2 and 6: the shares in 40 bins of 0.2."""
+    rewards = [0.2, 0.4, np.array([0.9, 1.2, 0.9, 0.9])]
     runs = [write_run(tmp_path / f"{m}", 4, i, settings={"seed": i}, **{MEAN: m}) for i, m in enumerate(rewards)]
     for run, evaluation in zip(runs, (WHOLE, {"after": judged(0.6, 0.1, [-2.0, 6.0])})):
         write_evaluation(run, **evaluation)
     draw([*runs, write_run(tmp_path / "4", settings={"lr": 0.5})], tmp_path / "x.png")
     drawn = panels(figures)
-    assert lines(drawn[REWARD], "running mean")[0].get_ydata() == pytest.approx([0.5] * 4)
+    assert lines(drawn[REWARD], "running mean")[0].get_ydata() == pytest.approx([0.5, 1.6 / 3, 1.6 / 3, 0.5])
     (band,) = drawn[REWARD].collections
     heights = band.get_paths()[0].vertices[:, 1]
-    assert abs(heights - 0.5) == pytest.approx(0.13**0.5) and np.ptp(heights) > 0.7
+    assert [min(heights), max(heights)] == pytest.approx([1.6 / 3 - (0.52 / 3) ** 0.5, 1.6 / 3 + (0.52 / 3) ** 0.5])
     assert words(figures[0][0].legends[0])[0] == "lr 0.0001, 3 runs: reward 0.50 to 0.50"
     means = np.mean([read_metrics(run)["objective/entropy"] for run in runs], axis=0)
     assert drawn["entropy"].lines[0].get_ydata() == pytest.approx(means)
@@ -134,10 +134,13 @@ def test_each_run_is_drawn_in_its_colour_and_what_several_share_once_in_black(tm
             assert points(line) == np.stack([metrics[number]["step"], metrics[number][column]], 1).tolist()
             assert line.get_color() == colours[number]
     assert words(drawn["time"].get_legend()) == ["sample", "score", "ppo"] and not drawn[REWARD].collections
+    assert drawn[HISTOGRAM].patches[0].get_data().edges[[0, -1]].tolist() == [0, 1]  # and not the rewards' own range
     of_third = {"best possible": 1, "best of n drafts": 0, "before": 1, "the limit at this beta": 0}
     for label, number in of_third.items():
         assert [line.get_color() for line in lines(drawn[PLANE], label)] == ["black", *colours[2:] * number]
     assert [star.get_color() for star in lines(drawn[PLANE], "after")] == colours[:2]
+    draw([write_run(tmp_path / f"{lr}", 2, settings={"lr": lr}) for lr in range(12)], tmp_path / "x.png")
+    assert len({line.get_color() for line in figures[-1][0].legends[0].get_lines()}) == 12
 
 
 def test_the_gain_is_drawn_against_a_setting_with_its_standard_error_over_seeds(tmp_path, figures, capsys):
@@ -170,6 +173,18 @@ def test_pictures_are_written_in_the_format_of_their_name_with_the_printed_table
     assert "| lr 0.0001, run_name a " in (tmp_path / "compare.md").read_text()
     starts = [(tmp_path / name).read_bytes()[:4] for name in ("compare.png", "x.svg")]
     assert starts == [b"\x89PNG", b"<?xm"]
+
+
+def test_a_full_disk_leaves_the_old_picture(tmp_path, monkeypatch, capsys):
+    def full(self, out, **options):
+        out.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    run = write_run(tmp_path / "run", 2)
+    (run / "rewards.png").write_text("old")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    assert main([str(run)]) == 2 and "No space left" in capsys.readouterr().err
+    assert (run / "rewards.png").read_text() == "old"
 
 
 def test_the_run_that_wrote_metrics_last_is_drawn_into_its_folder(tmp_path, capsys, figures):

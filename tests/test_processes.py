@@ -140,6 +140,7 @@ def test_output_is_shown_line_by_line_and_outlasts_its_reader():
         "sys.exit(7)\n"
     )
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="ascii")
+    pipes["env"] = os.environ | {"PYTHONIOENCODING": "ascii"}  # as consoles without Chinese have it
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, **pipes) as process:
         assert process.stdout.readline() == "first\n"
         process.stdout.close()

@@ -1,6 +1,7 @@
 """report.md of folders made by hand, and Markdown; a whole run's is looked at in test_run_recounted.py."""
 
 import json
+from pathlib import Path
 
 from config import PPOConfig
 from support.common.figures import in_markdown, table
@@ -17,7 +18,7 @@ STARTS = [
 ]
 
 
-def test_a_report_says_what_came_of_the_run_and_how_it_was_made(tmp_path):
+def test_a_report_says_what_came_of_the_run_and_how_it_was_made(tmp_path, monkeypatch):
     """65.6 seconds; the median is not moved by the slow first step. The second start changed nothing."""
     run = tmp_path / "my_run"
     run.mkdir()
@@ -30,7 +31,8 @@ def test_a_report_says_what_came_of_the_run_and_how_it_was_made(tmp_path):
     results.alarms = [{"step": 2, "alarm": "x", "says": "too <b>fast"}]
     (run / "environment.jsonl").write_text("".join(json.dumps(start) + "\n" for start in STARTS))
     (run / "inputs.json").write_text('{"the hash of the prompts": "ba98"}')
-    report = run_report(run, results)
+    monkeypatch.chdir(run)
+    report = run_report(Path("."), results)
     assert report.startswith("# my_run\n\n**good**\n\n![curves of the run](rewards.png)\n")
     assert (
         results_table(results) in report and before_after_table(results.before.samples, results.after.samples) in report

@@ -218,10 +218,11 @@ def test_a_raised_run_equals_one_that_was_as_long_from_the_start(policy, tmp_pat
     assert differences(tmp_path / "long", run_dir) == [] and weights(run_dir) != short
 
 
-def test_a_finished_run_is_left_alone_and_missing_output_is_made_again(finished, copied, capsys):
-    before = contents(copied)
+def test_a_finished_run_is_left_alone_and_missing_output_is_made_again(finished, copied, capsys, monkeypatch):
+    before, timeouts = contents(copied), []
+    monkeypatch.setattr("support.compute.processes.set_timeout", timeouts.append)
     assert main(["--resume", str(copied), *flags(WHEN_GOING_ON - {"episodes"})]) == 0
-    assert "is finished" in capsys.readouterr().out and contents(copied) == before
+    assert "is finished" in capsys.readouterr().out and contents(copied) == before and timeouts == [30.0]
     for name in ("report.md", "rewards.png", "evaluation.json", "model"):
         remove(copied / name)
         assert read_command_line(["--resume", str(copied)])[2] == "resume"
@@ -239,14 +240,16 @@ def test_unnamed_runs_of_the_same_second_get_folders_of_their_own(policy, tmp_pa
             assert trainer.config.run_name == folder.path.name != path.name and folder.path.is_dir()
 
 
-def test_a_run_is_judged_with_other_settings_and_left_as_it_is(finished, copied, capsys):
+def test_a_run_is_judged_with_other_settings_and_left_as_it_is(finished, copied, capsys, monkeypatch):
     """A judgement by fewer samples is only printed."""
     change_json(copied / "config.json", device="auto")
     before = contents(copied)
     assert main(["--eval_only", str(copied), "--eval_samples", "4"]) == 0
     out = capsys.readouterr().out
     assert "keeps its judgement by 16 samples" in out and "mean reward" in out and contents(copied) == before
+    monkeypatch.setattr("support.run.evaluation.noise", lambda *_: 0.01)
     assert main(["--eval_only", str(copied), *flags(WHEN_JUDGING)]) == 0
+    assert read_json(copied / "evaluation.json")["before"]["noise"] == 0.01
     after = contents(copied)
     changed = {path.name for path in before | after if before.get(path) != after.get(path)}
     assert changed == {"evaluation.json", "results.json", "report.md", "environment.jsonl", "README.md"}
@@ -265,8 +268,10 @@ def test_a_run_at_work_is_refused_and_a_stale_lock_is_not(finished, copied, caps
         for mode in ("--resume", "--eval_only"):
             assert main([mode, str(copied)]) == 2
             assert "another process is at work in" in capsys.readouterr().err and contents(copied) == before
-    assert main(["--eval_only", str(copied)]) == 0
+    assert main(["--eval_only", str(copied)]) == 0 and (copied / "report.md").exists()
     assert read_json(copied / "evaluation.json") == read_json(finished / "evaluation.json")
+    change_json(copied / "inputs.json", **{"the hash of the prompts": "0"})
+    assert main(["--eval_only", str(copied)]) == 2 and "is not what" in capsys.readouterr().err
 
 
 def test_changed_inputs_are_named_and_nothing_is_done(killed, tmp_path):
@@ -311,7 +316,10 @@ def test_each_input_has_a_hash_of_its_own(policy, tmp_path, monkeypatch):
 def test_a_run_keeps_where_each_of_its_parts_was_computed(killed, tmp_path, monkeypatch):
     run_dir = shutil.copytree(killed[1], tmp_path / "run")
     monkeypatch.setattr("platform.python_version", lambda: "3.99")
-    assert tiny_run(run_dir, killed[0], resume=True, episodes=32) == 0
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("衣服\n", encoding="utf-8")
+    assert tiny_run(run_dir, killed[0], resume=True, episodes=32, prompts_file=str(prompts)) == 0
+    assert [path.read_bytes() for path in (run_dir / "inputs").iterdir()] == [prompts.read_bytes()]
     starts = [json.loads(line) for line in (run_dir / "environment.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [start.pop("step") for start in starts] == [1, 4]
     assert [start.pop("Python") for start in starts] == [".".join(map(str, sys.version_info[:3])), "3.99"]

@@ -13,7 +13,7 @@ from reward import SentimentReward
 from support.common.errors import UserError
 from support.models import demo_models
 from support.models.pretrained import encode_prompt, load_policy, read_policy_folder
-from tools import review_models
+from tools import exits_on_user_error, review_models
 from tools.review_models import batches, evaluate, main, read_reviews, write_vocab
 
 
@@ -39,8 +39,13 @@ def test_a_file_of_reviews_becomes_models_that_the_program_opens(tmp_path, monke
     for name, value in SMALL.items():
         monkeypatch.setattr(review_models, name, value)
     monkeypatch.setattr(review_models, "batches", lambda found, draw: used.append(found) or batches(found, draw))
+    rates, descend = [], review_models.descend
+    monkeypatch.setattr(
+        review_models, "descend", lambda *args: rates.append(args[3].get_last_lr()[0]) or descend(*args)
+    )
     main([str(file), str(out)])
     assert {path.name for path in out.iterdir()} == {"gpt2", "sentiment"}
+    assert min(rates) > 0  # every step counts, the first and the last, too
     *lines, command = capsys.readouterr().out.splitlines()
     assert command == f"python train_ppo.py --model_name {out / 'gpt2'} --reward_model_name {out / 'sentiment'}"
     found = [re.fullmatch(r"on 26 held-out reviews: (accuracy )?([\d.]+)(%| nats per token)", line) for line in lines]
@@ -97,6 +102,10 @@ def test_texts_are_read_once_each_and_blank_ones_not(tmp_path, monkeypatch):
         archive.write(bom, "folder/b.csv")
         archive.writestr("readme.txt", "x")
     assert read_reviews(tmp_path / "c.zip") == expected == read_reviews(bom)
+    with zipfile.ZipFile(tmp_path / "c.zip", "a") as archive:
+        archive.write(bom, "other.csv")
+    with pytest.raises(UserError, match="contains 2 .csv files"):
+        read_reviews(tmp_path / "c.zip")
 
 
 def test_a_vocabulary_has_every_piece_of_every_text_in_one_order(tmp_path):
@@ -106,7 +115,7 @@ def test_a_vocabulary_has_every_piece_of_every_text_in_one_order(tmp_path):
     assert (tmp_path / "vocab.txt").read_text(encoding="utf-8").splitlines() == expected
 
 
-def test_a_file_that_cannot_be_used_is_one_line_and_nothing_is_written(tmp_path):
+def test_a_file_that_cannot_be_used_is_one_line_and_nothing_is_written(tmp_path, capsys):
     lines, file = "label,review\n" + "".join(f"{i % 2},第{i}条很好\n" for i in range(100)), tmp_path / "reviews.csv"
     for content, line in (
         (lines.removesuffix("1,第99条很好\n"), "has 99 different reviews; at least 100"),
@@ -116,4 +125,11 @@ def test_a_file_that_cannot_be_used_is_one_line_and_nothing_is_written(tmp_path)
         file.write_text(content, encoding="utf-8")
         with pytest.raises(UserError, match=f"{file}.*{line}"):
             main([str(file), str(tmp_path / "models")])
+        with pytest.raises(SystemExit) as stop, exits_on_user_error("review_models"):
+            main([str(file), str(tmp_path / "models")])
+        assert stop.value.code == 2 and capsys.readouterr().err.startswith("review_models: error: ")
         assert not (tmp_path / "models").exists()
+    file.write_text(lines, encoding="utf-8")
+    (tmp_path / "models").mkdir()
+    with pytest.raises(UserError, match="models exists already"):
+        main([str(file), str(tmp_path / "models")])

@@ -123,6 +123,7 @@ REFUSED = [
     ([np.zeros((9, 9)), 0.5], "array([[0., 0."),
     ([0.5] * 3, "3 numbers for 2 texts; the first text was '好评'"),
     ({0: 0.5, 1: 1.0}, "a dict, not a list of numbers, for '好评'"),
+    ({0.5, 1.0}, "a set, not a list of numbers, for '好评'"),
     (torch.tensor(0.5), "a Tensor, not a list of numbers, for '好评'"),
 ]
 

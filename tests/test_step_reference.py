@@ -13,9 +13,10 @@ from config import PPOConfig
 from support.run.text_trainer import TextPPOTrainer
 from tests.helpers import SEP, Reference
 
-N = 7  # completions in a batch
+N = 7  # completions in a batch, which may be other than batch_size
 SETTINGS = dict(
-    batch_size=N, minibatch_size=4, micro_batch_size=3, ppo_epochs=2, gen_len=6, temperature=0.7, gamma=0.9, lam=0.8,
+    batch_size=N + 1, minibatch_size=4, micro_batch_size=3, ppo_epochs=2, gen_len=6, temperature=0.7,
+    gamma=0.9, lam=0.8,
     cliprange=0.05, cliprange_value=0.03, vf_coef=0.6, kl_controller="adaptive", init_kl_coef=0.3, target=0.01,
     horizon=20, lr=2e-3, value_lr=1e-2, adam_epsilon=1e-2, max_grad_norm=0.5, average_power=2.0, seed=5,
     dtype="float32", device="cpu", frozen_share=0.5,

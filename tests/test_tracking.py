@@ -72,6 +72,13 @@ def test_a_package_that_raises_is_told_of_once_and_the_run_goes_on(policy, tmp_p
     assert len(said) == 1 and len(rows(tmp_path / "run")) == 3
 
 
+def test_only_the_first_process_tracks_a_run(tmp_path, trackers, monkeypatch):
+    monkeypatch.setattr("support.compute.processes.rank", lambda: 1)
+    with tracking.Tracker(tmp_path, {"track": "wandb"}) as tracker:
+        tracker.log({"loss": 1.0})
+    assert calls(trackers, "wandb") == []
+
+
 def test_an_interrupted_run_is_finished_there_too(policy, tmp_path, trackers):
     def reward(texts):
         if len(calls(trackers, "wandb")) == 2:

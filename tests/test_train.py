@@ -90,3 +90,4 @@ def test_a_run_tells_each_step_its_time_and_now_and_then_completions(policy, tmp
     second = [sample for sample in samples_of(tmp_path / "run") if sample["step"] == 2]
     shown = out[out.index("step 2/3") : out.index("step 3/3")]
     assert all(sample["prompt"] + sample["completion"] in shown for sample in second[:5])
+    assert shown.count("\n  ") == 5

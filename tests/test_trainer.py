@@ -27,11 +27,11 @@ def twin_of(policy, **changes):
     return make((copy.deepcopy(policy[0]), policy[1]), **changes)
 
 
-def small(policy, n_layer=2, n_positions=16, vocab_size=43, **changes):
+def small(policy, n_layer=2, n_positions=16, vocab_size=43, tied=True, **changes):
     """A trainer of a model of another shape, 8 wide, with the usual tokenizer."""
-    shape = dict(n_layer=n_layer, n_positions=n_positions, vocab_size=vocab_size, n_embd=8, n_head=2)
+    shape = dict(n_layer=n_layer, n_positions=n_positions, vocab_size=vocab_size, tie_word_embeddings=tied)
     torch.manual_seed(0)
-    model = g.GPT2HeadWithValueModel(GPT2Config(**shape, initializer_range=0.2))
+    model = g.GPT2HeadWithValueModel(GPT2Config(**shape, n_embd=8, n_head=2, initializer_range=0.2))
     config = PPOConfig(**{**dict(dtype="float32", device="cpu", gen_len=6), **changes})
     return TextPPOTrainer(config, model, copy.deepcopy(model), policy[1])
 
@@ -87,7 +87,7 @@ def test_no_more_than_a_micro_batch_goes_through_the_model_at_once(policy):
     [(2 / 3, 6, 4), (2 / 3, 12, 8), (2 / 3, 2, 1), (0.9, 2, 2), (0.5, 3, 2), (0.5, 5, 2), (0.2, 2, 0)],
 )
 def test_the_frozen_share_is_rounded_to_the_nearest_block_and_a_half_to_the_even_one(policy, share, n_layer, frozen):
-    trainer = small(policy, n_layer=n_layer, frozen_share=share)
+    trainer = small(policy, n_layer=n_layer, tied=False, frozen_share=share)
     moved = moves(trainer, lambda: trainer.step([[2, 5]] * 2, [[6, 7, 3], [9, 8]], [1.0, 0.0]))
     moved = {name for name, move in moved.items() if move.any()}
     assert {int(name.split(".")[2]) for name in moved if ".h." in name} == set(range(frozen, n_layer))
@@ -174,8 +174,11 @@ def test_skipped_optimiser_steps_in_a_row_are_counted_within_a_step(policy, n_sk
         assert trainer.step(QUERIES, RESPONSES, SCORES)["ppo/skipped"] == n_skipped
 
 
-def test_a_skipped_step_leaves_no_trace_in_the_optimiser(policy):
+@pytest.mark.parametrize("fused", [True, False])  # False on an Apple GPU
+def test_a_skipped_step_leaves_no_trace_in_the_optimiser(policy, fused):
     trainer, twin = skipping(policy), skipping((copy.deepcopy(policy[0]), policy[1]))
+    trainer.engine.optimizer.param_groups[0]["fused"] = trainer.engine.optimizer.param_groups[1]["fused"] = fused
+    trainer.engine.optimizer.defaults["fused"] = fused
     trainer.step(QUERIES, RESPONSES, [BAD] * 6)
     trainer.step(QUERIES, RESPONSES, SCORES)
     twin.step(QUERIES, RESPONSES, SCORES)

@@ -1,0 +1,43 @@
+"""tools/benchmark.py: what it counts, by hand, and that each second of a step belongs to one phase."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+
+from config import PPOConfig
+from tools import benchmark
+
+
+def gpt2(n_layer, n_frozen):
+    return SimpleNamespace(
+        config=SimpleNamespace(n_layer=n_layer, n_embd=2, n_inner=None, vocab_size=3), n_frozen=n_frozen
+    )
+
+
+def test_multiply_adds_by_hand():
+    """One prompt of 2 tokens and a completion of 3, of which 2 are read. A block: a token's matrices are 48, and its
+    attention 4 times the tokens that it sees, 1 on average in the prompt and 3 after it: 104 and 120. Projection: 18.
+
+    Sampling, twice the log-probabilities, and an update with its backward pass are 242 each, the update thrice.
+    """
+    config = PPOConfig(batch_size=1, minibatch_size=1, ppo_epochs=1)
+    assert benchmark.multiply_adds(gpt2(1, 0), None, config, [2], [3], []) == 242 + 2 * 242 + 3 * 242
+    # A frozen block below: sampling goes through both, all passes after it once through the lower one
+    half = benchmark.multiply_adds(gpt2(2, 1), None, config, [2], [3], [])
+    assert half == (2 * 224 + 18) + 224 + 2 * 242 + (3 * 224 + 2 * 18)
+    bert = SimpleNamespace(config=SimpleNamespace(num_hidden_layers=1, hidden_size=2, intermediate_size=8))
+    assert benchmark.multiply_adds(gpt2(1, 0), bert, config, [2], [3], [5]) == 6 * 242 + 5 * (48 + 4 * 5)
+
+
+def test_each_second_of_a_step_is_counted_once(gpt2_folder, classifier_folder, monkeypatch):
+    """By a clock that goes on by a second each time it is read."""
+    monkeypatch.setattr("time.perf_counter", itertools.count().__next__)
+    monkeypatch.setattr(benchmark, "STEPS", 1)
+    monkeypatch.setattr(benchmark, "best_matrix_product", lambda device, dtype: 1e12)
+    names = {"model_name": str(gpt2_folder), "reward_model_name": str(classifier_folder)}
+    config = PPOConfig(**names, batch_size=4, minibatch_size=4, ppo_epochs=1, gen_len=4, device="cpu", dtype="float32")
+    found = benchmark.measure(config)
+    phases = [found[phase] for phase in ("sampling", "scoring", "logprobs", "update")]
+    assert sum(phases) + 4 == found["seconds_per_step"] == 4 / found["completions_per_second"]  # and 4 between them
+    assert found["ceiling_share"] == pytest.approx(2 * found["multiply_adds"] / found["seconds_per_step"] / 1e12)
