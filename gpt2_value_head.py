@@ -212,8 +212,8 @@ def sample(
 
 
 class SharedPrompts(nn.Module):
-    """A GPT2HeadWithValueModel on `Completions` (support/batches.py). detach_value: no gradient from the value head to
-    the transformer."""
+    """A GPT2HeadWithValueModel on `Completions` (support/compute/batches.py). detach_value: no gradient from the value
+    head to the transformer."""
 
     def __init__(self, model: GPT2HeadWithValueModel, detach_value: bool = False):
         super().__init__()

@@ -1,4 +1,4 @@
-"""support/compare.py: which runs are one curve, what they are called, and the table, by hand."""
+"""support/run/compare.py: which runs are one curve, what they are called, and the table, by hand."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""config.py and support/settings.py: the values of every preset, limits and types, the flags, and config.json."""
+"""config.py and support/run/settings.py: the values of every preset, limits and types, the flags, and config.json."""
 
 import dataclasses
 import json

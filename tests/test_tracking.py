@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from importlib.machinery import PathFinder
+from pathlib import Path
 
 import pytest
 
@@ -77,6 +78,13 @@ def test_only_the_first_process_tracks_a_run(tmp_path, trackers, monkeypatch):
     with tracking.Tracker(tmp_path, {"track": "wandb"}) as tracker:
         tracker.log({"loss": 1.0})
     assert calls(trackers, "wandb") == []
+
+
+def test_a_run_opened_from_inside_its_folder_has_its_name(tmp_path, trackers, monkeypatch):
+    (tmp_path / "films").mkdir()
+    monkeypatch.chdir(tmp_path / "films")
+    with tracking.Tracker(Path("."), {"track": "trackio"}):
+        assert calls(trackers, "trackio")[0][1]["name"] == "films"
 
 
 def test_an_interrupted_run_is_finished_there_too(policy, tmp_path, trackers):

@@ -53,7 +53,7 @@ class Evaluation:
 
 @dataclass
 class Results:
-    """What evaluation.json has. `gain`, `frontier` and `best_of_n`: see support/limit.py."""
+    """What evaluation.json has. `gain`, `frontier` and `best_of_n`: see limit.py."""
 
     before: Evaluation
     after: Evaluation | None = None

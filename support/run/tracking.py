@@ -45,7 +45,7 @@ class Tracker:
         ids = read_json(path, "remove it: the run is tracked anew", missing={})
         known = self.package in ids
         run_id = ids.setdefault(self.package, secrets.token_hex(8))
-        name = run_dir.name
+        name = run_dir.resolve().name
         options = {
             "wandb": {"name": name, "id": run_id, "resume": "allow", "dir": str(run_dir)},
             "swanlab": {"experiment_name": name, "id": run_id, "resume": "allow", "logdir": str(run_dir / "swanlog")},
