@@ -26,7 +26,8 @@ class Trace:
         found = {}
         for code in self.codes:
             file = Path(code.co_filename)
-            if file.is_relative_to(ROOT) and file.parent.name != "tests" and not code.co_name.startswith("<"):
+            ours = file.parent == ROOT or file.is_relative_to(ROOT / "support")
+            if ours and not code.co_name.startswith("<"):
                 source, first = inspect.getsourcelines(code)
                 numbers = [first + i for i, line in enumerate(source) if line.strip()]
                 found.setdefault(str(file.relative_to(ROOT)), set()).update(numbers)
