@@ -38,6 +38,7 @@ def train(trainer, reward, prompts: list[str], queries: list, folder) -> int:
     """
     # Imported here, since --help and what is refused at once need no torch
     from reward import score_texts
+    from support.common.figures import decimals
     from support.models.pretrained import decode
     from support.run.evaluation import Results, evaluate, noise
     from support.run.limit import gibbs_policy, kl_coef_for
@@ -62,8 +63,8 @@ def train(trainer, reward, prompts: list[str], queries: list, folder) -> int:
         trainer.set_kl_coef(kl_coef_for(*results.before.rewards(), config.kl_budget))
         folder.save_settings()
     print("\n".join(prospect(results.before, prompts, config.init_kl_coef)))
-    limit = gibbs_policy(*results.before.rewards(), config.init_kl_coef) if config.init_kl_coef else {"kl": None}
-    alarms = Alarms(config, limit["kl"])
+    kl_limit = gibbs_policy(*results.before.rewards(), config.init_kl_coef)["kl"] if config.init_kl_coef else None
+    alarms = Alarms(config, kl_limit)
     for row in folder.logged:
         alarms.look(row)
 
@@ -95,7 +96,7 @@ def train(trainer, reward, prompts: list[str], queries: list, folder) -> int:
                     print(f"warning: step {step}: {alarm['says']}")
                 show = config.log_samples_every > 0 and step % config.log_samples_every == 0
                 for prompt, text, score in samples[:SHOWN] if show else []:
-                    print(f"  {score:.3g}  {prompt}{text}")
+                    print(f"  {score:.{decimals(row['env/reward_std'])}f}  {prompt}{text}")
                 if tracker.module:
                     tracker.log(row, samples if show else [], step)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ppo import PPOTrainer
+from support.common.figures import decimals
 from support.run.evaluation import Results
 from support.run.limit import gibbs_policy
 from support.run.warnings import Alarms
@@ -91,3 +92,5 @@ def test_a_run_tells_each_step_its_time_and_now_and_then_completions(policy, tmp
     shown = out[out.index("step 2/3") : out.index("step 3/3")]
     assert all(sample["prompt"] + sample["completion"] in shown for sample in second[:5])
     assert shown.count("\n  ") == 5
+    digits = decimals(float(rows(tmp_path / "run")[1]["env/reward_std"]))  # that tell this batch's rewards apart
+    assert all(f"\n  {sample['score']:.{digits}f}  {sample['prompt']}" in shown for sample in second[:5])
