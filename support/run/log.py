@@ -49,7 +49,8 @@ class RunLog:
     def __init__(self, run_dir: Path, last_step: int):
         metrics, samples = run_dir / "metrics.csv", run_dir / "samples.jsonl"
         rows = read_rows(metrics) if metrics.exists() else []
-        if last_step == 0 and len(rows) > 1 and not (run_dir / "checkpoints").exists():
+        logged_only = len(rows) > 1 and not (run_dir / "checkpoints").exists()
+        if last_step == 0 and (logged_only or (run_dir / "model").exists()):
             raise UserError(f"{run_dir} has no checkpoint to go on from; start a new run under another --run_name")
         rows = [(line, row) for line, row in rows if row.get("step", 0) <= last_step]
         lines = []

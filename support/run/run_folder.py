@@ -88,8 +88,6 @@ class RunFolder:
         """Start the log, or go on with what was logged up to the trainer's step, and write down the settings."""
 
         def write() -> RunLog:
-            if trainer.n_steps == 0 and (path / "model").exists():
-                raise UserError(f"{path} has no checkpoint to go on from; start a new run under another --run_name")
             with disk_errors(path):
                 log = RunLog(path, trainer.n_steps)
                 (path / "checkpoints").mkdir(exist_ok=True)
