@@ -1,4 +1,4 @@
-"""What this machine computes with: library versions, device, dtype and micro-batch size."""
+"""What this machine computes with: library versions, device and dtype."""
 
 import ctypes
 import os
