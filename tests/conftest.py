@@ -14,8 +14,15 @@ import pytest
 import torch
 
 from support.models.demo_models import demo_models
-from support.models.pretrained import load_gpt2_config, load_policy, load_tokenizer
-from tests.helpers import TRACKER, small_run, write_classifier, write_gpt2
+from tests.helpers import (
+    TRACKER,
+    draw_no_pixels,
+    leave_pictures_empty,
+    load_gpt2,
+    small_run,
+    write_classifier,
+    write_gpt2,
+)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -50,24 +57,13 @@ def finished(tmp_path_factory, demo) -> Path:
 @pytest.fixture
 def without_pictures(monkeypatch):
     """Runs leave an empty rewards.png: to draw one takes longer than a small run."""
-    monkeypatch.setattr("plot_rewards.draw", lambda runs, out: out.touch())
+    leave_pictures_empty(monkeypatch)
 
 
 @pytest.fixture
 def figures(monkeypatch) -> list:
     """The figures that are drawn, each with the options of `savefig`. They leave an empty file."""
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    drawn = []
-
-    def savefig(self, out, **options):
-        out.touch()
-        drawn.append((self, options))
-
-    monkeypatch.setattr(Figure, "savefig", savefig)
-    monkeypatch.setattr(ConstrainedLayoutEngine, "execute", lambda self, figure: None)
-    return drawn
+    return draw_no_pixels(monkeypatch)
 
 
 @pytest.fixture
@@ -90,7 +86,7 @@ def signals_restored():
 @pytest.fixture
 def policy(gpt2_folder):
     """A fresh policy and its tokenizer."""
-    return load_policy(gpt2_folder, load_gpt2_config(gpt2_folder)), load_tokenizer(gpt2_folder)
+    return load_gpt2(gpt2_folder)
 
 
 @pytest.fixture

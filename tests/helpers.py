@@ -375,3 +375,21 @@ def load_gpt2(folder):
 
 def checkpoints(run_dir) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def leave_pictures_empty(patch) -> None:
+    """Let runs leave an empty rewards.png: to draw one takes longer than a small run. patch: a MonkeyPatch."""
+    patch.setattr("plot_rewards.draw", lambda runs, out: out.touch())
+
+
+def draw_no_pixels(patch) -> list:
+    """Let figures leave an empty file. Returns the list that they go into, each with the options of `savefig`."""
+    drawn = []
+
+    def savefig(self, out, **options):
+        out.touch()
+        drawn.append((self, options))
+
+    patch.setattr("matplotlib.figure.Figure.savefig", savefig)
+    patch.setattr("matplotlib.layout_engine.ConstrainedLayoutEngine.execute", lambda self, figure: None)
+    return drawn

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import plot_rewards
 from config import PPOConfig
 from reward import score_texts
 from support.common.errors import UserError
@@ -19,7 +18,7 @@ from support.compute import processes
 from support.models.pretrained import encode_prompt
 from support.run.command_line import read_command_line
 from support.run.text_trainer import TextPPOTrainer
-from tests.helpers import PROMPTS, checkpoints, load_gpt2, rows
+from tests.helpers import PROMPTS, checkpoints, leave_pictures_empty, load_gpt2, rows
 from tests.ranks import STEP, Ranks, program
 from train_ppo import main
 
@@ -96,7 +95,7 @@ def runs(tmp_path_factory, flags):
     folder = tmp_path_factory.mktemp("several")
     flags = [*flags, "--reward", "tests.ranks:killed", "--run_name"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plot_rewards, "draw", lambda runs, out: out.touch())
+        leave_pictures_empty(patch)
         patch.chdir(folder)
         assert main([*flags, "one"]) == 0
     ranks = Ranks(folder, program, [*flags, "two"], torchrun=True)

@@ -15,14 +15,12 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 import plot_rewards
 import train_ppo
 from config import PPOConfig
 from support.models.demo_models import write_review
-from tests.helpers import ROOT, code_blocks, read, write_bpe_gpt2, write_classifier, write_gpt2
+from tests.helpers import ROOT, code_blocks, draw_no_pixels, read, write_bpe_gpt2, write_classifier, write_gpt2
 from tests.hub_server import Hub
 from tools import review_models
 
@@ -125,8 +123,7 @@ def typed(tmp_path_factory, finished):
 
     with Hub(models) as hub, pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(Figure, "savefig", lambda self, out, **options: out.touch())
-        patch.setattr(ConstrainedLayoutEngine, "execute", lambda self, figure: None)
+        draw_no_pixels(patch)
         patch.setitem(review_models.GPT2_SIZES, "n_embd", 32)
         patch.setitem(review_models.GPT2_SIZES, "n_head", 2)
         patch.setitem(review_models.CLASSIFIER_SIZES, "hidden_size", 32)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from config import PPOConfig
 from support.models.pretrained import load_gpt2_config, load_policy
-from tests.helpers import Reference, read_json, rows
+from tests.helpers import Reference, leave_pictures_empty, read_json, rows
 from train_ppo import main
 
 PROMPTS = ["好", "刚收到货,感觉", "给妈妈买的,"]  # of one, seven and six tokens
@@ -49,7 +49,7 @@ def run(request, tmp_path_factory, demo):
     for name, value in {**settings, "runs_dir": runs_dir}.items():
         flags += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("plot_rewards.draw", lambda runs, out: out.touch())  # the picture has tests of its own
+        leave_pictures_empty(patched)  # the picture has tests of its own
         assert main(flags) == 0
     folder = runs_dir / "run"
     metrics = [{name: float(value) for name, value in row.items()} for row in rows(folder)]
