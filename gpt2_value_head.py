@@ -27,10 +27,11 @@ class ValueHead(nn.Module):
         return self.summary(hidden_states.to(self.summary.weight.dtype)).squeeze(-1)
 
     @torch.no_grad()
-    def scale_(self, factor: float) -> None:
-        """Scale all values by `factor`."""
-        self.summary.weight *= factor
-        self.summary.bias *= factor
+    def count_from_(self, mean: float, unit: float) -> None:
+        """Count learned values from `mean`, in `unit`; a head that is still zero stays at zero."""
+        if self.summary.weight.any() or self.summary.bias.any():
+            self.summary.weight /= unit
+            self.summary.bias.sub_(mean).div_(unit)
 
 
 class CausalLMOutputWithValue(NamedTuple):

@@ -16,7 +16,8 @@ In these points it departs from textbook PPO or from the article's code (docs/di
 10. The saved policy is an average of the weights over the steps, without the noise of single steps.
 11. Adam's epsilon is 1e-5: with 1e-8, weights whose gradient is rounding error move as fast as all others.
 12. An optimiser step is skipped and counted if its gradient isn't finite.
-13. The scores of the first batch set the unit of rewards: scores from 0 to 1 and from 0 to 10,000 train alike.
+13. The first batch's scores set the unit of rewards, and each batch's mean score is their zero: scores from 0 to 1,
+    from 0 to 10,000 and from 80 to 90 train alike, and the value head needn't follow a mean that rises.
 
 Shapes: n completions, T tokens (completions are right-padded to the longest), V vocabulary entries. A mask is True
 or 1 at a completion's real tokens, including its final [SEP], and 0 at the padding. Logits and values at t have seen
@@ -107,12 +108,12 @@ SPREAD = 0.4  # about that of probabilities, for which cliprange_value, vf_coef 
 
 def pick_reward_unit(scores: torch.Tensor, kl_coef: float) -> float:
     """The unit in which the scores (n,) of the first batch have a standard deviation of SPREAD (Ziegler, section 2.1,
-    scales its reward model similarly). If the scores barely differ (std below kl_coef / 100), use their mean magnitude
-    instead."""
+    scales its reward model similarly). If the scores barely differ (std below kl_coef / 100, or a millionth of their
+    mean magnitude, which is float32's rounding), use their mean magnitude instead."""
     scores = scores.double().cpu()
-    spread = scores.std(correction=0).item()
-    if spread <= kl_coef / 100:
-        spread = max(scores.mean().abs().item(), kl_coef)
+    spread, size = scores.std(correction=0).item(), scores.mean().abs().item()
+    if spread <= max(kl_coef / 100, 1e-6 * size):
+        spread = max(size, kl_coef)
     return spread / SPREAD or 1.0
 
 
@@ -299,7 +300,8 @@ class PPOTrainer:
         self.engine = Engine(config, model, ref_model, tokenizer)
         self.n_steps = 0
         self.n_drawn = 0  # completions since the last step
-        self.reward_unit = None  # set by the first step: rewards and values are scores divided by this
+        # A value of v means a score of reward_mean + v * reward_unit: the last step's mean, the first step's unit
+        self.reward_mean, self.reward_unit = 0.0, None
         if config.kl_controller == "adaptive":
             self.kl_controller = AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
         else:
@@ -339,10 +341,11 @@ class PPOTrainer:
         and counted in `ppo/skipped`. Raises FloatingPointError after MAX_SKIPPED skipped steps in a row.
         """
         config, engine, mask, n = self.config, self.engine, completions.mask, len(scores)
+        mean = self.reward_mean = scores.double().mean().item()
         if self.reward_unit is None:
             self.reward_unit = pick_reward_unit(scores, config.init_kl_coef)
-            self.model.v_head.scale_(1 / self.reward_unit)  # the average starts anew with the first step
-        unit, scores = self.reward_unit, to_device(scores, engine.device)
+            self.model.v_head.count_from_(mean, self.reward_unit)
+        unit, scores = self.reward_unit, to_device((scores.double() - mean).float(), engine.device)
 
         # 1. Log-probabilities and values of policy and reference before this step's update
         completions = engine.share_trunk(completions)  # through the frozen blocks, once for both (point 7)
@@ -381,10 +384,10 @@ class PPOTrainer:
                 "objective/kl": kl.mean(),
                 "objective/entropy": masked_mean(entropy, mask),
                 "objective/non_score_reward": unit * kl_penalties.sum(-1).mean(),
-                "objective/rlhf_reward": unit * token_rewards.sum(-1).mean(),
-                **{f"ppo/{name}": mean for name, mean in engine.means(updates).items()},
-                "ppo/returns/mean": unit * masked_mean(returns, mask),
-                "ppo/val/mean": unit * masked_mean(values, mask),
+                "objective/rlhf_reward": mean + unit * token_rewards.sum(-1).mean(),
+                **{f"ppo/{name}": value for name, value in engine.means(updates).items()},
+                "ppo/returns/mean": mean + unit * masked_mean(returns, mask),
+                "ppo/val/mean": mean + unit * masked_mean(values, mask),
                 "ppo/val/explained_variance": explained_variance(values, returns, mask),
                 "tokens/completion_length": mask.sum() / n,
                 "tokens/ended_share": ended.any(-1).float().mean(),

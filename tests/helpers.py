@@ -216,11 +216,13 @@ class Reference:
 
     def step(self, queries, responses, scores):
         c, n = self.config, len(queries)
+        mean = np.mean(scores)
         if self.unit is None:
+            self.start = mean if self.weight.any() or self.bias.any() else 0.0  # a new head starts at the first batch's mean
             self.unit = np.std(scores) / 0.4
             with torch.no_grad():
                 self.weight /= self.unit
-                self.bias /= self.unit
+                self.bias.sub_(self.start).div_(self.unit)
         with torch.no_grad():
             old = [self.logprobs_and_values(self.gpt2, *pair) for pair in zip(queries, responses)]
             ref = [self.logprobs_and_values(self.ref_gpt2, *pair)[0] for pair in zip(queries, responses)]
@@ -228,7 +230,7 @@ class Reference:
         rewards = [-self.kl_coef / self.unit * kl for kl in kls]
         advantages, returns = [], []
         for reward, score, (_, values, _) in zip(rewards, scores, old):
-            reward[-1] += score / self.unit
+            reward[-1] += (score - mean) / self.unit
             advantage = torch.zeros_like(values)
             for t in range(len(values)):
                 for k in range(t, len(values)):
@@ -280,8 +282,8 @@ class Reference:
             "objective/non_score_reward": -self.kl_coef * kl,
             "objective/rlhf_reward": np.mean(scores) - self.kl_coef * kl,
             "ppo/skipped": 0.0,
-            "ppo/returns/mean": self.unit * targets.mean().item(),
-            "ppo/val/mean": self.unit * predictions.mean().item(),
+            "ppo/returns/mean": mean + self.unit * targets.mean().item(),
+            "ppo/val/mean": mean + self.unit * predictions.mean().item(),
             "ppo/val/explained_variance": 1 - (targets - predictions).numpy().var() / targets.numpy().var(),
             "tokens/completion_length": np.mean([len(response) for response in responses]),
             "tokens/ended_share": np.mean([SEP in response for response in responses]),

@@ -53,7 +53,7 @@ def test_a_loaded_trainer_goes_on_as_the_saved_one(policy, tmp_path):
     assert [group["fused"] for group in other.engine.optimizer.param_groups] == [True, True]
     assert other.n_steps == 2 and other.engine.skipped_in_a_row == 3
     assert other.kl_controller.value == trainer.kl_controller.value != other.config.init_kl_coef
-    assert other.reward_unit == trainer.reward_unit != 1
+    assert other.reward_unit == trainer.reward_unit != 1 and other.reward_mean == trainer.reward_mean != 0
     assert_same_weights(trainer, other)
     assert trainer.step(*batch) == other.step(*batch)
     assert_same_weights(trainer, other)

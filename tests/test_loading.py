@@ -148,7 +148,7 @@ def saved(policy, tmp_path):
     model, tokenizer = policy
     torch.nn.init.normal_(model.v_head.summary.weight)
     torch.nn.init.ones_(model.v_head.summary.bias)
-    models.save_policy(model, tokenizer, tmp_path / "saved", temperature=0.7, gen_len=9, value_unit=8.0)
+    models.save_policy(model, tokenizer, tmp_path / "saved", temperature=0.7, gen_len=9, values=(0.5, 8.0))
     return model, tokenizer, tmp_path / "saved"
 
 

@@ -75,6 +75,7 @@ def test_two_steps_end_at_the_weights_of_a_second_implementation(policy, changes
             assert expected["ppo/grad_norm"] > config.max_grad_norm
     assert trainer.kl_controller.value == pytest.approx(reference.kl_coef, rel=REL)
 
+    start["v_head.summary.bias"] -= reference.start
     for name in ("v_head.summary.weight", "v_head.summary.bias"):
         start[name] /= reference.unit
     for got, expected in ((trainer.model, reference.weights()), (trainer.policy_for_saving, reference.average())):
@@ -85,23 +86,28 @@ def test_two_steps_end_at_the_weights_of_a_second_implementation(policy, changes
             assert (moved - should).norm() <= 2 * REL * should.norm() + ABS * SETTINGS["lr"] / 1e-2, name
 
 
-@pytest.mark.parametrize("c", [0.001, 10_000])
-def test_scores_and_coefficient_in_another_unit_are_the_same_run(policy, c):
-    """Also if values have been learned before. The statistics of rewards are in the unit of the scores."""
+@pytest.mark.parametrize("learned", [False, True], ids=["new value head", "old value head"])
+@pytest.mark.parametrize("c, offset", [(0.001, 0), (10_000, 0), (1, 100), (2, -85)])
+def test_scores_in_another_unit_or_with_an_offset_are_the_same_run(policy, c, offset, learned):
+    """The KL coefficient changes with the unit. The statistics of rewards are in the unit of the scores."""
     model, ref_model = moved_policy(policy[0])
     of_rewards = {"kl_coef", "non_score_reward", "rlhf_reward", "returns/mean", "val/mean"}
     trainers = []
-    for unit in (1, c):
+    for unit, shift in ((1, 0), (c, offset)):
         own = copy.deepcopy(model)
-        own.v_head.scale_(unit)
+        with torch.no_grad():
+            own.v_head.summary.weight *= unit if learned else 0
+            own.v_head.summary.bias.fill_(shift if learned else 0)
         config = PPOConfig(**SETTINGS | {"init_kl_coef": 0.3 * unit})
         trainers.append(TextPPOTrainer(config, own, copy.deepcopy(ref_model), policy[1]))
     for queries, responses, scores in batches():
         plain = trainers[0].step(queries, responses, scores)
-        other = trainers[1].step(queries, responses, [c * score for score in scores])
+        other = trainers[1].step(queries, responses, [c * score + offset for score in scores])
         for name, value in plain.items():
-            factor = c if name.split("/", 1)[1] in of_rewards else 1
-            assert other[name] == pytest.approx(factor * value, rel=REL, abs=ABS * factor), name
+            name_in_group = name.split("/", 1)[1]
+            factor = c if name_in_group in of_rewards else 1
+            shift = offset if name_in_group in of_rewards - {"kl_coef", "non_score_reward"} else 0
+            assert other[name] == pytest.approx(factor * value + shift, rel=REL, abs=ABS * factor), name
     for weight, same in zip(trainers[0].model.parameters(), trainers[1].model.parameters()):
         assert torch.allclose(weight, same, rtol=REL, atol=ABS)
     average = [list(trainer.policy_for_saving.v_head.parameters()) for trainer in trainers]

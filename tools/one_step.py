@@ -76,8 +76,8 @@ def take_step(config: PPOConfig) -> Step:
     kl_coef, stats = trainer.kl_controller.value, trainer.step(batch, scores)
     seen.append(trainer.forward_pass(batch, trainer.model))
 
-    mask, unit = batch.mask, trainer.reward_unit
-    logprobs, values = [new[0] for new in seen], [unit * new[1] for new in seen]
+    mask, mean, unit = batch.mask, trainer.reward_mean, trainer.reward_unit
+    logprobs, values = [new[0] for new in seen], [mean + unit * new[1] for new in seen]
     rewards, penalties = ppo.compute_rewards(scores, logprobs[0], ref_logprobs, mask, kl_coef)
     advantages, returns = ppo.compute_advantages(values[0], rewards, mask, config.gamma, config.lam)
     deltas, _ = ppo.compute_advantages(values[0], rewards, mask, config.gamma, lam=0)  # an advantage is then a delta

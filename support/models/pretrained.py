@@ -133,10 +133,10 @@ def load_policy(folder: Path, config: GPT2Config, device="cpu") -> GPT2HeadWithV
 
 
 def save_policy(
-    model: GPT2HeadWithValueModel, tokenizer, folder: Path, temperature: float, gen_len: int, value_unit: float = 1.0
+    model: GPT2HeadWithValueModel, tokenizer, folder: Path, temperature: float, gen_len: int, values=(0.0, 1.0)
 ) -> None:
     """Write a folder that plain `transformers` opens as a GPT-2 and that opens here with its value head. The saved
-    values are the model's times `value_unit`; the model itself stays as it is."""
+    value head counts in scores: mean + unit * value, with values = (mean, unit); the model itself stays as it is."""
     with torch.device("meta"):
         gpt2 = GPT2LMHeadModel(copy.deepcopy(model.config))
     weights = {name: weight for name, weight in model.state_dict().items() if not name.startswith("v_head.")}
@@ -145,7 +145,9 @@ def save_policy(
     gpt2.config.task_specific_params = {"text-generation": {"max_new_tokens": gen_len}}
     with quiet_transformers():
         gpt2.save_pretrained(folder)
-    save_file({name: value_unit * weight for name, weight in model.v_head.state_dict().items()}, folder / VALUE_HEAD)
+    head, (mean, unit) = model.v_head.state_dict(), values
+    head = {"summary.weight": unit * head["summary.weight"], "summary.bias": unit * head["summary.bias"] + mean}
+    save_file(head, folder / VALUE_HEAD)
     save_tokenizer(tokenizer, folder)
     GenerationConfig(
         do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=gen_len,

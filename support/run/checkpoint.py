@@ -45,6 +45,7 @@ def save_checkpoint(trainer, folder: Path, keep: int) -> Path:
         state = {
             "step": trainer.n_steps,
             "kl_coef": trainer.kl_controller.value,
+            "reward_mean": trainer.reward_mean,
             "reward_unit": trainer.reward_unit,
             "skipped_in_a_row": engine["skipped_in_a_row"],
             "sha256": {name: sha256(partial / name) for name in FILES},
@@ -70,7 +71,8 @@ def load_checkpoint(trainer, folder: Path) -> None:
                 engine = {"policy": policy, "average": average, "optimizer": saved["optimizer"]}
                 trainer.engine.load_state_dict({**engine, "skipped_in_a_row": state["skipped_in_a_row"]})
                 set_random_state(saved["random"])
-                trainer.kl_controller.value, trainer.reward_unit = state["kl_coef"], state["reward_unit"]
+                trainer.kl_controller.value = state["kl_coef"]
+                trainer.reward_mean, trainer.reward_unit = state.get("reward_mean", 0.0), state["reward_unit"]
                 trainer.n_steps = state["step"]
             return
         except UserError as error:

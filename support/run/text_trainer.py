@@ -143,5 +143,6 @@ def save_trained(trainer: PPOTrainer, folder: str | Path, example: str) -> None:
     card with an example prompt. Opens with `from_pretrained` and in plain `transformers`."""
     with disk_errors(Path(folder)):
         policy, config, unit = trainer.policy_for_saving, trainer.config, trainer.reward_unit or 1.0
-        save_policy(policy, trainer.tokenizer, Path(folder), config.temperature, config.gen_len, unit)
+        values = trainer.reward_mean, unit
+        save_policy(policy, trainer.tokenizer, Path(folder), config.temperature, config.gen_len, values)
         write_card(Path(folder), config, example)
