@@ -140,8 +140,8 @@ class PPOConfig:
     )
     value_lr: float = option(
         1e-3,
-        "Adam's learning rate for the value head, which starts at zero and must reach the mean reward within a few "
-        "steps (article: the same as lr; see docs/learning.md).",
+        "Adam's learning rate for the value head, which starts at zero and is small (article: the same as lr; see "
+        "docs/learning.md).",
         above=0,
     )
     adam_epsilon: float = option(
@@ -234,7 +234,6 @@ PRESETS = {
         frozen_share=0.0,
         init_kl_coef=0.15,
         lr=1e-4,
-        value_lr=1e-2,
         dtype="float32",
     ),
 }
