@@ -51,6 +51,32 @@ def test_a_reward_that_is_chance_is_told_and_its_gain_is_unknown(policy, tmp_pat
     assert results["gain"]["gain"] is None and "twice" in results["verdict"]
 
 
+class Novelty(set):
+    """A reward that gives 1 to texts it hasn't seen and 0 to others."""
+
+    def __call__(self, texts):
+        scores = [text not in self for text in texts]
+        self.update(texts)
+        return scores
+
+
+def drifts_with_steps(texts, calls=[]):
+    """Judges the same at first, and a little better with each batch."""
+    calls.append(texts)
+    return [length + max(0, len(calls) - 3) for length in map(len, texts)]
+
+
+def test_a_reward_that_changes_is_told_before_training_and_after_it(policy, tmp_path, capsys):
+    seen = "warning: the reward changes from call to call: the same 64 texts score "
+    with pytest.raises(UserError, match="^--kl_budget"):
+        tiny_run(tmp_path / "novelty", policy, Novelty(), kl_budget=0.3, eval_samples=64)
+    assert seen in capsys.readouterr().out
+    assert tiny_run(tmp_path / "run", policy, drifts_with_steps, eval_samples=64) == 0
+    out, results = capsys.readouterr().out, read_json(tmp_path / "run" / "evaluation.json")
+    assert seen not in out and results["verdict"] in out and results["gain"]["gain"] is None
+    assert "isn't the same before and after training: the same 64 texts score 5 higher" in results["verdict"]
+
+
 def test_an_alarm_is_printed_once_and_stays_in_the_evaluation(policy, tmp_path, capsys):
     fast = {"lr": 0.1, "minibatch_size": 4, "frozen_share": 0.0}
     assert tiny_run(tmp_path / "run", policy, variety, **fast) == 0
