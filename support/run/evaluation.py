@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from ppo import PPOTrainer, kl_from_logits, logprobs_from_logits, masked_mean
-from reward import score_texts
+from reward import SentimentReward, score_texts
 from support.common.files import damaged, read_json, write_whole
+from support.compute import processes
 from support.compute.batches import Completions
 from support.models.pretrained import decode
 from support.run.limit import LITTLE, NOISY, best_of_n, frontier, gain, variance_within
@@ -104,6 +106,7 @@ def evaluate(trainer: PPOTrainer, model, reward, prompts: list[str], queries: li
 
     `kl` is the mean of `kl_to_reference`: the same expectation as the sampled log-ratios, with less noise.
     """
+    print(f"judging {trainer.config.eval_samples:,} completions")
     prompt_index, completions, texts, rewards = sample_and_score(trainer, model, reward, prompts, queries)
     kl, ref_logprobs = kl_to_reference(trainer, model, completions)
     mask, n = completions.mask.cpu(), len(texts)
@@ -133,7 +136,11 @@ def sample_and_score(trainer: PPOTrainer, model, reward, prompts: list[str], que
     prompt_index = torch.arange(trainer.config.eval_samples) % len(prompts)
     completions = trainer.engine.generate([queries[i] for i in prompt_index], model, SEED, 0, 0)
     texts = decode(trainer.tokenizer, completions.token_lists())
-    rewards = score_texts(reward, [prompts[i] + text for i, text in zip(prompt_index, texts)])
+    whole = [prompts[i] + text for i, text in zip(prompt_index, texts)]
+    # A function of yours, which may be slow, gets as many texts at once as in training, and shows its progress
+    size = len(whole) if isinstance(reward, SentimentReward) else trainer.config.batch_size
+    calls = tqdm(range(0, len(whole), size), "scoring", delay=5, mininterval=5, disable=processes.rank() > 0)
+    rewards = torch.cat([score_texts(reward, whole[start : start + size]) for start in calls])
     return prompt_index, completions, texts, rewards
 
 
