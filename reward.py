@@ -1,6 +1,5 @@
 """The reward: text -> number. The article's sentiment classifier, or any function of yours."""
 
-import importlib
 import json
 import os
 import re
@@ -13,6 +12,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, pipeline
 
 from support.common.errors import RewardError, UserError, first_line, is_out_of_memory
+from support.common.imports import import_as_it_is_now
 from support.compute import processes
 from support.compute.batches import listed, to_float32
 from support.models.pretrained import (
@@ -98,7 +98,8 @@ def find_positive_label(labels: list[str], wanted: str | None) -> str:
 
 
 def import_function(spec: str) -> Callable:
-    """Import the function that 'module:function' names, from the working directory or Python's path.
+    """Import the function that 'module:function' names, from the working directory or Python's path, as its file and
+    those next to it are now.
 
     Gradient mode and default dtype, which some scripts set, are put back. Raises UserError if there is no function.
     """
@@ -107,7 +108,7 @@ def import_function(spec: str) -> Callable:
         sys.path.append(os.getcwd())  # last, so that a reward.py there doesn't hide this program's
     gradients, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
     try:
-        function = getattr(importlib.import_module(module), name)
+        function = getattr(import_as_it_is_now(module), name)
     except (Exception, SystemExit) as error:
         raise UserError(f"--reward {spec} cannot be imported ({first_line(error)}); give module:function")
     finally:

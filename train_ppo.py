@@ -40,7 +40,7 @@ def train(trainer, reward, prompts: list[str], queries: list, folder) -> int:
     from reward import score_texts
     from support.common.figures import decimals
     from support.models.pretrained import decode
-    from support.run.evaluation import Results, evaluate, noise
+    from support.run.evaluation import Results, change_since, check_reward, evaluate
     from support.run.limit import gibbs_policy, kl_coef_for
     from support.run.log import progress, step_row
     from support.run.results import SHOWN
@@ -55,10 +55,12 @@ def train(trainer, reward, prompts: list[str], queries: list, folder) -> int:
     if results is None:
         with failures_explained(folder.path, lambda: "evaluation"):
             results = Results(evaluate(trainer, trainer.ref_model, reward, prompts, queries))
-            results.before.noise = noise(reward, results.before)
+            check_reward(reward, results.before)
         folder.write_results(results)
 
     # 2. What can be expected, and at which price
+    if results.before.unsteady:
+        print(f"warning: {results.before.unsteady}")
     if config.kl_budget and trainer.n_steps == 0:
         trainer.set_kl_coef(kl_coef_for(*results.before.rewards(), config.kl_budget))
         folder.save_settings()
@@ -115,6 +117,7 @@ def train(trainer, reward, prompts: list[str], queries: list, folder) -> int:
         folder.save_model(prompts[0])
         with failures_explained(folder.path, lambda: "evaluation"):
             results.after = evaluate(trainer, trainer.policy_for_saving, reward, prompts, queries)
+            results.after.unsteady = change_since(reward, results.before)
         results.steps, results.alarms = trainer.n_steps, alarms.found
         finish(folder.path, config, results, prompts)
         tracker.log(numbers(results, "evaluation"))
@@ -152,7 +155,7 @@ def judge_again(
     trainer, reward, prompts: list[str], queries: list, run_dir: Path, inputs: dict[str, str], argv: list[str]
 ) -> int:
     """Judge the saved model of a run without training, and return the exit code. trainer, reward: as for `train`."""
-    from support.run.evaluation import Results, evaluate, noise
+    from support.run.evaluation import Results, change_since, check_reward, evaluate
     from support.run.run_folder import (
         compare_inputs,
         failures_explained,
@@ -167,8 +170,10 @@ def judge_again(
     config, earlier = trainer.config, read_results(run_dir)
     saved = saved_policy(run_dir, trainer.model)
     with failures_explained(run_dir, lambda: "evaluation"):
-        before, after = (evaluate(trainer, model, reward, prompts, queries) for model in (trainer.ref_model, saved))
-        before.noise = noise(reward, before)
+        before = evaluate(trainer, trainer.ref_model, reward, prompts, queries)
+        check_reward(reward, before)
+        after = evaluate(trainer, saved, reward, prompts, queries)
+        after.unsteady = change_since(reward, before)
     results = earlier or Results(before)
     n_earlier = results.after.n if results.after else 0
     results.before, results.after = before, after

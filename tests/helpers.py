@@ -347,7 +347,7 @@ def evaluation(samples, kls=None, **figures) -> Evaluation:
     """A policy judged on samples, (prompt, completion, reward); figures that aren't given are 0."""
     kls = kls or [0.0] * len(samples)
     found = dict.fromkeys((field.name for field in dataclasses.fields(Evaluation)), 0.0)
-    found |= {"n": len(samples), "reward": float(np.mean([reward for *_, reward in samples]))}
+    found |= {"n": len(samples), "unsteady": "", "reward": float(np.mean([reward for *_, reward in samples]))}
     found |= {"kl": float(np.mean(kls)), "commonest": [], "samples": [list(sample) for sample in samples], "kls": kls}
     return Evaluation(**found | figures)
 

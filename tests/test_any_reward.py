@@ -4,6 +4,7 @@ import copy
 import random
 
 import pytest
+from tqdm import tqdm
 
 from config import PPOConfig
 from support.common.errors import UserError
@@ -49,6 +50,48 @@ def test_a_reward_that_is_chance_is_told_and_its_gain_is_unknown(policy, tmp_pat
     results = read_json(tmp_path / "run" / "evaluation.json")
     assert results["before"]["noise"] == pytest.approx(1, abs=0.5) and "is chance" in capsys.readouterr().out
     assert results["gain"]["gain"] is None and "twice" in results["verdict"]
+
+
+class Novelty(set):
+    """A reward that gives 1 to texts it hasn't seen and 0 to others."""
+
+    def __call__(self, texts):
+        scores = [text not in self for text in texts]
+        self.update(texts)
+        return scores
+
+
+def drifts_with_steps(texts, calls=[]):
+    """The same in the ten calls that judge, and one more in each call from then on."""
+    calls.append(texts)
+    return [length + max(0, len(calls) - 10) for length in map(len, texts)]
+
+
+def test_a_reward_that_changes_is_told_before_training_and_after_it(policy, tmp_path, capsys):
+    seen = "warning: the reward changes from call to call: the same 64 texts score "
+    with pytest.raises(UserError, match="^--kl_budget"):
+        tiny_run(tmp_path / "novelty", policy, Novelty(), kl_budget=0.3, eval_samples=64)
+    assert seen in capsys.readouterr().out
+    assert tiny_run(tmp_path / "run", policy, drifts_with_steps, eval_samples=64) == 0
+    out, results = capsys.readouterr().out, read_json(tmp_path / "run" / "evaluation.json")
+    assert seen not in out and results["verdict"] in out and results["gain"]["gain"] is None
+    assert "isn't the same before and after training: the same 64 texts score 12 higher" in results["verdict"]
+
+
+def test_a_slow_reward_judges_in_batches_as_large_as_in_training_and_shows_its_progress(
+    policy, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("support.run.evaluation.tqdm", lambda *args, **options: tqdm(*args, **options | {"delay": 0}))
+    sizes = []
+
+    def reward(texts):
+        sizes.append(len(texts))
+        return variety(texts)
+
+    assert tiny_run(tmp_path / "run", policy, reward, eval_samples=20, batch_size=10, minibatch_size=10) == 0
+    assert sizes == [10, 10, 20, 10, *[10] * 3, 10, 10, 20]  # judge, twice; train; judge
+    out, err = capsys.readouterr()
+    assert out.count("judging 20 completions") == 2 and err.count("scoring: 100%") >= 2
 
 
 def test_an_alarm_is_printed_once_and_stays_in_the_evaluation(policy, tmp_path, capsys):

@@ -5,6 +5,8 @@ import functools
 import itertools
 import json
 import math
+import random
+import zlib
 from statistics import NormalDist
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from config import PPOConfig
 from support.common.errors import UserError
 from support.run import limit
-from support.run.evaluation import Evaluation, Results, distinct, noise
+from support.run.evaluation import Evaluation, Results, change_since, check_reward, distinct
 from support.run.results import before_after_table, results_table, verdict
 from tests.helpers import evaluated, evaluation
 
@@ -158,17 +160,133 @@ def test_gain_is_unknown_beyond_each_limit_and_known_within_it(before, beta, why
         assert 1 <= result["samples_needed"] * effective / (2 * len(scores) * least) < 2
 
 
-def test_noise_is_half_the_squared_difference_of_two_scores_over_the_variance():
-    """Scores 0 and 2 have variance 1. The second time the even texts get 0.4 more: 0.16 / 2 / 2."""
-    texts = []
+def test_noise_is_half_the_variance_of_the_second_score_minus_the_first_over_the_variance_of_all():
+    """Scores 0 and 2 have variance 1. The second time every other one is 0.4 higher: 0.04 / 2."""
+    calls = []
 
     def again(batch):
-        texts.extend(batch)
+        calls.append(batch)
         return [0.4, 2.0] * (len(batch) // 2)
 
-    assert noise(again, judged([0.0, 2.0] * 50)) == pytest.approx(0.04)
-    assert texts == ["ax"] * 64
-    assert noise(lambda batch: [0.5] * len(batch), judged([0.5] * 100)) == 0
+    before = judged([0.0, 2.0] * 50)
+    check_reward(again, before)
+    assert before.noise == pytest.approx(0.02)
+    assert calls == [["ax"] * 64, ["ax"] * 32]
+
+
+def counted(text: str) -> float:
+    """A number between 0 and 1 for each text, about evenly distributed."""
+    return zlib.crc32(text.encode()) / 2**32
+
+
+def each(texts: list[str]) -> torch.Tensor:
+    return torch.tensor([counted(text) for text in texts])
+
+
+class Calls:
+    """A reward with a state: how often it was called, which texts it has seen, and their mean so far."""
+
+    def __init__(self, score):
+        self.score, self.n, self.seen, self.mean = score, 0, set(), 0.0
+
+    def __call__(self, texts):
+        self.n += 1
+        scores = self.score(self, texts)
+        self.seen.update(texts)
+        return scores
+
+
+def running_mean(state, texts):
+    state.mean = 0.8 * state.mean + 0.2 * each(texts).mean()
+    return each(texts) - state.mean
+
+
+def by_eights(texts):
+    """z-scores within groups of eight, as for GRPO."""
+    groups = each(texts).reshape(-1, 8)
+    return ((groups - groups.mean(1, keepdim=True)) / groups.std(1, keepdim=True)).flatten()
+
+
+def noisy(deviation, seed=0):
+    draw = random.Random(seed)
+    return lambda texts: [counted(text) + draw.gauss(0, deviation) for text in texts]
+
+
+def first_and_second(reward, n=200) -> Evaluation:
+    """A policy whose n different texts a reward has scored, and then been checked with."""
+    texts = [str(i) for i in range(n)]
+    before = evaluation([("", text, score) for text, score in zip(texts, torch.as_tensor(reward(texts)).tolist())])
+    check_reward(reward, before)
+    return before
+
+
+DRIFT, COMPANY = (
+    "the reward changes from call to call: the same 64 texts score",
+    "depends on the other texts in its call",
+)
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        (each, None),
+        (lambda texts: 1e6 + 100 * each(texts), None),
+        (noisy(0.03), None),
+        (
+            noisy(0.3),
+            None,
+        ),  # half of the variance is chance: those with the best first scores are worse the second time
+        (Calls(lambda state, texts: each(texts) + 0.02 * state.n), f"{DRIFT} 0.02 higher"),
+        (Calls(lambda state, texts: each(texts) - 0.05 * state.n), f"{DRIFT} 0.05 lower"),
+        (Calls(lambda state, texts: [text not in state.seen for text in texts]), f"{DRIFT} 1 lower"),
+        (Calls(lambda state, texts: each(texts) if state.n > 1 else torch.ones(len(texts))), f"{DRIFT} 0."),
+        (Calls(lambda state, texts: each(texts) if state.n > 1 else torch.full((len(texts),), 0.5)), None),
+        (Calls(running_mean), f"{DRIFT} 0.0"),
+        (lambda texts: each(texts) - each(texts).mean(), COMPANY),
+        (lambda texts: (each(texts) - each(texts).mean()) / each(texts).std(), COMPANY),
+        (lambda texts: each(texts).argsort().argsort() / len(texts), COMPANY),
+        (lambda texts: each(texts) > each(texts).median(), COMPANY),
+        (by_eights, COMPANY),
+        (lambda texts: each(texts) / each(texts).sum(), DRIFT),
+    ],
+)
+def test_a_reward_that_drifts_or_compares_its_texts_is_told_from_one_with_noise(reward, said):
+    before = first_and_second(reward)
+    result = limit.gain(before, before, 0.3)
+    if said is None:
+        assert before.unsteady == "" and "call" not in result.get("why", "")
+    else:
+        assert said in before.unsteady and result["gain"] is None
+        assert result["why"] == limit.possible(before, 0.0)["why"] == before.unsteady
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda scores: scores, ""),
+        (lambda scores: scores + 0.005, ""),
+        (lambda scores: scores + 1.5, "64 texts score 1.5 higher (standard error "),
+        (lambda scores: scores - 0.04, "64 texts score 0.04 lower (standard error "),
+        (lambda scores: 2 * scores - scores.mean(), "64 texts score 0.29 higher or lower now"),
+        (lambda scores: scores.flip(0), "higher or lower now"),
+    ],
+)
+def test_a_reward_that_is_another_after_training_leaves_the_gain_unknown(change, said):
+    """Its state moves on with the training steps, and not with the calls that judge."""
+    before = first_and_second(each)
+    after = dataclasses.replace(before, unsteady=change_since(lambda texts: change(each(texts)), before))
+    assert said in after.unsteady and bool(said) == bool(after.unsteady)
+    results = Results(before, after)
+    results.measure(0.3)
+    assert (results.gain["gain"] is None) == bool(said)
+    if said:
+        assert verdict(results, PPOConfig()) == f"gain unknown: {after.unsteady}"
+
+
+def test_noise_is_not_taken_for_a_change_after_training():
+    for seed in range(20):
+        before = first_and_second(noisy(0.035, seed))  # 1.5% of the variance
+        assert before.unsteady == change_since(noisy(0.035, -1 - seed), before) == ""
 
 
 @pytest.mark.parametrize(("good", "first"), [(19, 9), (21, 0)])
@@ -263,6 +381,13 @@ def test_the_verdict_looks_at_unique_texts_minibatches_and_the_number_of_samples
     assert verdict_on(0.9, 0.5, noise=2.5).startswith("good")
     assert verdict_on(0.2, 0.5, noise=4.5).startswith("wasted")  # 0.7 is far from -0.6
     assert verdict_on(0.9, 0.5, beta=0.0).startswith("gain unknown: the KL coefficient is 0")
+
+
+def test_a_gain_above_1_by_more_than_three_errors_is_impossible():
+    """A standard error of 0.04 in J - J_ref, of 1/2."""
+    assert verdict_on(1.11, 0.5, noise=1.8).startswith("good")
+    assert verdict_on(1.3, 0.5, noise=1.8).startswith("impossible: 160% of what is possible, over 3 standard errors (")
+    assert "the reward isn't the same before and after" in verdict_on(1.3, 0.5, noise=1.8)
 
 
 def cells(table: str) -> list[list[str]]:

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("without_pictures", "signals_restored")
 
 
 def reward_at(call, happens):
-    """A reward at one of whose calls something happens: 1 and 2 judge (the second one fewer texts), 3 to 5 train."""
+    """A reward at one of whose calls something happens: 1 to 3 judge, 4 to 6 train, and 7 and 8 judge again."""
     calls = []
 
     def reward(texts):
@@ -69,7 +69,7 @@ def test_runs_that_differ_in_one_byte_differ(whole, tmp_path, monkeypatch):
 def test_a_signal_stops_after_the_step_with_a_checkpoint(policy, whole, tmp_path, number, code, capfd):
     """And the run goes on to the end of one that was not stopped."""
     run_dir = tmp_path / "run"
-    reward = reward_at(4, lambda _: signal.raise_signal(number))
+    reward = reward_at(5, lambda _: signal.raise_signal(number))
     assert tiny_run(run_dir, policy, reward, save_every=0) == code
     out, err = capfd.readouterr()
     assert "stopping after this step" in err and out.endswith(f"python train_ppo.py --resume {run_dir}\n")
@@ -78,12 +78,12 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(policy, whole, tmp_path
     assert tiny_run(run_dir, policy, resume=True) == 0 and differences(whole, run_dir) == []
 
 
-@pytest.mark.parametrize("call", [1, 6])
+@pytest.mark.parametrize("call", [1, 7])
 def test_ctrl_c_ends_an_evaluation_at_once(policy, tmp_path, call):
     """At the first nothing can be lost, and at the last the trained model is in its folder already."""
     with pytest.raises(KeyboardInterrupt):
         tiny_run(tmp_path / "run", policy, reward_at(call, lambda _: signal.raise_signal(signal.SIGINT)))
-    assert (tmp_path / "run" / "model").exists() == (call == 6) and not (tmp_path / "run" / "report.md").exists()
+    assert (tmp_path / "run" / "model").exists() == (call == 7) and not (tmp_path / "run" / "report.md").exists()
 
 
 def test_a_second_signal_leaves_at_once():
@@ -114,7 +114,7 @@ def test_a_terminal_that_goes_away_stops_nothing_below_nohup(capfd):
     assert not stop.received and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
-@pytest.mark.parametrize(("call", "where", "kept"), [(1, "evaluation", []), (4, "step 2", ["step-000001"])])
+@pytest.mark.parametrize(("call", "where", "kept"), [(1, "evaluation", []), (5, "step 2", ["step-000001"])])
 def test_a_reward_that_raises_keeps_the_run(policy, whole, tmp_path, call, where, kept):
     """One line, the traceback with the texts in error.log, and a way on; with another reward if none has judged."""
     run_dir, seen = tmp_path / "run", []
@@ -128,7 +128,7 @@ def test_a_reward_that_raises_keeps_the_run(policy, whole, tmp_path, call, where
     log = (run_dir / "error.log").read_text(encoding="utf-8")
     assert "Traceback" in log and all(text in log for text in seen)
     assert checkpoints(run_dir) == kept
-    assert tiny_run(run_dir, policy, resume=True, inputs={"the reward": "4"}) == 0
+    assert tiny_run(run_dir, policy, resume=True, inputs={"the reward": "5"}) == 0
     assert differences(whole, run_dir) == []
 
 

@@ -1,8 +1,11 @@
 """The sentiment reward, and rewards of a user's own."""
 
 import functools
+import importlib
 import json
 import math
+import os
+import sys
 from decimal import Decimal
 from fractions import Fraction
 
@@ -185,6 +188,80 @@ def test_importing_a_reward_leaves_gradient_mode_and_default_dtype_as_they_were(
     (tmp_path / "sets_modes.py").write_text(sets_modes)
     assert import_function("sets_modes:score") is print
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+
+
+@pytest.fixture
+def rewards(tmp_path, monkeypatch):
+    """Writes source files by their names and texts, all within a second. What they define is forgotten afterwards."""
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
+    monkeypatch.setattr("support.common.imports.EXECUTED", {})
+    monkeypatch.setattr("sys.dont_write_bytecode", False)
+
+    def write(**sources):
+        for name, text in sources.items():
+            path = tmp_path / f"{name.replace('__in__', '/')}.py"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+            os.utime(path, (1, 1))  # Python looks at whole seconds, and at the size
+
+    yield write
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+SCORE, HELPED = "def score(texts):\n    return [{}]\n", "{}\ndef score(texts):\n    return [WORTH]\n"
+IN_CALL = "def score(texts):\n    from own_words import WORTH\n    return [WORTH]\n"
+
+
+@pytest.mark.parametrize(
+    ("spec", "sources", "edited"),
+    [
+        ("own_reward:score", {"own_reward": SCORE.format(1)}, {"own_reward": SCORE.format(2)}),
+        (
+            "own_reward:score",
+            {"own_reward": HELPED.format("from own_words import WORTH"), "own_words": "WORTH = 1"},
+            {"own_words": "WORTH = 2"},
+        ),
+        ("own_reward:score", {"own_reward": IN_CALL, "own_words": "WORTH = 1"}, {"own_words": "WORTH = 2"}),
+        (
+            "own.reward:score",
+            {"own__in__reward": HELPED.format("from .words import WORTH"), "own__in__words": "WORTH = 1"},
+            {"own__in__words": "WORTH = 2"},
+        ),
+        (
+            "own_reward:score",
+            {"own_reward": HELPED.format("from own.words import WORTH"), "own__in__words": "WORTH = 1"},
+            {"own__in__words": "WORTH = 2"},
+        ),
+    ],
+)
+def test_a_reward_that_was_edited_is_executed_as_it_is_now(rewards, spec, sources, edited):
+    """The file itself, or a module next to it, below it or in the same package; also after a mistake in the edit."""
+    rewards(**sources)
+    assert import_function(spec)(["a"]) == [1]
+    rewards(**edited)
+    assert import_function(spec)(["a"]) == [2]
+    (name, text), *_ = sources.items()
+    rewards(**{name: f"{text}\nmistake\n"})
+    with pytest.raises(UserError, match="NameError"):
+        import_function(spec)
+    rewards(**sources)
+    assert import_function(spec)(["a"]) == [1]
+
+
+def test_a_reward_that_was_not_edited_keeps_its_state(rewards):
+    rewards(own_reward="import own_words\nWORTH = 1\ndef score(texts):\n    return [WORTH]\n", own_words="")
+    function = import_function("own_reward:score")
+    sys.modules["own_reward"].WORTH = 3
+    assert import_function("own_reward:score") is function and function(["a"]) == [3]
+
+
+def test_a_reward_that_was_edited_after_an_import_by_hand_is_executed_again(rewards):
+    rewards(own_reward=SCORE.format(1))
+    assert importlib.import_module("own_reward").score(["a"]) == [1]
+    rewards(own_reward=SCORE.format(2))
+    assert import_function("own_reward:score")(["a"]) == [2]
 
 
 def test_booleans_are_not_token_ids():

@@ -12,22 +12,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from ppo import PPOTrainer, kl_from_logits, logprobs_from_logits, masked_mean
-from reward import score_texts
+from reward import SentimentReward, score_texts
 from support.common.files import damaged, read_json, write_whole
+from support.compute import processes
 from support.compute.batches import Completions
 from support.models.pretrained import decode
-from support.run.limit import best_of_n, frontier, gain
+from support.run.limit import LITTLE, NOISY, best_of_n, frontier, gain, variance_within
 
 SEED = 20_170_707  # of every evaluation, whatever the run's seed: all policies are judged on the same draws
+STEADY = "a score must depend on its text alone, not on earlier calls or on the other texts of a call"
 TWICE = 64  # texts that are scored a second time
+SURE = 3  # standard errors beyond which a shift of the scores isn't chance
+COMPANY = 0.1  # standard deviations that the better half loses among themselves; with z-scores or ranks it is 0.8
 
 
 @dataclass
 class Evaluation:
     """A policy judged on n completions. `samples` has (prompt, completion, reward) and `kls` the KL of each; the others
-    are means over them, but for `commonest`, (text, count), and `noise`, see the function."""
+    are means over them, except for `commonest`, (text, count), and what `check_reward` or `change_since` found: `noise`
+    and, in words, in which way the reward is `unsteady`."""
 
     n: int
     reward: float
@@ -43,6 +49,7 @@ class Evaluation:
     samples: list
     kls: list
     noise: float = 0.0
+    unsteady: str = ""
 
     def rewards(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the rewards (n,) float64, and the index of the prompt of each (n,) int64."""
@@ -99,6 +106,7 @@ def evaluate(trainer: PPOTrainer, model, reward, prompts: list[str], queries: li
 
     `kl` is the mean of `kl_to_reference`: the same expectation as the sampled log-ratios, with less noise.
     """
+    print(f"judging {trainer.config.eval_samples:,} completions")
     prompt_index, completions, texts, rewards = sample_and_score(trainer, model, reward, prompts, queries)
     kl, ref_logprobs = kl_to_reference(trainer, model, completions)
     mask, n = completions.mask.cpu(), len(texts)
@@ -128,17 +136,74 @@ def sample_and_score(trainer: PPOTrainer, model, reward, prompts: list[str], que
     prompt_index = torch.arange(trainer.config.eval_samples) % len(prompts)
     completions = trainer.engine.generate([queries[i] for i in prompt_index], model, SEED, 0, 0)
     texts = decode(trainer.tokenizer, completions.token_lists())
-    rewards = score_texts(reward, [prompts[i] + text for i, text in zip(prompt_index, texts)])
+    whole = [prompts[i] + text for i, text in zip(prompt_index, texts)]
+    # A function of yours, which may be slow, gets as many texts at once as in training, and shows its progress
+    size = len(whole) if isinstance(reward, SentimentReward) else trainer.config.batch_size
+    calls = tqdm(range(0, len(whole), size), "scoring", delay=5, mininterval=5, disable=processes.rank() > 0)
+    rewards = torch.cat([score_texts(reward, whole[start : start + size]) for start in calls])
     return prompt_index, completions, texts, rewards
 
 
-def noise(reward, judged: Evaluation) -> float:
-    """Return the share of the rewards' variance that is chance: half the mean squared difference of two rewards of
-    the same text, for TWICE texts, over the variance of all rewards."""
-    scores, _ = judged.rewards()
-    again = score_texts(reward, [prompt + text for prompt, text, _ in judged.samples[:TWICE]])
-    difference = (again - scores[:TWICE]).square().mean().item() / 2
-    return difference / scores.var(correction=0).item() if difference else 0.0
+def check_reward(reward, before: Evaluation) -> None:
+    """Score the first TWICE texts again, and then the better half of them without the others.
+
+    Sets `noise`, the share of the rewards' variance that is chance: half the variance of the change from a text's first
+    score to its second. Sets `unsteady` if the second scores are higher or lower on the whole, or if the better half
+    scores less among themselves, as it does with z-scores or ranks within a call.
+    """
+    scores, _ = before.rewards()
+    changes = score_changes(reward, before, list(range(min(TWICE, before.n))))
+    before.noise = noise(changes, scores)
+    # The better ones by their second score: by the first, which they are compared with, they would lose by chance alone
+    better = (scores[: len(changes)] + changes).argsort(descending=True, stable=True)[: len(changes) // 2]
+    of_better = score_changes(reward, before, better.tolist())
+    (shift, error), (their_shift, their_error) = mean_and_error(changes), mean_and_error(of_better)
+    loss = shift - their_shift
+    if loss > max(SURE * math.hypot(error, their_error), COMPANY * scores.std(correction=0).item(), 2 * abs(shift)):
+        told = f"the better half of {len(changes)} texts scores {loss:.2g} less without the others"
+        way = "return each text's own score, without z-scores or ranks, since PPO whitens the advantages itself"
+        before.unsteady = f"a text's score depends on the other texts in its call: {told}; {way}"
+    elif told := shifted(changes, scores):
+        before.unsteady = f"the reward changes from call to call: {told} the second time; {STEADY}"
+
+
+def change_since(reward, before: Evaluation) -> str:
+    """Score the first TWICE texts of an earlier evaluation again. Returns in words how the reward has changed, or an
+    empty text if it hasn't."""
+    scores, _ = before.rewards()
+    changes = score_changes(reward, before, list(range(min(TWICE, before.n))))
+    told = shifted(changes, scores)
+    if not told and before.noise <= NOISY and noise(changes, scores) > 2 * NOISY:
+        told = f"the same {len(changes)} texts score {changes.std(correction=0).item():.2g} higher or lower"
+    return told and f"the reward isn't the same before and after training: {told} now; {STEADY}"
+
+
+def score_changes(reward, judged: Evaluation, rows: list[int]) -> torch.Tensor:
+    """Score some samples again in one call. Returns the new scores minus the old ones, (len(rows),) float64."""
+    samples = [judged.samples[row] for row in rows]
+    again = score_texts(reward, [prompt + text for prompt, text, _ in samples])
+    return again - torch.tensor([score for *_, score in samples], dtype=torch.float64)
+
+
+def noise(changes: torch.Tensor, scores: torch.Tensor) -> float:
+    """Return half the variance of score changes over the variance of the scores, or 1 if all scores are equal."""
+    of_change = changes.var(correction=0).item() / 2
+    return of_change / (scores.var(correction=0).item() or of_change) if of_change else 0.0
+
+
+def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
+    """Return the mean of values (n,) and its standard error; the mean of none is NaN."""
+    variance = variance_within(values, torch.zeros(len(values)))
+    return values.mean().item(), math.sqrt(variance / max(1, len(values)))
+
+
+def shifted(changes: torch.Tensor, scores: torch.Tensor) -> str:
+    """Say by how much the mean of scores has changed, if that is neither chance nor next to nothing."""
+    shift, error = mean_and_error(changes)
+    if abs(shift) <= max(SURE * error, LITTLE * scores.std(correction=0).item()):
+        return ""
+    way = "higher" if shift > 0 else "lower"
+    return f"the same {len(changes)} texts score {abs(shift):.2g} {way} (standard error {error:.1g})"
 
 
 @torch.no_grad()

@@ -73,20 +73,23 @@ def n_differing(rewards: torch.Tensor, prompt_index: torch.Tensor) -> int:
     return sum(len(group) - Counter(group.tolist()).most_common(1)[0][1] for group in groups)
 
 
-def possible(rewards: torch.Tensor, prompt_index: torch.Tensor, noise: float, beta: float) -> dict:
+def possible(before, beta: float) -> dict:
     """Return beta, the limit and J_before; and as `why`, if it can't be told how far a run gets, the reason.
 
-    noise: the share of the rewards' variance that is chance.
+    before: an Evaluation.
     """
     if beta == 0:
-        return {"why": "the KL coefficient is 0, so KL has no price; try --kl_budget 0.4"}
+        return {"why": before.unsteady or "the KL coefficient is 0, so KL has no price; try --kl_budget 0.4"}
+    rewards, prompt_index = before.rewards()
     best, n, n_prompts = gibbs_policy(rewards, prompt_index, beta), len(rewards), len(prompt_index.unique())
     result = {"beta": beta, "limit": best, "J_before": rewards.mean().item()}
     m, effective = n / n_prompts, best["effective_samples"]
-    if (differing := n_differing(rewards, prompt_index)) < FEWEST:
+    if before.unsteady:
+        why = before.unsteady
+    elif (differing := n_differing(rewards, prompt_index)) < FEWEST:
         why = f"nothing to learn: only {differing} of {n:,} rewards differ from the others of their prompt"
-    elif noise > NOISY:
-        why = f"{noise:.0%} of the rewards' variance is chance, as scoring the same texts twice shows"
+    elif before.noise > NOISY:
+        why = f"{before.noise:.0%} of the rewards' variance is chance, as scoring the same texts twice shows"
     elif m >= 20 and effective < max(FEW, 5 * n_prompts) and effective * m / n < max(2, m / 100):
         why = "at this KL coefficient the best policy writes a handful of texts; try --kl_budget 0.4"
     elif best["J"] - result["J_before"] < LITTLE * math.sqrt(variance_within(rewards, prompt_index)):
@@ -103,7 +106,9 @@ def gain(before, after, beta: float) -> dict:
     all three, for these prompts. It covers only the sampling of the evaluation: runs with other seeds differ, too.
     """
     (rewards, prompt_index), (rewards_after, prompt_index_after) = before.rewards(), after.rewards()
-    result = possible(rewards, prompt_index, before.noise, beta)
+    result = possible(before, beta)
+    if after.unsteady and not before.unsteady:
+        result["why"] = after.unsteady
     if beta == 0:
         return {"gain": None, **result}
     best = result["limit"]

@@ -4,7 +4,7 @@ import math
 import statistics
 
 from support.common.figures import decimals, table
-from support.run.evaluation import Results
+from support.run.evaluation import SURE, Results
 
 GOOD = 0.7  # gain; with normal rewards a share x of KL* buys at most 2 sqrt(x) - x of it, so the shares of KL* below
 UNMOVED = 0.01  # buy at most 0.2 of the gain,
@@ -28,6 +28,10 @@ def verdict(results: Results, config) -> str:
         return f"unmoved: {spent}; try a higher --lr"
     if kl > FAR * limit["kl"] and (after.reward > limit["reward"] or collapsed):
         return f"hacked: {spent}; try {calmer if share < GOOD else 'a higher --init_kl_coef'}"
+    if share > 1 + SURE * error:
+        told = f"{got}, over {SURE} standard errors ({error:.0%}) too much"
+        cause = "the reward isn't the same before and after training, or the best texts are too rare for these samples"
+        return f"impossible: {told}: {cause}; look at both, with --eval_only and more --eval_samples"
     if error > UNSURE and abs(share - GOOD) < 2 * error:
         needed = 2 ** math.ceil(math.log2(len(after.samples) * (2 * error / UNSURE) ** 2))
         return f"good or short, which these samples cannot tell: --eval_only with --eval_samples {needed} would"

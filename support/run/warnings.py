@@ -16,9 +16,12 @@ DEARER = "a higher --init_kl_coef or --kl_budget 0.4 keeps the texts closer to t
 
 
 def prospect(before, prompts: list[str], kl_coef: float) -> list[str]:
-    """Return lines about what is possible at this KL coefficient, and warnings. before: an Evaluation."""
+    """Return lines about what is possible at this KL coefficient, and warnings; nothing if an unsteady reward doesn't
+    tell. before: an Evaluation."""
+    if before.unsteady:
+        return []
     rewards, prompt_index = before.rewards()
-    found, lines = possible(rewards, prompt_index, before.noise, kl_coef), []
+    found, lines = possible(before, kl_coef), []
     if best := found.get("limit"):
         told = f"the best possible policy gets a reward of {best['reward']:.3g} at KL {best['kl']:.2g}"
         lines.append(f"at a KL coefficient of {kl_coef:.3g} {told}; now it is {rewards.mean().item():.3g}")
