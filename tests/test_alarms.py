@@ -25,7 +25,7 @@ def told(*changes: dict, kl_limit=0.4, **config) -> list[tuple[int, str]]:
 @pytest.mark.parametrize(
     ("within", "beyond", "alarm"),
     [
-        ({"env/reward_std": 2e-3} | LARGE, {"env/reward_std": 9e-4} | LARGE, "no spread"),
+        ({"env/reward_std": 2e-4} | LARGE, {"env/reward_std": 9e-5} | LARGE, "no spread"),
         ({"env/reward_std": 0.01}, {"env/reward_std": 0.0, "env/reward_mean": 0.0}, "no spread"),
         ({"ppo/policy/approxkl": 3.1e-5}, {"ppo/policy/approxkl": 2.9e-5}, "no movement"),
         ({"ppo/policy/approxkl": 0.0099}, {"ppo/policy/approxkl": 0.0101}, "too fast"),

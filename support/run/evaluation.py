@@ -43,6 +43,7 @@ class Evaluation:
     samples: list
     kls: list
     noise: float = 0.0
+    end_token: str = "[SEP]"
 
     def rewards(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the rewards (n,) float64, and the index of the prompt of each (n,) int64."""
@@ -107,7 +108,7 @@ def evaluate(trainer: PPOTrainer, model, reward, prompts: list[str], queries: li
     counts = Counter(zip(of_prompt, texts))
     return Evaluation(
         n=n,
-        reward=rewards.mean().item(),
+        reward=rewards.double().mean().item(),
         reward_ci95=1.96 * rewards.std().item() / math.sqrt(n),
         kl=kl.mean().item(),
         distinct_1=distinct(texts, 1),
@@ -119,6 +120,7 @@ def evaluate(trainer: PPOTrainer, model, reward, prompts: list[str], queries: li
         commonest=[[prompt + text, count] for (prompt, text), count in counts.most_common(10)],
         samples=[list(sample) for sample in zip(of_prompt, texts, rewards.tolist())],
         kls=kl.tolist(),
+        end_token=trainer.tokenizer.sep_token,
     )
 
 

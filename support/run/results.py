@@ -49,7 +49,7 @@ ROWS = {  # of the table of results: what, and its format; None for the rewards'
     "distinct_2": ("distinct-2, pairs of characters", ".3f"),
     "unique": ("unique completions", ".1%"),
     "length": ("mean length, tokens", ".1f"),
-    "ended": ("ended by SEP", ".1%"),
+    "ended": ("ended by {end_token}", ".1%"),
     "ref_logprob": ("log-probability a token, reference", ".2f"),
 }
 
@@ -60,7 +60,8 @@ def results_table(results: Results) -> str:
     limit = result["limit"] if result["gain"] is not None else {}
     in_rewards = f".{decimals(statistics.pstdev(score for *_, score in before.samples), 3)}f"
     rows = [
-        (what, form, getattr(before, key), getattr(after, key), limit.get(key)) for key, (what, form) in ROWS.items()
+        (what.format(end_token=after.end_token), form, getattr(before, key), getattr(after, key), limit.get(key))
+        for key, (what, form) in ROWS.items()
     ]
     if "J" in result:
         rows.append((f"J = reward - {result['beta']:.3g} KL", None, result["J_before"], result["J"], limit.get("J")))

@@ -50,7 +50,7 @@ class Alarms:
         recent = ("objective/kl", "objective/entropy", "tokens/unique_share")
         kl, entropy, unique = (sum(each[name] for each in self.last) / len(self.last) for name in recent)
         signs = {}
-        if row is first and row["env/reward_std"] <= 1e-6 * abs(row["env/reward_mean"]):
+        if row is first and row["env/reward_std"] <= 1e-7 * abs(row["env/reward_mean"]):
             signs["no spread"] = "all scores of the first batch are equal: so far there is nothing to learn"
         elif row is first and self.moves_first and fast < STILL:
             signs["no movement"] = f"the policy hardly moves (approxkl {fast:.1g}): a higher --lr"
