@@ -3,12 +3,17 @@
 import json
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 from config import PPOConfig
 from support.common.figures import in_markdown, table
+from support.compute.devices import code_hash
+from support.run.compare import read_run
 from support.run.report import run_report
 from support.run.results import before_after_table, results_table
 from support.run.settings import save_config
-from tests.helpers import evaluated
+from tests.helpers import MEAN, evaluated, load_gpt2, read_json, rows, tiny_run, write_bpe_gpt2
 
 STARTS = [
     {"command": "python train_ppo.py --lr 2e-4\n# Title", "step": 1, "torch": "2.6.0", "device": "cpu"},
@@ -63,6 +68,25 @@ def test_a_report_says_what_came_of_the_run_and_how_it_was_made(tmp_path, monkey
     report = run_report(run, results)
     assert "All settings are those of the preset demo." in report
     assert not any(part in report for part in ("![", "| J", "| gain", "drafts", "Warnings", " steps in ", "| setting"))
+
+
+@pytest.mark.parametrize(("start", "unit"), [(1e6, 1.0), (0.0, 1e-9)])
+def test_the_results_name_the_end_token_and_show_large_and_tiny_rewards(tmp_path, without_pictures, start, unit):
+    """Around a million, float32 has steps of 1/16; a mean in float32 is off by as much, and so is a gain."""
+    policy, run = load_gpt2(write_bpe_gpt2(tmp_path / "gpt2")), tmp_path / "run"
+    assert (
+        tiny_run(run, policy, lambda texts: [start + 0.3 * unit * len(text) for text in texts], init_kl_coef=unit) == 0
+    )
+    found, report = read_json(run / "evaluation.json"), (run / "report.md").read_text(encoding="utf-8")
+    means = [np.mean([score for *_, score in found[when]["samples"]]) for when in ("before", "after")]
+    assert [found["before"]["reward"], found["after"]["reward"]] == pytest.approx(means, rel=1e-12)
+    scores = [json.loads(line)["score"] for line in (run / "samples.jsonl").read_text("utf-8").splitlines()[:8]]
+    assert float(rows(run)[0][MEAN]) == pytest.approx(np.mean(scores), rel=1e-12)
+    shown = [[cell.strip() for cell in line.split(" | ")] for line in report.split("\n") if line.startswith("| ")]
+    before, after = next(row[1:3] for row in shown if row[0] == "| mean reward")
+    assert [float(before), float(after)] == pytest.approx(means, abs=1e-2 * unit)
+    assert read_run(run).settings["code"] == code_hash()
+    assert "| ended by \\<\\|endoftext\\|> " in report
 
 
 def test_a_text_in_markdown_is_shown_as_it_stands():

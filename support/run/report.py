@@ -1,6 +1,5 @@
 """report.md: what a run was and what came of it, for whoever opens its folder, on GitHub as it is."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +7,11 @@ from tqdm import tqdm
 
 from support.common.errors import escaped
 from support.common.figures import in_markdown, table
-from support.common.files import MEND_LINE, damaged, read_json, whole_lines
-from support.run.compare import read_metrics
+from support.common.files import read_json
+from support.run.compare import read_metrics, read_starts
 from support.run.evaluation import Results
 from support.run.results import SHOWN, before_after_table, results_table
 from support.run.settings import changes, load_config
-
-STARTS = "environment.jsonl"  # a line for the start of the run, for each --resume and for each --eval_only
 
 
 def run_report(run_dir: Path, results: Results) -> str:
@@ -59,10 +56,3 @@ def run_report(run_dir: Path, results: Results) -> str:
 
 def when(start: dict) -> str:
     return f"from step {start['step']}" if start.get("step") else "judged again"
-
-
-def read_starts(run_dir: Path) -> list[dict]:
-    """Returns the lines of environment.jsonl. Raises UserError if one is damaged."""
-    path = run_dir / STARTS
-    with damaged(path, MEND_LINE):
-        return [json.loads(line) for line in whole_lines(path)] if path.exists() else []
