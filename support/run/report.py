@@ -10,7 +10,7 @@ from support.common.figures import in_markdown, table
 from support.common.files import read_json
 from support.run.compare import read_metrics, read_starts
 from support.run.evaluation import Results
-from support.run.results import SHOWN, before_after_table, results_table
+from support.run.results import SHOWN, before_after_table, prompts_table, results_table
 from support.run.settings import changes, load_config
 
 
@@ -27,6 +27,9 @@ def run_report(run_dir: Path, results: Results) -> str:
     if gains := [f"{best['gain']:.2f} with {best['n']}" for best in results.best_of_n if best["gain"] is not None]:
         drafts = "Without any training, the best of several drafts by the original model has a gain of"
         parts.append(f"{drafts} {', '.join(gains)}.")
+    if results.by_prompt:
+        about = "Best first. J is what training has added to reward - beta KL. A gain of - is unknown, usually because"
+        parts += ["## By prompt", f"{about} the prompt has too few `--eval_samples`.", prompts_table(results)]
     if results.alarms:
         warnings = [f"- step {alarm['step']}: {in_markdown(alarm['says'])}" for alarm in results.alarms]
         parts += ["Warnings while it trained:", "\n".join(warnings)]

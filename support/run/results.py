@@ -12,6 +12,7 @@ FAR = 2  # at most 0.83: more reward than the limit's at this distance means tha
 CLOSE = 1.5  # and at most 0.95
 UNSURE = 0.15  # standard error of the gain above which a good run and a short one look alike
 SHOWN = 5  # completions in the before/after table
+MANY = 20  # prompts above which the table by prompt has only the best and the worst
 
 
 def verdict(results: Results, config) -> str:
@@ -72,6 +73,19 @@ def results_table(results: Results) -> str:
     if limit:
         cells.append(["gain", "0", f"{result['gain']:.2f} (standard error {result['gain_se']:.2f})", "1"])
     return table(["", "before", "after", "the limit"], cells)
+
+
+def prompts_table(results: Results) -> str:
+    """Return how each prompt fared as a Markdown table, best first; of many, the best and the worst."""
+    form = f".{decimals(statistics.pstdev(score for *_, score in results.before.samples), 3)}f"
+    rows = []
+    for each in results.by_prompt:
+        share = "-" if each["gain"] is None else f"{each['gain']:.2f} (standard error {each['gain_se']:.2f})"
+        rewards = [f"{each['before']:{form}}", f"{each['after']:{form}}", f"{each['kl']:.3f}", f"{each['J']:+{form}}"]
+        rows.append([each["prompt"], str(each["n"]), *rewards, share])
+    if len(rows) > MANY:
+        rows[MANY // 2 : -MANY // 2] = [["…"] * 7]
+    return table(["prompt", "completions", "reward before", "after", "KL", "J", "gain"], rows)
 
 
 def before_after_table(before: list, after: list, shown: int = SHOWN) -> str:
