@@ -1,5 +1,6 @@
 """report.md: what a run was and what came of it, for whoever opens its folder, on GitHub as it is."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from support.common.files import read_json
 from support.run.compare import read_metrics, read_starts
 from support.run.evaluation import Results
 from support.run.results import SHOWN, before_after_table, prompts_table, results_table
-from support.run.settings import changes, load_config
+from support.run.settings import changes, load_config, total_steps
 
 
 def run_report(run_dir: Path, results: Results) -> str:
@@ -33,6 +34,9 @@ def run_report(run_dir: Path, results: Results) -> str:
     if results.alarms:
         warnings = [f"- step {alarm['step']}: {in_markdown(alarm['says'])}" for alarm in results.alarms]
         parts += ["Warnings while it trained:", "\n".join(warnings)]
+    config = load_config(run_dir / "config.json")
+    if (results.steps or math.inf) < total_steps(config):
+        parts.append(f"`--stop_on_alarm` ended the run after step {results.steps} of {total_steps(config)}.")
     parts += [
         f"## The first {SHOWN} completions, before and after",
         before_after_table(results.before.samples, results.after.samples),
@@ -44,7 +48,6 @@ def run_report(run_dir: Path, results: Results) -> str:
         seconds = read_metrics(run_dir)["time/step"]
         took = f"{len(seconds):,} steps in {tqdm.format_interval(sum(seconds))}, without loading and judging"
         parts.append(f"{took}; {np.median(seconds):.2f} s a step in the median.")
-    config = load_config(run_dir / "config.json")
     if changed := [[name, str(here), str(preset)] for name, (preset, here) in changes(config).items()]:
         parts.append(f"Settings that differ from the preset {config.preset}:")
         parts.append(table(["setting", "here", "preset"], changed))
