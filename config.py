@@ -180,6 +180,11 @@ class PPOConfig:
     run_name: str | None = option(None, "Name of the run's folder in --runs_dir; by default the time.")
     runs_dir: str = option("runs", "Folder that contains the runs.")
     log_samples_every: int = option(10, "Print a few completions every this many steps; 0 for never.", at_least=0)
+    stop_on_alarm: bool = option(
+        False,
+        "End the run, with its checkpoint, model and report, at the first warning that means collapse or reward "
+        "hacking ('far away', 'narrow' or 'alike', see docs/experiments.md).",
+    )
     track: Literal["none", "wandb", "swanlab", "trackio"] = option(
         "none",
         "Also log the run to this package, which must be installed: settings, every column of metrics.csv, samples and "

@@ -4,9 +4,12 @@ python plot_rewards.py                              the newest run below runs/, 
 python plot_rewards.py runs/lr-*                    several, into compare.png and compare.md here
 python plot_rewards.py runs/lr-* --only reward --out reward.pdf    one panel for a report, as .png, .pdf or .svg
 python plot_rewards.py runs/lr-* --against lr       the gain of the trained models against a setting, into gain.png
+python plot_rewards.py --lang zh                    with Chinese words in the picture
 """
 
 import argparse
+import contextlib
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -39,6 +42,52 @@ PANELS = [  # (title, columns drawn as lines, y axis)
     ("time", ["time/sample", "time/score", "time/ppo"], "seconds a step"),
 ]
 CHINESE_FONTS = ["Noto Sans CJK SC", "Source Han Sans SC", "Microsoft YaHei", "PingFang SC", "WenQuanYi Micro Hei"]
+CHINESE_FONTS += ["WenQuanYi Zen Hei", "Source Han Sans CN", "SimHei", "Hiragino Sans GB", "Heiti TC"]
+CHINESE_FONTS += ["Noto Sans CJK JP", "Droid Sans Fallback"]  # JP: all that matplotlib before 3.11 sees of Noto
+CHINESE = {  # the words of the pictures, with --lang zh
+    "mean reward of each step": "每步的平均奖励",
+    "episodes": "续写条数",
+    "mean reward": "平均奖励",
+    "each step": "单步",
+    "running mean": "滑动平均",
+    "standard deviation over the runs": "各次训练之间的标准差",
+    "95% interval of a step's mean": "单步均值的 95% 区间",
+    "alarm": "警告",
+    "reward against KL": "奖励与 KL 散度",
+    "KL to the reference, nats": "与参考模型的 KL 散度（nat）",
+    "a step": "训练中的一步",
+    "best possible": "理论边界",
+    "best of n drafts": "best-of-n",
+    "before": "训练前",
+    "after": "训练后",
+    "the limit at this beta": "当前 beta 下的理论上限",
+    "rewards before and after training": "训练前后的奖励分布",
+    "reward": "奖励",
+    "share of completions": "续写所占比例",
+    "KL to the reference": "与参考模型的 KL 散度",
+    "nats a completion": "nat / 条",
+    "KL coefficient": "KL 系数",
+    "reward a nat": "奖励 / nat",
+    "policy loss": "策略损失",
+    "value loss": "价值损失",
+    "entropy": "熵",
+    "nats a token": "nat / token",
+    "clip fraction": "截断比例",
+    "policy/clipfrac": "策略",
+    "val/clipfrac": "价值",
+    "share of tokens": "token 占比",
+    "completion length": "续写长度",
+    "tokens": "token 数",
+    "time": "用时",
+    "sample": "采样",
+    "score": "打分",
+    "ppo": "PPO 更新",
+    "seconds a step": "秒 / 步",
+    "step": "训练步数",
+    "gain": "gain（已达到理论上限的比例）",
+    "a run": "单次训练",
+    "mean, standard error": "均值与标准误",
+}
 TABLE = Path("compare.md")  # of several runs, in the current folder
 
 
@@ -50,13 +99,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--by", default="", metavar="NAME[,NAME]", help="settings that tell curves apart, as lr,seed")
     parser.add_argument("--only", choices=BIG, help="draw only this panel, 16 cm wide")
     parser.add_argument("--against", metavar="NAME", help="draw the gain against this setting, a number, 16 cm wide")
+    parser.add_argument("--lang", choices=("en", "zh"), default="en", help="language of the words in the picture")
     parser.add_argument("--out", type=Path, help="picture to write, as .png, .pdf or .svg (default: see above)")
     args = parser.parse_args(argv)
     try:
         paths = args.runs or [newest_run(Path("runs"))]
         default = Path("gain.png" if args.against else "compare.png")
         out = args.out or (paths[0] / "rewards.png" if len(paths) == 1 and not args.against else default)
-        written = draw(paths, out, [name for name in args.by.split(",") if name], args.only, args.against)
+        written = draw(paths, out, [name for name in args.by.split(",") if name], args.only, args.against, args.lang)
     except UserError as error:
         print(f"plot_rewards.py: error: {error}", file=sys.stderr)
         return 2
@@ -72,12 +122,12 @@ def newest_run(runs_dir: Path) -> Path:
     return newest.parent
 
 
-def draw(paths: list[Path], out: Path, by: list[str] = (), only: str = "", against: str = "") -> list[Path]:
+def draw(paths: list[Path], out: Path, by=(), only: str = "", against: str = "", lang: str = "en") -> list[Path]:
     """Draw the runs over each other into `out`; print the table of several, and write it to TABLE. Returns the files.
-    Raises UserError if the runs, `by`, `against` or `out` can't be used."""
+    Raises UserError if the runs, `by`, `against` or `out` can't be used, or if `lang` is "zh" without a font for it."""
     if out.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"cannot write {out}: the name of a picture must end in .png, .pdf or .svg")
-    from matplotlib import colormaps, font_manager, rc_context
+    from matplotlib import colormaps, rc_context
     from matplotlib.figure import Figure  # and not pyplot, which may need a display
 
     runs = [read_run(path) for path in paths]
@@ -90,8 +140,12 @@ def draw(paths: list[Path], out: Path, by: list[str] = (), only: str = "", again
     palette = colormaps["tab10" if len(drawn) <= 10 else "turbo"].resampled(max(10, len(drawn)))
     for number, curve in enumerate(drawn):
         curve.colour = palette(number)
-    fonts = ["DejaVu Sans", *[name for name in CHINESE_FONTS if name in font_manager.get_font_names()]]
-    style = {"font.family": fonts, "text.parse_math": False, "axes.grid": True, "grid.alpha": 0.3}
+    style = {
+        "font.family": ["DejaVu Sans", *chinese_fonts(lang == "zh")],
+        "text.parse_math": False,
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+    }
     with rc_context(style | {"font.size": 9 if only or against else 12}):
         fig = Figure(figsize=(6.3, 3.3) if only or against else (13, 13.2), layout="constrained")
         if against:
@@ -101,6 +155,8 @@ def draw(paths: list[Path], out: Path, by: list[str] = (), only: str = "", again
         else:
             draw_all(fig, drawn)
         add_names(fig, drawn, [curve.label if against else name_and_ends(curve, drawn) for curve in drawn])
+        if lang == "zh":
+            put_into_chinese(fig)
         with whole(out) as partial:
             fig.savefig(partial, dpi=200 if only or against else 100)
     if len(runs) == 1:
@@ -109,6 +165,34 @@ def draw(paths: list[Path], out: Path, by: list[str] = (), only: str = "", again
     write_whole(TABLE, text + "\n")
     print(text)
     return [out, TABLE]
+
+
+def chinese_fonts(needed: bool) -> list[str]:
+    """Return the installed fonts that have Chinese characters, the best first. Raises UserError if one is needed and
+    there is none."""
+    from matplotlib import font_manager
+
+    listed = {font.fname for font in font_manager.fontManager.ttflist}
+    if needed and not set(CHINESE_FONTS) & set(font_manager.get_font_names()):
+        for path in set(font_manager.findSystemFonts()) - listed:  # installed after matplotlib's first start
+            with contextlib.suppress(OSError, RuntimeError):
+                font_manager.fontManager.addfont(path)
+    fonts = [name for name in CHINESE_FONTS if name in font_manager.get_font_names()]
+    if needed and not fonts:
+        install = "install one, on Debian or Ubuntu with: sudo apt install fonts-noto-cjk"
+        raise UserError(f"--lang zh needs a font with Chinese characters, and none is installed; {install}")
+    return fonts
+
+
+def put_into_chinese(fig) -> None:
+    """Replace the words of a figure by those in CHINESE. The names of settings and runs stay."""
+    from matplotlib.text import Text
+
+    for text in fig.findobj(Text):
+        words = CHINESE.get(text.get_text(), text.get_text())
+        words = re.sub("^all(?=,)", "全部", words)
+        words = re.sub(r", (\d+)\s+runs", r"，\1 次训练", words)
+        text.set_text(re.sub(r":\s+reward\s+(\S+)\s+to\s+(\S+)$", r"：奖励 \1 → \2", words))
 
 
 def name_and_ends(curve: Curve, drawn: list[Curve]) -> str:
@@ -253,7 +337,7 @@ def draw_gain(axes, drawn: list[Curve], setting: str) -> None:
         axes.plot(at, gains, ".", color=curve.colour, alpha=0.5, label="a run")
         axes.errorbar(np.unique(at), means, errors, color=curve.colour, capsize=3, label="mean, standard error")
     values = sorted({run.settings[setting] for curve in drawn for run in curve.runs})
-    if values[0] > 0 and values[-1] >= 5 * values[0]:
+    if values[0] > 0 and values[-1] / values[0] > 4.999:  # 1.5e-4 / 3e-5 is less than 5
         axes.set_xscale("log")
         axes.minorticks_off()
     axes.set_xticks(values, map(short, values))

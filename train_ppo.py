@@ -75,6 +75,8 @@ def train(trainer, reward, prompts: list[str], queries: list, folder) -> int:
     with Tracker(folder.path, vars(config)) as tracker:
         with folder.errors_explained():
             for step in range(trainer.n_steps + 1, last_step + 1):
+                if alarms.stop:
+                    break
                 started = time.perf_counter()
                 drawn = draw_prompts(len(prompts), config.seed, step, config.batch_size)
                 batch_prompts = [prompts[i] for i in drawn]
@@ -103,12 +105,14 @@ def train(trainer, reward, prompts: list[str], queries: list, folder) -> int:
                     tracker.log(row, samples if show else [], step)
 
                 stopped = max(processes.all_gather(stop.received))
-                if stopped or folder.checkpoint_due():
+                if stopped or alarms.stop or folder.checkpoint_due():
                     folder.save_checkpoint()
                 if stopped:
                     break
-        if trainer.n_steps < last_step:
-            flags = flags_to_go_on(folder.path, config)
+        flags = flags_to_go_on(folder.path, config)
+        if alarms.stop:
+            print(f"ended by that warning; go on with: python train_ppo.py {flags} --stop_on_alarm False")
+        elif trainer.n_steps < last_step:
             print(f"stopped after step {trainer.n_steps}; go on with: python train_ppo.py {flags}")
             return 128 + stopped  # a shell's code for what ended by this signal
         stop.release()

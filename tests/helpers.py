@@ -349,6 +349,7 @@ def evaluation(samples, kls=None, **figures) -> Evaluation:
     found = dict.fromkeys((field.name for field in dataclasses.fields(Evaluation)), 0.0)
     found |= {"n": len(samples), "unsteady": "", "reward": float(np.mean([reward for *_, reward in samples]))}
     found |= {"kl": float(np.mean(kls)), "commonest": [], "samples": [list(sample) for sample in samples], "kls": kls}
+    found["end_token"] = "[SEP]"
     return Evaluation(**found | figures)
 
 

@@ -2,11 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from config import PPOConfig
+from support.run import warnings
+from support.run.command_line import read_command_line
 from support.run.warnings import Alarms
-from tests.helpers import rows, tiny_run
+from tests.helpers import checkpoints, rows, tiny_run
 
 # A step of a run with the default settings
 HEALTHY = {"env/reward_mean": 0.7, "env/reward_std": 0.35, "ppo/policy/approxkl": 9e-4, "ppo/policy/clipfrac": 0.01}
@@ -25,7 +28,7 @@ def told(*changes: dict, kl_limit=0.4, **config) -> list[tuple[int, str]]:
 @pytest.mark.parametrize(
     ("within", "beyond", "alarm"),
     [
-        ({"env/reward_std": 2e-3} | LARGE, {"env/reward_std": 9e-4} | LARGE, "no spread"),
+        ({"env/reward_std": 2e-4} | LARGE, {"env/reward_std": 9e-5} | LARGE, "no spread"),
         ({"env/reward_std": 0.01}, {"env/reward_std": 0.0, "env/reward_mean": 0.0}, "no spread"),
         ({"ppo/policy/approxkl": 3.1e-5}, {"ppo/policy/approxkl": 2.9e-5}, "no movement"),
         ({"ppo/policy/approxkl": 0.0099}, {"ppo/policy/approxkl": 0.0101}, "too fast"),
@@ -67,6 +70,52 @@ def test_one_optimiser_step_per_batch_may_not_move_and_each_alarm_is_raised_once
     assert told(still, ppo_epochs=1, minibatch_size=64) == [(1, "no movement")]
     fast = {"ppo/policy/approxkl": 0.02}
     assert told({}, fast, fast, {**fast, "objective/kl": 20.0}) == [(2, "too fast"), (4, "far away")]
+
+
+def rises(curve, n=240) -> list[int]:
+    """The steps at which plateaus are reported if this function of the step is the mean reward, for five draws."""
+    found = []
+    for seed in range(5):
+        noise = np.random.default_rng(seed).normal(0, 0.35 / 128**0.5, n)
+        changes = [{"episodes": 128 * t, "env/reward_mean": curve(t) + noise[t - 1]} for t in range(1, n + 1)]
+        found += [step for step, alarm in told(*changes) if alarm == "plateau"]
+    return found
+
+
+def test_a_plateau_is_a_reward_that_rose_and_no_longer_does():
+    """A batch's mean has an error of 0.03. The second half of 80 steps is no better than the quarter before it."""
+    assert all(40 <= step <= 240 for step in rises(lambda t: 0.7 + 0.2 * (t > 5)))
+    assert len(rises(lambda t: 0.7 + 0.2 * (t > 5))) == 5
+    assert len(rises(lambda t: 0.7 + min(t, 60) / 300 - max(0, t - 60) / 600)) == 5  # and falls again
+    assert rises(lambda t: 0.7 + 0.04 * np.log(t)) == []  # a healthy run
+    assert rises(lambda t: 0.7) == rises(lambda t: 0.7 + 0.2 * (t > 180)) == []  # hasn't begun to rise
+    steps = [{"episodes": 128 * t, "env/reward_mean": 0.7 + 0.2 * (t > 5) - 1e-6 * t} for t in range(1, 81)]
+    assert told(*steps[:39]) == [] and told(*steps) == [(40, "plateau")]
+
+
+def test_a_run_ends_at_the_first_alarm_that_means_collapse(tmp_path, policy, monkeypatch, without_pictures, capsys):
+    """Too few texts are unique from the first step on. `--resume` trains no further, unless it is told to."""
+    monkeypatch.setattr(warnings, "ALIKE", 2.0)
+    run, settings = tmp_path / "run", dict(stop_on_alarm=True, save_every=0, save_every_minutes=0)
+    assert tiny_run(run, policy, **settings) == 0
+    out = capsys.readouterr().out
+    assert f"ended by that warning; go on with: python train_ppo.py --resume {run.as_posix()} --stop_on_alarm" in out
+    report = (run / "report.md").read_text(encoding="utf-8")
+    assert "`--stop_on_alarm` ended the run after step 1 of 3." in report
+    assert len(rows(run)) == 1 and checkpoints(run) == ["step-000001"] and (run / "model").exists()
+    assert tiny_run(run, policy, resume=True, **settings) == 0 and len(rows(run)) == 1
+    config, *_ = read_command_line(["--resume", str(run), "--stop_on_alarm", "False"])
+    assert not config.stop_on_alarm
+    assert tiny_run(run, policy, resume=True, **settings | {"stop_on_alarm": False}) == 0 and len(rows(run)) == 3
+    assert "ended the run" not in (run / "report.md").read_text(encoding="utf-8")
+
+
+def test_an_alarm_that_is_no_collapse_does_not_end_a_run():
+    for row, stops in ({"ppo/policy/approxkl": 0.02}, False), ({"objective/kl": 99.0}, True):
+        alarms = Alarms(PPOConfig(stop_on_alarm=True), 0.4)
+        assert alarms.look({"step": 1, **HEALTHY, **row}) and alarms.stop == stops
+        alarms.look({"step": 2, **HEALTHY})
+        assert alarms.stop == stops
 
 
 def test_equal_completions_of_two_prompts_are_two_unique_texts(tmp_path, policy, without_pictures):

@@ -8,6 +8,7 @@ import pytest
 
 from config import PPOConfig
 from support.common.errors import UserError
+from support.compute import devices
 from support.run.compare import Run, comparison, curves, read_run, short
 from tests.helpers import MEAN, STD, write_run
 
@@ -32,6 +33,7 @@ def test_runs_that_differ_only_in_the_seed_are_one_curve():
     assert [r.name for r in found[1].runs] == ["0.5 1", "0.5 2", "0.5 3"]
     assert labels(*runs[:3]) == ["all, 3 runs"] and labels(runs[0]) == ["1.41e-05 1"]
     silent = dict(log_samples_every=1, save_every=1, save_every_minutes=1, keep_checkpoints=1, process_timeout=1)
+    silent |= dict(device="cuda:1", micro_batch_size=8, eval_samples=512)
     assert labels(run("a"), run("b", seed=2, run_name="b", runs_dir="x", **silent)) == ["all, 2 runs"]
 
 
@@ -76,13 +78,52 @@ def test_a_rewards_file_that_changed_tells_runs_apart(tmp_path, monkeypatch):
     assert read_run(Path(".")).name == "a"
 
 
+def test_runs_of_different_code_are_different_curves(tmp_path):
+    """A run that went on with edited code is neither's; an older run doesn't say."""
+    starts = {"a": ["1"], "b": ["1", "1"], "c": ["2"], "d": ["1", "2"], "e": []}
+    for name, codes in starts.items():
+        folder = write_run(tmp_path / name, 2, settings={"seed": ord(name)})
+        (folder / "environment.jsonl").write_text("".join(f'{{"code": "{code}"}}\n' for code in codes))
+    runs = [read_run(tmp_path / name) for name in starts]
+    assert labels(*runs) == ["code 1, 2 runs", "code 2", "code 1, 2", "code unknown"]
+
+
+def test_the_code_of_a_run_is_what_decides_its_numbers(tmp_path, monkeypatch):
+    """A setting may be changed in config.py, and is compared by itself; a reward lies next to the program."""
+    monkeypatch.setattr(devices, "ROOT", tmp_path)
+    decides = ["gpt2_value_head.py", "ppo.py", "reward.py", "train_ppo.py", "support/x.py", "support/run/limit.py"]
+    others = ["config.py", "plot_rewards.py", "my_reward.py", "tests/test_x.py", "support/notes.md"]
+    for name in decides + others:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"a\nb\n")
+    before = devices.code_hash.__wrapped__()
+    for name in decides + others:
+        (tmp_path / name).write_bytes(b"a\nc\n")
+        assert (devices.code_hash.__wrapped__() != before) == (name in decides), name
+        (tmp_path / name).write_bytes(b"a\r\nb\r\n")
+        assert devices.code_hash.__wrapped__() == before  # git on Windows
+    (tmp_path / "support" / "x.py").rename(tmp_path / "support" / "y.py")
+    assert devices.code_hash.__wrapped__() != before
+
+
+def test_a_judgement_says_how_many_samples_it_has(tmp_path):
+    """One seed has been judged again, by more samples than its settings say."""
+    for seed, n in (1, 128), (2, 512):
+        folder = write_run(tmp_path / str(seed), 2, settings={"seed": seed, "eval_samples": 128})
+        (folder / "evaluation.json").write_text(json.dumps({"after": {"n": n}}))
+    runs = [read_run(tmp_path / name) for name in "12"]
+    assert labels(*runs) == ["all, 2 runs"]
+    assert labels(*runs, by=["eval_samples"]) == ["eval_samples 128", "eval_samples 512"]
+
+
 def cells(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
 
 
 def test_the_table_by_hand():
     """J of 0.9 and 0.7 at 0.5 and 0.3 nats and beta 0.15 is 0.825 and 0.655; the standard deviation of 0.8 and 0.6 is
-    the root of 0.02. Rewards that differ by 0.4 in the first step need two decimals, and the table has one more."""
+    the root of 0.02, and the standard error of their mean 0.1. Rewards that differ by 0.4 in the first step need two
+    decimals, and the table has one more."""
     unknown = {"gain": None, "why": "too few samples", "gain_se": 9.0}
     runs = [
         run("a", after=(0.9, 0.5, 0.9), gain={"gain": 0.8, "gain_se": 0.02}),
@@ -94,15 +135,50 @@ def test_the_table_by_hand():
         each.metrics["time/step"] = number + 0 * each.metrics["step"]
         each.metrics[STD] = 0.4 + number - 0.399 * (each.metrics["step"] > 1)
     runs[2].metrics["time/step"][0] = 99  # a slow first step does not move the median
-    header, _, *rows, _, _, _, _, first, _, second = cells(comparison(runs, curves(runs)))
-    assert header == ",runs,episodes,R,KL,J,gain,SD,error of judging,unique,seconds a step".split(",")
+    header, _, *rows, _, _, _, _, _, first, _, second = cells(comparison(runs, curves(runs)))
+    assert header == ",runs,episodes,R,KL,J,gain,standard error,SD,error of judging,unique,seconds a step".split(",")
     assert rows == [
-        ["lr 0.0001", "2", "256", "0.800", "0.400", "0.740", "0.70", "0.14", "0.03", "95.0%", "0.50"],
-        ["lr 0.5", "1", "1,280", "0.900", "0.500", "0.825", "-", "-", "-", "90.0%", "2.00"],
-        ["lr 0.7", "1", "256", "-", "-", "-", "-", "-", "-", "-", "3.00"],
+        ["lr 0.0001", "2", "256", "0.800", "0.400", "0.740", "0.70", "0.100", "0.14", "0.03", "95.0%", "0.50"],
+        ["lr 0.5", "1", "1,280", "0.900", "0.500", "0.825", "-", "-", "-", "-", "90.0%", "2.00"],
+        ["lr 0.7", "1", "256", "-", "-", "-", "-", "-", "-", "-", "-", "3.00"],
     ]
     assert first == ["The gain of c is unknown: too few samples."]
     assert second == ["The gain of d is unknown: not judged yet."]
+
+
+def told_apart(*gains: tuple, error=0.02) -> list[list[str]]:
+    """The table of pairs for curves with these gains, one for each seed."""
+    runs = [
+        run(f"{i} {seed}", lr=0.1 * i, seed=seed, after=(0.9, 0.5, 0.9), gain={"gain": gain, "gain_se": error})
+        for i, of_curve in enumerate(gains, 1)
+        for seed, gain in enumerate(of_curve)
+    ]
+    text = comparison(runs, curves(runs))
+    assert ("no two rows can be told apart" in text) == (max(map(len, gains)) == 1)
+    return [row for row in cells(text) if row[-1].startswith(("yes", "no: "))]
+
+
+def test_two_settings_are_told_apart_by_their_seeds():
+    """0.8 and 0.6 are 0.7 with a standard error of 0.1, and 0.95 and 0.85 are 0.9 with 0.05; a difference of 0.2 has
+    0.112 then. It is twice its error if each has 4 (0.02 + 0.005) / 0.04 = 2.5 seeds."""
+    assert told_apart((0.8, 0.6), (0.95, 0.85)) == [["lr 0.1", "lr 0.2", "-0.200", "0.112", "no: 3 seeds each would"]]
+    assert told_apart((0.8, 0.6), (0.45, 0.35)) == [["lr 0.1", "lr 0.2", "+0.300", "0.112", "yes"]]
+    assert [row[:2] + row[3:] for row in told_apart((0.8, 0.6), (0.7, 0.7), (0.1, 0.2))] == [
+        ["lr 0.1", "lr 0.2", "0.101", "no: over 100 seeds each"],
+        ["lr 0.1", "lr 0.3", "0.112", "yes"],
+        ["lr 0.2", "lr 0.3", "0.052", "yes"],
+    ]
+
+
+def test_seeds_that_agree_by_chance_are_not_surer_than_judging():
+    """Equal gains, judged with an error of 0.1: that of the mean is 0.1 / sqrt(2), and of a difference 0.1."""
+    assert told_apart((0.7, 0.7), (0.6, 0.6), error=0.1)[0][2:4] == ["+0.100", "0.100"]
+
+
+def test_a_setting_with_one_seed_is_taken_to_vary_like_the_others():
+    """Its error is the SD of the others, 0.141; sqrt(0.1^2 + 0.141^2) is 0.173. With nothing to go by there's none."""
+    assert told_apart((0.8, 0.6), (0.2,)) == [["lr 0.1", "lr 0.2", "+0.500", "0.173", "yes"]]
+    assert told_apart((0.8,), (0.2,)) == []
 
 
 def test_a_reader_is_told_of_other_limits_and_mixed_rows():

@@ -24,8 +24,8 @@ DEFAULT = dict(
     cliprange_value=0.2, vf_coef=0.1, detach_value=True, frozen_share=0.6666666666666666,
     init_kl_coef=0.2, kl_budget=0.0, kl_controller="fixed", target=6.0, horizon=10_000,
     lr=4e-5, value_lr=1e-3, adam_epsilon=1e-5, average_power=3.0, max_grad_norm=1.0, micro_batch_size=0,
-    seed=1, device="auto", dtype="auto", run_name=None, runs_dir="runs", log_samples_every=10, track="none",
-    save_every=50, save_every_minutes=10.0, keep_checkpoints=2, process_timeout=600.0, eval_samples=1024,
+    seed=1, device="auto", dtype="auto", run_name=None, runs_dir="runs", log_samples_every=10, stop_on_alarm=False,
+    track="none", save_every=50, save_every_minutes=10.0, keep_checkpoints=2, process_timeout=600.0, eval_samples=1024,
     resume=None, eval_only=None, complete=None, n=5,
 )  # fmt: skip
 THOROUGH = {"episodes": 163_840, "batch_size": 1024, "ppo_epochs": 1, "lr": 1.2e-4, "eval_samples": 8192}

@@ -329,7 +329,7 @@ def test_the_yardsticks_are_of_the_policy_before():
     assert results.gain == limit.gain(before, results.after, 0.5)
     assert results.frontier == limit.frontier(*before.rewards())
     assert [each["n"] for each in results.best_of_n] == [2, 3, 4, 8]
-    few = Results(judged([0.1] * 7, prompts=["a"] * 4 + ["b"] * 3), judged([0.2] * 16))
+    few = Results(judged([0.1] * 7, prompts=["a"] * 4 + ["b"] * 3), judged([0.2] * 16, prompts=["a", "b"] * 8))
     few.measure(0.2)
     assert [each["n"] for each in few.best_of_n] == [2, 3]  # b has three
 

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
-from plot_rewards import PANELS, draw, main, smooth
+from plot_rewards import BIG, CHINESE, PANELS, draw, main, smooth
 from support.run.compare import read_metrics
 from tests.helpers import MEAN, STD, write_run
 
@@ -18,7 +20,13 @@ HISTOGRAM = "rewards before and after training"
 
 
 def judged(reward, kl, scores):
-    return {"reward": reward, "kl": kl, "unique": 0.9, "samples": [["p", "x", score] for score in scores]}
+    return {
+        "n": len(scores),
+        "reward": reward,
+        "kl": kl,
+        "unique": 0.9,
+        "samples": [["p", "x", score] for score in scores],
+    }
 
 
 def write_evaluation(folder, **evaluation):
@@ -159,6 +167,54 @@ def test_the_gain_is_drawn_against_a_setting_with_its_standard_error_over_seeds(
     assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_xscale()) == ("lr", "gain", "log")
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0.0001", "0.0004", "0.0005"]
     assert capsys.readouterr().out.endswith("wrote gain.png and compare.md\n")
+
+
+@pytest.fixture
+def chinese_font(monkeypatch):
+    """A machine with or without a Chinese font: chinese_font(the names that matplotlib knows, those it finds anew)."""
+
+    def pretend(known=(), found=()):
+        names = ["DejaVu Sans", *known]
+
+        def add(path):
+            if path == "broken":
+                raise RuntimeError("cannot open face")
+            names.append(path)
+
+        monkeypatch.setattr("matplotlib.font_manager.get_font_names", lambda: names)
+        monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: ["broken", *found])
+        monkeypatch.setattr("matplotlib.font_manager.fontManager.addfont", add)
+
+    return pretend
+
+
+def test_both_pictures_have_chinese_words(tmp_path, figures, chinese_font):
+    """What stays are names of settings and runs, and the field's own words."""
+    runs = []
+    for lr, seed in (3e-5, 1), (3e-5, 2), (1.5e-4, 1), (1.5e-4, 2):
+        runs.append(write_run(tmp_path / f"{lr}-{seed}", 4, settings={"lr": lr, "seed": seed}, **{MEAN: 0.5}))
+        write_evaluation(runs[-1], alarms=[{"step": 2, "alarm": "x"}], **WHOLE)
+    chinese_font(["WenQuanYi Micro Hei"])
+    for options in [{}, *({"only": name} for name in BIG), {"against": "lr"}]:
+        draw(runs, tmp_path / "x.png", **options, lang="zh")
+    draw(runs[:1], tmp_path / "x.png", lang="zh")
+    texts = {text.get_text() for figure, _ in figures for text in figure.findobj(Text)}
+    latin = {word for text in texts for word in re.findall("[A-Za-z]{2,}", text)}
+    assert latin == {"KL", "nat", "beta", "best", "of", "token", "PPO", "gain", "lr"}
+    assert set(CHINESE.values()) <= texts
+    assert {"全部，4 次训练", "lr 3e-05，2 次训练：奖励 0.50 → 0.50"} <= texts
+    assert [axes.get_xscale() for axes in figures[-2][0].axes] == ["log"]  # 1.5e-4 / 3e-5 is below 5 by rounding
+
+
+def test_a_chinese_font_is_found_even_if_it_is_new_or_its_lack_is_said(tmp_path, figures, chinese_font, capsys):
+    """matplotlib keeps the list of fonts that it made at its first start."""
+    run = str(write_run(tmp_path / "run", 2))
+    chinese_font(found=["Noto Sans CJK JP"])
+    assert main([run, "--lang", "zh"]) == 0
+    chinese_font()
+    capsys.readouterr()
+    assert main([run, "--lang", "zh"]) == 2 and "apt install fonts-noto-cjk" in capsys.readouterr().err
+    assert main([run]) == 0
 
 
 def test_pictures_are_written_in_the_format_of_their_name_with_the_printed_table(tmp_path, capsys):

@@ -3,12 +3,18 @@
 import json
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 from config import PPOConfig
 from support.common.figures import in_markdown, table
+from support.compute.devices import code_hash
+from support.run.compare import read_run
+from support.run.evaluation import Results
 from support.run.report import run_report
-from support.run.results import before_after_table, results_table
+from support.run.results import before_after_table, prompts_table, results_table
 from support.run.settings import save_config
-from tests.helpers import evaluated
+from tests.helpers import MEAN, evaluated, evaluation, load_gpt2, read_json, rows, tiny_run, write_bpe_gpt2
 
 STARTS = [
     {"command": "python train_ppo.py --lr 2e-4\n# Title", "step": 1, "torch": "2.6.0", "device": "cpu"},
@@ -63,6 +69,53 @@ def test_a_report_says_what_came_of_the_run_and_how_it_was_made(tmp_path, monkey
     report = run_report(run, results)
     assert "All settings are those of the preset demo." in report
     assert not any(part in report for part in ("![", "| J", "| gain", "drafts", "Warnings", " steps in ", "| setting"))
+
+
+def by_prompt(rewards: dict[str, tuple], n=200, beta=0.5) -> Results:
+    """Results of prompts whose rewards are half and half these two numbers before, one of them after, at this KL."""
+    before = [(prompt, "x", low_high[i % 2]) for prompt, (low_high, *_) in rewards.items() for i in range(n)]
+    after = [(prompt, "x", reward) for prompt, (_, reward, _) in rewards.items() for _ in range(n)]
+    results = Results(evaluation(before), evaluation(after, [kl for *_, kl in rewards.values() for _ in range(n)]))
+    results.measure(beta)
+    return results
+
+
+def test_each_prompt_has_its_reward_kl_and_gain():
+    """Of rewards 0 and 1, J is 0.5 before, and at most 0.5 log((1 + e^2) / 2) = 0.717; 0.9 at 0.4 nats is J 0.7."""
+    results = by_prompt({"bad": ((0.0, 1.0), 0.5, 0.2), "flat": ((0.3, 0.3), 0.3, 0.0), "good": ((0.0, 1.0), 0.9, 0.4)})
+    assert [(each["prompt"], each["n"]) for each in results.by_prompt] == [("good", 200), ("flat", 200), ("bad", 200)]
+    good, flat, bad = results.by_prompt
+    assert (good["before"], good["after"], good["kl"], good["J"]) == pytest.approx((0.5, 0.9, 0.4, 0.2))
+    assert (good["gain"], bad["gain"]) == pytest.approx((0.2 / 0.2169, -0.1 / 0.2169), rel=0.01) and flat[
+        "gain"
+    ] is None
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in prompts_table(results).split("\n")]
+    assert rows[3] == ["flat", "200", "0.300", "0.300", "0.000", "+0.000", "-"]
+    assert rows[4][:6] == ["bad", "200", "0.500", "0.500", "0.200", "-0.100"] and rows[4][6].startswith("-0.46 (stand")
+    assert results.without_samples()["by_prompt"] == results.by_prompt
+    assert by_prompt({"one": ((0.0, 1.0), 0.9, 0.4)}).by_prompt == []
+    many = prompts_table(by_prompt({f"{i:02d}": ((0.0, 1.0), 1 - 0.01 * i, 0.0) for i in range(50)}, n=2)).split("\n")
+    assert [row[2:4] for row in many[2:]] == [*(f"{i:02d}" for i in range(10)), "… ", *(f"{i}" for i in range(40, 50))]
+
+
+@pytest.mark.parametrize(("start", "unit"), [(1e6, 1.0), (0.0, 1e-9)])
+def test_the_results_name_the_end_token_and_show_large_and_tiny_rewards(tmp_path, without_pictures, start, unit):
+    """Around a million, float32 has steps of 1/16; a mean in float32 is off by as much, and so is a gain."""
+    policy, run = load_gpt2(write_bpe_gpt2(tmp_path / "gpt2")), tmp_path / "run"
+    assert (
+        tiny_run(run, policy, lambda texts: [start + 0.3 * unit * len(text) for text in texts], init_kl_coef=unit) == 0
+    )
+    found, report = read_json(run / "evaluation.json"), (run / "report.md").read_text(encoding="utf-8")
+    means = [np.mean([score for *_, score in found[when]["samples"]]) for when in ("before", "after")]
+    assert [found["before"]["reward"], found["after"]["reward"]] == pytest.approx(means, rel=1e-12)
+    scores = [json.loads(line)["score"] for line in (run / "samples.jsonl").read_text("utf-8").splitlines()[:8]]
+    assert float(rows(run)[0][MEAN]) == pytest.approx(np.mean(scores), rel=1e-12)
+    shown = [[cell.strip() for cell in line.split(" | ")] for line in report.split("\n") if line.startswith("| ")]
+    before, after = next(row[1:3] for row in shown if row[0] == "| mean reward")
+    assert [float(before), float(after)] == pytest.approx(means, abs=1e-2 * unit)
+    assert prompts_table(Results.read(run / "evaluation.json")) in report
+    assert read_run(run).settings["code"] == code_hash()
+    assert "| ended by \\<\\|endoftext\\|> " in report
 
 
 def test_a_text_in_markdown_is_shown_as_it_stands():

@@ -1,6 +1,8 @@
 """What this machine computes with: library versions, device and dtype."""
 
 import ctypes
+import functools
+import hashlib
 import os
 import platform
 import re
@@ -11,14 +13,16 @@ from pathlib import Path
 
 from support.common.errors import UserError, first_line
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def check_versions() -> None:
     """Raises UserError if torch or transformers isn't a version that requirements.txt allows. Imports neither."""
     from packaging.requirements import Requirement
     from packaging.version import Version
 
-    requirements = Path(__file__).resolve().parents[2] / "requirements.txt"
-    for line in re.findall(r"(?m)^(?:torch|transformers)\b.*", requirements.read_text(encoding="utf-8")):
+    requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    for line in re.findall(r"(?m)^(?:torch|transformers)\b.*", requirements):
         needed = Requirement(line)
         found = next((package.version for package in metadata.distributions(name=needed.name)), None)
         if found is None or not needed.specifier.contains(Version(found).base_version):
@@ -29,13 +33,23 @@ def environment(device) -> dict[str, str]:
     """What a run computes with, by name."""
     found = {"Python": platform.python_version()}
     found |= {name: metadata.version(name) for name in ("torch", "transformers", "numpy")}
-    found |= {"system": platform.platform(), "device": str(device)}
+    found |= {"code": code_hash(), "system": platform.platform(), "device": str(device)}
     if device.type == "cuda":
         import torch
 
         found["device"] += f" ({torch.cuda.get_device_name(device)})"
         found["CUDA"] = torch.version.cuda or f"ROCm {torch.version.hip}"
     return found
+
+
+@functools.cache  # an edit after the import isn't what runs
+def code_hash() -> str:
+    """12 digits of a SHA-256 of the project's files that decide a run, except for config.py, whose values are saved."""
+    top = [ROOT / name for name in ("gpt2_value_head.py", "ppo.py", "reward.py", "train_ppo.py")]
+    digest = hashlib.sha256()
+    for file in sorted([*top, *ROOT.glob("support/**/*.py")]):
+        digest.update(f"{file.relative_to(ROOT).as_posix()}\n".encode() + b"\n".join(file.read_bytes().splitlines()))
+    return digest.hexdigest()[:12]
 
 
 def in_one_line(environment: dict[str, str]) -> str:

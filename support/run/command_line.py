@@ -16,7 +16,7 @@ from support.run.tracking import check_installed
 ALWAYS = {"runs_dir", "device", "process_timeout", "micro_batch_size"}
 SAVING = {"log_samples_every", "save_every", "save_every_minutes", "keep_checkpoints"}
 ALLOWED = {
-    "resume": ALWAYS | SAVING | {"episodes", "track"},
+    "resume": ALWAYS | SAVING | {"episodes", "track", "stop_on_alarm"},
     "eval_only": ALWAYS | {"dtype", "eval_samples"},
     "complete": ALWAYS | {"dtype", "prompts", "prompts_file", "n"},
 }

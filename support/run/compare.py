@@ -1,6 +1,9 @@
 """Compare runs: read what each one wrote, group those that differ only in the seed, and put figures in a table."""
 
 import functools
+import itertools
+import json
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +15,22 @@ from support.common.figures import decimals, table
 from support.common.files import MEND_LINE, damaged, read_json, whole_lines
 from support.run.settings import NOT_COMPARED
 
-# Settings that change nothing that a curve shows, and those that decide the limit
-SILENT = {"seed", "log_samples_every", "save_every", "save_every_minutes", "keep_checkpoints", "process_timeout"}
+STARTS = "environment.jsonl"  # a line for the start of the run, for each --resume and for each --eval_only
+
+# Settings that change nothing that a curve shows, apart from chance, and those that decide the limit
+SILENT = {"seed", "device", "micro_batch_size", "log_samples_every", "save_every", "save_every_minutes"}
+SILENT |= {"keep_checkpoints", "process_timeout", "eval_samples"}
 LIMIT = {"model_name", "reward_model_name", "positive_label", "reward", "prompts", "prompts_file", "gen_len"}
 LIMIT |= {"temperature", "init_kl_coef"}
-FORMATS = {"R": None, "KL": ".3f", "J": None, "gain": ".2f", "SD": ".2f", "error of judging": ".2f"}
-FORMATS |= {"unique": ".1%", "seconds a step": ".2f"}  # of the table; None: one decimal more than rewards need
-LEGEND = """R, KL, J, gain and unique: means over the trained models of a row, as they were judged. SD: the standard
-deviation of their gains. Error of judging: the standard error of one run's gain, which more --eval_samples reduce."""
+FORMATS = {"R": None, "KL": ".3f", "J": None, "gain": ".2f", "standard error": ".3f", "SD": ".2f"}
+FORMATS |= {"error of judging": ".2f", "unique": ".1%", "seconds a step": ".2f"}  # None: one decimal more than rewards
+LEGEND = """R, KL, J, gain and unique: means over the trained models of a row, as they were judged. Standard error: of
+the mean gain, for other seeds and other samples to judge by. SD: the standard deviation of the row's gains. Error of
+judging: the standard error of one run's gain by judging alone, which more --eval_samples reduce."""
+PAIRS = """Two gains are told apart if their difference is more than twice its standard error. Of twenty pairs that are
+equally good, chance alone tells about one apart."""
+ONE_SEED = """Each row is one run, and another seed moves its gain by some hundredths: no two rows can be told apart.
+Train at least three seeds of each."""
 
 
 @dataclass
@@ -55,7 +66,18 @@ def read_run(path: Path) -> Run:
     inputs, evaluation = (read_json(path / name, remedy, missing={}) for name in ("inputs.json", "evaluation.json"))
     if settings.get("reward"):  # the function's file may have changed
         settings["reward"] += "".join(f" {inputs[name]}" for name in inputs if "of --reward " in name)
+    if evaluation.get("after"):  # --eval_only may have judged by others than the settings'
+        settings["eval_samples"] = evaluation["after"]["n"]
+    if codes := dict.fromkeys(start["code"] for start in read_starts(path) if "code" in start):
+        settings["code"] = ", ".join(codes)
     return Run(path.resolve().name, metrics, evaluation, settings)
+
+
+def read_starts(run_dir: Path) -> list[dict]:
+    """Returns the lines of environment.jsonl. Raises UserError if one is damaged."""
+    path = run_dir / STARTS
+    with damaged(path, MEND_LINE):
+        return [json.loads(line) for line in whole_lines(path)] if path.exists() else []
 
 
 def read_rows(path: Path) -> list[tuple[str, dict[str, float]]]:
@@ -143,20 +165,57 @@ def reward_decimals(drawn: list[Curve]) -> int:
     return decimals(min(run.metrics["env/reward_std"][0] for curve in drawn for run in curve.runs))
 
 
+def spreads(drawn: list[Curve]) -> list[float | None]:
+    """Returns, for each curve, the standard deviation that another run's gain would have, by its seed and by judging.
+
+    That is the SD of its gains, or of one run the SD within all curves; at least the error of judging. All are None if
+    no curve has several gains.
+    """
+    known = [[known_gain(run) for run in curve.runs if known_gain(run)] for curve in drawn]
+    gains = [[each["gain"] for each in of_curve] for of_curve in known]
+    several = [each for each in gains if len(each) > 1]
+    if not several:
+        return [None] * len(drawn)
+    within = math.sqrt(sum(len(each) * np.var(each) for each in several) / sum(len(each) - 1 for each in several))
+    deviations = [np.std(each, ddof=1) if len(each) > 1 else within for each in gains]
+    judging = [np.mean([each["gain_se"] for each in of_curve]) if of_curve else None for of_curve in known]
+    return [None if error is None else max(error, deviation) for error, deviation in zip(judging, deviations)]
+
+
+def pairs(drawn: list[Curve], figures: list[dict], spread: list[float | None]) -> str:
+    """Returns a table of the differences in gain between curves, and how many seeds would tell the others apart."""
+    rows, known = [], [i for i, each in enumerate(spread) if each is not None]
+    for a, b in itertools.combinations(known, 2):
+        difference = figures[a]["gain"] - figures[b]["gain"]
+        error = math.hypot(figures[a]["standard error"], figures[b]["standard error"])
+        told = "yes"
+        if abs(difference) <= 2 * error:
+            seeds = 4 * (spread[a] ** 2 + spread[b] ** 2) / max(difference**2, 1e-12)
+            told = f"no: {math.ceil(seeds)} seeds each would" if seeds < 100 else "no: over 100 seeds each"
+        rows.append([drawn[a].name, drawn[b].name, f"{difference:+.3f}", f"{error:.3f}", told])
+    return table(["", "minus", "difference in gain", "standard error", "told apart"], rows)
+
+
 def comparison(runs: list[Run], drawn: list[Curve]) -> str:
-    """Returns the figures of curves as a Markdown table, and what its reader has to know. "-" is an unknown figure."""
-    in_rewards, rows = f".{reward_decimals(drawn) + 1}f", []
-    for curve in drawn:
+    """Returns the figures of curves as a Markdown table, what can be told apart, and what else a reader has to know.
+    "-" is an unknown figure."""
+    in_rewards, rows, figures, spread = f".{reward_decimals(drawn) + 1}f", [], [], spreads(drawn)
+    for curve, deviation in zip(drawn, spread):
         of_runs = [run.figures() for run in curve.runs]
         known = {name: [each[name] for each in of_runs if name in each] for name in FORMATS}
         shown = {name: np.mean(values) for name, values in known.items() if values}
         if len(known["gain"]) > 1:
             shown["SD"] = np.std(known["gain"], ddof=1)
+        if deviation is not None:
+            shown["standard error"] = deviation / math.sqrt(len(known["gain"]))
         row = [curve.name, str(len(curve.runs)), f"{curve.metrics['episodes'][0, -1]:,.0f}"]
         rows.append(row + [f"{shown[n]:{FORMATS[n] or in_rewards}}" if n in shown else "-" for n in FORMATS])
+        figures.append(shown)
     parts = [table(["", "runs", "episodes", *FORMATS], rows), LEGEND]
     if unlike := [name for name in differences(runs) if name in LIMIT]:
         parts.append(f"These runs differ in {', '.join(unlike)}, and so in the limit: don't compare their gains.")
+    elif sum("gain" in shown for shown in figures) > 1:
+        parts += [pairs(drawn, figures, spread), PAIRS] if any(spread) else [ONE_SEED]
     if mixed := dict.fromkeys(name for curve in drawn for name in differences(curve.runs)):
         parts.append(f"Runs in one row differ in {', '.join(mixed)}, too; --by tells them apart.")
     for run in [run for run in runs if not known_gain(run)]:

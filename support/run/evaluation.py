@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -50,6 +50,7 @@ class Evaluation:
     kls: list
     noise: float = 0.0
     unsteady: str = ""
+    end_token: str = "[SEP]"
 
     def rewards(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the rewards (n,) float64, and the index of the prompt of each (n,) int64."""
@@ -57,10 +58,18 @@ class Evaluation:
         rewards = torch.tensor([reward for *_, reward in self.samples], dtype=torch.float64)
         return rewards, torch.tensor([index[prompt] for prompt, *_ in self.samples])
 
+    def of_prompt(self, prompt: str) -> "Evaluation":
+        """Return the part of it that continues `prompt`: n, reward, kl, samples and kls."""
+        rows = [i for i, (continued, *_) in enumerate(self.samples) if continued == prompt]
+        samples, kls = ([every[i] for i in rows] for every in (self.samples, self.kls))
+        reward = sum(score for *_, score in samples) / len(rows)
+        return replace(self, n=len(rows), reward=reward, kl=sum(kls) / len(rows), samples=samples, kls=kls)
+
 
 @dataclass
 class Results:
-    """What evaluation.json has. `gain`, `frontier` and `best_of_n`: see limit.py."""
+    """What evaluation.json has. `gain`, `frontier` and `best_of_n`: see limit.py. `by_prompt`, best first, has how each
+    prompt fared if there are several; J is there what training has added to it."""
 
     before: Evaluation
     after: Evaluation | None = None
@@ -69,15 +78,27 @@ class Results:
     gain: dict | None = None
     frontier: list = field(default_factory=list)
     best_of_n: list = field(default_factory=list)
+    by_prompt: list = field(default_factory=list)
     verdict: str | None = None
 
     def measure(self, beta: float) -> None:
-        """Compute gain, frontier and best-of-n at a KL coefficient."""
+        """Compute gain, frontier, best-of-n and the figures of each prompt at a KL coefficient."""
         rewards, prompt_index = self.before.rewards()
         self.gain = gain(self.before, self.after, beta)
         self.frontier = frontier(rewards, prompt_index)
         fewest = prompt_index.bincount().min()
         self.best_of_n = [best_of_n(rewards, prompt_index, n, self.gain) for n in (2, 3, 4, 8) if n <= fewest]
+        prompts = dict.fromkeys(prompt for prompt, *_ in self.before.samples)
+        self.by_prompt = [self.of_prompt(prompt, beta) for prompt in prompts] if len(prompts) > 1 else []
+        self.by_prompt.sort(key=lambda found: -found["J"])
+
+    def of_prompt(self, prompt: str, beta: float) -> dict:
+        """Return how much reward and J rose for a prompt, at which KL; and the gain, None if it is unknown."""
+        before, after = self.before.of_prompt(prompt), self.after.of_prompt(prompt)
+        found = {"prompt": prompt, "n": after.n, "before": before.reward, "after": after.reward, "kl": after.kl}
+        share = gain(before, after, beta)
+        known = {name: share[name] for name in ("gain", "gain_se") if name in share}
+        return found | {"J": after.reward - before.reward - beta * after.kl} | known
 
     @classmethod
     def read(cls, path: Path) -> "Results | None":
@@ -115,7 +136,7 @@ def evaluate(trainer: PPOTrainer, model, reward, prompts: list[str], queries: li
     counts = Counter(zip(of_prompt, texts))
     return Evaluation(
         n=n,
-        reward=rewards.mean().item(),
+        reward=rewards.double().mean().item(),
         reward_ci95=1.96 * rewards.std().item() / math.sqrt(n),
         kl=kl.mean().item(),
         distinct_1=distinct(texts, 1),
@@ -127,6 +148,7 @@ def evaluate(trainer: PPOTrainer, model, reward, prompts: list[str], queries: li
         commonest=[[prompt + text, count] for (prompt, text), count in counts.most_common(10)],
         samples=[list(sample) for sample in zip(of_prompt, texts, rewards.tolist())],
         kls=kl.tolist(),
+        end_token=trainer.tokenizer.sep_token,
     )
 
 

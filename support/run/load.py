@@ -33,7 +33,7 @@ def load(config: PPOConfig):
     keep_freed_memory()
     loaded = processes.on_all_ranks(lambda: load_folders(config, device, prompts, *folders))
     if processes.world_size() > 1:
-        versions = {name: environment(device)[name] for name in ("torch", "transformers", "numpy")}
+        versions = {name: environment(device)[name] for name in ("torch", "transformers", "numpy", "code")}
         kinds = {"--device": device.type, "--dtype": str(pick_dtype(config.dtype, device))}
         processes.check_same(versions | kinds | input_hashes(config, *loaded))
     return loaded

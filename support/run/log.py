@@ -17,6 +17,7 @@ from support.run.compare import read_rows
 def step_row(step: int, seconds: dict[str, float], prompts: list[str], texts: list[str], scores, stats: dict) -> dict:
     """Return a step's row of metrics.csv. seconds: what each part of the step took. prompts, texts: of the batch.
     scores: (n,) float32."""
+    scores = scores.double()  # the float32 mean of scores around a million is off by hundredths
     return {
         "step": step,
         "episodes": step * len(texts),

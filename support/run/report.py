@@ -1,6 +1,6 @@
 """report.md: what a run was and what came of it, for whoever opens its folder, on GitHub as it is."""
 
-import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +8,11 @@ from tqdm import tqdm
 
 from support.common.errors import escaped
 from support.common.figures import in_markdown, table
-from support.common.files import MEND_LINE, damaged, read_json, whole_lines
-from support.run.compare import read_metrics
+from support.common.files import read_json
+from support.run.compare import read_metrics, read_starts
 from support.run.evaluation import Results
-from support.run.results import SHOWN, before_after_table, results_table
-from support.run.settings import changes, load_config
-
-STARTS = "environment.jsonl"  # a line for the start of the run, for each --resume and for each --eval_only
+from support.run.results import SHOWN, before_after_table, prompts_table, results_table
+from support.run.settings import changes, load_config, total_steps
 
 
 def run_report(run_dir: Path, results: Results) -> str:
@@ -30,9 +28,15 @@ def run_report(run_dir: Path, results: Results) -> str:
     if gains := [f"{best['gain']:.2f} with {best['n']}" for best in results.best_of_n if best["gain"] is not None]:
         drafts = "Without any training, the best of several drafts by the original model has a gain of"
         parts.append(f"{drafts} {', '.join(gains)}.")
+    if results.by_prompt:
+        about = "Best first. J is what training has added to reward - beta KL. A gain of - is unknown, usually because"
+        parts += ["## By prompt", f"{about} the prompt has too few `--eval_samples`.", prompts_table(results)]
     if results.alarms:
         warnings = [f"- step {alarm['step']}: {in_markdown(alarm['says'])}" for alarm in results.alarms]
         parts += ["Warnings while it trained:", "\n".join(warnings)]
+    config = load_config(run_dir / "config.json")
+    if (results.steps or math.inf) < total_steps(config):
+        parts.append(f"`--stop_on_alarm` ended the run after step {results.steps} of {total_steps(config)}.")
     parts += [
         f"## The first {SHOWN} completions, before and after",
         before_after_table(results.before.samples, results.after.samples),
@@ -44,7 +48,6 @@ def run_report(run_dir: Path, results: Results) -> str:
         seconds = read_metrics(run_dir)["time/step"]
         took = f"{len(seconds):,} steps in {tqdm.format_interval(sum(seconds))}, without loading and judging"
         parts.append(f"{took}; {np.median(seconds):.2f} s a step in the median.")
-    config = load_config(run_dir / "config.json")
     if changed := [[name, str(here), str(preset)] for name, (preset, here) in changes(config).items()]:
         parts.append(f"Settings that differ from the preset {config.preset}:")
         parts.append(table(["setting", "here", "preset"], changed))
@@ -59,10 +62,3 @@ def run_report(run_dir: Path, results: Results) -> str:
 
 def when(start: dict) -> str:
     return f"from step {start['step']}" if start.get("step") else "judged again"
-
-
-def read_starts(run_dir: Path) -> list[dict]:
-    """Returns the lines of environment.jsonl. Raises UserError if one is damaged."""
-    path = run_dir / STARTS
-    with damaged(path, MEND_LINE):
-        return [json.loads(line) for line in whole_lines(path)] if path.exists() else []

@@ -12,6 +12,7 @@ FAR = 2  # at most 0.83: more reward than the limit's at this distance means tha
 CLOSE = 1.5  # and at most 0.95
 UNSURE = 0.15  # standard error of the gain above which a good run and a short one look alike
 SHOWN = 5  # completions in the before/after table
+MANY = 20  # prompts above which the table by prompt has only the best and the worst
 
 
 def verdict(results: Results, config) -> str:
@@ -53,7 +54,7 @@ ROWS = {  # of the table of results: what, and its format; None for the rewards'
     "distinct_2": ("distinct-2, pairs of characters", ".3f"),
     "unique": ("unique completions", ".1%"),
     "length": ("mean length, tokens", ".1f"),
-    "ended": ("ended by SEP", ".1%"),
+    "ended": ("ended by {end_token}", ".1%"),
     "ref_logprob": ("log-probability a token, reference", ".2f"),
 }
 
@@ -64,7 +65,8 @@ def results_table(results: Results) -> str:
     limit = result["limit"] if result["gain"] is not None else {}
     in_rewards = f".{decimals(statistics.pstdev(score for *_, score in before.samples), 3)}f"
     rows = [
-        (what, form, getattr(before, key), getattr(after, key), limit.get(key)) for key, (what, form) in ROWS.items()
+        (what.format(end_token=after.end_token), form, getattr(before, key), getattr(after, key), limit.get(key))
+        for key, (what, form) in ROWS.items()
     ]
     if "J" in result:
         rows.append((f"J = reward - {result['beta']:.3g} KL", None, result["J_before"], result["J"], limit.get("J")))
@@ -75,6 +77,19 @@ def results_table(results: Results) -> str:
     if limit:
         cells.append(["gain", "0", f"{result['gain']:.2f} (standard error {result['gain_se']:.2f})", "1"])
     return table(["", "before", "after", "the limit"], cells)
+
+
+def prompts_table(results: Results) -> str:
+    """Return how each prompt fared as a Markdown table, best first; of many, the best and the worst."""
+    form = f".{decimals(statistics.pstdev(score for *_, score in results.before.samples), 3)}f"
+    rows = []
+    for each in results.by_prompt:
+        share = "-" if each["gain"] is None else f"{each['gain']:.2f} (standard error {each['gain_se']:.2f})"
+        rewards = [f"{each['before']:{form}}", f"{each['after']:{form}}", f"{each['kl']:.3f}", f"{each['J']:+{form}}"]
+        rows.append([each["prompt"], str(each["n"]), *rewards, share])
+    if len(rows) > MANY:
+        rows[MANY // 2 : -MANY // 2] = [["…"] * 7]
+    return table(["prompt", "completions", "reward before", "after", "KL", "J", "gain"], rows)
 
 
 def before_after_table(before: list, after: list, shown: int = SHOWN) -> str:

@@ -31,11 +31,12 @@ from support.compute import processes
 from support.compute.devices import environment
 from support.models.model_card import write_results
 from support.run.checkpoint import load_checkpoint, save_checkpoint
+from support.run.compare import STARTS, read_starts
 from support.run.evaluation import Results
 from support.run.folders import FINAL, new_run_folder
 from support.run.load import hash_of, reward_file
 from support.run.log import RunLog
-from support.run.report import STARTS, read_starts, run_report
+from support.run.report import run_report
 from support.run.results import before_after_table, results_table
 from support.run.settings import changes, save_config, total_steps
 from support.run.text_trainer import save_trained

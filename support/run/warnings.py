@@ -1,9 +1,10 @@
-"""Warnings before and during training. Each is given once, with the remedy; none stops a run.
+"""Warnings before and during training. Each is given once, with the remedy; --stop_on_alarm makes some end the run.
 
 The limits of the alarms lie between the healthy and the sick runs of docs/experiments.md.
 """
 
 import math
+from statistics import fmean
 
 from support.run.limit import possible
 
@@ -12,6 +13,8 @@ TOO_FAST, CLIPPED = 0.01, 0.1  # approxkl and clipfrac
 STILL = 3e-5  # approxkl of the first step
 FAR, BEYOND = 2.0, 1.5  # KL in nats, and as a multiple of the limit's
 NARROW, ALIKE = 0.5, 0.4  # entropy and unique texts, as shares of the first step's: texts of four tokens come near
+COLLAPSE = {"far away", "narrow", "alike"}  # alarms that mean hacking or collapse: more steps make it worse
+QUARTER = 10  # steps in a quarter of a run from which on a plateau can be told
 DEARER = "a higher --init_kl_coef or --kl_budget 0.4 keeps the texts closer to the language"
 
 
@@ -37,13 +40,15 @@ def prospect(before, prompts: list[str], kl_coef: float) -> list[str]:
 
 
 class Alarms:
-    """Looks at each step of a run. `found` lists what it has reported: {"step", "alarm", "says"}."""
+    """Looks at each step of a run. `found` lists what it has reported: {"step", "alarm", "says"}. `stop`: whether
+    --stop_on_alarm ends the run here."""
 
     def __init__(self, config, kl_limit: float | None):
         """kl_limit: the KL of the best possible policy in nats, or None if unknown."""
         self.moves_first = config.ppo_epochs * math.ceil(config.batch_size / config.minibatch_size) > 1
         self.kl_limit = kl_limit or 0.0
-        self.first, self.last, self.found = None, [], []
+        self.first, self.last, self.rewards, self.found = None, [], [], []
+        self.stop_on_alarm, self.stop = config.stop_on_alarm, False
 
     def look(self, row: dict[str, float]) -> list[dict]:
         """Take the next row of metrics.csv. Returns the alarms that it raises for the first time."""
@@ -53,7 +58,7 @@ class Alarms:
         recent = ("objective/kl", "objective/entropy", "tokens/unique_share")
         kl, entropy, unique = (sum(each[name] for each in self.last) / len(self.last) for name in recent)
         signs = {}
-        if row is first and row["env/reward_std"] <= 1e-6 * abs(row["env/reward_mean"]):
+        if row is first and row["env/reward_std"] <= 1e-7 * abs(row["env/reward_mean"]):
             signs["no spread"] = "all scores of the first batch are equal: so far there is nothing to learn"
         elif row is first and self.moves_first and fast < STILL:
             signs["no movement"] = f"the policy hardly moves (approxkl {fast:.1g}): a higher --lr"
@@ -66,7 +71,20 @@ class Alarms:
             signs["narrow"] = f"entropy has fallen from {first['objective/entropy']:.2g} to {entropy:.2g}: {DEARER}"
         if unique < ALIKE * first["tokens/unique_share"]:
             signs["alike"] = f"only {unique:.0%} of the texts in a batch are unique: {DEARER}"
+        self.rewards.append(row["env/reward_mean"])
+        if steps := self.stalled(row):
+            signs["plateau"] = f"the reward hasn't risen for {steps} steps; further steps bring noise"
         told = {alarm["alarm"] for alarm in self.found}
         new = [{"step": int(row["step"]), "alarm": name, "says": signs[name]} for name in signs if name not in told]
         self.found += new
+        self.stop |= self.stop_on_alarm and any(alarm["alarm"] in COLLAPSE for alarm in new)
         return new
+
+    def stalled(self, row: dict[str, float]) -> int:
+        """Return half the number of steps so far, if the reward rose before and on average no more since; else 0."""
+        n = len(self.rewards) // 4
+        if n < QUARTER:
+            return 0
+        second, third, fourth = (fmean(self.rewards[-i * n :][:n]) for i in (3, 2, 1))
+        error = row["env/reward_std"] / math.sqrt(row["episodes"] / row["step"])  # of a batch's mean
+        return 2 * n if second - fmean(self.rewards[:LAST]) > 2 * error and max(third, fourth) <= second else 0
