@@ -119,8 +119,10 @@ def attention_bias(mask: torch.Tensor | None, n_keys: int, seq: int, like: torch
 
 
 def never_sampled_ids(tokenizer, vocab_size: int) -> list[int]:
-    """All special tokens except [SEP], which ends a text, and ids beyond the tokenizer's, which pad the embeddings."""
-    return sorted({*tokenizer.all_special_ids, *range(len(tokenizer), vocab_size)} - {tokenizer.sep_token_id})
+    """All special tokens except [SEP], which ends a text, and ids that aren't the tokenizer's, which pad the
+    embeddings."""
+    padding = set(range(vocab_size)).difference(tokenizer.get_vocab().values())
+    return sorted(padding.union(tokenizer.all_special_ids) - {tokenizer.sep_token_id})
 
 
 def restriction(tokenizer, vocab_size: int, device="cpu") -> torch.Tensor:

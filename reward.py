@@ -18,8 +18,8 @@ from support.compute.batches import listed, to_float32
 from support.models.pretrained import (
     clean_text,
     is_bert,
-    load_tokenizer,
     load_weights,
+    open_tokenizer,
     quiet_transformers,
     read_model_config,
 )
@@ -40,13 +40,12 @@ class SentimentReward:
         positive_label: str | None = None,
         batch_size: int = 128,
     ):
-        config, self.positive_label = read_classifier_config(folder, positive_label)
+        config, self.positive_label, tokenizer = read_classifier_folder(folder, positive_label)
         model = load_weights(AutoModelForSequenceClassification, folder, config, device)
-        tokenizer = load_tokenizer(folder)
+        positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
         model = model.to(device=device, dtype=dtype)  # under torchrun the pipeline doesn't move it
         with quiet_transformers():
             self.pipeline = pipeline("sentiment-analysis", model=model, tokenizer=tokenizer, device=device)
-        positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
         self.options = dict(
             top_k=None,
             function_to_apply="softmax",
@@ -68,10 +67,12 @@ class SentimentReward:
         return scores
 
 
-def read_classifier_config(folder: Path, positive_label: str | None):
-    """A classifier's config and its happy label, before any weights. Raises UserError if that label is unclear."""
+def read_classifier_folder(folder: Path, positive_label: str | None):
+    """A classifier's config, happy label and tokenizer, before any weights. Raises UserError if that label is unclear,
+    or if the tokenizer doesn't fit."""
     config = read_model_config(folder)
-    return config, find_positive_label(list(config.id2label.values()), positive_label)
+    label = find_positive_label(list(config.id2label.values()), positive_label)
+    return config, label, open_tokenizer(folder, config)
 
 
 def find_positive_label(labels: list[str], wanted: str | None) -> str:
