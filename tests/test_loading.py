@@ -214,6 +214,76 @@ def test_empty_and_unused_tokens_that_the_model_lacks_are_left_out(tmp_path, cha
     assert again.encode(["刚收到"])[0].tolist() == [2, 5, 6, 7]
 
 
+def save_by_transformers(folder):
+    tokenizer = BertTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"bos_token": "[BOS]", "eos_token": "[EOS]"})
+    tokenizer.save_pretrained(folder)
+    (folder / "vocab.txt").unlink()
+
+
+def save_as_4_46(folder):
+    tokens = {"bos_token": "[BOS]", "eos_token": "[EOS]"}
+    added = {str(i): {"content": token, "special": True} for i, token in enumerate(tokens.values(), 43)}
+    name_tokens(folder, added_tokens_decoder=added, **tokens)
+    (folder / "added_tokens.json").write_text('{"[BOS]": 43, "[EOS]": 44}')
+    (folder / "generation_config.json").write_text('{"bos_token_id": 50256, "eos_token_id": 50256}')
+
+
+def in_vocabulary(folder, file="config.json"):
+    add_bytes(folder, after=b"[BOS]\n[EOS]\n")
+    (folder / file).touch()
+    settings = json.loads((folder / file).read_text() or "{}")
+    (folder / file).write_text(json.dumps(settings | {"bos_token_id": 43, "eos_token_id": 44}))
+
+
+OWN = {  # name: (the change to a folder of a model with 45 tokens, the tokens that start and end its texts)
+    "saved by this version": (save_by_transformers, "[BOS]", "[EOS]"),
+    "saved by 4.46": (save_as_4_46, "[BOS]", "[EOS]"),
+    "special_tokens_map.json": (
+        lambda f: (f / "special_tokens_map.json").write_text('{"bos_token": "[BOS]", "eos_token": "[EOS]"}'),
+        "[BOS]",
+        "[EOS]",
+    ),
+    "ids in config.json": (in_vocabulary, "[BOS]", "[EOS]"),
+    "ids in generation_config.json": (lambda f: in_vocabulary(f, "generation_config.json"), "[BOS]", "[EOS]"),
+    "only an end": (lambda f: name_tokens(f, eos_token="</s>"), "[CLS]", "</s>"),
+    "one for both": (lambda f: name_tokens(f, bos_token="<|end|>", eos_token="<|end|>"), "<|end|>", "<|end|>"),
+    "an end that also pads": (lambda f: name_tokens(f, eos_token="[EOS]", pad_token="[EOS]"), "[CLS]", "[EOS]"),
+    "padding as the end": (lambda f: name_tokens(f, bos_token="[UNK]", eos_token="[PAD]"), "[CLS]", "[SEP]"),
+    "ids of padding": (lambda f: edit(f, bos_token_id=0, eos_token_id=0), "[CLS]", "[SEP]"),
+    "ids of words": (lambda f: edit(f, bos_token_id=30, eos_token_id=31), "[CLS]", "[SEP]"),
+    "ids of GPT-2": (lambda f: edit(f, bos_token_id=50256, eos_token_id=50256), "[CLS]", "[SEP]"),
+}
+
+
+@pytest.mark.parametrize(("change", "start", "end"), OWN.values(), ids=OWN)
+def test_texts_start_and_end_with_the_tokens_that_the_folder_names(tmp_path, capfd, change, start, end):
+    folder = write_gpt2(tmp_path / "gpt2", vocab_size=45)
+    change(folder)
+    trainer = TextPPOTrainer.from_pretrained(folder, PPOConfig(device="cpu", gen_len=16))
+    line = f"gpt2: texts start with {start} and end with {end}\n"
+    assert capfd.readouterr().out.count(line) == ((start, end) != ("[CLS]", "[SEP]"))
+    first, last = trainer.tokenizer.convert_tokens_to_ids([start, end])
+    query = trainer.encode(["刚收到"])[0]
+    assert query.tolist() == [first, 5, 6, 7]
+    responses = trainer.generate([query] * 32)
+    assert {last} < {response[-1].item() for response in responses}
+    assert not {0, 1, 2, 3, 4, first}.difference([last]).intersection(torch.cat(responses).tolist())
+    assert not any(token in text for text in trainer.decode(responses) for token in ("[", "]", "<", ">"))
+    with pytest.raises(UserError, match="special token"):
+        trainer.encode(["刚[SEP]"])
+
+    trainer.save(tmp_path / "saved")
+    settings = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert (settings["bos_token_id"], settings["eos_token_id"]) == (first, last) and last not in settings[
+        "suppress_tokens"
+    ]
+    assert {0, 1, 2, 3, 4, first} - {last} <= set(settings["suppress_tokens"])
+    again = TextPPOTrainer.from_pretrained(tmp_path / "saved", PPOConfig(device="cpu"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved")("刚收到").input_ids == again.encode(["刚收到"])[0].tolist()
+    assert again.tokenizer.sep_token == end and again.never_sampled == trainer.never_sampled
+
+
 @pytest.fixture
 def saved(policy, tmp_path):
     model, tokenizer = policy

@@ -23,26 +23,37 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from gpt2_value_head import GPT2HeadWithValueModel, never_sampled_ids
+from gpt2_value_head import GPT2HeadWithValueModel, never_sampled_ids, special_ids
 from support.common.errors import UserError, first_line, is_out_of_memory
 from support.models.hub import VALUE_HEAD, has_vocabulary
 
 SPECIAL_TOKENS = re.compile(r"\[(PAD|UNK|CLS|SEP|MASK)\]")
+PAD_OR_UNKNOWN = re.compile(r"\W*(pad|unk)\w*\W*", re.IGNORECASE)
 SPACE_BETWEEN_CHARACTERS = re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])")
 
 
 def load_tokenizer(folder: Path):
     """Return the tokenizer of a GPT-2's folder: BERT's (Chinese GPT-2 has it) or a byte-level BPE (other GPT-2).
 
-    cls_token starts a text and sep_token ends it; a BPE tokenizer's bos_token and eos_token take these roles. Raises
-    UserError if the tokenizer is missing, broken, lacks such tokens or doesn't fit the model.
+    cls_token starts a text and sep_token ends it. bos_token and eos_token take these roles if the folder names them,
+    except for a padding or unknown token. Raises UserError if the tokenizer is missing, broken, lacks such tokens or
+    doesn't fit the model.
     """
     tokenizer = open_tokenizer(folder, read_model_config(folder))
+    # GPT2Config fills in 50256, which may be an ordinary word here: ids only count if they look like special tokens
+    names = {i: token for token, i in tokenizer.get_vocab().items() if re.fullmatch(r"[<\[].+[>\]]", token)}
+    with loading(f"the settings in {folder}"):
+        files = [folder / name for name in ("generation_config.json", "config.json")]
+        settings = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
     for role, other in (("cls_token", "bos_token"), ("sep_token", "eos_token")):
-        if getattr(tokenizer, role) is None:
-            setattr(tokenizer, role, getattr(tokenizer, other))
-        if getattr(tokenizer, role) is None:
+        candidates = [getattr(tokenizer, other)]
+        candidates += [names.get(i) for i in (values.get(f"{other}_id") for values in settings) if isinstance(i, int)]
+        named = [token for token in candidates if token and not PAD_OR_UNKNOWN.fullmatch(token)]
+        token = named[0] if named else getattr(tokenizer, role) or getattr(tokenizer, other)
+        if token is None:
             raise UserError(f"the tokenizer in {folder} has neither {role} nor {other}; choose another model")
+        tokenizer.add_tokens(token, special_tokens=True)
+        setattr(tokenizer, role, token)
     return tokenizer
 
 
@@ -105,7 +116,7 @@ def encode_prompt(tokenizer, prompt: str) -> torch.Tensor:
     Raises UserError if the prompt contains a special token or a word that the vocabulary doesn't know ([UNK]).
     """
     ids = tokenizer.encode(prompt, add_special_tokens=False)
-    if special := set(tokenizer.all_special_ids).intersection(ids):
+    if special := special_ids(tokenizer).intersection(ids):
         spans = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         start, end = next(span for token, span in zip(ids, spans) if token in special)
         problem = f"{prompt[start:end]!r} in the prompt {prompt!r} isn't in the vocabulary, or is a special token"
@@ -169,6 +180,9 @@ def load_gpt2_config(folder: Path) -> GPT2Config:
 def read_policy_folder(folder: Path):
     """Return the GPT-2 config and the tokenizer of a model folder. Raises UserError if they don't fit each other."""
     gpt2_config, tokenizer = load_gpt2_config(folder), load_tokenizer(folder)
+    start, end = tokenizer.cls_token, tokenizer.sep_token
+    if (start, end) != ("[CLS]", "[SEP]"):
+        print(f"{folder.name}: texts start with {start} and end with {end}")
     return gpt2_config, tokenizer
 
 
