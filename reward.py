@@ -43,6 +43,8 @@ class SentimentReward:
         config, self.positive_label, tokenizer = read_classifier_folder(folder, positive_label)
         model = load_weights(AutoModelForSequenceClassification, folder, config, device)
         positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+        if hasattr(model, "score"):  # a decoder's head, which reads the last token before this padding
+            model.config.pad_token_id, tokenizer.padding_side = tokenizer.pad_token_id, "right"
         model = model.to(device=device, dtype=dtype)  # under torchrun the pipeline doesn't move it
         with quiet_transformers():
             self.pipeline = pipeline("sentiment-analysis", model=model, tokenizer=tokenizer, device=device)

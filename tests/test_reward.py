@@ -99,6 +99,7 @@ def test_the_classifier_is_on_its_device_before_the_pipeline_has_it(classifier_f
 
 SIZES = dict(vocab_size=len(VOCAB), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
 SIZES |= dict(max_position_embeddings=48, initializer_range=0.3, embedding_size=8)
+DECODER = dict(n_embd=16, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=None, initializer_range=0.5)
 
 
 def write_other(folder, kind, tokenizer=None, tokenizer_json=False, **changes):
@@ -128,6 +129,22 @@ def test_a_classifier_of_another_family_scores(tmp_path, kind, tokenizer_json):
     expected = scores_one_by_one(model, ["刚收", "很好"])
     assert SentimentReward(folder, "cpu")(["刚收", "很好"]).tolist() == pytest.approx(expected, abs=1e-6)
     assert abs(expected[0] - expected[1]) > 1e-4
+
+
+LEFT = {"padding_side": "left"}
+DECODERS = [("gpt2", DECODER, {}), ("gpt2", DECODER, LEFT), ("gpt2", DECODER | {"pad_token_id": 3}, {})]
+DECODERS += [("qwen2", {"num_key_value_heads": 1}, LEFT)]
+
+
+@pytest.mark.parametrize(("kind", "changes", "tokenizer"), DECODERS, ids=["", "left", "other padding", "qwen2"])
+def test_a_decoder_scores_a_text_in_a_batch_as_alone(tmp_path, kind, changes, tokenizer):
+    names = {"model_input_names": ["input_ids", "attention_mask"]}
+    model, folder = write_other(tmp_path / "s", kind, tokenizer | names, **changes)
+    texts = ["很好", "刚收到货,感觉很好", "差", "很差"]
+    model.config.pad_token_id = None
+    expected = scores_one_by_one(model, texts)
+    assert SentimentReward(folder, "cpu")(texts).tolist() == pytest.approx(expected, abs=1e-6)
+    assert max(expected) - min(expected) > 0.01
 
 
 NUMBERS = [
