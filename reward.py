@@ -42,7 +42,7 @@ class SentimentReward:
     ):
         config, self.positive_label, tokenizer = read_classifier_folder(folder, positive_label)
         model = load_weights(AutoModelForSequenceClassification, folder, config, device)
-        positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+        positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length) - position_offset(model)
         if hasattr(model, "score"):  # a decoder's head, which reads the last token before this padding
             model.config.pad_token_id, tokenizer.padding_side = tokenizer.pad_token_id, "right"
         model = model.to(device=device, dtype=dtype)  # under torchrun the pipeline doesn't move it
@@ -75,6 +75,13 @@ def read_classifier_folder(folder: Path, positive_label: str | None):
     config = read_model_config(folder)
     label = find_positive_label(list(config.id2label.values()), positive_label)
     return config, label, open_tokenizer(folder, config)
+
+
+def position_offset(model) -> int:
+    """How many of a classifier's positions no token has: 2 in the RoBERTa family, which counts on from its padding."""
+    tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+    padding = getattr(tables[0], "padding_idx", None) if tables else None
+    return 0 if padding is None else padding + 1
 
 
 def find_positive_label(labels: list[str], wanted: str | None) -> str:

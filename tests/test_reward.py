@@ -131,6 +131,15 @@ def test_a_classifier_of_another_family_scores(tmp_path, kind, tokenizer_json):
     assert abs(expected[0] - expected[1]) > 1e-4
 
 
+@pytest.mark.parametrize(("kind", "pad", "kept"), [("roberta", 1, 44), ("roberta", 0, 45), ("mpnet", 1, 44)])
+def test_long_texts_are_cut_before_the_positions_that_the_roberta_family_leaves_out(tmp_path, kind, pad, kept):
+    """Of 48 positions its tokens start at the one after the padding's; two are for [CLS] and [SEP]."""
+    model, folder = write_other(tmp_path / "s", kind, pad_token_id=pad)
+    text = ("很好差书" * 20)[: kept + 1]
+    expected = scores_one_by_one(model, [text[:kept]])
+    assert SentimentReward(folder, "cpu")([text]).tolist() == pytest.approx(expected, abs=1e-6)
+
+
 LEFT = {"padding_side": "left"}
 DECODERS = [("gpt2", DECODER, {}), ("gpt2", DECODER, LEFT), ("gpt2", DECODER | {"pad_token_id": 3}, {})]
 DECODERS += [("qwen2", {"num_key_value_heads": 1}, LEFT)]
