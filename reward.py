@@ -65,7 +65,7 @@ class SentimentReward:
         with quiet_transformers():  # on a GPU it advises against calling it more than ten times
             results = self.pipeline([texts[i] for i in order], **self.options)
         for i, result in zip(order, results):
-            scores[i] = next(entry["score"] for entry in result if entry["label"] == self.positive_label)
+            scores[i] = next(entry["score"] for entry in result if str(entry["label"]) == self.positive_label)
         return scores
 
 
@@ -73,7 +73,7 @@ def read_classifier_folder(folder: Path, positive_label: str | None):
     """A classifier's config, happy label and tokenizer, before any weights. Raises UserError if that label is unclear,
     or if the tokenizer doesn't fit."""
     config = read_model_config(folder)
-    label = find_positive_label(list(config.id2label.values()), positive_label)
+    label = find_positive_label([str(label) for label in config.id2label.values()], positive_label)
     return config, label, open_tokenizer(folder, config)
 
 
@@ -97,7 +97,7 @@ def find_positive_label(labels: list[str], wanted: str | None) -> str:
         if wanted not in labels:
             raise UserError(f"--positive_label {wanted!r} isn't one of the classifier's labels: {names}")
         return wanted
-    positive = [label for label in labels if re.match(r"(very |非常|很)?(pos|正|好|积极)", str(label).strip().lower())]
+    positive = [label for label in labels if re.match(r"(very |非常|很)?(pos|正|好|积极)", label.strip().lower())]
     if len(positive) != 1:
         raise UserError(f"which label of the reward model is the happy one? It has {names}; set --positive_label")
     return positive[0]

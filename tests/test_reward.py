@@ -156,6 +156,16 @@ def test_a_decoder_scores_a_text_in_a_batch_as_alone(tmp_path, kind, changes, to
     assert max(expected) - min(expected) > 0.01
 
 
+def test_labels_that_are_numbers_are_compared_as_text(tmp_path):
+    folder = write_classifier(tmp_path / "s")
+    expected = SentimentReward(folder, "cpu")(["很好", "差"])
+    for labels, wanted in (([0, 1], "1"), ([1, 2], "2"), ([None, True], "True"), ([-1.0, 1.0], "1.0")):
+        change_json(folder / "config.json", id2label=dict(enumerate(labels)))
+        assert torch.equal(SentimentReward(folder, "cpu", positive_label=wanted)(["很好", "差"]), expected)
+    with pytest.raises(UserError, match="labels: '-1.0', '1.0'"):
+        SentimentReward(folder, "cpu", positive_label="2")
+
+
 NUMBERS = [
     (number for number in (0.5, True)),
     torch.tensor([0.5, 1.0], dtype=torch.bfloat16, requires_grad=True),
