@@ -120,8 +120,15 @@ def attention_bias(mask: torch.Tensor | None, n_keys: int, seq: int, like: torch
 
 
 def never_sampled_ids(tokenizer, vocab_size: int) -> list[int]:
-    """All special tokens except [SEP], which ends a text, and ids beyond the tokenizer's, which pad the embeddings."""
-    return sorted({*tokenizer.all_special_ids, *range(len(tokenizer), vocab_size)} - {tokenizer.sep_token_id})
+    """All special tokens except [SEP], which ends a text, and ids that aren't the tokenizer's, which pad the
+    embeddings."""
+    padding = set(range(vocab_size)).difference(tokenizer.get_vocab().values())
+    return sorted(special_ids(tokenizer).union(padding) - {tokenizer.sep_token_id})
+
+
+def special_ids(tokenizer) -> set[int]:
+    """Ids of all special tokens, including those that have no role, such as [CLS] if texts start with [BOS]."""
+    return {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
 
 
 def restriction(tokenizer, vocab_size: int, device="cpu") -> torch.Tensor:

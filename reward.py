@@ -18,8 +18,8 @@ from support.compute.batches import listed, to_float32
 from support.models.pretrained import (
     clean_text,
     is_bert,
-    load_tokenizer,
     load_weights,
+    open_tokenizer,
     quiet_transformers,
     read_model_config,
 )
@@ -40,13 +40,14 @@ class SentimentReward:
         positive_label: str | None = None,
         batch_size: int = 128,
     ):
-        config, self.positive_label = read_classifier_config(folder, positive_label)
+        config, self.positive_label, tokenizer = read_classifier_folder(folder, positive_label)
         model = load_weights(AutoModelForSequenceClassification, folder, config, device)
-        tokenizer = load_tokenizer(folder)
+        positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length) - position_offset(model)
+        if hasattr(model, "score"):  # a decoder's head, which reads the last token before this padding
+            model.config.pad_token_id, tokenizer.padding_side = tokenizer.pad_token_id, "right"
         model = model.to(device=device, dtype=dtype)  # under torchrun the pipeline doesn't move it
         with quiet_transformers():
             self.pipeline = pipeline("sentiment-analysis", model=model, tokenizer=tokenizer, device=device)
-        positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
         self.options = dict(
             top_k=None,
             function_to_apply="softmax",
@@ -64,14 +65,23 @@ class SentimentReward:
         with quiet_transformers():  # on a GPU it advises against calling it more than ten times
             results = self.pipeline([texts[i] for i in order], **self.options)
         for i, result in zip(order, results):
-            scores[i] = next(entry["score"] for entry in result if entry["label"] == self.positive_label)
+            scores[i] = next(entry["score"] for entry in result if str(entry["label"]) == self.positive_label)
         return scores
 
 
-def read_classifier_config(folder: Path, positive_label: str | None):
-    """A classifier's config and its happy label, before any weights. Raises UserError if that label is unclear."""
+def read_classifier_folder(folder: Path, positive_label: str | None):
+    """A classifier's config, happy label and tokenizer, before any weights. Raises UserError if that label is unclear,
+    or if the tokenizer doesn't fit."""
     config = read_model_config(folder)
-    return config, find_positive_label(list(config.id2label.values()), positive_label)
+    label = find_positive_label([str(label) for label in config.id2label.values()], positive_label)
+    return config, label, open_tokenizer(folder, config)
+
+
+def position_offset(model) -> int:
+    """How many of a classifier's positions no token has: 2 in the RoBERTa family, which counts on from its padding."""
+    tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+    padding = getattr(tables[0], "padding_idx", None) if tables else None
+    return 0 if padding is None else padding + 1
 
 
 def find_positive_label(labels: list[str], wanted: str | None) -> str:
@@ -87,7 +97,7 @@ def find_positive_label(labels: list[str], wanted: str | None) -> str:
         if wanted not in labels:
             raise UserError(f"--positive_label {wanted!r} isn't one of the classifier's labels: {names}")
         return wanted
-    positive = [label for label in labels if re.match(r"(very |非常|很)?(pos|正|好|积极)", str(label).strip().lower())]
+    positive = [label for label in labels if re.match(r"(very |非常|很)?(pos|正|好|积极)", label.strip().lower())]
     if len(positive) != 1:
         raise UserError(f"which label of the reward model is the happy one? It has {names}; set --positive_label")
     return positive[0]

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertTokenizer, GPT2LMHeadModel, pipeline
 from transformers.utils.logging import get_verbosity
 
 from config import PPOConfig
@@ -75,6 +75,7 @@ GPT2_FOLDERS = {  # name: (the change to the folder, part of the line; None if i
 OTHER_TOKENIZER = {"tokenizer_class": "C"} | TOKENIZER_CODE
 CLASSIFIER_FOLDERS = {
     "code for a tokenizer": (lambda f: edit(f, "tokenizer_config.json", **OTHER_TOKENIZER), "tokenizer .* be loaded"),
+    "another vocabulary": (lambda f: (f / "vocab.txt").open("a").write("a\nb\n"), "has 45 tokens, .* model has 43"),
     "code for a classifier": (lambda f: edit(f, model_type="bert-generation", **CODE), "can't be loaded"),
 }
 CASES = [("gpt2", *case) for case in GPT2_FOLDERS.values()] + [("bert", *case) for case in CLASSIFIER_FOLDERS.values()]
@@ -136,11 +137,151 @@ def test_logits_are_those_of_plain_transformers_before_and_after_saving(tmp_path
     assert [getattr(model.config, f"{name}_token_id") for name in ("bos", "eos", "pad")] == [None] * 3
 
 
-def test_a_vocab_txt_beside_a_gpt2_is_bert_s_even_if_nothing_says_so(tmp_path):
+def as_tokenizer_json(folder, named=None):
+    """Replace vocab.txt by a tokenizer.json, without the files and fields that name a class if `named` is None."""
+    BertTokenizer.from_pretrained(folder).save_pretrained(folder)
+    edit(folder, tokenizer_class=None)
+    edit(folder, "tokenizer_config.json", tokenizer_class=named)
+    (folder / "vocab.txt").unlink()
+    if named is None:
+        (folder / "tokenizer_config.json").unlink()
+
+
+BERT_S = {
+    "vocab.txt, no class": lambda f: [
+        edit(f, g, tokenizer_class=None) for g in ("config.json", "tokenizer_config.json")
+    ],
+    "vocab.txt, another class": lambda f: edit(f, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast"),
+    "tokenizer.json, no class": as_tokenizer_json,
+    "tokenizer.json, any class": lambda f: as_tokenizer_json(f, "PreTrainedTokenizerFast"),
+    "tokenizer.json, GPT-2's class": lambda f: as_tokenizer_json(f, "GPT2Tokenizer"),
+    "tokenizer.json, BERT's class": lambda f: as_tokenizer_json(f, "BertTokenizer"),
+}
+
+
+@pytest.mark.parametrize("change", BERT_S.values(), ids=BERT_S)
+def test_a_wordpiece_vocabulary_is_bert_s_whatever_class_is_named(tmp_path, change):
     folder = write_gpt2(tmp_path / "gpt2")
-    for file in ("config.json", "tokenizer_config.json"):
-        edit(folder, file, tokenizer_class=None)
-    assert models.encode_prompt(models.load_tokenizer(folder), "刚收到货").tolist() == [2, 5, 6, 7, 8]
+    change(folder)
+    tokenizer = load_gpt2(folder)[1]
+    assert models.encode_prompt(tokenizer, "刚收到good").tolist() == [2, 5, 6, 7, 41]
+    assert models.decode(tokenizer, [torch.tensor([5, 6, 7, 41, 42, 3])]) == ["刚收到goods"]
+    models.save_tokenizer(tokenizer, tmp_path / "saved")
+    shutil.copy(folder / "config.json", tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").decode([5, 6, 7, 41, 42]) == "刚收到goods"
+
+
+def test_characters_are_joined_if_the_tokenizer_has_no_decoder(tmp_path):
+    """As one of whole characters, which `tokenizers` makes without a decoder."""
+    folder = write_gpt2(tmp_path / "gpt2")
+    as_tokenizer_json(folder, "PreTrainedTokenizerFast")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    characters = {"type": "WordLevel", "vocab": tokenizer["model"]["vocab"], "unk_token": "[UNK]"}
+    edit(folder, "tokenizer.json", model=characters, decoder=None)
+    assert models.decode(models.load_tokenizer(folder), [torch.tensor([5, 6, 7, 3])]) == ["刚收到"]
+
+
+def add_bytes(folder, before=b"", after=b""):
+    (folder / "vocab.txt").write_bytes(before + (folder / "vocab.txt").read_bytes() + after)
+
+
+def name_tokens(folder, **names):
+    edit(folder, "tokenizer_config.json", **names)
+
+
+UNUSED = {
+    "blank last lines": lambda f: add_bytes(f, after=b"\n \n"),
+    "byte order mark": lambda f: add_bytes(f, before=b"\xef\xbb\xbf"),
+    "unused words": lambda f: add_bytes(f, after=b"[unused1]\n[unused2]\n"),
+    "an added token": lambda f: name_tokens(f, additional_special_tokens=["<user>"]),
+    "an added end": lambda f: name_tokens(f, eos_token="[EOS]"),
+    "an added padding": lambda f: (name_tokens(f, pad_token="<pad>"), as_tokenizer_json(f, "PreTrainedTokenizerFast")),
+    "no [MASK]": lambda f: (f / "vocab.txt").write_text((f / "vocab.txt").read_text().replace("[MASK]", "[unused1]")),
+}
+
+
+@pytest.mark.parametrize("change", UNUSED.values(), ids=UNUSED)
+def test_empty_and_unused_tokens_that_the_model_lacks_are_left_out(tmp_path, change):
+    folder = write_gpt2(tmp_path / "gpt2")
+    change(folder)
+    trainer = TextPPOTrainer.from_pretrained(folder, PPOConfig(device="cpu", gen_len=8))
+    queries = trainer.encode(["刚收到", "货"])
+    assert [query.tolist() for query in queries] == [[2, 5, 6, 7], [2, 8]]
+    assert trainer.tokenizer.sep_token_id == 3 and max(map(max, trainer.generate(queries * 8))) < 43
+    assert trainer.never_sampled - {4} == {0, 1, 2}
+    trainer.save(tmp_path / "saved")
+    again = TextPPOTrainer.from_pretrained(tmp_path / "saved", PPOConfig(device="cpu"))
+    assert again.encode(["刚收到"])[0].tolist() == [2, 5, 6, 7]
+
+
+def save_by_transformers(folder):
+    tokenizer = BertTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"bos_token": "[BOS]", "eos_token": "[EOS]"})
+    tokenizer.save_pretrained(folder)
+    (folder / "vocab.txt").unlink()
+
+
+def save_as_4_46(folder):
+    tokens = {"bos_token": "[BOS]", "eos_token": "[EOS]"}
+    added = {str(i): {"content": token, "special": True} for i, token in enumerate(tokens.values(), 43)}
+    name_tokens(folder, added_tokens_decoder=added, **tokens)
+    (folder / "added_tokens.json").write_text('{"[BOS]": 43, "[EOS]": 44}')
+    (folder / "generation_config.json").write_text('{"bos_token_id": 50256, "eos_token_id": 50256}')
+
+
+def in_vocabulary(folder, file="config.json"):
+    add_bytes(folder, after=b"[BOS]\n[EOS]\n")
+    (folder / file).touch()
+    settings = json.loads((folder / file).read_text() or "{}")
+    (folder / file).write_text(json.dumps(settings | {"bos_token_id": 43, "eos_token_id": 44}))
+
+
+OWN = {  # name: (the change to a folder of a model with 45 tokens, the tokens that start and end its texts)
+    "saved by this version": (save_by_transformers, "[BOS]", "[EOS]"),
+    "saved by 4.46": (save_as_4_46, "[BOS]", "[EOS]"),
+    "special_tokens_map.json": (
+        lambda f: (f / "special_tokens_map.json").write_text('{"bos_token": "[BOS]", "eos_token": "[EOS]"}'),
+        "[BOS]",
+        "[EOS]",
+    ),
+    "ids in config.json": (in_vocabulary, "[BOS]", "[EOS]"),
+    "ids in generation_config.json": (lambda f: in_vocabulary(f, "generation_config.json"), "[BOS]", "[EOS]"),
+    "only an end": (lambda f: name_tokens(f, eos_token="</s>"), "[CLS]", "</s>"),
+    "one for both": (lambda f: name_tokens(f, bos_token="<|end|>", eos_token="<|end|>"), "<|end|>", "<|end|>"),
+    "an end that also pads": (lambda f: name_tokens(f, eos_token="[EOS]", pad_token="[EOS]"), "[CLS]", "[EOS]"),
+    "padding as the end": (lambda f: name_tokens(f, bos_token="[UNK]", eos_token="[PAD]"), "[CLS]", "[SEP]"),
+    "ids of padding": (lambda f: edit(f, bos_token_id=0, eos_token_id=0), "[CLS]", "[SEP]"),
+    "ids of words": (lambda f: edit(f, bos_token_id=30, eos_token_id=31), "[CLS]", "[SEP]"),
+    "ids of GPT-2": (lambda f: edit(f, bos_token_id=50256, eos_token_id=50256), "[CLS]", "[SEP]"),
+}
+
+
+@pytest.mark.parametrize(("change", "start", "end"), OWN.values(), ids=OWN)
+def test_texts_start_and_end_with_the_tokens_that_the_folder_names(tmp_path, capfd, change, start, end):
+    folder = write_gpt2(tmp_path / "gpt2", vocab_size=45)
+    change(folder)
+    trainer = TextPPOTrainer.from_pretrained(folder, PPOConfig(device="cpu", gen_len=16))
+    line = f"gpt2: texts start with {start} and end with {end}\n"
+    assert capfd.readouterr().out.count(line) == ((start, end) != ("[CLS]", "[SEP]"))
+    first, last = trainer.tokenizer.convert_tokens_to_ids([start, end])
+    query = trainer.encode(["刚收到"])[0]
+    assert query.tolist() == [first, 5, 6, 7]
+    responses = trainer.generate([query] * 32)
+    assert {last} < {response[-1].item() for response in responses}
+    assert not {0, 1, 2, 3, 4, first}.difference([last]).intersection(torch.cat(responses).tolist())
+    assert not any(token in text for text in trainer.decode(responses) for token in ("[", "]", "<", ">"))
+    with pytest.raises(UserError, match="special token"):
+        trainer.encode(["刚[SEP]"])
+
+    trainer.save(tmp_path / "saved")
+    settings = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert (settings["bos_token_id"], settings["eos_token_id"]) == (first, last) and last not in settings[
+        "suppress_tokens"
+    ]
+    assert {0, 1, 2, 3, 4, first} - {last} <= set(settings["suppress_tokens"])
+    again = TextPPOTrainer.from_pretrained(tmp_path / "saved", PPOConfig(device="cpu"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved")("刚收到").input_ids == again.encode(["刚收到"])[0].tolist()
+    assert again.tokenizer.sep_token == end and again.never_sampled == trainer.never_sampled
 
 
 @pytest.fixture

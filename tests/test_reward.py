@@ -12,7 +12,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, DistilBertConfig, DistilBertForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertTokenizer
 
 from reward import RewardError, SentimentReward, find_positive_label, import_function, score_texts
 from support.common.errors import UserError
@@ -100,16 +100,73 @@ def test_the_classifier_is_on_its_device_before_the_pipeline_has_it(classifier_f
     assert seen == [(torch.device("meta"), torch.bfloat16)]
 
 
-def test_a_classifier_of_another_family_scores(tmp_path):
-    """DistilBERT takes no token types, and its published folders do not name a tokenizer's class."""
+SIZES = dict(vocab_size=len(VOCAB), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+SIZES |= dict(max_position_embeddings=48, initializer_range=0.3, embedding_size=8)
+DECODER = dict(n_embd=16, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=None, initializer_range=0.5)
+
+
+def write_other(folder, kind, tokenizer=None, tokenizer_json=False, **changes):
+    """A random classifier of another family and its folder, with BERT's vocabulary and the given tokenizer_config."""
     torch.manual_seed(0)
-    sizes = dict(dim=16, n_layers=1, n_heads=2, hidden_dim=32, max_position_embeddings=48, vocab_size=len(VOCAB))
-    config = DistilBertConfig(**sizes, id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1})
-    model = DistilBertForSequenceClassification(config).eval()
-    folder = write_model(tmp_path / "distilbert", config.to_dict(), model.state_dict())
-    (folder / "tokenizer_config.json").write_text('{"do_lower_case": true, "model_max_length": 48}')
-    expected = model(torch.tensor([[2, 5, 6, 3]])).logits.softmax(-1)[0, 1].item()
-    assert SentimentReward(folder, "cpu")(["刚收"])[0].item() == pytest.approx(expected, abs=1e-6)
+    labels = dict(id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1})
+    config = AutoConfig.for_model(kind, **SIZES | labels | changes)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    write_model(folder, config.to_dict(), model.state_dict())
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer or {}))
+    if tokenizer_json:
+        BertTokenizer.from_pretrained(folder).backend_tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "vocab.txt").unlink()
+    return model, folder
+
+
+def scores_one_by_one(model, texts) -> list[float]:
+    ids = [[2, *(VOCAB.index(character) for character in text), 3] for text in texts]
+    return [model(torch.tensor([row])).logits.softmax(-1)[0, 1].item() for row in ids]
+
+
+@pytest.mark.parametrize("tokenizer_json", [False, True], ids=["vocab.txt", "tokenizer.json"])
+@pytest.mark.parametrize("kind", ["distilbert", "albert", "roberta", "xlm-roberta", "deberta-v2"])
+def test_a_classifier_of_another_family_scores(tmp_path, kind, tokenizer_json):
+    """Its published folders don't name a tokenizer's class, or transformers would read another vocabulary."""
+    model, folder = write_other(tmp_path / "s", kind, tokenizer_json=tokenizer_json)
+    expected = scores_one_by_one(model, ["刚收", "很好"])
+    assert SentimentReward(folder, "cpu")(["刚收", "很好"]).tolist() == pytest.approx(expected, abs=1e-6)
+    assert abs(expected[0] - expected[1]) > 1e-4
+
+
+@pytest.mark.parametrize(("kind", "pad", "kept"), [("roberta", 1, 44), ("roberta", 0, 45), ("mpnet", 1, 44)])
+def test_long_texts_are_cut_before_the_positions_that_the_roberta_family_leaves_out(tmp_path, kind, pad, kept):
+    """Of 48 positions its tokens start at the one after the padding's; two are for [CLS] and [SEP]."""
+    model, folder = write_other(tmp_path / "s", kind, pad_token_id=pad)
+    text = ("很好差书" * 20)[: kept + 1]
+    expected = scores_one_by_one(model, [text[:kept]])
+    assert SentimentReward(folder, "cpu")([text]).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+LEFT = {"padding_side": "left"}
+DECODERS = [("gpt2", DECODER, {}), ("gpt2", DECODER, LEFT), ("gpt2", DECODER | {"pad_token_id": 3}, {})]
+DECODERS += [("qwen2", {"num_key_value_heads": 1}, LEFT)]
+
+
+@pytest.mark.parametrize(("kind", "changes", "tokenizer"), DECODERS, ids=["", "left", "other padding", "qwen2"])
+def test_a_decoder_scores_a_text_in_a_batch_as_alone(tmp_path, kind, changes, tokenizer):
+    names = {"model_input_names": ["input_ids", "attention_mask"]}
+    model, folder = write_other(tmp_path / "s", kind, tokenizer | names, **changes)
+    texts = ["很好", "刚收到货,感觉很好", "差", "很差"]
+    model.config.pad_token_id = None
+    expected = scores_one_by_one(model, texts)
+    assert SentimentReward(folder, "cpu")(texts).tolist() == pytest.approx(expected, abs=1e-6)
+    assert max(expected) - min(expected) > 0.01
+
+
+def test_labels_that_are_numbers_are_compared_as_text(tmp_path):
+    folder = write_classifier(tmp_path / "s")
+    expected = SentimentReward(folder, "cpu")(["很好", "差"])
+    for labels, wanted in (([0, 1], "1"), ([1, 2], "2"), ([None, True], "True"), ([-1.0, 1.0], "1.0")):
+        change_json(folder / "config.json", id2label=dict(enumerate(labels)))
+        assert torch.equal(SentimentReward(folder, "cpu", positive_label=wanted)(["很好", "差"]), expected)
+    with pytest.raises(UserError, match="labels: '-1.0', '1.0'"):
+        SentimentReward(folder, "cpu", positive_label="2")
 
 
 NUMBERS = [

@@ -8,41 +8,106 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, decoders
+from tokenizers import Regex, Tokenizer, decoders
+from tokenizers.models import WordPiece
 from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, BertTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BertTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
-from gpt2_value_head import GPT2HeadWithValueModel, never_sampled_ids
+from gpt2_value_head import GPT2HeadWithValueModel, never_sampled_ids, special_ids
 from support.common.errors import UserError, first_line, is_out_of_memory
 from support.models.hub import VALUE_HEAD, has_vocabulary
 
 SPECIAL_TOKENS = re.compile(r"\[(PAD|UNK|CLS|SEP|MASK)\]")
+PAD_OR_UNKNOWN = re.compile(r"\W*(pad|unk)\w*\W*", re.IGNORECASE)
 SPACE_BETWEEN_CHARACTERS = re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])")
 
 
 def load_tokenizer(folder: Path):
-    """Return the tokenizer of a model folder: BERT's (Chinese GPT-2 has it) or a byte-level BPE (other GPT-2).
+    """Return the tokenizer of a GPT-2's folder: BERT's (Chinese GPT-2 has it) or a byte-level BPE (other GPT-2).
 
-    cls_token starts a text and sep_token ends it; a BPE tokenizer's bos_token and eos_token take these roles. Raises
-    UserError if the tokenizer is missing, broken, or lacks such tokens.
+    cls_token starts a text and sep_token ends it. bos_token and eos_token take these roles if the folder names them,
+    except for a padding or unknown token. Raises UserError if the tokenizer is missing, broken, lacks such tokens or
+    doesn't fit the model.
     """
+    tokenizer = open_tokenizer(folder, read_model_config(folder))
+    # GPT2Config fills in 50256, which may be an ordinary word here: ids only count if they look like special tokens
+    names = {i: token for token, i in tokenizer.get_vocab().items() if re.fullmatch(r"[<\[].+[>\]]", token)}
+    with loading(f"the settings in {folder}"):
+        files = [folder / name for name in ("generation_config.json", "config.json")]
+        settings = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+    for role, other in (("cls_token", "bos_token"), ("sep_token", "eos_token")):
+        candidates = [getattr(tokenizer, other)]
+        candidates += [names.get(i) for i in (values.get(f"{other}_id") for values in settings) if isinstance(i, int)]
+        named = [token for token in candidates if token and not PAD_OR_UNKNOWN.fullmatch(token)]
+        token = named[0] if named else getattr(tokenizer, role) or getattr(tokenizer, other)
+        if token is None:
+            raise UserError(f"the tokenizer in {folder} has neither {role} nor {other}; choose another model")
+        tokenizer.add_tokens(token, special_tokens=True)
+        setattr(tokenizer, role, token)
+    return tokenizer
+
+
+def open_tokenizer(folder: Path, config):
+    """Return the tokenizer of any model's folder, as its vocabulary says and not the class that the folder names, which
+    is often missing or wrong. Raises UserError if it is missing, broken or doesn't fit the model's config."""
     names = {path.name for path in folder.iterdir()}
     if not has_vocabulary(names):
         raise UserError(f"no tokenizer in {folder}; it needs vocab.txt, tokenizer.json, or vocab.json and merges.txt")
     with loading(f"the tokenizer in {folder}"):
-        # A Chinese GPT-2 with vocab.txt may not say that this is BERT's, so transformers would look for GPT-2's own
-        is_gpt2 = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == "gpt2"
-        bare = is_gpt2 and not names & {"tokenizer.json", "vocab.json"}
-        kind = BertTokenizer if bare else AutoTokenizer
-        tokenizer = kind.from_pretrained(folder, trust_remote_code=False)
-    for name, other in (("cls_token", "bos_token"), ("sep_token", "eos_token"), ("pad_token", "eos_token")):
-        if getattr(tokenizer, name) is None:
-            setattr(tokenizer, name, getattr(tokenizer, other))
-        if getattr(tokenizer, name) is None:
-            raise UserError(f"the tokenizer in {folder} has neither {name} nor {other}; choose another model")
+        path = folder / "tokenizer_config.json"
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        named = settings.get("tokenizer_class") or getattr(config, "tokenizer_class", None) or ""
+        if "auto_map" in settings:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # refuses a class of its own
+        elif "tokenizer.json" in names and is_wordpiece(Tokenizer.from_file(str(folder / "tokenizer.json"))):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+            if named.startswith("Bert") and "model_input_names" not in settings:
+                tokenizer.model_input_names = BertTokenizer.model_input_names
+        elif "vocab.txt" in names and not names & {"tokenizer.json", "vocab.json"}:
+            with (folder / "vocab.txt").open(encoding="utf-8-sig") as lines:
+                vocab = {line.rstrip(): i for i, line in enumerate(lines)}
+            tokenizer = BertTokenizer.from_pretrained(folder, vocab=vocab)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    remove_unused_tokens(tokenizer, folder, config.get_text_config().vocab_size)
+    for role in ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token"):
+        if (token := f"[{role[:-6].upper()}]") in tokenizer.get_vocab():  # BERT's names
+            tokenizer.add_tokens(token, special_tokens=True)
+            setattr(tokenizer, role, getattr(tokenizer, role) or token)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.sep_token
+    if tokenizer.pad_token is None:
+        raise UserError(f"the tokenizer in {folder} has neither pad_token nor eos_token; choose another model")
     return tokenizer
+
+
+def remove_unused_tokens(tokenizer, folder: Path, vocab_size: int) -> None:
+    """Remove tokens that were added to a tokenizer but never to its model. Raises UserError if the two don't fit."""
+    vocab, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
+    beyond = {token for token, i in vocab.items() if i >= vocab_size}
+    words = {token for token in beyond.difference(added) if not re.fullmatch(r"\s*|\[unused\d+\]", token)}
+    n = max(vocab.values()) + 1
+    if words or vocab_size > 1.1 * n + 128:  # rows may fill up a round number
+        sizes = f"{n} tokens, but the model has {vocab_size}; they don't belong together"
+        advice = "download both again, or, if you added words, call resize_token_embeddings and save both"
+        raise UserError(f"the tokenizer in {folder} has {sizes}: {advice}")
+    if beyond.intersection(added):
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < vocab_size]
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))  # the library has no method that removes tokens
+        tokenizer.extra_special_tokens = [token for token in tokenizer.extra_special_tokens if token not in beyond]
+        for role in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:
+            if getattr(tokenizer, role) in beyond:
+                setattr(tokenizer, role, None)
 
 
 def encode_prompt(tokenizer, prompt: str) -> torch.Tensor:
@@ -51,7 +116,7 @@ def encode_prompt(tokenizer, prompt: str) -> torch.Tensor:
     Raises UserError if the prompt contains a special token or a word that the vocabulary doesn't know ([UNK]).
     """
     ids = tokenizer.encode(prompt, add_special_tokens=False)
-    if special := set(tokenizer.all_special_ids).intersection(ids):
+    if special := special_ids(tokenizer).intersection(ids):
         spans = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         start, end = next(span for token, span in zip(ids, spans) if token in special)
         problem = f"{prompt[start:end]!r} in the prompt {prompt!r} isn't in the vocabulary, or is a special token"
@@ -67,7 +132,12 @@ def decode(tokenizer, sequences: list[torch.Tensor]) -> list[str]:
 
 def is_bert(tokenizer) -> bool:
     """Return whether decoded tokens are separated by spaces, which `clean_text` removes."""
-    return isinstance(tokenizer, BertTokenizer)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend is not None and (is_wordpiece(backend) or backend.decoder is None)
+
+
+def is_wordpiece(backend: Tokenizer) -> bool:
+    return isinstance(backend.model, WordPiece)
 
 
 def clean_text(text: str) -> str:
@@ -110,9 +180,9 @@ def load_gpt2_config(folder: Path) -> GPT2Config:
 def read_policy_folder(folder: Path):
     """Return the GPT-2 config and the tokenizer of a model folder. Raises UserError if they don't fit each other."""
     gpt2_config, tokenizer = load_gpt2_config(folder), load_tokenizer(folder)
-    if not len(tokenizer) <= gpt2_config.vocab_size <= 1.1 * len(tokenizer) + 128:  # rows may fill up a round number
-        sizes = f"{len(tokenizer)} tokens, but the model has {gpt2_config.vocab_size}"
-        raise UserError(f"the tokenizer in {folder} has {sizes}; they don't belong together, download both again")
+    start, end = tokenizer.cls_token, tokenizer.sep_token
+    if (start, end) != ("[CLS]", "[SEP]"):
+        print(f"{folder.name}: texts start with {start} and end with {end}")
     return gpt2_config, tokenizer
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from config import PPOConfig
-from reward import SentimentReward, import_function, read_classifier_config
+from reward import SentimentReward, import_function, read_classifier_folder
 from support.common.errors import UserError
 from support.common.files import path_errors
 from support.compute import processes
@@ -26,7 +26,7 @@ def load(config: PPOConfig):
     print(in_one_line(environment(device)))
     checks = {"model_name": read_policy_folder}
     if not config.reward:
-        checks["reward_model_name"] = lambda folder: read_classifier_config(folder, config.positive_label)
+        checks["reward_model_name"] = lambda folder: read_classifier_folder(folder, config.positive_label)
     folders = []
     for flag, check in checks.items():
         folders.append(processes.on_all_ranks(lambda: model_folder(getattr(config, flag), f"--{flag}", check)))
