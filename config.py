@@ -45,6 +45,11 @@ class PPOConfig:
     )
 
     model_name: str = option("uer/gpt2-chinese-cluecorpussmall", "GPT-2 to train: a hub id, a local folder, or 'demo'.")
+    reference: str | None = option(
+        None,
+        "Model from which KL and gain count, if --model_name is a model that was trained from it: a hub id, a local "
+        "folder, or 'demo'. By default --model_name itself.",
+    )
     reward_model_name: str = option(
         "uer/roberta-base-finetuned-jd-binary-chinese",
         "Sentiment classifier that scores the texts: a hub id, a local folder, or 'demo'.",
@@ -248,6 +253,7 @@ PRESETS = {
 OTHER_NAMES = {
     "model_name": "model model_path model_name_or_path sft_model_path pretrain actor_model",
     "reward_model_name": "reward_model reward_model_path rm_path",
+    "reference": "ref_model ref_model_name ref_model_path reference_model",
     "prompts_file": "dataset dataset_name dataset_path train_file prompt_data",
     "gen_len": "max_new_tokens max_tokens max_length response_length output_max_length max_gen_len generate_max_len",
     "episodes": "steps num_steps total_steps max_steps train_steps num_episodes total_episodes total_timesteps",

@@ -235,9 +235,9 @@ def main(argv: list[str] | None = None) -> int:
         from support.run.load import input_hashes, load
         from support.run.run_folder import RunFolder, locked
 
-        policy, tokenizer, reward, prompts, queries = loaded = load(config)
+        policy, tokenizer, reward, prompts, queries, reference = loaded = load(config)
         inputs = input_hashes(config, *loaded)
-        trainer = PPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
+        trainer = PPOTrainer(config, policy, reference, tokenizer)
         if mode == "complete":
             return complete(trainer, reward, prompts, queries, run_dir, inputs)
         if mode == "eval_only":

@@ -17,7 +17,7 @@ from support.run.settings import changes, check, load_config, parse_args, read_p
 from tests.helpers import ROOT, read, read_json, tiny_run
 
 DEFAULT = dict(
-    preset="default", model_name="uer/gpt2-chinese-cluecorpussmall",
+    preset="default", model_name="uer/gpt2-chinese-cluecorpussmall", reference=None,
     reward_model_name="uer/roberta-base-finetuned-jd-binary-chinese", positive_label=None, reward=None,
     prompts=["刚收到货,感觉"], prompts_file=None, gen_len=16, temperature=1.0,
     episodes=20_000, batch_size=128, minibatch_size=128, ppo_epochs=4, gamma=1.0, lam=1.0, cliprange=0.2,

@@ -201,7 +201,7 @@ def compare_inputs(path: Path, inputs: dict[str, str]) -> None:
     )
     for name, now in inputs.items():
         # The demo's models are made anew, and may differ in the last digits on another machine
-        if before.get(name, now) != now and not name.endswith("_name demo"):
+        if before.get(name, now) != now and not name.endswith(" demo"):
             what = f"{name} is {now} and was {before[name]}"
             way = f"put it back, start a new run, or remove {file} to go on with what is there now"
             raise UserError(f"this is not what {path} was started with: {what}; {way}")
