@@ -116,7 +116,7 @@ def train(trainer, reward, prompts: list[str], queries: list, folder) -> int:
             results.after = evaluate(trainer, trainer.policy_for_saving, reward, prompts, queries)
         results.steps, results.alarms = trainer.n_steps, alarms.found
         finish(folder.path, config, results, prompts)
-        tracker.log(numbers(results, "evaluation"))
+        tracker.finish(numbers(results, "evaluation"))
     return 0
 
 
