@@ -7,6 +7,7 @@ Presets override these defaults: with --preset demo, `lr` is the demo's. Flags o
 """
 
 import copy
+import difflib
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal
 
@@ -27,8 +28,12 @@ class PPOConfig:
         """Values that are not given come from the preset, and from the defaults below if it doesn't name them."""
         values = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(self)}
         if unknown := sorted(given.keys() - values.keys()):
-            raise TypeError(f"PPOConfig has no field {unknown[0]!r}")
+            raise TypeError(f"PPOConfig has no field {unknown[0]!r}{did_you_mean(unknown[0])}")
         values |= PRESETS.get(str(preset), {}) | given | {"preset": preset}
+        batch, minibatch = given.get("batch_size"), values["minibatch_size"]
+        if "minibatch_size" not in given and type(batch) is int and 0 < batch < minibatch:
+            values["minibatch_size"] = batch
+            print(f"minibatch_size is {batch} instead of {minibatch}, because batch_size is {batch}")
         vars(self).update(copy.deepcopy(values))
 
     preset: str = option(
@@ -40,6 +45,11 @@ class PPOConfig:
     )
 
     model_name: str = option("uer/gpt2-chinese-cluecorpussmall", "GPT-2 to train: a hub id, a local folder, or 'demo'.")
+    reference: str | None = option(
+        None,
+        "Model from which KL and gain count, if --model_name is a model that was trained from it: a hub id, a local "
+        "folder, or 'demo'. By default --model_name itself.",
+    )
     reward_model_name: str = option(
         "uer/roberta-base-finetuned-jd-binary-chinese",
         "Sentiment classifier that scores the texts: a hub id, a local folder, or 'demo'.",
@@ -242,3 +252,51 @@ PRESETS = {
         dtype="float32",
     ),
 }
+
+# How other programs call a setting; a sentence if there is no such setting here
+OTHER_NAMES = {
+    "model_name": "model model_path model_name_or_path sft_model_path pretrain actor_model",
+    "reward_model_name": "reward_model reward_model_path rm_path",
+    "reference": "ref_model ref_model_name ref_model_path reference_model",
+    "prompts_file": "dataset dataset_name dataset_path train_file prompt_data",
+    "gen_len": "max_new_tokens max_tokens max_length response_length output_max_length max_gen_len generate_max_len",
+    "episodes": "steps num_steps total_steps max_steps train_steps num_episodes total_episodes total_timesteps",
+    "batch_size": "per_device_train_batch_size train_batch_size rollout_batch_size",
+    "minibatch_size": "mini_batch_size backward_batch_size gradient_accumulation_steps",
+    "micro_batch_size": "forward_batch_size gradient_checkpointing",
+    "ppo_epochs": "num_ppo_epochs update_epochs n_epochs",
+    "gamma": "discount",
+    "lam": "gae_lambda lambda lambd",
+    "cliprange": "clip_range clip_coef clip_eps eps_clip clip_epsilon",
+    "cliprange_value": "clip_range_vf vf_clip value_clip cliprange_vf",
+    "vf_coef": "value_coef value_loss_coef vf_loss_coef",
+    "frozen_share": "num_shared_layers num_layers_unfrozen",
+    "init_kl_coef": "kl_coef kl_coeff beta kl_beta kl_weight",
+    "kl_controller": "adap_kl_ctrl",
+    "lr": "learning_rate actor_lr actor_learning_rate policy_lr",
+    "value_lr": "critic_lr critic_learning_rate",
+    "adam_epsilon": "adam_eps",
+    "max_grad_norm": "grad_clip max_norm",
+    "dtype": "bf16 fp16 torch_dtype precision mixed_precision",
+    "run_name": "exp_name experiment_name",
+    "runs_dir": "output_dir save_path",
+    "track": "report_to log_with use_wandb with_tracking",
+    "save_every": "save_steps save_freq",
+    "resume": "resume_from_checkpoint",
+    "--ppo_epochs are passes over each batch, --episodes the length of the run": "epochs num_epochs num_train_epochs",
+    "there is no entropy bonus; docs/changing_ppo.md shows how to add one": "ent_coef entropy_coef entropy_coeff",
+    "there is no early stopping; a lower --lr or fewer --ppo_epochs move less": "target_kl early_stopping",
+    "Adam's learning rate is constant": "lr_scheduler_type scheduler warmup_steps warmup_ratio",
+    "texts are drawn from the whole distribution, which is what PPO trains": "top_k top_p do_sample min_length",
+    "LoRA isn't supported; --frozen_share decides what trains": "lora use_lora lora_r lora_rank peft use_peft",
+    "several processes are started with torchrun, see docs/several_gpus.md": "local_rank num_processes n_gpu num_gpus",
+}
+
+
+def did_you_mean(name: str, dashes: str = "") -> str:
+    """Return what an error adds about a name that isn't a setting: what it is called here, or nothing."""
+    found = [meant for meant, names in OTHER_NAMES.items() if name in names.split()]
+    found += difflib.get_close_matches(name, [field.name for field in fields(PPOConfig)], cutoff=0.75)
+    if not found:
+        return ""
+    return f"; {found[0]}" if " " in found[0] else f"; did you mean {dashes}{found[0]}?"

@@ -71,8 +71,7 @@ def train(trainer, reward, prompts: list[str], queries: list, folder) -> int:
         alarms.look(row)
 
     # 3. The loop: draw prompts, sample, score, step, log, save
-    stop = StopSignal()
-    with Tracker(folder.path, vars(config)) as tracker:
+    with StopSignal() as stop, Tracker(folder.path, vars(config)) as tracker:
         with folder.errors_explained():
             for step in range(trainer.n_steps + 1, last_step + 1):
                 if alarms.stop:
@@ -124,7 +123,7 @@ def train(trainer, reward, prompts: list[str], queries: list, folder) -> int:
             results.after.unsteady = change_since(reward, results.before)
         results.steps, results.alarms = trainer.n_steps, alarms.found
         finish(folder.path, config, results, prompts)
-        tracker.log(numbers(results, "evaluation"))
+        tracker.finish(numbers(results, "evaluation"))
     return 0
 
 
@@ -163,13 +162,11 @@ def judge_again(
     from support.run.run_folder import (
         compare_inputs,
         failures_explained,
-        lock_folder,
         note_start,
         on_rank_0,
         read_results,
     )
 
-    lock = lock_folder(run_dir)  # noqa: F841 (held until this function returns)
     compare_inputs(run_dir, inputs)
     config, earlier = trainer.config, read_results(run_dir)
     saved = saved_policy(run_dir, trainer.model)
@@ -245,15 +242,16 @@ def main(argv: list[str] | None = None) -> int:
         import_libraries()
         from ppo import PPOTrainer
         from support.run.load import input_hashes, load
-        from support.run.run_folder import RunFolder
+        from support.run.run_folder import RunFolder, locked
 
-        policy, tokenizer, reward, prompts, queries = loaded = load(config)
+        policy, tokenizer, reward, prompts, queries, reference = loaded = load(config)
         inputs = input_hashes(config, *loaded)
-        trainer = PPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
+        trainer = PPOTrainer(config, policy, reference, tokenizer)
         if mode == "complete":
             return complete(trainer, reward, prompts, queries, run_dir, inputs)
         if mode == "eval_only":
-            return judge_again(trainer, reward, prompts, queries, run_dir, inputs, argv)
+            with locked(run_dir):
+                return judge_again(trainer, reward, prompts, queries, run_dir, inputs, argv)
         open_folder = RunFolder.resume if mode == "resume" else RunFolder.create
         with open_folder(run_dir, trainer, inputs, argv) as folder:
             return train(trainer, reward, prompts, queries, folder)

@@ -101,8 +101,8 @@ def log(data, step=None):
     note("log", data, step)
 
 
-def finish():
-    note("finish")
+def finish(**how):
+    note("finish", how)
 """
 
 

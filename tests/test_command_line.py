@@ -54,8 +54,12 @@ def one_line(capsys, *argv) -> str:
         ("--preset big", "--preset big is unknown"),
         ("--detach_value maybe", "--detach_value: expected True or False"),
         ("--device tpu", "--device tpu: torch can't compute on tpu"),
-        ("--learning_rate 1e-5", "unknown argument --learning_rate"),
+        ("--learning_rate 1e-5", "unknown argument --learning_rate; did you mean --lr?"),
+        ("--local-rank=0", "unknown argument --local_rank=0; several processes are started with torchrun"),
+        ("--epochs 4", "--ppo_epochs are passes over each batch, --episodes the length of the run"),
         ("--model-nam=uer/gpt2-chinese-cluecorpussmall", "did you mean --model_name?"),
+        ("--mood 1", "unknown argument --mood; python train_ppo.py --help"),
+        ("--batch_size 32 --minibatch_size 64", "--minibatch_size 64 is larger than --batch_size 32"),
         ("--reward math:pi", "must be a function, not a float"),
         ("--track swanlab", "pip install swanlab"),
         ("--resume runs/nothing", "runs/nothing is not a run folder"),
@@ -78,13 +82,22 @@ def test_a_bad_flag_is_one_line_and_leaves_nothing(flags, said, folder, capsys, 
         ("--eval_only run --episodes 96", "--episodes 96 would change the result"),
         ("--complete run --eval_samples 9", "--eval_samples 9 would change the result"),
         ("--complete run --prompts 衣服𪚥", "'𪚥'"),
-        ("--complete run/model", "run/model"),
+        ("--complete run/model", "run/model is not a run folder"),
+        ("--resume run/checkpoints/step-000001", "with a run's settings; did you mean run?"),
     ],
 )
 def test_a_flag_that_does_not_fit_a_run_is_one_line_and_changes_nothing(flags, said, run_dir, capsys):
     before = contents(run_dir.parent)
     assert said in one_line(capsys, *flags.split())
     assert contents(run_dir.parent) == before
+
+
+def test_a_run_without_a_model_is_not_judged_again_but_finished(run_dir, capsys):
+    shutil.rmtree(run_dir / "model")
+    for reward, flags in (None, ""), ("own:score", " --reward own:score"):
+        change_json(run_dir / "config.json", reward=reward)
+        err = one_line(capsys, "--eval_only", "run")
+        assert "isn't finished" in err and err.endswith(f": python train_ppo.py --resume run{flags}\n")
 
 
 def test_an_older_run_is_opened_with_defaults_and_keeps_what_it_has(run_dir, capsys):

@@ -11,13 +11,13 @@ from decimal import Decimal
 import numpy as np
 import pytest
 
-from config import PPOConfig, option
+from config import OTHER_NAMES, PPOConfig, did_you_mean, option
 from support.common.errors import UserError
 from support.run.settings import changes, check, load_config, parse_args, read_prompts, save_config, total_steps
-from tests.helpers import ROOT, read_json, tiny_run
+from tests.helpers import ROOT, read, read_json, tiny_run
 
 DEFAULT = dict(
-    preset="default", model_name="uer/gpt2-chinese-cluecorpussmall",
+    preset="default", model_name="uer/gpt2-chinese-cluecorpussmall", reference=None,
     reward_model_name="uer/roberta-base-finetuned-jd-binary-chinese", positive_label=None, reward=None,
     prompts=["刚收到货,感觉"], prompts_file=None, gen_len=16, temperature=1.0,
     episodes=20_000, batch_size=128, minibatch_size=128, ppo_epochs=4, gamma=1.0, lam=1.0, cliprange=0.2,
@@ -87,8 +87,36 @@ def test_a_given_value_wins_over_the_preset_and_the_preset_over_the_default():
     PPOConfig().prompts.append("衣服")
     assert [PPOConfig(preset=preset).prompts for preset in PRESETS] == [PRESETS[name]["prompts"] for name in PRESETS]
     assert total_steps(PPOConfig(episodes=129, batch_size=128)) == 2 == total_steps(PPOConfig(episodes=256))
-    with pytest.raises(TypeError, match="learning_rate"):
+    with pytest.raises(TypeError, match="no field 'learning_rate'; did you mean lr[?]"):
         PPOConfig(learning_rate=1e-5)
+
+
+def test_a_smaller_batch_alone_lowers_the_minibatch_too_and_says_so(capsys):
+    for sizes, minibatch, said in (
+        (dict(batch_size=32), 32, "minibatch_size is 32 instead of 128, because batch_size is 32\n"),
+        (dict(preset="thorough", batch_size=64), 64, "minibatch_size is 64 instead of 128, because batch_size is 64\n"),
+        (dict(preset="article", batch_size=32), 1, ""),
+        (dict(batch_size=256), 128, ""),
+        (dict(batch_size=32, minibatch_size=8), 8, ""),
+    ):
+        config, _ = parse_args([word for name in sizes for word in (f"--{name}", str(sizes[name]))])
+        assert config.minibatch_size == PPOConfig(**sizes).minibatch_size == minibatch
+        check(config)
+        assert capsys.readouterr().out == 2 * said
+
+
+def test_names_of_other_programs_lead_to_settings_that_exist():
+    """And to none twice. Of TRL's settings, docs/trl.md says the same."""
+    names = [name for others in OTHER_NAMES.values() for name in others.split()]
+    assert len(names) == len(set(names)) and not DEFAULT.keys() & set(names)
+    assert {meant for meant in OTHER_NAMES if " " not in meant} <= DEFAULT.keys()
+    rows = read("docs/trl.md").partition("## Settings")[2].partition("Only here")[0].splitlines()
+    told = [[re.findall(r"`(\w+)`", cell) for cell in row.split("|")[1:3]] for row in rows if row.startswith("| `")]
+    for theirs, ours in told:
+        for name in set(theirs) - DEFAULT.keys():
+            hint = did_you_mean(name)
+            assert " mean " not in hint or any(f" mean {mine}?" in hint for mine in ours), (name, hint)
+    assert did_you_mean("mood") == ""
 
 
 def test_changes_name_both_values_and_leave_out_names_of_runs():
@@ -181,9 +209,10 @@ def test_every_flag_reaches_its_field_with_its_type():
         args, value = words[type(DEFAULT[name])]
         args, value = ([chosen[name]], chosen[name]) if name in chosen else (args, value)
         args, value = (["default"], "default") if name == "preset" else (args, value)
+        others = {"minibatch_size": 7} if name == "batch_size" else {}
         for flag in (f"--{name}", f"--{name.replace('_', '-')}"):
             config, given = parse_args([flag, *args])
-            assert typed(vars(config)) == typed(DEFAULT | {name: value}) and given == {name}
+            assert typed(vars(config)) == typed(DEFAULT | {name: value} | others) and given == {name}
 
 
 def test_a_switch_goes_both_ways_and_the_last_value_counts():

@@ -11,7 +11,7 @@ import torch
 
 from ppo import PPOTrainer
 from support.common.errors import UserError, is_out_of_memory
-from support.run.signals import StopSignal
+from support.run.signals import STOPS, StopSignal
 from tests.helpers import (
     ROOT,
     checkpoints,
@@ -68,9 +68,9 @@ def test_runs_that_differ_in_one_byte_differ(whole, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_stops_after_the_step_with_a_checkpoint(policy, whole, tmp_path, number, code, capfd):
     """And the run goes on to the end of one that was not stopped."""
-    run_dir = tmp_path / "run"
+    run_dir, handler = tmp_path / "run", signal.getsignal(number)
     reward = reward_at(5, lambda _: signal.raise_signal(number))
-    assert tiny_run(run_dir, policy, reward, save_every=0) == code
+    assert tiny_run(run_dir, policy, reward, save_every=0) == code and signal.getsignal(number) == handler
     out, err = capfd.readouterr()
     assert "stopping after this step" in err and out.endswith(f"python train_ppo.py --resume {run_dir}\n")
     assert [row["step"] for row in rows(run_dir)] == ["1", "2"] and checkpoints(run_dir) == ["step-000002"]
@@ -112,6 +112,35 @@ def test_a_terminal_that_goes_away_stops_nothing_below_nohup(capfd):
     signal.raise_signal(signal.SIGHUP)
     stop.release()
     assert not stop.received and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_a_program_may_run_twice_in_one_process_and_in_a_notebook():
+    """A notebook's stream has no buffer. stdout is a second one on its buffer, as scripts for Chinese consoles make."""
+    script = (
+        "import io, runpy, sys\n"
+        "class Cell(io.TextIOBase): write = lambda self, text: sys.stdout.write(text)\n"
+        "sys.stderr, sys.stdout = Cell(), io.TextIOWrapper(sys.stdout.buffer, 'utf-8')\n"
+        "for program in 2 * ['train_ppo.py', 'plot_rewards.py']:\n"
+        "    sys.argv = [program, *['--resume'][: program == 'train_ppo.py'], 'nothing']\n"
+        "    try: runpy.run_path(program, run_name='__main__')\n"
+        "    except SystemExit as end: print(end.code)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    said = [line.partition(":")[0] for line in result.stdout.splitlines()]
+    assert said == 2 * ["train_ppo.py", "2", "plot_rewards.py", "2"] and result.stderr == ""
+
+
+@pytest.mark.parametrize("call", [5, 7])
+def test_a_failed_run_leaves_the_process_as_it_was(policy, tmp_path, call):
+    """No lock and no signal handler, even while the error is kept, as a notebook keeps it."""
+    handlers, run_dir = [signal.getsignal(number) for number in STOPS], tmp_path / "run"
+    with pytest.raises(UserError, match="KeyError") as failed:
+        tiny_run(run_dir, policy, reward_at(call, lambda _: {}["word"]), inputs={"the reward": "1"})
+    with pytest.raises(UserError, match="is not what") as refused:
+        tiny_run(run_dir, policy, resume=True, inputs={"the reward": "2"})
+    assert [signal.getsignal(number) for number in STOPS] == handlers
+    assert tiny_run(run_dir, policy, resume=True, inputs={"the reward": "1"}) == 0
+    assert failed.tb and refused.tb
 
 
 @pytest.mark.parametrize(("call", "where", "kept"), [(1, "evaluation", []), (5, "step 2", ["step-000001"])])

@@ -3,6 +3,7 @@
 import copy
 import gc
 import hashlib
+import shutil
 import zlib
 from types import SimpleNamespace
 
@@ -14,11 +15,14 @@ from config import PPOConfig
 from support.common.errors import UserError
 from support.compute import processes
 from support.models.demo_models import NEGATIVE
+from support.run.evaluation import evaluate
 from support.run.load import hash_of, input_hashes, load, load_folders
 from support.run.text_trainer import TextPPOTrainer
-from tests.helpers import write_classifier
+from tests.helpers import VOCAB, read_json, rows, small_run, write_classifier, write_gpt2
+from train_ppo import main
 
 PROMPT = "刚收到货,感觉"  # 7 characters, and [CLS] before
+SMALL_DEMO = dict(preset="demo", device="cpu", eval_samples=16)
 
 
 def settings(**changes) -> PPOConfig:
@@ -36,7 +40,8 @@ def test_libraries_are_imported_without_the_garbage_collector_which_then_collect
 def test_a_run_loads_the_parts_that_its_settings_name(gpt2_folder, classifier_folder):
     names = dict(model_name=str(gpt2_folder), reward_model_name=str(classifier_folder))
     config = settings(**names, prompts=[PROMPT, "衣服"], positive_label=NEGATIVE, dtype="bfloat16")
-    policy, _, reward, prompts, queries = load(config)
+    policy, _, reward, prompts, queries, reference = load(config)
+    assert all(map(torch.equal, policy.parameters(), reference.parameters())) and reference is not policy
     assert prompts == [PROMPT, "衣服"]
     assert reward.positive_label == NEGATIVE and reward.pipeline.model.dtype == torch.bfloat16
     assert policy.dtype == torch.float32
@@ -52,6 +57,48 @@ def test_the_longest_prompt_and_its_completion_fill_the_48_positions(gpt2_folder
     assert 1 <= len(trainer.generate(trainer.encode(prompts))[0]) <= 40
     with pytest.raises(UserError, match="--gen_len 41 is too long: .* 48 .* takes 8$"):
         load_folders(settings(gen_len=41), "cpu", prompts, gpt2_folder, classifier_folder)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "vocab", "said"),
+    [
+        ({"n_layer": 3, "n_head": 4}, VOCAB, "n_layer 3 instead of 2, n_head 4 instead of 2; name"),
+        ({}, [*VOCAB[:5], *VOCAB[:4:-1]], "it has another vocabulary; name"),
+    ],
+)
+def test_a_reference_that_does_not_fit_is_refused_before_any_weights(
+    gpt2_folder, tmp_path, monkeypatch, sizes, vocab, said
+):
+    folder = write_gpt2(tmp_path / "other", **sizes)
+    (folder / "vocab.txt").write_text("\n".join(vocab) + "\n", encoding="utf-8")
+    monkeypatch.setattr("support.run.load.load_policy", lambda *args: pytest.fail("read too early"))
+    monkeypatch.setattr("support.run.text_trainer.load_policy", lambda *args: gpt2_folder)
+    config = settings(model_name=str(gpt2_folder), reference=str(folder), reward="builtins:len")
+    for opens in (load, lambda config: TextPPOTrainer.from_pretrained(gpt2_folder, config)):
+        with pytest.raises(UserError, match=f"^--reference {folder} doesn't fit --model_name: .*{said}"):
+            opens(config)
+
+
+def test_a_second_round_counts_from_the_original(finished, demo, tmp_path, capsys, without_pictures):
+    """Also when it goes on, is judged again, and in Python; and not from another model that has taken its place."""
+    original = shutil.copytree(demo[0], tmp_path / "original")
+    flags = ["--model_name", str(finished / "model"), "--reference", str(original), "--frozen_share", "0.5"]
+    assert small_run(tmp_path, *flags)[0] == 0
+    run_dir, first = tmp_path / "run", read_json(finished / "evaluation.json")
+    assert "value head" not in capsys.readouterr().out  # the policy has one, the reference needs none
+    config = PPOConfig(**SMALL_DEMO, reference=str(original))
+    trainer = TextPPOTrainer.from_pretrained(finished / "model", config)
+    queries = trainer.encode([PROMPT])
+    again = evaluate(trainer, trainer.model, lambda texts: [0.0] * len(texts), [PROMPT], queries)
+    assert again.kl == pytest.approx(first["after"]["kl"], rel=1e-4) and again.kl > 1e-3
+    assert float(rows(run_dir)[0]["objective/kl"]) > 0.2 * again.kl
+    for flags in [], ["--resume", str(run_dir), "--episodes", "64"], ["--eval_only", str(run_dir)]:
+        assert not flags or main(flags) == 0
+        judged = read_json(run_dir / "evaluation.json")
+        assert judged["before"] == first["before"] and judged["after"]["kl"] > 0.2 * again.kl
+    shutil.copy(finished / "model" / "model.safetensors", original)
+    assert main(["--eval_only", str(run_dir)]) == 2
+    assert f"the hash of the weights of --reference {original} is" in capsys.readouterr().err
 
 
 def test_configs_and_prompts_are_checked_before_any_weights(gpt2_folder, classifier_folder, tmp_path, monkeypatch):

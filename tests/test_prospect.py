@@ -58,7 +58,7 @@ def lines(scores, kl_coef, prompts=("好",), noise=0.0) -> list[str]:
 
 def test_what_is_possible_is_told_in_the_unit_of_the_scores():
     """R* is mean + deviation^2 / beta."""
-    told = "at a KL coefficient of 100 the best possible policy gets a reward of 599 at KL 0.5; now it is 500"
+    told = "at a KL coefficient of 100 the best possible policy gets a reward of 599 at KL 0.5; the reference gets 500"
     assert lines((500 + gaussian(deviation=100)).tolist(), 100.0) == [told]
     assert len(lines(gaussian(10_000).tolist(), 0.513)) == 1  # at KL 1.9, which is not far
 

@@ -358,7 +358,7 @@ def test_a_checkpoint_is_due_by_steps_by_the_clock_and_after_the_last(tmp_path, 
     monkeypatch.setattr("time.monotonic", lambda: 240 * now[0])
     config = PPOConfig(batch_size=4, minibatch_size=4, episodes=31, save_every=every, save_every_minutes=minutes)
     trainer = SimpleNamespace(config=config)
-    folder = RunFolder(tmp_path, trainer, None, None)
+    folder = RunFolder(tmp_path, trainer, None)
     for now[0] in range(1, 9):
         trainer.n_steps = now[0]
         if folder.checkpoint_due():

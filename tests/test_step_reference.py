@@ -26,6 +26,7 @@ OTHERS = [
     dict(frozen_share=0.5),
     dict(frozen_share=0.0, detach_value=False),
     dict(frozen_share=0.5, detach_value=False),
+    dict(frozen_share=0.5, reference="with another trunk"),
     dict(temperature=1.3, gamma=1.0, lam=1.0, kl_controller="fixed", vf_coef=0.1, seed=0),
     dict(ppo_epochs=1, minibatch_size=N, micro_batch_size=0, average_power=0.0, frozen_share=1, detach_value=False),
     dict(minibatch_size=1, ppo_epochs=3, max_grad_norm=9.0, horizon=3, target=50.0, cliprange_value=1.0),
@@ -46,14 +47,15 @@ def batches():
         yield [prompts[i % 3] for i in range(N)], responses, torch.rand(N, generator=generator).tolist()
 
 
-def moved_policy(model, seed=1):
+def moved_policy(model, seed=1, blocks=(1,)):
     """A reference, and a policy that has left it, so that the KL counts from the first step on."""
     torch.manual_seed(seed)
     torch.nn.init.normal_(model.v_head.summary.weight, std=0.1)
     ref_model = copy.deepcopy(model)
     with torch.no_grad():
-        for parameter in (*model.transformer.h[1].parameters(), *model.transformer.ln_f.parameters()):
-            parameter += 0.05 * torch.randn_like(parameter)
+        for part in (*(model.transformer.h[i] for i in blocks), model.transformer.ln_f):
+            for parameter in part.parameters():
+                parameter += 0.05 * torch.randn_like(parameter)
     return model, ref_model
 
 
@@ -63,7 +65,7 @@ def test_two_steps_end_at_the_weights_of_a_second_implementation(policy, changes
     if config.frozen_share == 1:
         model, ref_model = policy[0], copy.deepcopy(policy[0])
     else:
-        model, ref_model = moved_policy(policy[0])
+        model, ref_model = moved_policy(policy[0], blocks=(0, 1) if config.reference else (1,))
     start = {name: tensor.double() for name, tensor in copy.deepcopy(model.state_dict()).items()}
     reference = Reference(config, model, ref_model)
     trainer = TextPPOTrainer(config, model, ref_model, policy[1])

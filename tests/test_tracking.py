@@ -1,7 +1,9 @@
 """Runs in other packages: what arrives there, and what becomes of a run when they fail. The packages are stand-ins."""
 
+import contextlib
 import importlib.util
 import json
+import signal
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -26,7 +28,7 @@ def test_settings_every_column_samples_and_results_arrive(policy, tmp_path, trac
     assert tiny_run(run_dir, policy, track=package, log_samples_every=2, kl_budget=0.1, eval_samples=64) == 0
     (_, options), *steps, (_, results, at), finish = calls(trackers, package)
     assert options["config"] == read_json(run_dir / "config.json") and options["config"]["init_kl_coef"] != 0.2
-    assert finish == ["finish"]
+    assert finish == ["finish", {}]
 
     samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     second = [[s["prompt"], s["completion"], s["score"]] for s in samples if s["step"] == 2]
@@ -55,13 +57,14 @@ def test_each_package_is_asked_in_its_own_words_and_resumes_its_run(policy, tmp_
     assert options["wandb"] == [project | by_id | {"name": "run"}] * 2
     by_id = {"resume": "allow", "id": ids["swanlab"], "logdir": str(run_dir / "swanlog")}
     assert options["swanlab"] == [project | {"project": "mine", "experiment_name": "run"} | by_id] * 2
-    assert options["trackio"] == [project | {"name": "run", "resume": resume} for resume in ("never", "allow")]
+    name = f"run-{ids['trackio'][:6]}"  # by which trackio resumes
+    assert options["trackio"] == [project | {"name": name, "resume": resume} for resume in ("never", "allow")]
 
 
 FAILURES = {
     "init": "def init(**options): raise ConnectionError('no way to the server\\nsecond line')\n",
     "log": "def log(data, step=None): raise ValueError('not today')\n",
-    "finish": "def finish(): 1 / 0\n",
+    "finish": "def finish(**how): 1 / 0\n",
 }
 
 
@@ -84,18 +87,46 @@ def test_a_run_opened_from_inside_its_folder_has_its_name(tmp_path, trackers, mo
     (tmp_path / "films").mkdir()
     monkeypatch.chdir(tmp_path / "films")
     with tracking.Tracker(Path("."), {"track": "trackio"}):
-        assert calls(trackers, "trackio")[0][1]["name"] == "films"
+        assert calls(trackers, "trackio")[0][1]["name"].startswith("films-")
 
 
-def test_an_interrupted_run_is_finished_there_too(policy, tmp_path, trackers):
+def test_runs_of_one_name_stay_two(tmp_path, trackers):
+    for folder in "a", "b":
+        (tmp_path / folder / "run").mkdir(parents=True)
+        for package in PACKAGES:
+            with tracking.Tracker(tmp_path / folder / "run", {"track": package}):
+                pass
+    for package, key in ("wandb", "id"), ("swanlab", "id"), ("trackio", "name"):
+        first, second = (call[1][key] for call in calls(trackers, package) if call[0] == "init")
+        assert first != second
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize(
+    ("happens", "error", "why"),
+    [
+        (lambda: signal.raise_signal(signal.SIGTERM), contextlib.nullcontext(), "stopped before its end"),
+        (lambda: 1 / 0, pytest.raises(UserError), "UserError: step 2: the reward function raised ZeroDivisionError"),
+    ],
+    ids=["a signal", "a reward"],
+)
+def test_a_run_that_does_not_come_to_its_end_has_failed(
+    policy, tmp_path, trackers, package, happens, error, why, signals_restored
+):
+    """And is finished after it has gone on."""
+
     def reward(texts):
-        if len(calls(trackers, "wandb")) == 2:
-            raise KeyboardInterrupt
+        if len(calls(trackers, package)) == 2:
+            happens()
         return [0.1 * i for i in range(len(texts))]
 
-    with pytest.raises(KeyboardInterrupt):
-        tiny_run(tmp_path / "run", policy, reward, track="wandb")
-    assert [call[0] for call in calls(trackers, "wandb")] == ["init", "log", "finish"]
+    with error:
+        assert tiny_run(tmp_path / "run", policy, reward, track=package) == 128 + signal.SIGTERM
+    *_, (_, how) = calls(trackers, package)
+    assert how.pop("error", why).startswith(why)
+    assert how == {"wandb": {"exit_code": 1}, "swanlab": {"state": "crashed"}, "trackio": {}}[package]
+    assert tiny_run(tmp_path / "run", policy, reward, track=package, resume=True) == 0
+    assert calls(trackers, package)[-1] == ["finish", {}]
 
 
 def test_a_package_that_is_not_installed_is_one_line(tmp_path, monkeypatch):

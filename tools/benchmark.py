@@ -9,7 +9,6 @@ the projection if it is frozen. Frozen blocks count once when sampling and once 
 product of this machine in the same dtype, measured in the same run. The last line is JSON.
 """
 
-import copy
 import json
 import statistics
 import sys
@@ -50,8 +49,8 @@ def main(argv: list[str]) -> None:
 def measure(config: PPOConfig) -> dict:
     """Medians of a few steps: seconds of a step and of its phases, completions and tokens a second, the arithmetic
     needed, its share of the ceiling, and the peak memory in GiB (on a CPU that of the process so far)."""
-    policy, tokenizer, reward, prompts, queries = load(config)
-    trainer = PPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
+    policy, tokenizer, reward, prompts, queries, reference = load(config)
+    trainer = PPOTrainer(config, policy, reference, tokenizer)
     device = trainer.engine.device
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     seconds: dict[str, float] = defaultdict(float)

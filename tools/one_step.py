@@ -7,7 +7,6 @@ the texts and numbers, may be others; what docs/one_step.md says of its numbers 
 """
 
 import argparse
-import copy
 import math
 from dataclasses import dataclass
 
@@ -56,8 +55,8 @@ def demo_config() -> PPOConfig:
 
 def take_step(config: PPOConfig) -> Step:
     """Take WARM_UP ordinary steps, then one with everything between written down."""
-    policy, tokenizer, reward, (prompt,), queries = load(config)
-    trainer = PPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
+    policy, tokenizer, reward, (prompt,), queries, reference = load(config)
+    trainer = PPOTrainer(config, policy, reference, tokenizer)
     queries = queries * config.batch_size
     for step in range(WARM_UP + 1):
         batch = trainer.generate(queries)

@@ -1,6 +1,7 @@
 """How a batch goes through a policy and its reference, and how a gradient gets into the policy's weights.
 
-The engine knows nothing about PPO. Policy and reference share the first `config.frozen_share` of their blocks. In
+The engine knows nothing about PPO. Policy and reference share the first `config.frozen_share` of their blocks, unless
+these differ, as they may in a second round of training. In
 bfloat16 a copy of the policy computes, and its gradients move the float32 weights (Micikevicius et al. 2018, "Mixed
 precision training", arXiv:1710.03740). Work is split into micro-batches and over processes, which all call the same
 methods with the same whole batch and get the results of the whole batch. The update equals that of a single process up
@@ -42,10 +43,12 @@ class Engine:
         self.compute_model = model if self.dtype == torch.float32 else copy.deepcopy(model).to(self.dtype)
         self.compute_model.v_head.float()
         for weight, ref_weight in zip(self.compute_model.parameters(), self.ref_model.parameters()):
-            if not weight.requires_grad:
-                if not weight.equal(ref_weight):
-                    raise ValueError("policy and reference differ in a frozen block; frozen_share=0 trains them all")
+            if weight.requires_grad:
+                continue
+            if weight.equal(ref_weight):
                 ref_weight.data = weight.data
+            else:
+                self.ref_model.n_frozen = 0  # no common trunk: each goes through its own blocks
 
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self.n_trained = sum(weight.numel() for weight in self.weights)
@@ -140,7 +143,7 @@ class Engine:
 
     @torch.no_grad()
     def share_trunk(self, completions: Completions) -> Completions:
-        """Add the hidden states after the frozen blocks, which policy and reference share, if any block is frozen."""
+        """Add the hidden states after the frozen blocks if policy and reference share any."""
         if not self.ref_model.n_frozen:
             return completions
         passes, prompts = SharedPrompts(self.ref_model), completions.prompts

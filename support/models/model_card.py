@@ -41,7 +41,8 @@ def write_card(folder: Path, config: PPOConfig, prompt: str) -> None:
     own = read_card(folder)
     if own and RESULTS not in own:
         return
-    name = config.model_name if is_hub_id(config.model_name) else None
+    original = config.reference or config.model_name
+    name = original if is_hub_id(original) else None
     language = "zh" if re.search("[\u4e00-\u9fff]", prompt) else None
     head = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["gpt2", "ppo", "rlhf"]}
     text = TEXT.format(

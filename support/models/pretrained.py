@@ -193,8 +193,6 @@ def load_policy(folder: Path, config: GPT2Config, device="cpu") -> GPT2HeadWithV
     if (folder / VALUE_HEAD).exists():
         with loading(folder / VALUE_HEAD):
             model.v_head.load_state_dict(load_file(folder / VALUE_HEAD))
-    else:
-        print(f"{folder.name}: no value head in this checkpoint, starting one at zero")
     if config.tie_word_embeddings:
         model.lm_head.weight = model.transformer.wte.weight  # early 5.x unties them if the checkpoint has both
     if torch.device(device).type == "cpu":  # faster there than SDPA's kernels at these lengths, see docs/speed.md

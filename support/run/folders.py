@@ -39,9 +39,17 @@ def find_run_folder(config: PPOConfig, name: str) -> Path:
         if not runs:
             raise UserError(f"there is no run in {config.runs_dir}")
         name = runs[-1].parent
-    if not (Path(name) / "config.json").is_file():
-        raise UserError(f"{name} is not a run folder: it has no config.json")
-    return Path(name)
+    path = Path(name)
+    if not is_run_folder(path):
+        near = "".join(f"; did you mean {parent}?" for parent in path.parents if is_run_folder(parent))
+        raise UserError(f"{path} is not a run folder: it has no config.json with a run's settings{near}")
+    return path
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether a folder has a config.json, and not that of a model, such as the run's own."""
+    file = path / "config.json"
+    return file.is_file() and "model_type" not in read_json(file, "a run cannot go on without its settings")
 
 
 def flags_to_go_on(run_dir: Path, config: PPOConfig) -> str:

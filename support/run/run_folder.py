@@ -19,7 +19,7 @@ import contextlib
 import json
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -43,23 +43,16 @@ from support.run.text_trainer import save_trained
 
 
 class RunFolder:
-    """The folder of a run that trains, locked as long as it is open. Made by `create` or `resume`; closed by `with`."""
+    """The folder of a run that trains, locked as long as it is open: `with RunFolder.create(...)`, or `resume`."""
 
-    def __init__(self, path: Path, trainer, lock: FileLock | None, log: RunLog | None):
-        self.path, self.config, self.trainer, self.lock, self.log = path, trainer.config, trainer, lock, log
+    def __init__(self, path: Path, trainer, log: RunLog | None):
+        self.path, self.config, self.trainer, self.log = path, trainer.config, trainer, log
         self.logged = log.rows if log else []  # the rows of metrics.csv up to the trainer's step
         self.last_step, self.saved_at = total_steps(trainer.config), time.monotonic()
 
-    def __enter__(self) -> "RunFolder":
-        return self
-
-    def __exit__(self, *error) -> None:
-        if self.log:
-            self.log.close()
-            self.lock.release()
-
     @classmethod
-    def create(cls, path: Path, trainer, inputs: dict[str, str], argv: list[str]) -> "RunFolder":
+    @contextlib.contextmanager
+    def create(cls, path: Path, trainer, inputs: dict[str, str], argv: list[str]) -> Iterator["RunFolder"]:
         """Make the folder of a new run. Without --run_name, runs of the same second take different names.
 
         inputs: see `load.input_hashes`. argv: this start's command line. Raises UserError if that isn't possible.
@@ -73,19 +66,23 @@ class RunFolder:
 
         made = processes.broadcast_from_rank_0(make)
         trainer.config.run_name = made.name
-        return cls.begin(made, trainer, lock_folder(made), inputs, argv)
+        with locked(made), cls.begin(made, trainer, inputs, argv) as folder:
+            yield folder
 
     @classmethod
-    def resume(cls, path: Path, trainer, inputs: dict[str, str], argv: list[str]) -> "RunFolder":
+    @contextlib.contextmanager
+    def resume(cls, path: Path, trainer, inputs: dict[str, str], argv: list[str]) -> Iterator["RunFolder"]:
         """Open the folder of an earlier run, and put its newest checkpoint into the trainer. Raises UserError, with all
         files as they were, if the inputs are others, a file is damaged, or the run has lost its checkpoints."""
-        lock = lock_folder(path)
-        compare_inputs(path, inputs)
-        load_checkpoint(trainer, path / "checkpoints")
-        return cls.begin(path, trainer, lock, inputs, argv)
+        with locked(path):
+            compare_inputs(path, inputs)
+            load_checkpoint(trainer, path / "checkpoints")
+            with cls.begin(path, trainer, inputs, argv) as folder:
+                yield folder
 
     @classmethod
-    def begin(cls, path: Path, trainer, lock, inputs: dict[str, str], argv: list[str]) -> "RunFolder":
+    @contextlib.contextmanager
+    def begin(cls, path: Path, trainer, inputs: dict[str, str], argv: list[str]) -> Iterator["RunFolder"]:
         """Start the log, or go on with what was logged up to the trainer's step, and write down the settings."""
 
         def write() -> RunLog:
@@ -104,7 +101,7 @@ class RunFolder:
             save_config(trainer.config, path / "config.json")  # last: what has it can be resumed
             return log
 
-        folder = cls(path, trainer, lock, on_rank_0(write))
+        folder = cls(path, trainer, on_rank_0(write))
         config, engine = trainer.config, trainer.engine
         print(f"{engine.n_trained / 1e6:.1f} of {trainer.model.num_parameters() / 1e6:.1f} million parameters train")
         if changed := [f"{name} {here} (preset: {preset})" for name, (preset, here) in changes(config).items()]:
@@ -112,7 +109,11 @@ class RunFolder:
         print(f"run folder {path}, {folder.last_step} steps of {config.batch_size} completions")
         several = f"{processes.world_size()} processes, each " if processes.world_size() > 1 else ""
         print(f"{several}on {engine.device} in {str(engine.dtype).removeprefix('torch.')}")
-        return folder
+        try:
+            yield folder
+        finally:
+            if folder.log:
+                folder.log.close()
 
     def read_results(self) -> Results | None:
         return read_results(self.path)
@@ -169,19 +170,23 @@ def on_rank_0(function: Callable):
     return results[0] if results else None
 
 
-def lock_folder(path: Path) -> FileLock | None:
-    """Lock a run folder for this process. Raises UserError if another process has locked it."""
+@contextlib.contextmanager
+def locked(path: Path):
+    """Lock a run folder for this process during the block. Raises UserError if another process has locked it."""
+    lock = FileLock(path / ".lock")
 
-    def acquire() -> FileLock:
-        lock = FileLock(path / ".lock")
+    def acquire() -> None:
         with disk_errors(path):
             try:
                 lock.acquire(blocking=False)
             except Timeout:
                 raise UserError(f"another process is at work in {path}; wait for it, or stop it")
-        return lock
 
-    return on_rank_0(acquire)
+    on_rank_0(acquire)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_results(path: Path) -> Results | None:
@@ -197,7 +202,7 @@ def compare_inputs(path: Path, inputs: dict[str, str]) -> None:
     )
     for name, now in inputs.items():
         # The demo's models are made anew, and may differ in the last digits on another machine
-        if before.get(name, now) != now and not name.endswith("_name demo"):
+        if before.get(name, now) != now and not name.endswith(" demo"):
             what = f"{name} is {now} and was {before[name]}"
             way = f"put it back, start a new run, or remove {file} to go on with what is there now"
             raise UserError(f"this is not what {path} was started with: {what}; {way}")

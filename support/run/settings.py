@@ -1,7 +1,6 @@
 """Read settings from the command line or a config.json into a PPOConfig, and refuse those that can't work."""
 
 import argparse
-import difflib
 import json
 import math
 import operator
@@ -11,7 +10,7 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from config import PRESETS, PPOConfig
+from config import PRESETS, PPOConfig, did_you_mean
 from support.common.errors import UserError
 from support.common.files import read_json, read_text, write_whole
 from support.compute.devices import check_versions
@@ -56,8 +55,8 @@ def parse_args(
     argv = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), arg) for arg in argv]
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{name}" for name in flags], n=1)
-        parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+        name = unknown[0].split("=")[0].removeprefix("--")
+        parser.error(f"unknown argument {unknown[0]}{did_you_mean(name, '--')}")
     given = vars(namespace)
     if given.pop("help", False):
         for name, default in vars(PPOConfig(given.get("preset", "default"))).items():

@@ -10,7 +10,8 @@ STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if ha
 
 
 class StopSignal:
-    """The first of these signals asks the loop to stop after its step; a second one ends the process at once."""
+    """The first of these signals asks the loop to stop after its step; a second one ends the process at once. A `with`
+    block restores the earlier handlers at its end."""
 
     def __init__(self):
         self.received = 0
@@ -27,6 +28,12 @@ class StopSignal:
             os._exit(128 + number)
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, b"\nstopping after this step; once more leaves at once\n")
+
+    def __enter__(self) -> "StopSignal":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.release()
 
     def release(self) -> None:
         """Restore the earlier handlers."""

@@ -23,9 +23,11 @@ class LastingStream(io.TextIOWrapper):
 
 
 def hold_streams() -> None:
-    """Make stdout and stderr line-buffered and lasting. A notebook's streams, which have no buffer, stay the same."""
+    """Make stdout and stderr line-buffered and lasting. Streams of a notebook, of Spyder or of an earlier call stay."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper):
+        if type(stream) is io.TextIOWrapper:
             options = {"errors": "backslashreplace", "line_buffering": True}  # for consoles without Chinese
-            setattr(sys, name, LastingStream(stream.buffer, stream.encoding, **options))
+            lasting = LastingStream(stream.buffer, stream.encoding, **options)
+            lasting.replaced = stream  # which would close the buffer when it is collected
+            setattr(sys, name, lasting)

@@ -20,6 +20,7 @@ from support.models.model_card import write_card
 from support.models.pretrained import decode, encode_prompt, load_policy, read_policy_folder, save_policy
 from support.run.evaluation import sample_and_score
 from support.run.limit import kl_coef_for
+from support.run.load import read_reference
 from support.run.settings import check
 
 
@@ -44,7 +45,11 @@ class TextPPOTrainer(PPOTrainer):
         folder = model_folder(config.model_name, "--model_name", read_policy_folder)
         gpt2_config, tokenizer = read_policy_folder(folder)
         policy = load_policy(folder, gpt2_config, device)
-        return cls(config, policy, copy.deepcopy(policy), tokenizer)
+        if config.reference is None:
+            return cls(config, policy, copy.deepcopy(policy), tokenizer)
+        ref_folder = model_folder(config.reference, "--reference", read_policy_folder)
+        reference = load_policy(ref_folder, read_reference(ref_folder, gpt2_config, tokenizer), device)
+        return cls(config, policy, reference, tokenizer)
 
     def encode(self, prompts: list[str]) -> list[torch.Tensor]:
         """Encode prompts as queries for `generate` and `step`: 1-d int64, with [CLS] first and no [SEP]."""

@@ -36,9 +36,11 @@ class Tracker:
     def __enter__(self) -> "Tracker":
         return self
 
-    def __exit__(self, *error) -> None:
-        if self.module:
-            self.attempt(self.module.finish)
+    def __exit__(self, kind, error, traceback) -> None:
+        """Report a run that `finish` hasn't ended as failed. trackio shows no such states."""
+        why = first_line(error) if error else "stopped before its end"
+        failed = {"wandb": {"exit_code": 1}, "swanlab": {"state": "crashed", "error": why}, "trackio": {}}
+        self.end(**failed.get(self.package, {}))
 
     def start(self, run_dir: Path, config: dict) -> None:
         path = run_dir / "tracking.json"
@@ -49,7 +51,8 @@ class Tracker:
         options = {
             "wandb": {"name": name, "id": run_id, "resume": "allow", "dir": str(run_dir)},
             "swanlab": {"experiment_name": name, "id": run_id, "resume": "allow", "logdir": str(run_dir / "swanlog")},
-            "trackio": {"name": name, "resume": "allow" if known else "never"},  # by its name: it takes no id
+            # It takes no id and resumes the newest run of a name
+            "trackio": {"name": f"{name}-{run_id[:6]}", "resume": "allow" if known else "never"},
         }
         project = os.environ.get(f"{self.package.upper()}_PROJECT", PROJECT)
         module = importlib.import_module(self.package)
@@ -61,6 +64,16 @@ class Tracker:
         """Log numbers by name, with a table of samples (prompt, completion, score) if there are any."""
         if self.module:
             self.attempt(lambda: self.module.log(values | self.table(samples), step=step))
+
+    def finish(self, results: dict[str, float]) -> None:
+        """Log the results of a run that came to its end."""
+        self.log(results)
+        self.end()
+
+    def end(self, **how) -> None:
+        if self.module:
+            self.attempt(lambda: self.module.finish(**how))
+        self.module = None
 
     def table(self, samples: list[list]) -> dict:
         columns = ["prompt", "completion", "score"]

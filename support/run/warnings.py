@@ -27,7 +27,7 @@ def prospect(before, prompts: list[str], kl_coef: float) -> list[str]:
     found, lines = possible(before, kl_coef), []
     if best := found.get("limit"):
         told = f"the best possible policy gets a reward of {best['reward']:.3g} at KL {best['kl']:.2g}"
-        lines.append(f"at a KL coefficient of {kl_coef:.3g} {told}; now it is {rewards.mean().item():.3g}")
+        lines.append(f"at a KL coefficient of {kl_coef:.3g} {told}; the reference gets {rewards.mean().item():.3g}")
     if "why" in found:
         return [*lines, f"warning: {found['why']}"]
     if best["kl"] > FAR:
