@@ -28,6 +28,7 @@ from support.common.errors import UserError, first_line, is_out_of_memory
 from support.models.hub import VALUE_HEAD, has_vocabulary
 
 SPECIAL_TOKENS = re.compile(r"\[(PAD|UNK|CLS|SEP|MASK)\]")
+OWN_WORDS = ("RoFormer", "BertJapanese")  # tokenizers that split a text into words before they look into vocab.txt
 PAD_OR_UNKNOWN = re.compile(r"\W*(pad|unk)\w*\W*", re.IGNORECASE)
 SPACE_BETWEEN_CHARACTERS = re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])")
 
@@ -73,7 +74,7 @@ def open_tokenizer(folder: Path, config):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
             if named.startswith("Bert") and "model_input_names" not in settings:
                 tokenizer.model_input_names = BertTokenizer.model_input_names
-        elif "vocab.txt" in names and not names & {"tokenizer.json", "vocab.json"}:
+        elif "vocab.txt" in names and not names & {"tokenizer.json", "vocab.json"} and not named.startswith(OWN_WORDS):
             with (folder / "vocab.txt").open(encoding="utf-8-sig") as lines:
                 vocab = {line.rstrip(): i for i, line in enumerate(lines)}
             tokenizer = BertTokenizer.from_pretrained(folder, vocab=vocab)

@@ -65,7 +65,7 @@ def results_table(results: Results) -> str:
     limit = result["limit"] if result["gain"] is not None else {}
     in_rewards = f".{decimals(statistics.pstdev(score for *_, score in before.samples), 3)}f"
     rows = [
-        (what.format(end_token=after.end_token), form, getattr(before, key), getattr(after, key), limit.get(key))
+        (what.format(end_token=after.end_token.strip("[]<>|")), form, getattr(before, key), getattr(after, key), limit.get(key))
         for key, (what, form) in ROWS.items()
     ]
     if "J" in result:
