@@ -218,7 +218,7 @@ class Reference:
         c, n = self.config, len(queries)
         mean = np.mean(scores)
         if self.unit is None:
-            self.start = mean if self.weight.any() or self.bias.any() else 0.0  # a new head starts at the first batch's mean
+            self.start = mean if self.weight.any() or self.bias.any() else 0.0  # a new head counts from it anyway
             self.unit = np.std(scores) / 0.4
             with torch.no_grad():
                 self.weight /= self.unit

@@ -63,9 +63,10 @@ def results_table(results: Results) -> str:
     """Return the figures before and after training and those of the limit as a Markdown table."""
     before, after, result = results.before, results.after, results.gain
     limit = result["limit"] if result["gain"] is not None else {}
+    end = after.end_token.strip("[]<>|")
     in_rewards = f".{decimals(statistics.pstdev(score for *_, score in before.samples), 3)}f"
     rows = [
-        (what.format(end_token=after.end_token.strip("[]<>|")), form, getattr(before, key), getattr(after, key), limit.get(key))
+        (what.format(end_token=end), form, getattr(before, key), getattr(after, key), limit.get(key))
         for key, (what, form) in ROWS.items()
     ]
     if "J" in result:
