@@ -213,7 +213,7 @@ def test_a_run_goes_on_with_all_settings_that_do_not_decide_its_result(copied, t
     after = read_json(copied / "config.json")
     changed = {name: after[name] for name in after if after[name] != before[name]}
     assert changed == {name: ANOTHER[name] for name in WHEN_GOING_ON}
-    assert (trackers / "trackio.calls").read_text().endswith('["finish"]\n')
+    assert (trackers / "trackio.calls").read_text().endswith('["finish", {}]\n')
     assert checkpoints(copied) == ["step-000004"] and len(rows(copied)) == 4
     assert read_json(copied / "evaluation.json")["before"]["ref_logprob"] == -99
 
@@ -305,16 +305,17 @@ def test_each_input_has_a_hash_of_its_own(policy, tmp_path, monkeypatch):
     (tmp_path / "judge_a.py").write_text("score = len\n")
     import judge_a
 
-    def hashes(model=policy[0], tokenizer=policy[1], prompts=("衣服",)):
-        config = PPOConfig(model_name="m", reward="judge_a:score")
+    def hashes(model=policy[0], tokenizer=policy[1], prompts=("衣服",), reference=policy[0]):
+        config = PPOConfig(model_name="m", reference="r", reward="judge_a:score")
         queries = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-        return input_hashes(config, model, tokenizer, judge_a.score, [*prompts], queries)
+        return input_hashes(config, model, tokenizer, judge_a.score, [*prompts], queries, reference)
 
     one, (other_model, other_tokenizer) = hashes(), copy.deepcopy(policy)
     other_model.v_head.summary.bias.data += 1
     other_tokenizer.add_tokens("画")
     changed = {
         "weights of --model_name m": hashes(model=other_model),
+        "weights of --reference r": hashes(reference=other_model),
         "tokenizer of --model_name m": hashes(tokenizer=other_tokenizer),
         "prompts": hashes(prompts=("衣服", "衣服")),
     }

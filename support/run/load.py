@@ -88,7 +88,7 @@ def read_reference(folder: Path, gpt2_config, tokenizer):
 
 
 def input_hashes(
-    config: PPOConfig, policy, tokenizer, reward, prompts: list[str], queries: list, reference
+    config: PPOConfig, policy, tokenizer, reward, prompts: list[str], queries: list, reference=None
 ) -> dict[str, str]:
     """Return hashes, by name, of what decides a run besides its settings: models, prompts, your reward's file.
 
@@ -99,11 +99,12 @@ def input_hashes(
         rounded = {name: weight.bfloat16() for name, weight in reward.pipeline.model.named_parameters()}
         models[f"--reward_model_name {config.reward_model_name}"] = (rounded, reward.pipeline.tokenizer)
     hashes = {"the hash of the prompts": hash_of([prompts, [query.tolist() for query in queries]])}
-    if config.reference:
-        models[f"--reference {config.reference}"] = (dict(reference.named_parameters()), tokenizer)
     for name, (weights, its_tokenizer) in models.items():
         hashes[f"the hash of the weights of {name}"] = hash_of(weights)
         hashes[f"the hash of the tokenizer of {name}"] = hash_of(sorted(its_tokenizer.get_vocab().items()))
+    if config.reference:
+        name = f"the hash of the weights of --reference {config.reference}"
+        hashes[name] = hash_of(dict(reference.named_parameters()))
     if path := reward_file(config):
         hashes[f"the hash of the file of --reward {config.reward}"] = hash_of(path.read_bytes())
     return hashes
