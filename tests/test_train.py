@@ -30,7 +30,7 @@ def test_texts_are_prompt_and_completion_and_rows_follow_from_the_samples(policy
         return [1000.0 * (sum(map(ord, text)) % 97) for text in batch]
 
     assert tiny_run(tmp_path / "run", policy, reward, episodes=16) == 0
-    samples, both = samples_of(tmp_path / "run"), texts[-8 - 16 : -8]
+    samples, both = samples_of(tmp_path / "run"), texts[-16 - 16 : -16]
     assert [sample["prompt"] + sample["completion"] for sample in samples] == both
     assert {sample["prompt"] for sample in samples} == set(PROMPTS[1:])
     for step, row in enumerate(rows(tmp_path / "run")):
