@@ -57,6 +57,12 @@ def test_numbers_that_vary_from_batch_to_batch_count_as_a_mean_over_five_steps(w
         assert told(*[beyond] * 9) == []
 
 
+def test_values_that_explain_less_than_nothing_for_ten_steps_are_worse_than_none():
+    bad, fair, none = ({"ppo/val/explained_variance": value} for value in (-0.02, 0.01, -0.009))
+    assert told(*[bad] * 9, fair, *[bad] * 9, *[none] * 20) == []
+    assert told({}, *[bad] * 12) == [(11, "bad values")]
+
+
 def test_a_distance_is_far_at_one_and_a_half_times_the_limits_kl():
     assert told({}, *[{"objective/kl": 5.9}] * 9, kl_limit=4.0) == []
     assert told({}, *[{"objective/kl": 6.1}] * 9, kl_limit=4.0) == [(6, "far away")]

@@ -14,6 +14,7 @@ STILL = 3e-5  # approxkl of the first step
 FAR, BEYOND = 2.0, 1.5  # KL in nats, and as a multiple of the limit's
 NARROW, ALIKE = 0.5, 0.4  # entropy and unique texts, as shares of the first step's: texts of four tokens come near
 COLLAPSE = {"far away", "narrow", "alike"}  # alarms that mean hacking or collapse: more steps make it worse
+MISLED = 10  # steps in a row with an explained variance below -0.01; a value head that has learned nothing has 0
 QUARTER = 10  # steps in a quarter of a run from which on a plateau can be told
 DEARER = "a higher --init_kl_coef or --kl_budget 0.4 keeps the texts closer to the language"
 
@@ -47,7 +48,7 @@ class Alarms:
         """kl_limit: the KL of the best possible policy in nats, or None if unknown."""
         self.moves_first = config.ppo_epochs * math.ceil(config.batch_size / config.minibatch_size) > 1
         self.kl_limit = kl_limit or 0.0
-        self.first, self.last, self.rewards, self.found = None, [], [], []
+        self.first, self.last, self.rewards, self.misled, self.found = None, [], [], 0, []
         self.stop_on_alarm, self.stop = config.stop_on_alarm, False
 
     def look(self, row: dict[str, float]) -> list[dict]:
@@ -71,6 +72,11 @@ class Alarms:
             signs["narrow"] = f"entropy has fallen from {first['objective/entropy']:.2g} to {entropy:.2g}: {DEARER}"
         if unique < ALIKE * first["tokens/unique_share"]:
             signs["alike"] = f"only {unique:.0%} of the texts in a batch are unique: {DEARER}"
+        explained = row.get("ppo/val/explained_variance", 0.0)
+        self.misled = self.misled + 1 if explained < -0.01 else 0
+        if self.misled == MISLED:
+            seen = f"explained variance {explained:.2g}, below 0 for {MISLED} steps"
+            signs["bad values"] = f"the values are worse than none ({seen}): a lower --value_lr"
         self.rewards.append(row["env/reward_mean"])
         if steps := self.stalled(row):
             signs["plateau"] = f"the reward hasn't risen for {steps} steps; further steps bring noise"
