@@ -18,7 +18,7 @@ from support.models import pretrained as models
 from support.run.text_trainer import TextPPOTrainer
 from tests.helpers import write_bpe_gpt2, write_gpt2
 
-BIN = "pytorch_model.bin"
+BIN, SAFE = "pytorch_model.bin", "model.safetensors"
 IDS = torch.tensor([[2, 5, 6, 7, 8, 9]])
 
 
@@ -52,6 +52,21 @@ def same_logits(one, other) -> bool:
     return (logits(one) - logits(other)).abs().max() <= 200 * torch.finfo(torch.float32).eps * logits(one).abs().max()
 
 
+def into(*names):
+    """A change that leaves the files of a folder only in folders below it."""
+
+    def move(folder):
+        files = [path for path in folder.iterdir() if path.suffix != ".py"]
+        for name in names:
+            (folder / name).mkdir(parents=True)
+            for path in files:
+                shutil.copy(path, folder / name)
+        for path in files:
+            path.unlink()
+
+    return move
+
+
 class Evil:
     def __reduce__(self):
         return os.system, ("touch ran",)
@@ -59,6 +74,9 @@ class Evil:
 
 CODE = {"auto_map": {"AutoConfig": "evil.C", "AutoModelForSequenceClassification": "evil.C"}}
 TOKENIZER_CODE = {"auto_map": {"AutoTokenizer": ["evil.C", "evil.C"]}}
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 28270510\n"
+PAGE = b"<!doctype html>\n<html>\n" + b" " * 2000
+ADAPTER = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "uer/gpt2"})
 GPT2_FOLDERS = {  # name: (the change to the folder, part of the line; None if it opens all the same)
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "weights cut off": (lambda f: (f / BIN).write_bytes((f / BIN).read_bytes()[:-200]), "can't be loaded"),
@@ -71,11 +89,22 @@ GPT2_FOLDERS = {  # name: (the change to the folder, part of the line; None if i
     "code beside a model": (lambda f: edit(f, **CODE), None),
     "an attention kernel": (lambda f: edit(f, attn_implementation="evil/kernel"), None),
     "code in weights": (lambda f: torch.save({"a": Evil()}, f / BIN), "can't be loaded"),
+    "pointer": (lambda f: (f / BIN).write_bytes(POINTER), f"{BIN} is a git-lfs pointer.*git lfs pull.*hf download`$"),
+    "pointer beside": (lambda f: (f / SAFE).write_bytes(POINTER), f"{SAFE} is a git-lfs.*remove {SAFE} to load {BIN}"),
+    "pointer as vocabulary": (lambda f: (f / "vocab.txt").write_bytes(POINTER), "vocab.txt is a git-lfs pointer"),
+    "web page": (lambda f: (f / BIN).write_bytes(PAGE), f"{BIN} is a web page"),
+    "broken beside whole": (lambda f: (f / SAFE).write_bytes(b"cut off"), f"; or remove {SAFE} to load {BIN} instead"),
+    "adapter": (lambda f: (f / "adapter_config.json").write_text(ADAPTER), "LORA .*uer/gpt2.*merge_and_unload.*remove"),
+    "checkpoints": (into("checkpoint-500", "checkpoint-1000"), "no config.json; did you mean .*/checkpoint-1000\\?"),
+    "a run": (lambda f: (into("model")(f), (f / "config.json").write_text("{}")), "did you mean .*/model/model\\?"),
+    "cache": (into("snapshots/12ab"), "did you mean .*snapshots/12ab\\?"),
 }
 OTHER_TOKENIZER = {"tokenizer_class": "C"} | TOKENIZER_CODE
 CLASSIFIER_FOLDERS = {
     "code for a tokenizer": (lambda f: edit(f, "tokenizer_config.json", **OTHER_TOKENIZER), "tokenizer .* be loaded"),
     "code for a classifier": (lambda f: edit(f, model_type="bert-generation", **CODE), "can't be loaded"),
+    "only an adapter": (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "adapter .* use that$"),
+    "pointer for a classifier": (lambda f: (f / BIN).write_bytes(POINTER), f"{BIN} is a git-lfs pointer"),
 }
 CASES = [("gpt2", *case) for case in GPT2_FOLDERS.values()] + [("bert", *case) for case in CLASSIFIER_FOLDERS.values()]
 

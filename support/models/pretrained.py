@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from gpt2_value_head import GPT2HeadWithValueModel, never_sampled_ids
 from support.common.errors import UserError, first_line, is_out_of_memory
-from support.models.hub import VALUE_HEAD, has_vocabulary
+from support.models.hub import VALUE_HEAD, check_folder, has_vocabulary, second_weights
 
 SPECIAL_TOKENS = re.compile(r"\[(PAD|UNK|CLS|SEP|MASK)\]")
 SPACE_BETWEEN_CHARACTERS = re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])")
@@ -155,9 +155,8 @@ def save_policy(
 
 
 def read_model_config(folder: Path):
-    """Return a folder's config.json as a config object. Raises UserError if it can't be read."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"no model in {folder}: it has no config.json")
+    """Return a folder's config.json as a config object. Raises UserError if it can't be read, see `check_folder`."""
+    check_folder(folder)
     with loading(folder / "config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     vars(config).pop("auto_map", None)  # names code in the folder or on the Hub, as an attention kernel does
@@ -168,7 +167,7 @@ def read_model_config(folder: Path):
 def load_weights(model_class, folder: Path, config, device) -> nn.Module:
     """Load a model in float32 on the CPU, for `device`. Raises UserError if weights, except for the value head's, are
     missing, can't be read, or have other shapes than `config` describes."""
-    with loading(f"the weights in {folder}"):
+    with loading(f"the weights in {folder}", second_weights(folder)):
         model, info = model_class.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
     if missing := sorted(name for name in info["missing_keys"] if not name.startswith("v_head.")):
         raise UserError(f"{folder} isn't a trained model: its weights lack {missing[0]}; download all of it again")
@@ -178,8 +177,9 @@ def load_weights(model_class, folder: Path, config, device) -> nn.Module:
 
 
 @contextlib.contextmanager
-def loading(what):
-    """Turn an error of a library into a UserError that says what couldn't be loaded, unless memory ran out."""
+def loading(what, hint: str = ""):
+    """Turn an error of a library into a UserError that says what couldn't be loaded, unless memory ran out. `hint`
+    follows the message."""
     try:
         with quiet_transformers():
             yield
@@ -188,7 +188,7 @@ def loading(what):
             raise
         shapes = "mismatched_sizes" in str(error)  # the library's message tells how to ignore this
         reason = "config.json describes other shapes" if shapes else first_line(error)
-        raise UserError(f"{what} can't be loaded ({reason}); download it again, or choose another model")
+        raise UserError(f"{what} can't be loaded ({reason}); download it again, or choose another model{hint}")
 
 
 @contextlib.contextmanager
