@@ -79,6 +79,7 @@ def clean_text(text: str) -> str:
 def save_tokenizer(tokenizer, folder: Path) -> None:
     """Write a tokenizer that encodes and decodes in plain `transformers` as `encode_prompt` and `decode` do here."""
     saved = copy.deepcopy(tokenizer)
+    saved.bos_token, saved.eos_token = saved.cls_token, saved.sep_token  # the names that CTranslate2 and TRL know
     backend = saved.backend_tokenizer
     start = (saved.cls_token, saved.cls_token_id)
     # BERT's own would append [SEP], GPT-2's own would leave out the start token
@@ -91,6 +92,7 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+    settings["padding_side"] = "left"  # prompts of a batch have to end where their completions begin
     path.write_text(json.dumps(settings, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
