@@ -16,7 +16,7 @@ from reward import SentimentReward
 from support.common.errors import UserError
 from support.models import pretrained as models
 from support.run.text_trainer import TextPPOTrainer
-from tests.helpers import write_bpe_gpt2, write_gpt2
+from tests.helpers import tiny_run, write_bpe_gpt2, write_gpt2
 
 BIN, SAFE = "pytorch_model.bin", "model.safetensors"
 IDS = torch.tensor([[2, 5, 6, 7, 8, 9]])
@@ -212,6 +212,17 @@ def test_a_batch_of_prompts_is_completed_as_each_alone(saved):
     assert complete(prompts) == [text for prompt in prompts for text in complete([prompt])]
     names = json.loads((folder / "tokenizer_config.json").read_text())
     assert [names[f"{name}_token"] for name in ("bos", "eos", "pad")] == ["[CLS]", "[SEP]", "[PAD]"]
+
+
+def test_the_umask_decides_who_may_read_a_run(policy, tmp_path, without_pictures):
+    before = os.umask(0o027)
+    try:
+        assert tiny_run(tmp_path / "run", policy) == 0
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} >= {".safetensors", ".pt", ".json"}
+    assert [path for path in files if path.stat().st_mode & 0o777 != 0o640] == []
 
 
 def test_the_pipeline_samples_from_a_prompt_as_training_does(saved):

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -154,6 +155,8 @@ def save_policy(
         bos_token_id=tokenizer.cls_token_id, eos_token_id=tokenizer.sep_token_id, pad_token_id=tokenizer.pad_token_id,
         suppress_tokens=never_sampled_ids(tokenizer, model.config.vocab_size),
     ).save_pretrained(folder)  # fmt: skip
+    for path in folder.glob("*.safetensors"):  # safetensors lets only the owner read them
+        shutil.copymode(folder / "config.json", path)
 
 
 def read_model_config(folder: Path):
