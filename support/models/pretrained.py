@@ -144,8 +144,8 @@ def save_policy(
         gpt2 = GPT2LMHeadModel(copy.deepcopy(model.config))
     weights = {name: weight for name, weight in model.state_dict().items() if not name.startswith("v_head.")}
     gpt2.load_state_dict(weights, assign=True)
-    # Early 5.x pipelines prefer their own 256 tokens to those of generation_config.json
-    gpt2.config.task_specific_params = {"text-generation": {"max_new_tokens": gen_len}}
+    # Pipelines of 4.57 and early 5.x prefer their own 256 tokens and temperature 0.7 to those of generation_config.json
+    gpt2.config.task_specific_params = {"text-generation": {"max_new_tokens": gen_len, "temperature": temperature}}
     with quiet_transformers():
         gpt2.save_pretrained(folder)
     save_file({name: value_unit * weight for name, weight in model.v_head.state_dict().items()}, folder / VALUE_HEAD)
