@@ -16,9 +16,9 @@ from reward import SentimentReward
 from support.common.errors import UserError
 from support.models import pretrained as models
 from support.run.text_trainer import TextPPOTrainer
-from tests.helpers import write_bpe_gpt2, write_gpt2
+from tests.helpers import tiny_run, write_bpe_gpt2, write_gpt2
 
-BIN = "pytorch_model.bin"
+BIN, SAFE = "pytorch_model.bin", "model.safetensors"
 IDS = torch.tensor([[2, 5, 6, 7, 8, 9]])
 
 
@@ -52,6 +52,21 @@ def same_logits(one, other) -> bool:
     return (logits(one) - logits(other)).abs().max() <= 200 * torch.finfo(torch.float32).eps * logits(one).abs().max()
 
 
+def into(*names):
+    """A change that leaves the files of a folder only in folders below it."""
+
+    def move(folder):
+        files = [path for path in folder.iterdir() if path.suffix != ".py"]
+        for name in names:
+            (folder / name).mkdir(parents=True)
+            for path in files:
+                shutil.copy(path, folder / name)
+        for path in files:
+            path.unlink()
+
+    return move
+
+
 class Evil:
     def __reduce__(self):
         return os.system, ("touch ran",)
@@ -59,6 +74,9 @@ class Evil:
 
 CODE = {"auto_map": {"AutoConfig": "evil.C", "AutoModelForSequenceClassification": "evil.C"}}
 TOKENIZER_CODE = {"auto_map": {"AutoTokenizer": ["evil.C", "evil.C"]}}
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 28270510\n"
+PAGE = b"<!doctype html>\n<html>\n" + b" " * 2000
+ADAPTER = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "uer/gpt2"})
 GPT2_FOLDERS = {  # name: (the change to the folder, part of the line; None if it opens all the same)
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "weights cut off": (lambda f: (f / BIN).write_bytes((f / BIN).read_bytes()[:-200]), "can't be loaded"),
@@ -71,12 +89,23 @@ GPT2_FOLDERS = {  # name: (the change to the folder, part of the line; None if i
     "code beside a model": (lambda f: edit(f, **CODE), None),
     "an attention kernel": (lambda f: edit(f, attn_implementation="evil/kernel"), None),
     "code in weights": (lambda f: torch.save({"a": Evil()}, f / BIN), "can't be loaded"),
+    "pointer": (lambda f: (f / BIN).write_bytes(POINTER), f"{BIN} is a git-lfs pointer.*git lfs pull.*hf download`$"),
+    "pointer beside": (lambda f: (f / SAFE).write_bytes(POINTER), f"{SAFE} is a git-lfs.*remove {SAFE} to load {BIN}"),
+    "pointer as vocabulary": (lambda f: (f / "vocab.txt").write_bytes(POINTER), "vocab.txt is a git-lfs pointer"),
+    "web page": (lambda f: (f / BIN).write_bytes(PAGE), f"{BIN} is a web page"),
+    "broken beside whole": (lambda f: (f / SAFE).write_bytes(b"cut off"), f"; or remove {SAFE} to load {BIN} instead"),
+    "adapter": (lambda f: (f / "adapter_config.json").write_text(ADAPTER), "LORA .*uer/gpt2.*merge_and_unload.*remove"),
+    "checkpoints": (into("checkpoint-500", "checkpoint-1000"), "no config.json; did you mean .*/checkpoint-1000\\?"),
+    "a run": (lambda f: (into("model")(f), (f / "config.json").write_text("{}")), "did you mean .*/model/model\\?"),
+    "cache": (into("snapshots/12ab"), "did you mean .*snapshots/12ab\\?"),
 }
 OTHER_TOKENIZER = {"tokenizer_class": "C"} | TOKENIZER_CODE
 CLASSIFIER_FOLDERS = {
     "code for a tokenizer": (lambda f: edit(f, "tokenizer_config.json", **OTHER_TOKENIZER), "tokenizer .* be loaded"),
     "another vocabulary": (lambda f: (f / "vocab.txt").open("a").write("a\nb\n"), "has 45 tokens, .* model has 43"),
     "code for a classifier": (lambda f: edit(f, model_type="bert-generation", **CODE), "can't be loaded"),
+    "only an adapter": (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "adapter .* use that$"),
+    "pointer for a classifier": (lambda f: (f / BIN).write_bytes(POINTER), f"{BIN} is a git-lfs pointer"),
 }
 CASES = [("gpt2", *case) for case in GPT2_FOLDERS.values()] + [("bert", *case) for case in CLASSIFIER_FOLDERS.values()]
 
@@ -301,12 +330,40 @@ def test_a_saved_folder_opens_in_plain_transformers_with_the_settings_of_the_run
     assert not getattr(model.config, "task_specific_params", None)  # a loop of one's own goes on with this model
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["GPT2LMHeadModel"]
-    assert config["task_specific_params"]["text-generation"]["max_new_tokens"] == 9  # what early 5.x reads
+    assert config["task_specific_params"]["text-generation"] == {"max_new_tokens": 9, "temperature": 0.7}  # 4.57 reads
     settings = json.loads((folder / "generation_config.json").read_text())
     del settings["transformers_version"]
     expected = {"do_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "max_new_tokens": 9}
     expected |= {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0, "suppress_tokens": [0, 1, 2, 4]}
     assert settings == expected
+
+
+def test_a_batch_of_prompts_is_completed_as_each_alone(saved):
+    """In plain transformers, from prompts of different lengths, and with the names by which other programs ask."""
+    _, _, folder = saved
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), plain(folder)
+
+    def complete(prompts):
+        return tokenizer.batch_decode(
+            model.generate(**tokenizer(prompts, padding=True, return_tensors="pt"), do_sample=False),
+            skip_special_tokens=True,
+        )
+
+    prompts = ["刚收到货,感觉", "衣服"]
+    assert complete(prompts) == [text for prompt in prompts for text in complete([prompt])]
+    names = json.loads((folder / "tokenizer_config.json").read_text())
+    assert [names[f"{name}_token"] for name in ("bos", "eos", "pad")] == ["[CLS]", "[SEP]", "[PAD]"]
+
+
+def test_the_umask_decides_who_may_read_a_run(policy, tmp_path, without_pictures):
+    before = os.umask(0o027)
+    try:
+        assert tiny_run(tmp_path / "run", policy) == 0
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} >= {".safetensors", ".pt", ".json"}
+    assert [path for path in files if path.stat().st_mode & 0o777 != 0o640] == []
 
 
 def test_the_pipeline_samples_from_a_prompt_as_training_does(saved):
@@ -338,7 +395,7 @@ def test_a_saved_tokenizer_encodes_and_decodes_like_the_original(saved, tmp_path
         assert plain.batch_decode(sequences, skip_special_tokens=True) == texts == models.decode(again, sequences)
         prompt = models.encode_prompt(tokenizer, "刚收到,goods").tolist()
         assert prompt == models.encode_prompt(again, "刚收到,goods").tolist() == plain.encode("刚收到,goods")
-        assert again.get_vocab() == tokenizer.get_vocab() and again.all_special_ids == tokenizer.all_special_ids
+        assert again.get_vocab() == tokenizer.get_vocab() and set(again.all_special_ids) == {0, 1, 2, 3, 4}
 
 
 def test_a_byte_level_tokenizer_starts_and_ends_texts_with_its_own_token(tmp_path):

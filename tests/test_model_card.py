@@ -37,6 +37,7 @@ def test_the_card_of_a_run_says_how_it_was_trained_and_its_code_runs(finished, m
     text = card(finished / "model")
     assert "Trained on 48 completions of `刚收到货,感觉`, with a classifier as the reward." in text
     assert results["verdict"] in text
+    assert "`AutoTokenizer`. `BertTokenizer` would append `[SEP]`" in text and "transformers before 4.43" in text
     assert not re.search(r"(?<![\w.:/<-])/\w", text)  # no path of this machine
     texts = run_its_code(finished / "model", monkeypatch, capsys)
     assert len(texts) == 5 and len(set(texts)) > 1

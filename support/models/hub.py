@@ -6,13 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from support.common.errors import UserError, first_line
-from support.common.files import path_errors
+from support.common.files import path_errors, read_json
 from support.models.demo_models import demo_models
 
 VALUE_HEAD = "value_head.safetensors"  # only models trained here have one
 VOCABULARIES = ({"vocab.txt"}, {"tokenizer.json"}, {"vocab.json", "merges.txt"})
 SMALL = rf"[\w.-]+\.(json|txt)|{VALUE_HEAD}"
 WEIGHTS = (r"model(-\d+-of-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.bin")
+STAND_INS = {  # what a file begins with that a download left in the place of the real one
+    b"version https://git-lfs": "a git-lfs pointer, not the file itself: run `git lfs pull` in that folder, or use",
+    b"<!doctype html": "a web page, not the file itself: use",
+}
 HUB_ID = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
 
 
@@ -76,6 +80,35 @@ def is_complete(folder: Path) -> bool:
     weights = wanted_weights(names)
     shard = re.search(r"-of-(\d+)", weights[0]) if weights else None
     return "config.json" in names and has_vocabulary(names) and len(weights) == (int(shard[1]) if shard else 1)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UserError if a folder contains an adapter, no model at all, or only stand-ins for files that it needs."""
+    names = {path.name for path in folder.glob("*")}
+    if "adapter_config.json" in names:
+        adapter = read_json(folder / "adapter_config.json", "download it again")
+        kind, base = adapter.get("peft_type", "peft"), adapter.get("base_model_name_or_path")
+        alone = "; or remove adapter_config.json to use the model without it" if "config.json" in names else ""
+        remedy = "merge it with peft's merge_and_unload(), save model and tokenizer in a new folder, and use that"
+        raise UserError(f"{folder} contains a {kind} adapter for {base}, which isn't a whole model: {remedy}{alone}")
+    below = [path.parent for kind in ("*", "snapshots/*") for path in folder.glob(f"{kind}/config.json")]
+    if "config.json" not in names or folder / "model" in below:  # a run's folder has both
+        newest = max(below, key=lambda path: [int(digits) for digits in re.findall(r"\d+", path.name)], default=None)
+        problem = "its config.json has a run's settings" if "config.json" in names else "it has no config.json"
+        raise UserError(f"no model in {folder}: {problem}" + (f"; did you mean {newest}?" if newest else ""))
+    for name in sorted({"config.json", VALUE_HEAD, *set().union(*VOCABULARIES), *wanted_weights(names)} & names):
+        with (folder / name).open("rb") as file:
+            start = file.read(64).lower()
+        for beginning, what in STAND_INS.items():
+            if start.startswith(beginning):
+                raise UserError(f"{folder / name} is {what} `hf download`{second_weights(folder)}")
+
+
+def second_weights(folder: Path) -> str:
+    """Return a hint if torch's .bin weights are in the folder too, but safetensors come first; otherwise ""."""
+    wanted = wanted_weights({path.name for path in folder.iterdir()})
+    other = wanted_weights({path.name for path in folder.glob("*.bin") if path.stat().st_size > 1000})  # no pointer
+    return f"; or remove {', '.join(wanted)} to load {other[0]} instead" if other and wanted != other else ""
 
 
 def has_vocabulary(names: set[str]) -> bool:

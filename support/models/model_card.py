@@ -29,6 +29,10 @@ for _ in range(5):
 {base}, trained by proximal policy optimization towards a reward, with a penalty on the KL divergence from the original.
 It continues a prompt by up to {gen_len} tokens, sampled at temperature {temperature:g} (see `generation_config.json`).
 
+In code of your own, open the tokenizer with `AutoTokenizer`. `BertTokenizer` would append `[SEP]`, the end of a text,
+to every prompt. Pipelines of transformers before 4.43 leave out the token that starts a text: call
+`model.generate(**tokenizer(prompt, return_tensors="pt"))` there.
+
 The license isn't filled in: see the license of the base model, then add `license: ...` at the top of this file.
 Only further training needs `value_head.safetensors`.
 

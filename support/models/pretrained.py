@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from gpt2_value_head import GPT2HeadWithValueModel, never_sampled_ids, special_ids
 from support.common.errors import UserError, first_line, is_out_of_memory
-from support.models.hub import VALUE_HEAD, has_vocabulary
+from support.models.hub import VALUE_HEAD, check_folder, has_vocabulary, second_weights
 
 SPECIAL_TOKENS = re.compile(r"\[(PAD|UNK|CLS|SEP|MASK)\]")
 OWN_WORDS = ("RoFormer", "BertJapanese")  # tokenizers that split a text into words before they look into vocab.txt
@@ -150,6 +151,7 @@ def clean_text(text: str) -> str:
 def save_tokenizer(tokenizer, folder: Path) -> None:
     """Write a tokenizer that encodes and decodes in plain `transformers` as `encode_prompt` and `decode` do here."""
     saved = copy.deepcopy(tokenizer)
+    saved.bos_token, saved.eos_token = saved.cls_token, saved.sep_token  # the names that CTranslate2 and TRL know
     backend = saved.backend_tokenizer
     start = (saved.cls_token, saved.cls_token_id)
     # BERT's own would append [SEP], GPT-2's own would leave out the start token
@@ -162,6 +164,7 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+    settings["padding_side"] = "left"  # prompts of a batch have to end where their completions begin
     path.write_text(json.dumps(settings, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
@@ -210,8 +213,8 @@ def save_policy(
         gpt2 = GPT2LMHeadModel(copy.deepcopy(model.config))
     weights = {name: weight for name, weight in model.state_dict().items() if not name.startswith("v_head.")}
     gpt2.load_state_dict(weights, assign=True)
-    # Early 5.x pipelines prefer their own 256 tokens to those of generation_config.json
-    gpt2.config.task_specific_params = {"text-generation": {"max_new_tokens": gen_len}}
+    # Pipelines of 4.57 and early 5.x prefer their own 256 tokens and temperature 0.7 to those of generation_config.json
+    gpt2.config.task_specific_params = {"text-generation": {"max_new_tokens": gen_len, "temperature": temperature}}
     with quiet_transformers():
         gpt2.save_pretrained(folder)
     head, (mean, unit) = model.v_head.state_dict(), values
@@ -223,12 +226,13 @@ def save_policy(
         bos_token_id=tokenizer.cls_token_id, eos_token_id=tokenizer.sep_token_id, pad_token_id=tokenizer.pad_token_id,
         suppress_tokens=never_sampled_ids(tokenizer, model.config.vocab_size),
     ).save_pretrained(folder)  # fmt: skip
+    for path in folder.glob("*.safetensors"):  # safetensors lets only the owner read them
+        shutil.copymode(folder / "config.json", path)
 
 
 def read_model_config(folder: Path):
-    """Return a folder's config.json as a config object. Raises UserError if it can't be read."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"no model in {folder}: it has no config.json")
+    """Return a folder's config.json as a config object. Raises UserError if it can't be read, see `check_folder`."""
+    check_folder(folder)
     with loading(folder / "config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     vars(config).pop("auto_map", None)  # names code in the folder or on the Hub, as an attention kernel does
@@ -239,7 +243,7 @@ def read_model_config(folder: Path):
 def load_weights(model_class, folder: Path, config, device) -> nn.Module:
     """Load a model in float32 on the CPU, for `device`. Raises UserError if weights, except for the value head's, are
     missing, can't be read, or have other shapes than `config` describes."""
-    with loading(f"the weights in {folder}"):
+    with loading(f"the weights in {folder}", second_weights(folder)):
         model, info = model_class.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
     if missing := sorted(name for name in info["missing_keys"] if not name.startswith("v_head.")):
         raise UserError(f"{folder} isn't a trained model: its weights lack {missing[0]}; download all of it again")
@@ -249,8 +253,9 @@ def load_weights(model_class, folder: Path, config, device) -> nn.Module:
 
 
 @contextlib.contextmanager
-def loading(what):
-    """Turn an error of a library into a UserError that says what couldn't be loaded, unless memory ran out."""
+def loading(what, hint: str = ""):
+    """Turn an error of a library into a UserError that says what couldn't be loaded, unless memory ran out. `hint`
+    follows the message."""
     try:
         with quiet_transformers():
             yield
@@ -259,7 +264,7 @@ def loading(what):
             raise
         shapes = "mismatched_sizes" in str(error)  # the library's message tells how to ignore this
         reason = "config.json describes other shapes" if shapes else first_line(error)
-        raise UserError(f"{what} can't be loaded ({reason}); download it again, or choose another model")
+        raise UserError(f"{what} can't be loaded ({reason}); download it again, or choose another model{hint}")
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,8 @@ def save_checkpoint(trainer, folder: Path, keep: int) -> Path:
         save_file(engine["policy"], partial / FILES[0], {"format": "pt"})
         save_file(engine["average"], partial / FILES[1], {"format": "pt"})
         torch.save({"optimizer": engine["optimizer"], "random": random_state()}, partial / FILES[2])
+        for name in FILES[:2]:  # safetensors lets only the owner read them
+            shutil.copymode(partial / FILES[2], partial / name)
         state = {
             "step": trainer.n_steps,
             "kl_coef": trainer.kl_controller.value,
