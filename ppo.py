@@ -108,13 +108,11 @@ SPREAD = 0.4  # about that of probabilities, for which cliprange_value, vf_coef 
 
 def pick_reward_unit(scores: torch.Tensor, kl_coef: float) -> float:
     """The unit in which the scores (n,) of the first batch have a standard deviation of SPREAD (Ziegler, section 2.1,
-    scales its reward model similarly). If the scores barely differ (std below kl_coef / 100, or a millionth of their
-    mean magnitude, which is float32's rounding), use their mean magnitude instead."""
+    scales its reward model similarly). If the scores barely differ (std below kl_coef / 100, or below 1e-7 of their
+    mean, which is float32's rounding), use the KL coefficient instead."""
     scores = scores.double().cpu()
-    spread, size = scores.std(correction=0).item(), scores.mean().abs().item()
-    if spread <= max(kl_coef / 100, 1e-6 * size):
-        spread = max(size, kl_coef)
-    return spread / SPREAD or 1.0
+    spread, rounding = scores.std(correction=0).item(), 1e-7 * scores.mean().abs().item()
+    return (spread if spread > max(kl_coef / 100, rounding) else kl_coef) / SPREAD or 1.0
 
 
 def compute_rewards(
@@ -352,7 +350,7 @@ class PPOTrainer:
         logprobs, values, entropy = self.forward_pass(completions, self.model)
         ref_logprobs, *_ = self.forward_pass(completions, self.ref_model)
 
-        # 2. Rewards, in the trainer's unit: the KL penalty at every token, plus the score at the last
+        # 2. Rewards, from the batch's mean and in the trainer's unit: the KL penalty, plus the score at the last token
         kl_coef = self.kl_controller.value / unit
         token_rewards, kl_penalties = compute_rewards(scores / unit, logprobs, ref_logprobs, mask, kl_coef)
 

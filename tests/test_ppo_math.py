@@ -205,9 +205,11 @@ def test_polynomial_average_by_hand(power, expected):
         ([0.0007, 0.0003], 0.0002, 0.0005),
         ([-1, -1, 1, 1], 99, 2.5),  # a standard deviation of 1, which is just above kl_coef / 100
         ([-1, -1, 1, 1], 101, 252.5),  # and just below: the mean is 0, so the coefficient counts
-        ([5, 5, 5], 0.2, 12.5),  # no spread: their size
+        ([5, 5, 5], 0.2, 0.5),  # no spread
+        ([1e6, 1e6 + 1], 0.2, 1.25),  # a spread in spite of an offset
+        ([1e7, 1e7 + 1], 0.2, 0.5),  # rounding
         ([0, 0], 0.2, 0.5),  # a word that has not occurred yet
-        ([0.3], 0.2, 0.75),
+        ([0.3], 0.2, 0.5),
         ([0, 0], 0, 1),
     ],
 )
