@@ -72,11 +72,9 @@ class Alarms:
             signs["narrow"] = f"entropy has fallen from {first['objective/entropy']:.2g} to {entropy:.2g}: {DEARER}"
         if unique < ALIKE * first["tokens/unique_share"]:
             signs["alike"] = f"only {unique:.0%} of the texts in a batch are unique: {DEARER}"
-        explained = row.get("ppo/val/explained_variance", 0.0)
-        self.misled = self.misled + 1 if explained < -0.01 else 0
+        self.misled = self.misled + 1 if row.get("ppo/val/explained_variance", 0.0) < -0.01 else 0
         if self.misled == MISLED:
-            seen = f"explained variance {explained:.2g}, below 0 for {MISLED} steps"
-            signs["bad values"] = f"the values are worse than none ({seen}): a lower --value_lr"
+            signs["bad values"] = f"explained variance was below 0 for {MISLED} steps: a lower --value_lr"
         self.rewards.append(row["env/reward_mean"])
         if steps := self.stalled(row):
             signs["plateau"] = f"the reward hasn't risen for {steps} steps; further steps bring noise"
