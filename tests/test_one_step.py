@@ -13,21 +13,21 @@ from tools import one_step
 
 PAGES = ["docs/one_step.md", "docs/one_step.zh.md"]
 HALF = 5e-4  # how far a number with three decimals may be from the exact one
-# Numbers about the whole batch: the sentence, and six standard errors with 128 completions. Another processor makes
-# slightly other demo models, which write other texts: there the page's numbers are another draw.
+# Numbers about the whole batch: the sentence, and five standard deviations over the seeds 1 to 12. Another processor or
+# torch makes slightly other demo models, which write other texts: there the page's numbers are another draw.
 OF_BATCH = {
-    "mean score": (r"([\d.]+) on average", 0.21),
-    "happy": (r"above 0.9 for (\d+)", 27),
-    "negative log-ratios": (r"as with (\d+) of the 128", 27),
-    "KL": (r"the 128 completions, ([\d.]+) here", 0.56),
-    "mean V": (r"the batch V is ([\d.]+) on average", 0.04),
-    "mean G": (r"on average and G is ([\d.]+)\. ", 0.19),
-    "tokens": (r"over all ([\d,]+) tokens", 190),
-    "mean product of the unhappy": (r"of all 34 is ([\d.]+)\.\n", 0.31),
-    "ratios beyond the limits": (r"the step (\d+) of the", 57),
+    "mean score": (r"([\d.]+) on average", 0.2),
+    "happy": (r"above 0.9 for (\d+)", 26),
+    "negative log-ratios": (r"as with (\d+) of the 128", 39),
+    "KL": (r"the 128 completions, ([\d.]+) here", 1.0),
+    "mean V": (r"the batch V is ([\d.]+) on average", 0.24),
+    "mean G": (r"on average and G is ([\d.]+)\. ", 0.15),
+    "tokens": (r"over all ([\d,]+) tokens", 260),
+    "mean product of the unhappy": (r"of all 34 is ([\d.]+)\.\n", 0.2),
+    "ratios beyond the limits": (r"the step (\d+) of the", 150),
     "next beta, adaptive": (r"10,000\) \| ([\d.]+) \|", 1e-4),
-    "value loss 1": (r"\| 1 \| 0.0000 \| ([\d.]+) \|", 0.026),
-    "value loss 4": (r"\| 4 \| -[\d.]+ \| ([\d.]+) \|", 0.022),
+    "value loss 1": (r"\| 1 \| 0.0000 \| ([\d.]+) \|", 0.031),
+    "value loss 4": (r"\| 4 \| -[\d.]+ \| ([\d.]+) \|", 0.029),
 }
 
 
