@@ -83,8 +83,8 @@ class PPOConfig:
     ppo_epochs: int = option(4, "Passes over each batch.", at_least=1)
     gamma: float = option(
         1.0,
-        "Discount per token, 0 to 1. The score, from the batch's mean, comes with the last token; at 1 it counts in full "
-        "for every token before it.",
+        "Discount per token, 0 to 1. The score, from the batch's mean, comes with the last token; at 1 it counts in "
+        "full for every token before it.",
         at_least=0,
         at_most=1,
     )

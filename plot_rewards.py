@@ -25,9 +25,11 @@ from support.run.compare import (
     curves,
     differences,
     known_gain,
+    read_rows,
     read_run,
     reward_decimals,
     short,
+    spreads,
 )
 from support.run.streams import hold_streams
 
@@ -115,10 +117,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def newest_run(runs_dir: Path) -> Path:
-    """Returns the run in `runs_dir` that wrote metrics last."""
-    newest = max(runs_dir.glob("*/metrics.csv"), key=lambda path: path.stat().st_mtime, default=None)
+    """Returns the run in `runs_dir` that wrote metrics last, of those with a step."""
+    written = [path for path in runs_dir.glob("*/metrics.csv") if len(read_rows(path)) > 1]
+    newest = max(written, key=lambda path: path.stat().st_mtime, default=None)
     if not newest:
-        raise UserError(f"no run with a metrics.csv in {runs_dir}; train first, or name a run folder")
+        raise UserError(f"no run in {runs_dir} has a step in its metrics.csv; train first, or name a run folder")
     return newest.parent
 
 
@@ -130,6 +133,11 @@ def draw(paths: list[Path], out: Path, by=(), only: str = "", against: str = "",
     from matplotlib import colormaps, rc_context
     from matplotlib.figure import Figure  # and not pyplot, which may need a display
 
+    files = {path: path / "metrics.csv" for path in paths}
+    empty = [path for path, file in files.items() if file.is_file() and len(read_rows(file)) < 2]
+    if 0 < len(empty) < len(paths):
+        print(f"left out, because they have no step: {', '.join(map(str, empty))}")
+        paths = [path for path in paths if path not in empty]
     runs = [read_run(path) for path in paths]
     compared = drawn = curves(runs, by or None)
     if against:
@@ -173,7 +181,7 @@ def chinese_fonts(needed: bool) -> list[str]:
     from matplotlib import font_manager
 
     listed = {font.fname for font in font_manager.fontManager.ttflist}
-    if needed and not set(CHINESE_FONTS) & set(font_manager.get_font_names()):
+    if not set(CHINESE_FONTS) & set(font_manager.get_font_names()):
         for path in set(font_manager.findSystemFonts()) - listed:  # installed after matplotlib's first start
             with contextlib.suppress(OSError, RuntimeError):
                 font_manager.fontManager.addfont(path)
@@ -327,15 +335,18 @@ BIG = {"reward": draw_reward, "plane": draw_plane, "histogram": draw_histogram}
 
 
 def draw_gain(axes, drawn: list[Curve], setting: str) -> None:
-    """Draw the gain of each run as a dot, and the means over the seeds as a line with their standard errors."""
+    """Draw the gain of each run as a dot, and the means over the seeds as a line with their standard errors, as
+    in the table."""
     for curve in drawn:
-        at = np.array([run.settings[setting] for run in curve.runs], dtype=float)
-        gains = np.array([known_gain(run)["gain"] for run in curve.runs])
-        groups = [gains[at == value] for value in np.unique(at)]
-        errors = [group.std(ddof=1) / np.sqrt(len(group)) if len(group) > 1 else 0 for group in groups]
-        means = [group.mean() for group in groups]
-        axes.plot(at, gains, ".", color=curve.colour, alpha=0.5, label="a run")
-        axes.errorbar(np.unique(at), means, errors, color=curve.colour, capsize=3, label="mean, standard error")
+        points = sorted(curves(curve.runs, [setting]), key=lambda point: point.runs[0].settings[setting])
+        at = [point.runs[0].settings[setting] for point in points]
+        gains = [[known_gain(run)["gain"] for run in point.runs] for point in points]
+        errors = [(spread or 0) / np.sqrt(len(each)) for spread, each in zip(spreads(points), gains)]
+        dots = np.repeat(at, list(map(len, gains))), np.concatenate(gains)
+        axes.plot(*dots, ".", color=curve.colour, alpha=0.5, label="a run")
+        axes.errorbar(
+            at, list(map(np.mean, gains)), errors, color=curve.colour, capsize=3, label="mean, standard error"
+        )
     values = sorted({run.settings[setting] for curve in drawn for run in curve.runs})
     if values[0] > 0 and values[-1] / values[0] > 4.999:  # 1.5e-4 / 3e-5 is less than 5
         axes.set_xscale("log")

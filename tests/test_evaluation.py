@@ -121,7 +121,7 @@ def two_valued(high: float) -> Evaluation:
     return judged([0.0, high] * 10_000)
 
 
-FEW, HANDFUL, DEAR = "too few samples", "a handful of texts", "hardly any KL is worth it"
+FEW, HANDFUL, DEAR = "too few of these samples", "a handful of texts", "hardly any KL is worth it"
 
 
 @pytest.mark.parametrize(

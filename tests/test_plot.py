@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -152,7 +153,8 @@ def test_each_run_is_drawn_in_its_colour_and_what_several_share_once_in_black(tm
 
 
 def test_the_gain_is_drawn_against_a_setting_with_its_standard_error_over_seeds(tmp_path, figures, capsys):
-    """The mean of 0.5 and 0.7 is 0.6; its standard error is their standard deviation, 0.1 sqrt(2), over sqrt(2)."""
+    """The mean of 0.5 and 0.7 is 0.6; its standard error is their standard deviation, 0.1 sqrt(2), over sqrt(2). The one
+    run at 5e-4 has that of the other runs around their means, sqrt(0.065 / 2)."""
     gains, runs = {1e-4: (0.5, 0.7), 5e-4: (0.9,), 4e-4: (0.8, 0.5, None)}, []
     for lr, seed, gain in [(lr, seed, gain) for lr, of_lr in gains.items() for seed, gain in enumerate(of_lr)]:
         runs.append(str(write_run(tmp_path / f"{lr}-{seed}", 2, settings={"lr": lr, "seed": seed})))
@@ -163,10 +165,24 @@ def test_the_gain_is_drawn_against_a_setting_with_its_standard_error_over_seeds(
     mean = next(line for line in axes.lines if line.get_linestyle() == "-")
     assert np.allclose(points(mean), [[1e-4, 0.6], [4e-4, 0.65], [5e-4, 0.9]])
     bars = [segment[:, 1] for segment in axes.collections[0].get_segments()]
-    assert np.allclose(bars, [[0.5, 0.7], [0.5, 0.8], [0.9, 0.9]])
+    assert np.allclose(bars, [[0.5, 0.7], [0.5, 0.8], [0.9 - 0.0325**0.5, 0.9 + 0.0325**0.5]])
     assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_xscale()) == ("lr", "gain", "log")
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0.0001", "0.0004", "0.0005"]
     assert capsys.readouterr().out.endswith("wrote gain.png and compare.md\n")
+
+
+def test_runs_without_a_step_are_left_out_if_others_have_some(tmp_path, figures, capsys, monkeypatch):
+    """A failed try leaves a folder behind, which is often the newest."""
+    monkeypatch.chdir(tmp_path)
+    runs = [write_run(tmp_path / "runs" / name, 2, settings={"lr": lr}) for name, lr in (("a", 1e-4), ("b", 2e-4))]
+    failed = tmp_path / "runs" / "failed"
+    shutil.copytree(runs[0], failed)
+    header = (runs[0] / "metrics.csv").read_text().splitlines(keepends=True)[0]
+    (failed / "metrics.csv").write_text(header)
+    assert main([]) == 0 and "wrote runs/" in capsys.readouterr().out
+    assert main([str(path) for path in (*runs, failed)]) == 0
+    assert capsys.readouterr().out.startswith(f"left out, because they have no step: {failed}\n")
+    assert len(lines(figures[-1][0].axes[0], "running mean")) == 2
 
 
 @pytest.fixture
@@ -260,7 +276,7 @@ HEADER = f"step,episodes,{MEAN},{STD},objective/kl"
 @pytest.mark.parametrize(
     ("flags", "file", "content", "said"),
     [
-        ("", "", "", "no run with a metrics.csv in runs; train first, or name a run folder"),
+        ("", "", "", "no run in runs has a step in its metrics.csv; train first, or name a run folder"),
         ("run --out x.unknown", "", "", "x.unknown: the name of a picture must end in .png, .pdf or .svg"),
         ("run --by lr,rate", "", "", "--by rate: no run here has such a setting; take some of preset, run_name"),
         ("run --against lr", "", "", "--against lr needs runs with known gains and different numbers"),

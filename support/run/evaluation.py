@@ -195,7 +195,7 @@ def change_since(reward, before: Evaluation) -> str:
     scores, _ = before.rewards()
     changes = score_changes(reward, before, list(range(min(TWICE, before.n))))
     told = shifted(changes, scores)
-    if not told and before.noise <= NOISY and noise(changes, scores) > 2 * NOISY:
+    if not told and before.noise <= NOISY and noise(changes, scores) > max(NOISY / 2, 4 * before.noise):
         told = f"the same {len(changes)} texts score {changes.std(correction=0).item():.2g} higher or lower"
     return told and f"the reward isn't the same before and after training: {told} now; {STEADY}"
 

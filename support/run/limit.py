@@ -116,7 +116,7 @@ def gain(before, after, beta: float) -> dict:
     least = max(FEW, 5 * len(prompt_index.unique()))
     if "why" not in result and best["effective_samples"] < least:
         needed = 2 ** math.ceil(math.log2(2 * len(rewards) * least / best["effective_samples"]))
-        result |= {"why": "too few samples", "samples_needed": needed}
+        result |= {"why": "the limit rests on too few of these samples", "samples_needed": needed}
     if "why" in result:
         return {"gain": None, **result}
     way = best["J"] - result["J_before"]

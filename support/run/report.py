@@ -29,11 +29,15 @@ def run_report(run_dir: Path, results: Results) -> str:
         drafts = "Without any training, the best of several drafts by the original model has a gain of"
         parts.append(f"{drafts} {', '.join(gains)}.")
     if results.by_prompt:
-        about = "Best first. J is what training has added to reward - beta KL. A gain of - is unknown, usually because"
-        parts += ["## By prompt", f"{about} the prompt has too few `--eval_samples`.", prompts_table(results)]
+        about = "Best first. J gained is what training has added to reward - beta KL. A gain of - is unknown, usually"
+        parts += [
+            "## By prompt",
+            f"{about} because a prompt needs `--eval_samples` of its own.",
+            prompts_table(results),
+        ]
     if results.alarms:
         warnings = [f"- step {alarm['step']}: {in_markdown(alarm['says'])}" for alarm in results.alarms]
-        parts += ["Warnings while it trained:", "\n".join(warnings)]
+        parts += ["## Warnings while it trained", "\n".join(warnings)]
     config = load_config(run_dir / "config.json")
     if (results.steps or math.inf) < total_steps(config):
         parts.append(f"`--stop_on_alarm` ended the run after step {results.steps} of {total_steps(config)}.")

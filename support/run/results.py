@@ -19,8 +19,9 @@ def verdict(results: Results, config) -> str:
     """Return what kind of run this was and the flag to change, in one sentence; the rewards' unit doesn't matter."""
     before, after, result = results.before, results.after, results.gain
     if (share := result["gain"]) is None:
-        more = f"judge again by more samples, with --eval_only and --eval_samples {result.get('samples_needed')}"
-        return f"gain unknown: {more if 'samples_needed' in result else result['why']}"
+        needed = result.get("samples_needed")
+        more = f"; judge again, with --eval_only and --eval_samples {needed}" if needed else ""
+        return f"gain unknown: {result['why']}{more}"
     kl, limit, error = after.kl, result["limit"], result["gain_se"]
     got, spent = f"{share:.0%} of what is possible", f"KL {kl:.2g} where {limit['kl']:.2g} is worth it"
     calmer = "a lower --lr" if config.minibatch_size == config.batch_size else f"--minibatch_size {config.batch_size}"
@@ -90,7 +91,7 @@ def prompts_table(results: Results) -> str:
         rows.append([each["prompt"], str(each["n"]), *rewards, share])
     if len(rows) > MANY:
         rows[MANY // 2 : -MANY // 2] = [["…"] * 7]
-    return table(["prompt", "completions", "reward before", "after", "KL", "J", "gain"], rows)
+    return table(["prompt", "completions", "reward before", "after", "KL", "J gained", "gain"], rows)
 
 
 def before_after_table(before: list, after: list, shown: int = SHOWN) -> str:
