@@ -153,8 +153,8 @@ def test_each_run_is_drawn_in_its_colour_and_what_several_share_once_in_black(tm
 
 
 def test_the_gain_is_drawn_against_a_setting_with_its_standard_error_over_seeds(tmp_path, figures, capsys):
-    """The mean of 0.5 and 0.7 is 0.6; its standard error is their standard deviation, 0.1 sqrt(2), over sqrt(2). The one
-    run at 5e-4 has that of the other runs around their means, sqrt(0.065 / 2)."""
+    """The mean of 0.5 and 0.7 is 0.6; its standard error is their standard deviation, 0.1 sqrt(2), over sqrt(2). The
+    one run at 5e-4 has that of the other runs around their means, sqrt(0.065 / 2)."""
     gains, runs = {1e-4: (0.5, 0.7), 5e-4: (0.9,), 4e-4: (0.8, 0.5, None)}, []
     for lr, seed, gain in [(lr, seed, gain) for lr, of_lr in gains.items() for seed, gain in enumerate(of_lr)]:
         runs.append(str(write_run(tmp_path / f"{lr}-{seed}", 2, settings={"lr": lr, "seed": seed})))
