@@ -269,6 +269,7 @@ def test_a_reward_that_drifts_or_compares_its_texts_is_told_from_one_with_noise(
         (lambda scores: scores - 0.04, "64 texts score 0.04 lower (standard error "),
         (lambda scores: 2 * scores - scores.mean(), "64 texts score 0.29 higher or lower now"),
         (lambda scores: scores.flip(0), "higher or lower now"),
+        (lambda scores: scores + 0.25 * (scores > 0.95), "higher or lower now"),  # a few of the texts only
     ],
 )
 def test_a_reward_that_is_another_after_training_leaves_the_gain_unknown(change, said):
