@@ -25,9 +25,8 @@ LIMIT |= {"temperature", "init_kl_coef"}
 FORMATS = {"R": None, "KL": ".3f", "J": None, "gain": ".2f", "standard error": ".3f", "SD": ".2f"}
 FORMATS |= {"error of judging": ".2f", "unique": ".1%", "seconds a step": ".2f"}  # None: one decimal more than rewards
 LEGEND = """R, KL, J, gain and unique: means over the trained models of a row, as they were judged. Standard error: of
-the row's mean gain; it covers chance in the seeds and in the samples that judge. SD: the standard deviation of the
-row's gains. Error of judging: the standard error of one run's gain by judging alone, which more --eval_samples
-reduce."""
+the mean gain, by chance in seeds and samples. SD: the standard deviation of the row's gains. Error of judging: the
+standard error of one run's gain by judging alone, which more --eval_samples reduce."""
 PAIRS = """Two gains are told apart if their difference is more than twice its standard error. Of twenty pairs that are
 equally good, chance alone tells about one apart."""
 ONE_SEED = """Each row is one run, and another seed moves its gain by some hundredths: no two rows can be told apart.
