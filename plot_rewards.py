@@ -25,7 +25,7 @@ from support.run.compare import (
     curves,
     differences,
     known_gain,
-    read_rows,
+    lacks_steps,
     read_run,
     reward_decimals,
     short,
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def newest_run(runs_dir: Path) -> Path:
     """Returns the run in `runs_dir` that wrote metrics last, of those with a step."""
-    written = [path for path in runs_dir.glob("*/metrics.csv") if len(read_rows(path)) > 1]
+    written = [path for path in runs_dir.glob("*/metrics.csv") if not lacks_steps(path.parent)]
     newest = max(written, key=lambda path: path.stat().st_mtime, default=None)
     if not newest:
         raise UserError(f"no run in {runs_dir} has a step in its metrics.csv; train first, or name a run folder")
@@ -133,8 +133,7 @@ def draw(paths: list[Path], out: Path, by=(), only: str = "", against: str = "",
     from matplotlib import colormaps, rc_context
     from matplotlib.figure import Figure  # and not pyplot, which may need a display
 
-    files = {path: path / "metrics.csv" for path in paths}
-    empty = [path for path, file in files.items() if file.is_file() and len(read_rows(file)) < 2]
+    empty = [path for path in paths if lacks_steps(path)]
     if 0 < len(empty) < len(paths):
         print(f"left out, because they have no step: {', '.join(map(str, empty))}")
         paths = [path for path in paths if path not in empty]
@@ -335,8 +334,7 @@ BIG = {"reward": draw_reward, "plane": draw_plane, "histogram": draw_histogram}
 
 
 def draw_gain(axes, drawn: list[Curve], setting: str) -> None:
-    """Draw the gain of each run as a dot, and the means over the seeds as a line with their standard errors, as
-    in the table."""
+    """Draw the gain of each run as a dot, and the means over the seeds as a line with their standard errors."""
     for curve in drawn:
         points = sorted(curves(curve.runs, [setting]), key=lambda point: point.runs[0].settings[setting])
         at = [point.runs[0].settings[setting] for point in points]

@@ -91,6 +91,12 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, float]]]:
     return rows
 
 
+def lacks_steps(run: Path) -> bool:
+    """Returns whether a run has a metrics.csv without a step, as a failed try leaves it. Doesn't read the numbers."""
+    path = run / "metrics.csv"
+    return path.is_file() and len(whole_lines(path)) < 2
+
+
 def read_metrics(run: Path) -> dict[str, np.ndarray]:
     """Returns the columns of a run's metrics.csv, (steps,) float64 each, without a half-written last line."""
     path = run / "metrics.csv"
