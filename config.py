@@ -150,8 +150,8 @@ class PPOConfig:
     )
     value_lr: float = option(
         1e-3,
-        "Adam's learning rate for the value head, which starts at zero and is small (article: the same as lr; see "
-        "docs/learning.md).",
+        "Adam's learning rate for the value head, a single linear layer that starts at zero (article: the same as lr; "
+        "see docs/learning.md).",
         above=0,
     )
     adam_epsilon: float = option(

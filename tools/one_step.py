@@ -49,7 +49,7 @@ class Step:
 
 
 def demo_config() -> PPOConfig:
-    """The demo's settings, with the lambda and the value head's learning rate of the preset `default`."""
+    """The demo's settings, with the lambda of the preset `default`."""
     return PPOConfig(preset="demo", lam=1.0, seed=7, device="cpu")
 
 

@@ -1,11 +1,10 @@
 """How a batch goes through a policy and its reference, and how a gradient gets into the policy's weights.
 
 The engine knows nothing about PPO. Policy and reference share the first `config.frozen_share` of their blocks, unless
-these differ, as they may in a second round of training. In
-bfloat16 a copy of the policy computes, and its gradients move the float32 weights (Micikevicius et al. 2018, "Mixed
-precision training", arXiv:1710.03740). Work is split into micro-batches and over processes, which all call the same
-methods with the same whole batch and get the results of the whole batch. The update equals that of a single process up
-to rounding.
+these differ, as they may in a second round of training. In bfloat16 a copy of the policy computes, and its gradients
+move the float32 weights (Micikevicius et al. 2018, "Mixed precision training", arXiv:1710.03740). Work is split into
+micro-batches and over processes, which all call the same methods with the same whole batch and get the results of the
+whole batch. The update equals that of a single process up to rounding.
 """
 
 import contextlib
