@@ -52,20 +52,28 @@ class PPOConfig:
     )
     reward_model_name: str = option(
         "uer/roberta-base-finetuned-jd-binary-chinese",
-        "Sentiment classifier that scores the texts: a hub id, a local folder, or 'demo'.",
+        "Sentiment classifier, or reward model with one label, that scores texts: a hub id, a local folder, or 'demo'.",
     )
     positive_label: str | None = option(
         None,
         "The classifier's label whose probability is the reward; by default found in the model's id2label.",
     )
-    reward: str | None = option(
-        None,
-        "Your own reward instead of the classifier, as module:function. The function takes a list of texts and returns "
-        "one number per text.",
+    reward: list[str] = option(
+        [],
+        "One or several rewards; PPO maximises their weighted sum: module:function (your function from a list of texts "
+        "to as many numbers), 'classifier', the hub id or folder of another model, or 'human' (you type each score).",
+    )
+    reward_weights: list[float] = option(
+        [],
+        "A weight for each --reward, by default 1. A reward of weight 0 is a judge: it is only logged and evaluated.",
     )
 
     prompts: list[str] = option(["刚收到货,感觉"], "Prompts to complete, used in turn.", group="prompts and sampling")
-    prompts_file: str | None = option(None, "UTF-8 text file with one prompt per line, used instead of --prompts.")
+    prompts_file: str | None = option(
+        None,
+        "UTF-8 text file with one prompt per line, used instead of --prompts. In a .jsonl file each line is an object "
+        "with 'prompt'; what else it has goes to reward functions that have a parameter of that name.",
+    )
     gen_len: int = option(16, "Maximum number of new tokens per completion; [SEP] ends it earlier.", at_least=1)
     temperature: float = option(
         1.0, "Divides the logits everywhere: sampling, policy, reference and evaluation.", above=0
@@ -258,6 +266,7 @@ OTHER_NAMES = {
     "model_name": "model model_path model_name_or_path sft_model_path pretrain actor_model",
     "reward_model_name": "reward_model reward_model_path rm_path",
     "reference": "ref_model ref_model_name ref_model_path reference_model",
+    "reward": "reward_func reward_funcs reward_fn reward_function reward_functions",
     "prompts_file": "dataset dataset_name dataset_path train_file prompt_data",
     "gen_len": "max_new_tokens max_tokens max_length response_length output_max_length max_gen_len generate_max_len",
     "episodes": "steps num_steps total_steps max_steps train_steps num_episodes total_episodes total_timesteps",

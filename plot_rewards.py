@@ -85,6 +85,9 @@ CHINESE = {  # the words of the pictures, with --lang zh
     "score": "打分",
     "ppo": "PPO 更新",
     "seconds a step": "秒 / 步",
+    "rewards against KL": "各奖励与 KL 散度",
+    "rise in SD before training": "升幅（以训练前的标准差为单位）",
+    "what PPO maximises": "PPO 优化的奖励",
     "step": "训练步数",
     "gain": "gain（已达到理论上限的比例）",
     "a run": "单次训练",
@@ -107,7 +110,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         paths = args.runs or [newest_run(Path("runs"))]
         default = Path("gain.png" if args.against else "compare.png")
-        out = args.out or (paths[0] / "rewards.png" if len(paths) == 1 and not args.against else default)
+        out = args.out or (
+            paths[0] / f"{args.only or 'rewards'}.png" if len(paths) == 1 and not args.against else default
+        )
         written = draw(paths, out, [name for name in args.by.split(",") if name], args.only, args.against, args.lang)
     except UserError as error:
         print(f"plot_rewards.py: error: {error}", file=sys.stderr)
@@ -144,6 +149,8 @@ def draw(paths: list[Path], out: Path, by=(), only: str = "", against: str = "",
         if len({run.settings[against] for run in known}) < 2:
             raise UserError(f"--against {against} needs runs with known gains and different numbers as {against}")
         drawn = curves(known, [name for name in by or differences(known) if name != against])
+    if only == "judges" and not any(map(judges, drawn)):
+        raise UserError("--only judges needs a run with a judge, a reward of weight 0, that has been judged once")
     palette = colormaps["tab10" if len(drawn) <= 10 else "turbo"].resampled(max(10, len(drawn)))
     for number, curve in enumerate(drawn):
         curve.colour = palette(number)
@@ -230,13 +237,18 @@ def add_key(axes) -> None:
 
 def draw_all(fig, drawn: list[Curve]) -> None:
     """Draw the reward on top, the plane and the histogram below it, and PANELS in rows of four, step by step."""
-    titles = [title for title, *_ in PANELS] + ["."] * (-len(PANELS) % 4)
+    several = dict.fromkeys(name for curve in drawn for name in curve.metrics if name.startswith("reward/"))
+    panels = PANELS + [(short(name.removeprefix("reward/")), [name], "mean reward") for name in several]
+    titles = [title for title, *_ in panels] + ["."] * (-len(panels) % 4)
     small = [titles[i : i + 4] for i in range(0, len(titles), 4)]
-    rows = [["reward"] * 4, ["plane"] * 2 + ["histogram"] * 2, *small]
+    middle = ["plane", "judges", "histogram"] if any(map(judges, drawn)) else ["plane", "histogram"]
+    rows = [["reward"] * 12, [name for name in middle for _ in range(12 // len(middle))]]
+    rows += [[title for title in row for _ in range(3)] for row in small]
+    fig.set_figheight(fig.get_figheight() + 2.6 * (len(small) - 2))
     axes = fig.subplot_mosaic(rows, height_ratios=[1.5, 1.6, *[1] * len(small)])
-    for name, draw_it in BIG.items():
-        draw_it(axes[name], drawn)
-    for title, columns, unit in PANELS:
+    for name in ("reward", *middle):
+        BIG[name](axes[name], drawn)
+    for title, columns, unit in panels:
         for curve in drawn:
             for column, style in zip(columns, ["-", "--", ":"]):
                 if column in curve.metrics:
@@ -308,6 +320,25 @@ def draw_plane(axes, drawn: list[Curve]) -> None:
     add_key(axes)
 
 
+def judges(curve: Curve) -> list[dict]:
+    """Returns the judges of a curve, which PPO doesn't maximise, with their scores before training."""
+    return [part for each in judged(curve.runs[0], "before") for part in each.get("parts", []) if part["weight"] == 0]
+
+
+def draw_judges(axes, drawn: list[Curve]) -> None:
+    """Draw how far the reward that PPO maximises and the judges rise with KL, in standard deviations of the scores
+    before training."""
+    for curve in filter(judges, drawn):
+        scores = [reward for *_, reward in curve.runs[0].evaluation["before"]["samples"]]
+        lines = [("env/reward_mean", scores, "-", "what PPO maximises")]
+        lines += [(f"reward/{part['name']}", part["scores"], "--", short(part["name"])) for part in judges(curve)]
+        for column, before, style, label in lines:
+            kl, reward = (smooth(curve.metrics[name]).mean(0) for name in ("objective/kl", column))
+            axes.plot(kl, (reward - np.mean(before)) / np.std(before), style, color=curve.colour, label=label)
+    axes.set(title="rewards against KL", xlabel="KL to the reference, nats", ylabel="rise in SD before training")
+    add_key(axes)
+
+
 def draw_histogram(axes, drawn: list[Curve]) -> None:
     """Draw the distribution of rewards before training (dotted) and after it (lines)."""
 
@@ -330,7 +361,7 @@ def judged(run: Run, when: str) -> list[dict]:
     return [run.evaluation[when]] if run.evaluation.get(when) else []
 
 
-BIG = {"reward": draw_reward, "plane": draw_plane, "histogram": draw_histogram}
+BIG = {"reward": draw_reward, "plane": draw_plane, "judges": draw_judges, "histogram": draw_histogram}
 
 
 def draw_gain(axes, drawn: list[Curve], setting: str) -> None:

@@ -1,5 +1,7 @@
-"""The reward: text -> number. The article's sentiment classifier, or any function of yours."""
+"""The reward: text -> number. The article's sentiment classifier, a reward model, a function of yours, a person, or a
+weighted sum of these."""
 
+import inspect
 import json
 import os
 import re
@@ -7,11 +9,13 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from transformers import AutoModelForSequenceClassification, pipeline
 
 from support.common.errors import RewardError, UserError, first_line, is_out_of_memory
+from support.common.files import MEND_LINE, append_line, damaged, read_lines
 from support.common.imports import import_as_it_is_now
 from support.compute import processes
 from support.compute.batches import listed, to_float32
@@ -25,8 +29,40 @@ from support.models.pretrained import (
 )
 
 
+class Rewards:
+    """The rewards of a run. PPO maximises their weighted sum; a reward of weight 0 is a judge, which is only measured.
+
+    functions: by name, each from a list of texts to as many numbers. weights: (k,) float32, in their order, by default
+    1 for each. columns: lists with one entry per prompt; a function gets those that it has parameters for. Raises
+    UserError if a function needs a column that isn't there.
+    """
+
+    def __init__(self, functions: dict[str, Callable], weights=None, columns: dict[str, list] | None = None):
+        self.functions, self.columns = functions, columns or {"prompt": [""]}
+        self.weights = torch.tensor(weights or [1.0] * len(functions), dtype=torch.float32)
+        self.wanted = {name: wanted_columns(name, function, self.columns) for name, function in functions.items()}
+
+    def score(self, texts: list[str], prompt_index) -> torch.Tensor:
+        """The scores of texts by each function, (len(texts), k) float32. prompt_index: which prompt each continues."""
+        parts = []
+        for name, function in self.functions.items():
+            columns = {column: [self.columns[column][i] for i in prompt_index] for column in self.wanted[name]}
+            parts.append(score_texts(function, texts, columns))
+        return torch.stack(parts, 1)
+
+    def named(self, parts: torch.Tensor) -> list[dict]:
+        """If there are several, {"name", "weight", "scores"} of each. parts: (n, k), from `score`."""
+        each = zip(self.functions, self.weights.tolist(), parts.T.tolist())
+        return [dict(zip(("name", "weight", "scores"), one)) for one in each] if len(self.functions) > 1 else []
+
+    def means(self, parts: torch.Tensor) -> dict[str, float]:
+        """If there are several, the mean score by each as a column of metrics.csv. parts: (n, k), from `score`."""
+        return {f"reward/{part['name']}": fmean(part["scores"]) for part in self.named(parts)}
+
+
 class SentimentReward:
-    """Texts -> P(positive) in [0, 1], from the `sentiment-analysis` pipeline around a classifier in a local folder.
+    """Texts -> P(positive) in [0, 1], from the `sentiment-analysis` pipeline around a classifier in a local folder. If
+    the model has only one label, it is a reward model, whose output is the reward as it is.
 
     positive_label names the label that counts as happy; with None it is found in the model's id2label. Raises UserError
     if the label is ambiguous, or if the folder doesn't contain a trained classifier.
@@ -42,7 +78,6 @@ class SentimentReward:
     ):
         config, self.positive_label, tokenizer = read_classifier_folder(folder, positive_label)
         model = load_weights(AutoModelForSequenceClassification, folder, config, device)
-        positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length) - position_offset(model)
         if hasattr(model, "score"):  # a decoder's head, which reads the last token before this padding
             model.config.pad_token_id, tokenizer.padding_side = tokenizer.pad_token_id, "right"
         model = model.to(device=device, dtype=dtype)  # under torchrun the pipeline doesn't move it
@@ -50,14 +85,14 @@ class SentimentReward:
             self.pipeline = pipeline("sentiment-analysis", model=model, tokenizer=tokenizer, device=device)
         self.options = dict(
             top_k=None,
-            function_to_apply="softmax",
+            function_to_apply="softmax" if config.num_labels > 1 else "none",
             batch_size=batch_size,
             truncation=True,
-            max_length=min(positions, tokenizer.model_max_length),
+            max_length=most_tokens(model, tokenizer),
         )
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
-        """P(positive) of each text, (len(texts),) float32. Texts are sorted by length to reduce padding."""
+        """P(positive), or a reward model's output, (len(texts),) float32. Sorts texts by length to reduce padding."""
         if is_bert(self.pipeline.tokenizer):
             texts = [clean_text(text) for text in texts]
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -77,30 +112,66 @@ def read_classifier_folder(folder: Path, positive_label: str | None):
     return config, label, open_tokenizer(folder, config)
 
 
-def position_offset(model) -> int:
-    """How many of a classifier's positions no token has: 2 in the RoBERTa family, which counts on from its padding."""
+def most_tokens(model, tokenizer) -> int:
+    """How many tokens of a text a classifier takes: one for each of its positions. The RoBERTa family, which counts on
+    from its padding, has two positions that no token takes."""
     tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
     padding = getattr(tables[0], "padding_idx", None) if tables else None
-    return 0 if padding is None else padding + 1
+    positions = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
+    return min(positions - (0 if padding is None else padding + 1), tokenizer.model_max_length)
 
 
 def find_positive_label(labels: list[str], wanted: str | None) -> str:
-    """The label that counts as happy: `wanted`, or the one that reads like "positive".
+    """The label that counts as happy: `wanted`, the only one, or the one that reads like "positive".
 
     Raises UserError, with all labels, if `wanted` isn't among them, or if not exactly one reads so.
     """
     names = ", ".join(repr(label) for label in labels)
-    if len(labels) < 2:
-        own = "use it in a function of yours, with --reward module:function"
-        raise UserError(f"the reward model has one label, {names}, so it isn't a classifier but a regression; {own}")
     if wanted is not None:
         if wanted not in labels:
             raise UserError(f"--positive_label {wanted!r} isn't one of the classifier's labels: {names}")
         return wanted
+    if len(labels) == 1:
+        return labels[0]
     positive = [label for label in labels if re.match(r"(very |非常|很)?(pos|正|好|积极)", label.strip().lower())]
     if len(positive) != 1:
         raise UserError(f"which label of the reward model is the happy one? It has {names}; set --positive_label")
     return positive[0]
+
+
+# ----------------------------------------------------------------------------------------------
+# A person
+
+
+class HumanReward:
+    """A person as the reward: shows each text and reads a number. A file keeps the scores, so that no text is asked for
+    twice, in this run or in another one from the same folder."""
+
+    def __init__(self, path: Path = Path("human_scores.jsonl")):
+        self.path, self.scores = path, {}
+        with damaged(path, MEND_LINE):
+            self.scores = {each["text"]: float(each["score"]) for each in read_lines(path)}
+        if self.scores:
+            print(f"{path} has the scores of {len(self.scores)} texts; remove it to score them again")
+
+    def __call__(self, texts: list[str]) -> list[float]:
+        new = [text for text in dict.fromkeys(texts) if text not in self.scores]
+        for i, text in enumerate(new, 1):
+            self.scores[text] = ask(f"\n{i} of {len(new)}  {text}\na number, high is good; Ctrl-D stops > ", self.path)
+            append_line(self.path, {"text": text, "score": self.scores[text]})
+        return [self.scores[text] for text in texts]
+
+
+def ask(question: str, path: Path) -> float:
+    """A number that a person types. Raises RewardError at the end of the input."""
+    while True:
+        try:
+            answer = input(question)
+        except EOFError:
+            raise RewardError(f"the input has ended; the scores given so far are in {path}, and aren't asked for again")
+        if re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)\s*", answer):
+            return float(answer)
+        print("that isn't a number; type for example 0.8")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -129,18 +200,37 @@ def import_function(spec: str) -> Callable:
     return function
 
 
-def score_texts(reward: Callable[[list[str]], object], texts: list[str]) -> torch.Tensor:
+def wanted_columns(name: str, function: Callable, columns: dict[str, list]) -> list[str]:
+    """The columns of the prompts that a reward function has parameters for, besides the first one, the texts.
+
+    Raises UserError if there is no column for a parameter without a default.
+    """
+    try:
+        _, *parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # a function in C, or one without parameters
+        return []
+    parameters = [each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    for each in parameters:
+        if each.default is each.empty and each.name not in columns:
+            file = f"a --prompts_file of JSON lines, each with 'prompt' and {each.name!r}"
+            raise UserError(f"--reward {name} takes {each.name!r} as a parameter; that needs {file}")
+    return [each.name for each in parameters if each.name in columns]
+
+
+def score_texts(reward: Callable, texts: list[str], columns: dict[str, list] | None = None) -> torch.Tensor:
     """The rewards of some texts, (len(texts),) float32, from any callable that returns a number for each.
 
-    Each process scores its own share. Raises RewardError on every rank if that fails on any rank.
+    columns: more arguments by name, each with an entry per text. Each process scores its own share. Raises RewardError
+    on every rank if that fails on any rank.
     """
     scores = torch.zeros(len(texts))
     mine = processes.rows_of_rank(len(texts))
-    scores[mine] = processes.on_all_ranks(lambda: checked_scores(reward, texts[mine]))
+    columns = {name: values[mine] for name, values in (columns or {}).items()}
+    scores[mine] = processes.on_all_ranks(lambda: checked_scores(reward, texts[mine], columns))
     return processes.all_reduce_sum(scores)
 
 
-def checked_scores(reward: Callable[[list[str]], object], texts: list[str]) -> torch.Tensor:
+def checked_scores(reward: Callable, texts: list[str], columns: dict[str, list]) -> torch.Tensor:
     """The rewards of some texts, (len(texts),) float32. KeyboardInterrupt passes.
 
     Raises RewardError if the callable raises, even SystemExit, or doesn't return one finite number for each text.
@@ -148,7 +238,7 @@ def checked_scores(reward: Callable[[list[str]], object], texts: list[str]) -> t
     if not texts:
         return torch.zeros(0)
     try:
-        return read_scores(reward(list(texts)), texts)
+        return read_scores(reward(list(texts), **columns), texts)
     except RewardError:
         raise
     except (Exception, SystemExit) as error:

@@ -5,6 +5,7 @@
     python train_ppo.py --preset demo                    tiny models made on the spot, a minute or two on a laptop
     python train_ppo.py --model_name DIR --reward_model_name DIR --lr 2e-5 --prompts "衣服" "这本书"
     python train_ppo.py --reward my_reward:score         your own function of texts
+    python train_ppo.py --reward my_reward:score classifier --reward_weights 1 0     with the classifier as a judge
     python train_ppo.py --resume runs/NAME               go on after a stop
     python train_ppo.py --eval_only runs/NAME            judge a saved model again
     python train_ppo.py --complete runs/NAME --prompts "这家店" "昨天"     its model on any prompts, before and after
@@ -33,11 +34,9 @@ from support.run.streams import hold_streams
 def train(trainer, reward, prompts: list[str], queries: list, folder) -> int:
     """Train a policy, judge it before and after, and return the exit code. On several processes all of them run this.
 
-    trainer: a PPOTrainer. reward: from a list of texts to as many numbers. queries: the encoded prompts. folder: a
-    RunFolder.
+    trainer: a PPOTrainer. reward: Rewards. queries: the encoded prompts. folder: a RunFolder.
     """
     # Imported here, since --help and what is refused at once need no torch
-    from reward import score_texts
     from support.common.figures import decimals
     from support.models.pretrained import decode
     from support.run.evaluation import Results, change_since, check_reward, evaluate
@@ -84,14 +83,15 @@ def train(trainer, reward, prompts: list[str], queries: list, folder) -> int:
                 texts = decode(tokenizer, completions.token_lists())
                 sampled = time.perf_counter()
 
-                scores = score_texts(reward, [prompt + text for prompt, text in zip(batch_prompts, texts)])
+                parts = reward.score([prompt + text for prompt, text in zip(batch_prompts, texts)], drawn)
+                scores = parts @ reward.weights
                 scored = time.perf_counter()
 
                 stats = trainer.step(completions, scores)
                 stepped = time.perf_counter()
 
                 seconds = {"sample": sampled - started, "score": scored - sampled, "ppo": stepped - scored}
-                row = step_row(step, seconds, batch_prompts, texts, scores, stats)
+                row = step_row(step, seconds, batch_prompts, texts, scores, stats) | reward.means(parts)
                 samples = list(zip(batch_prompts, texts, scores.tolist()))
                 folder.write_log(row, samples)
                 print(progress(row, last_step))
@@ -221,7 +221,8 @@ def complete(trainer, reward, prompts: list[str], queries: list, run_dir: Path, 
 
     tables = []
     for model in (trainer.ref_model, now):
-        index, _, texts, scores = sample_and_score(trainer, model, reward, prompts, queries)
+        index, _, texts, parts = sample_and_score(trainer, model, reward, prompts, queries)
+        scores = parts @ reward.weights
         samples = [(prompts[i], text, score) for i, text, score in zip(index, texts, scores.tolist())]
         tables.append([samples[row] for row in index.argsort(stable=True)])  # prompt by prompt
     where = f"step {trainer.n_steps} of {total_steps(config)}" if trainer.n_steps else "training"

@@ -16,6 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 from config import PPOConfig
 from plot_rewards import PANELS
 from ppo import PPOTrainer
+from reward import Rewards
 from support.models.demo_models import NEGATIVE, POSITIVE
 from support.models.pretrained import encode_prompt
 from support.run.evaluation import Evaluation, Results
@@ -127,6 +128,10 @@ def count_characters(texts):
     return [0.1 * len(set(text)) for text in texts]
 
 
+def as_rewards(reward) -> Rewards:
+    return reward if isinstance(reward, Rewards) else Rewards({"reward": reward})
+
+
 def tiny_run(run_dir, policy, reward=count_characters, resume=False, inputs=None, **changes) -> int:
     """The exit code of a run of three steps on a random model, a quarter second long. The caller catches errors."""
     defaults = dict(
@@ -137,7 +142,7 @@ def tiny_run(run_dir, policy, reward=count_characters, resume=False, inputs=None
     trainer = PPOTrainer(config, copy.deepcopy(policy[0]), copy.deepcopy(policy[0]), policy[1])
     with (RunFolder.resume if resume else RunFolder.create)(run_dir, trainer, inputs or {}, argv) as folder:
         queries = [encode_prompt(policy[1], prompt) for prompt in PROMPTS[1:]]
-        return train(trainer, reward, PROMPTS[1:], queries, folder)
+        return train(trainer, as_rewards(reward), PROMPTS[1:], queries, folder)
 
 
 def contents(folder) -> dict:
@@ -348,7 +353,13 @@ def evaluation(samples, kls=None, **figures) -> Evaluation:
     kls = kls or [0.0] * len(samples)
     found = dict.fromkeys((field.name for field in dataclasses.fields(Evaluation)), 0.0)
     found |= {"n": len(samples), "unsteady": "", "reward": float(np.mean([reward for *_, reward in samples]))}
-    found |= {"kl": float(np.mean(kls)), "commonest": [], "samples": [list(sample) for sample in samples], "kls": kls}
+    found |= {
+        "kl": float(np.mean(kls)),
+        "commonest": [],
+        "parts": [],
+        "samples": [list(sample) for sample in samples],
+        "kls": kls,
+    }
     found["end_token"] = "[SEP]"
     return Evaluation(**found | figures)
 

@@ -81,12 +81,12 @@ def test_given_prompts_replace_a_runs_file(finished, tmp_path):
     (tmp_path / "prompts.txt").write_text("昨天\n刚收到货,感觉\n", encoding="utf-8")
     run_dir = copy_run(finished, tmp_path / "run", prompts_file=str(tmp_path / "prompts.txt"))
     for flags, expected in ([], ["昨天", "刚收到货,感觉"]), (["--prompts", "天天"], ["天天"]):
-        assert read_prompts(read_command_line(["--complete", str(run_dir), *flags])[0]) == expected
+        assert read_prompts(read_command_line(["--complete", str(run_dir), *flags])[0])["prompt"] == expected
 
 
 def test_a_users_reward_scores_them(finished, tmp_path, capsys, monkeypatch):
     """Its failure is one line, and so is another file than the run's own."""
-    run_dir = copy_run(finished, tmp_path / "run", reward="own_length:score")
+    run_dir = copy_run(finished, tmp_path / "run", reward=["own_length:score"])
     (tmp_path / "own_length.py").write_text(
         "def score(texts):\n    assert 'no' not in texts[0]\n    return [len(text) for text in texts]\n"
     )

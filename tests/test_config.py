@@ -18,7 +18,7 @@ from tests.helpers import ROOT, read, read_json, tiny_run
 
 DEFAULT = dict(
     preset="default", model_name="uer/gpt2-chinese-cluecorpussmall", reference=None,
-    reward_model_name="uer/roberta-base-finetuned-jd-binary-chinese", positive_label=None, reward=None,
+    reward_model_name="uer/roberta-base-finetuned-jd-binary-chinese", positive_label=None, reward=[], reward_weights=[],
     prompts=["刚收到货,感觉"], prompts_file=None, gen_len=16, temperature=1.0,
     episodes=20_000, batch_size=128, minibatch_size=128, ppo_epochs=4, gamma=1.0, lam=1.0, cliprange=0.2,
     cliprange_value=0.2, vf_coef=0.1, detach_value=True, frozen_share=0.6666666666666666,
@@ -190,7 +190,7 @@ def test_a_prompts_file_has_one_prompt_per_line(tmp_path):
     }.items():
         file = tmp_path / "prompts.txt"
         file.write_bytes(content.encode())
-        assert read_prompts(PPOConfig(prompts_file=str(file), prompts=["书"])) == prompts
+        assert read_prompts(PPOConfig(prompts_file=str(file), prompts=["书"])) == {"prompt": prompts}
     bad = {b"": "prompt 1 is empty", "好\n\n坏\n".encode(): "prompt 2 is empty", "感觉".encode("gbk"): "UTF-8"}
     for content, said in bad.items():
         file.write_bytes(content)
@@ -208,6 +208,7 @@ def test_every_flag_reaches_its_field_with_its_type():
     for name in DEFAULT:
         args, value = words[type(DEFAULT[name])]
         args, value = ([chosen[name]], chosen[name]) if name in chosen else (args, value)
+        args, value = (["-1", "0.5"], [-1.0, 0.5]) if name == "reward_weights" else (args, value)
         args, value = (["default"], "default") if name == "preset" else (args, value)
         others = {"minibatch_size": 7} if name == "batch_size" else {}
         for flag in (f"--{name}", f"--{name.replace('_', '-')}"):
@@ -274,3 +275,9 @@ def test_a_field_that_a_student_adds_works(policy, tmp_path, monkeypatch, capsys
     assert (settings["bonus"], settings["plain_field"]) == (0.5, 3)
     report = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
     assert re.search(r"\| plain.?_field *\| 3 *\| 2 *\|", report) and "| bonus" not in report
+
+
+def test_a_run_of_an_older_version_had_one_reward_or_none(tmp_path):
+    for saved, reward in (("my:score", ["my:score"]), (None, [])):
+        (tmp_path / "config.json").write_text(json.dumps({"reward": saved}))
+        assert load_config(tmp_path / "config.json").reward == reward

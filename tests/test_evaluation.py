@@ -18,7 +18,7 @@ from support.common.errors import UserError
 from support.run import limit
 from support.run.evaluation import Evaluation, Results, change_since, check_reward, distinct
 from support.run.results import before_after_table, results_table, verdict
-from tests.helpers import evaluated, evaluation
+from tests.helpers import as_rewards, evaluated, evaluation
 
 
 def judged(scores, kls=None, prompts=None, **figures) -> Evaluation:
@@ -169,7 +169,7 @@ def test_noise_is_half_the_variance_of_the_second_score_minus_the_first_over_the
         return [0.4, 2.0] * (len(batch) // 2)
 
     before = judged([0.0, 2.0] * 50)
-    check_reward(again, before)
+    check_reward(as_rewards(again), before)
     assert before.noise == pytest.approx(0.02)
     assert calls == [["ax"] * 64, ["ax"] * 32]
 
@@ -216,7 +216,7 @@ def first_and_second(reward, n=200) -> Evaluation:
     """A policy whose n different texts a reward has scored, and then been checked with."""
     texts = [str(i) for i in range(n)]
     before = evaluation([("", text, score) for text, score in zip(texts, torch.as_tensor(reward(texts)).tolist())])
-    check_reward(reward, before)
+    check_reward(as_rewards(reward), before)
     return before
 
 
@@ -275,7 +275,7 @@ def test_a_reward_that_drifts_or_compares_its_texts_is_told_from_one_with_noise(
 def test_a_reward_that_is_another_after_training_leaves_the_gain_unknown(change, said):
     """Its state moves on with the training steps, and not with the calls that judge."""
     before = first_and_second(each)
-    after = dataclasses.replace(before, unsteady=change_since(lambda texts: change(each(texts)), before))
+    after = dataclasses.replace(before, unsteady=change_since(as_rewards(lambda texts: change(each(texts))), before))
     assert said in after.unsteady and bool(said) == bool(after.unsteady)
     results = Results(before, after)
     results.measure(0.3)
@@ -287,7 +287,7 @@ def test_a_reward_that_is_another_after_training_leaves_the_gain_unknown(change,
 def test_noise_is_not_taken_for_a_change_after_training():
     for seed in range(20):
         before = first_and_second(noisy(0.035, seed))  # 1.5% of the variance
-        assert before.unsteady == change_since(noisy(0.035, -1 - seed), before) == ""
+        assert before.unsteady == change_since(as_rewards(noisy(0.035, -1 - seed)), before) == ""
 
 
 @pytest.mark.parametrize(("good", "first"), [(19, 9), (21, 0)])
@@ -437,7 +437,7 @@ def test_results_are_written_readably_and_read_again(tmp_path):
     content = json.loads(path.read_text(encoding="utf-8"))
     without = {when: content.pop(when) for when in ("before", "after")}
     for judgement in without.values():
-        del judgement["samples"], judgement["kls"]
+        del judgement["samples"], judgement["kls"], judgement["parts"]
     assert found.without_samples() == content | without
     for content in ("{", '{"after": 1}', '{"before": {"n": 1}}'):
         path.write_text(content)

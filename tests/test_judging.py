@@ -14,7 +14,7 @@ from config import PPOConfig
 from support.models.pretrained import encode_prompt
 from support.run.evaluation import evaluate
 from support.run.text_trainer import TextPPOTrainer
-from tests.helpers import FORBIDDEN, SEP, VOCAB, load_gpt2, plain_gpt2
+from tests.helpers import FORBIDDEN, SEP, VOCAB, as_rewards, load_gpt2, plain_gpt2
 
 PROMPTS, N, GEN_LEN, TEMPERATURE = ["刚收到货,感觉", "衣服", "这本书很不错"], 61, 4, 0.7
 SEED = 20_170_707  # of every evaluation, in earlier versions too
@@ -44,7 +44,7 @@ class Judged:
         settings = dict(gen_len=GEN_LEN, temperature=TEMPERATURE, eval_samples=N, micro_batch_size=7, frozen_share=0.0)
         config = PPOConfig(**settings | {"device": "cpu", "dtype": "float32", "seed": 11} | changes)
         self.trainer = TextPPOTrainer(config, copy.deepcopy(self.model), copy.deepcopy(self.reference), self.tokenizer)
-        self.result = evaluate(self.trainer, self.model, score, PROMPTS, queries_of(self.tokenizer))
+        self.result = evaluate(self.trainer, self.model, as_rewards(score), PROMPTS, queries_of(self.tokenizer))
         self.prompts, self.completions, self.scores = map(list, zip(*self.result.samples))
 
 
@@ -124,13 +124,13 @@ def test_an_evaluation_is_the_same_for_every_seed_and_after_every_step(judged, g
     assert (
         judged.result
         == other.result
-        == evaluate(other.trainer, other.model, score, PROMPTS, queries_of(other.tokenizer))
+        == evaluate(other.trainer, other.model, as_rewards(score), PROMPTS, queries_of(other.tokenizer))
     )
 
 
 def test_in_bfloat16_both_policies_are_rounded(gpt2_folder):
     """The reference judged against itself has moved nowhere, though the judged one comes in float32."""
     judged = Judged(gpt2_folder, dtype="bfloat16")
-    itself = evaluate(judged.trainer, judged.reference, score, PROMPTS, queries_of(judged.tokenizer))
+    itself = evaluate(judged.trainer, judged.reference, as_rewards(score), PROMPTS, queries_of(judged.tokenizer))
     assert itself.kls == pytest.approx([0.0] * N, abs=1e-6)
     assert judged.result.kl > 0.01

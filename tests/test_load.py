@@ -18,7 +18,7 @@ from support.models.demo_models import NEGATIVE
 from support.run.evaluation import evaluate
 from support.run.load import hash_of, input_hashes, load, load_folders
 from support.run.text_trainer import TextPPOTrainer
-from tests.helpers import VOCAB, read_json, rows, small_run, write_classifier, write_gpt2
+from tests.helpers import VOCAB, as_rewards, read_json, rows, small_run, write_classifier, write_gpt2
 from train_ppo import main
 
 PROMPT = "刚收到货,感觉"  # 7 characters, and [CLS] before
@@ -43,7 +43,8 @@ def test_a_run_loads_the_parts_that_its_settings_name(gpt2_folder, classifier_fo
     policy, _, reward, prompts, queries, reference = load(config)
     assert all(map(torch.equal, policy.parameters(), reference.parameters())) and reference is not policy
     assert prompts == [PROMPT, "衣服"]
-    assert reward.positive_label == NEGATIVE and reward.pipeline.model.dtype == torch.bfloat16
+    classifier = reward.functions["classifier"]
+    assert classifier.positive_label == NEGATIVE and classifier.pipeline.model.dtype == torch.bfloat16
     assert policy.dtype == torch.float32
     saved = torch.load(gpt2_folder / "pytorch_model.bin")
     assert torch.equal(policy.transformer.wpe.weight, saved["transformer.wpe.weight"])
@@ -51,12 +52,12 @@ def test_a_run_loads_the_parts_that_its_settings_name(gpt2_folder, classifier_fo
 
 def test_the_longest_prompt_and_its_completion_fill_the_48_positions(gpt2_folder, classifier_folder):
     prompts = ["衣服", PROMPT, "书"]
-    config = settings(prompts=prompts, gen_len=40)
-    policy, tokenizer, *_ = load_folders(config, "cpu", config.prompts, gpt2_folder, classifier_folder)
+    config, models = settings(prompts=prompts, gen_len=40), {"classifier": classifier_folder}
+    policy, tokenizer, *_ = load_folders(config, "cpu", {"prompt": prompts}, gpt2_folder, models)
     trainer = TextPPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
     assert 1 <= len(trainer.generate(trainer.encode(prompts))[0]) <= 40
     with pytest.raises(UserError, match="--gen_len 41 is too long: .* 48 .* takes 8$"):
-        load_folders(settings(gen_len=41), "cpu", prompts, gpt2_folder, classifier_folder)
+        load_folders(settings(gen_len=41), "cpu", {"prompt": prompts}, gpt2_folder, models)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_a_reference_that_does_not_fit_is_refused_before_any_weights(
     (folder / "vocab.txt").write_text("\n".join(vocab) + "\n", encoding="utf-8")
     monkeypatch.setattr("support.run.load.load_policy", lambda *args: pytest.fail("read too early"))
     monkeypatch.setattr("support.run.text_trainer.load_policy", lambda *args: gpt2_folder)
-    config = settings(model_name=str(gpt2_folder), reference=str(folder), reward="builtins:len")
+    config = settings(model_name=str(gpt2_folder), reference=str(folder), reward=["builtins:len"])
     for opens in (load, lambda config: TextPPOTrainer.from_pretrained(gpt2_folder, config)):
         with pytest.raises(UserError, match=f"^--reference {folder} doesn't fit --model_name: .*{said}"):
             opens(config)
@@ -89,7 +90,7 @@ def test_a_second_round_counts_from_the_original(finished, demo, tmp_path, capsy
     config = PPOConfig(**SMALL_DEMO, reference=str(original))
     trainer = TextPPOTrainer.from_pretrained(finished / "model", config)
     queries = trainer.encode([PROMPT])
-    again = evaluate(trainer, trainer.model, lambda texts: [0.0] * len(texts), [PROMPT], queries)
+    again = evaluate(trainer, trainer.model, as_rewards(lambda texts: [0.0] * len(texts)), [PROMPT], queries)
     assert again.kl == pytest.approx(first["after"]["kl"], rel=1e-4) and again.kl > 1e-3
     assert float(rows(run_dir)[0]["objective/kl"]) > 0.2 * again.kl
     for flags in [], ["--resume", str(run_dir), "--episodes", "64"], ["--eval_only", str(run_dir)]:
@@ -115,7 +116,7 @@ def test_configs_and_prompts_are_checked_before_any_weights(gpt2_folder, classif
         (("sentiment", "sentiment"), {}, "type 'bert'", []),
         (("gpt2", "unclear"), {}, "which label", ["--model_name"]),
         (("gpt2", "unclear"), {"positive_label": "happy"}, "happy", ["--model_name"]),
-        (("gpt2", "missing"), {"reward": "builtins:no"}, "no", ["--model_name"]),
+        (("gpt2", "missing"), {"reward": ["builtins:no"]}, "no", ["--model_name"]),
         (("gpt2", "sentiment"), {"prompts": ["好" * 60]}, "--gen_len", ["--model_name", "--reward_model_name"]),
     ):
         found.clear()
@@ -127,7 +128,7 @@ def test_configs_and_prompts_are_checked_before_any_weights(gpt2_folder, classif
 
 @pytest.fixture
 def parts(gpt2_folder, classifier_folder):
-    return load_folders(settings(), "cpu", ["衣服"], gpt2_folder, classifier_folder)
+    return load_folders(settings(), "cpu", {"prompt": ["衣服"]}, gpt2_folder, {"classifier": classifier_folder})
 
 
 HASHES = ["the hash of the prompts"]  # these names are in the inputs.json of every run
@@ -136,13 +137,15 @@ for model in f"--model_name {PPOConfig.model_name}", f"--reward_model_name {PPOC
 
 
 def test_another_classifier_changes_its_own_hash_and_another_dtype_none(parts):
-    classifier, before = parts[2].pipeline.model, input_hashes(settings(), *parts)
+    classifier, before = parts[2].functions["classifier"].pipeline.model, input_hashes(settings(), *parts)
     assert list(before) == HASHES
     classifier.bfloat16()
     assert input_hashes(settings(), *parts) == before  # a run may go on in another dtype
     classifier.classifier.bias.data[-1] += 1
     after = input_hashes(settings(), *parts)
     assert [name for name in HASHES if after[name] != before[name]] == [HASHES[3]]
+    parts[2].columns["answer"] = [1]
+    assert input_hashes(settings(), *parts)[HASHES[0]] != before[HASHES[0]]  # the other columns of a prompts' file
 
 
 def test_processes_compare_versions_device_dtype_and_inputs(monkeypatch, gpt2_folder, classifier_folder):

@@ -86,7 +86,11 @@ def test_what_you_wrote_stays(finished, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "reward"),
     [
-        ({"reward": "my_reward:score"}, "the function `my_reward:score`"),
+        ({"reward": ["my_reward:score"]}, "`my_reward:score`"),
+        (
+            {"reward": ["a:b", "classifier", "c:d"], "reward_weights": [0.5, 1, 0]},
+            "0.5 x `a:b` + the classifier `uer/roberta-base-finetuned-jd-binary-chinese`",
+        ),
         ({}, "the classifier `uer/roberta-base-finetuned-jd-binary-chinese`"),
         ({"reward_model_name": "./sentiment"}, "a classifier"),
     ],

@@ -11,6 +11,7 @@ import pytest
 from matplotlib.text import Text
 
 from plot_rewards import BIG, CHINESE, PANELS, draw, main, smooth
+from support.common.errors import UserError
 from support.run.compare import read_metrics
 from tests.helpers import MEAN, STD, write_run
 
@@ -102,6 +103,16 @@ def test_runs_that_differ_in_the_seed_are_drawn_as_mean_and_standard_deviation(t
     assert after.edges == pytest.approx(np.arange(-20, 61, 2) / 10)
     assert {i: share for i, share in enumerate(before.values) if share} == {10: 0.5, 12: 0.25, 14: 0.25}
     assert {i: share for i, share in enumerate(after.values) if share} == {0: 0.25, 11: 0.25, 14: 0.25, 39: 0.25}
+
+
+def test_a_run_that_was_stopped_is_drawn_and_one_panel_gets_a_file_of_its_own(tmp_path, figures):
+    """Until it is judged again, its gain is null. The whole picture, which the report shows, stays."""
+    run = write_run(tmp_path / "run", 3)
+    write_evaluation(run, before=WHOLE["before"], after=None, gain=None, frontier=[], best_of_n=[])
+    assert (
+        main([str(run)]) == main([str(run), "--only", "plane"]) == main([str(run), str(run), "--by", "run_name"]) == 0
+    )
+    assert {path.name for path in run.glob("*.png")} == {"rewards.png", "plane.png"}
 
 
 def test_the_plane_of_reward_and_kl_shows_what_is_known(tmp_path, figures):
@@ -208,8 +219,10 @@ def test_both_pictures_have_chinese_words(tmp_path, figures, chinese_font):
     """What stays are names of settings and runs, and the field's own words."""
     runs = []
     for lr, seed in (3e-5, 1), (3e-5, 2), (1.5e-4, 1), (1.5e-4, 2):
-        runs.append(write_run(tmp_path / f"{lr}-{seed}", 4, settings={"lr": lr, "seed": seed}, **{MEAN: 0.5}))
-        write_evaluation(runs[-1], alarms=[{"step": 2, "alarm": "x"}], **WHOLE)
+        metrics, settings = {MEAN: 0.5, "reward/评委": 0.5}, {"lr": lr, "seed": seed}
+        runs.append(write_run(tmp_path / f"{lr}-{seed}", 4, settings=settings, **metrics))
+        parts = {"parts": [{"name": "评委", "weight": 0.0, "scores": [0.0, 1.0]}]}
+        write_evaluation(runs[-1], alarms=[{"step": 2, "alarm": "x"}], **WHOLE | {"before": WHOLE["before"] | parts})
     chinese_font(["WenQuanYi Micro Hei"])
     for options in [{}, *({"only": name} for name in BIG), {"against": "lr"}]:
         draw(runs, tmp_path / "x.png", **options, lang="zh")
@@ -294,3 +307,22 @@ def test_flags_and_files_that_cannot_be_used_are_one_line(tmp_path, flags, file,
     out, err = capsys.readouterr()
     assert err.startswith("plot_rewards.py: error: ") and said in err and err.count("\n") == 1 and not out
     assert not list(tmp_path.rglob("*.png"))
+
+
+def test_each_of_several_rewards_has_a_panel_and_a_judge_a_line_beside_the_reward(tmp_path, figures):
+    """Against KL, in standard deviations of the scores before training: 1 about a mean of 1, and 2 about 4. The mean of
+    the last two steps is the last point."""
+    metrics = {MEAN: np.array([1, 2, 3, 4]), "objective/kl": np.array([0, 0.1, 0.2, 0.3])}
+    run = write_run(tmp_path / "run", 4, **metrics, **{"reward/a:f": 5.0, "reward/judge": np.array([4, 3, 2, 1])})
+    parts = [{"name": "a:f", "weight": 1.0, "scores": [0, 9]}, {"name": "judge", "weight": 0.0, "scores": [2.0, 6.0]}]
+    write_evaluation(run, before=judged(1, 0, [0.0, 2.0]) | {"parts": parts})
+    with pytest.raises(UserError, match="--only judges needs a run with a judge"):
+        draw([write_run(tmp_path / "other", 4)], tmp_path / "x.png", only="judges")
+    for only in ("", "judges"):
+        draw([run], tmp_path / "x.png", only=only)
+        panel = panels(figures)["rewards against KL"]
+        kl = [0, 0.1, 0.2, 0.25]
+        assert np.allclose(points(*lines(panel, "what PPO maximises")), np.stack([kl, [0, 1, 2, 2.5]], 1))
+        assert np.allclose(points(*lines(panel, "judge")), np.stack([kl, [0, -0.5, -1, -1.25]], 1))
+    drawn = panels(figures[:1])
+    assert [drawn[name].lines[0].get_ydata().tolist() for name in ("a:f", "judge")] == [[5] * 4, [4, 3, 2, 1]]

@@ -20,6 +20,7 @@ from support.run.folders import new_run_folder
 from support.run.load import input_hashes
 from support.run.run_folder import RunFolder, RunLog
 from tests.helpers import (
+    as_rewards,
     change_json,
     checkpoints,
     contents,
@@ -306,9 +307,9 @@ def test_each_input_has_a_hash_of_its_own(policy, tmp_path, monkeypatch):
     import judge_a
 
     def hashes(model=policy[0], tokenizer=policy[1], prompts=("衣服",), reference=policy[0]):
-        config = PPOConfig(model_name="m", reference="r", reward="judge_a:score")
+        config = PPOConfig(model_name="m", reference="r", reward=["judge_a:score"])
         queries = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-        return input_hashes(config, model, tokenizer, judge_a.score, [*prompts], queries, reference)
+        return input_hashes(config, model, tokenizer, as_rewards(judge_a.score), [*prompts], queries, reference)
 
     one, (other_model, other_tokenizer) = hashes(), copy.deepcopy(policy)
     other_model.v_head.summary.bias.data += 1

@@ -71,11 +71,10 @@ def test_the_happy_label_is_found_by_its_beginning():
 
 UNCLEAR = [["LABEL_0", "LABEL_1"], ["negative", "not positive"]]
 UNCLEAR += [["Very Negative", "Negative", "Neutral", "Positive", "Very Positive"]]
-REGRESSION = ["LABEL_0"]
 
 
 @pytest.mark.parametrize(
-    ("labels", "wanted"), [*((labels, None) for labels in UNCLEAR), (UNCLEAR[0], "label_0"), (REGRESSION, "LABEL_0")]
+    ("labels", "wanted"), [*((labels, None) for labels in UNCLEAR), (UNCLEAR[0], "label_0"), (["LABEL_0"], "happy")]
 )
 def test_an_unclear_happy_label_is_refused_with_all_labels(labels, wanted):
     with pytest.raises(UserError) as error:
@@ -109,7 +108,7 @@ def write_other(folder, kind, tokenizer=None, tokenizer_json=False, **changes):
     """A random classifier of another family and its folder, with BERT's vocabulary and the given tokenizer_config."""
     torch.manual_seed(0)
     labels = dict(id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1})
-    config = AutoConfig.for_model(kind, **SIZES | labels | changes)
+    config = AutoConfig.for_model(kind, **SIZES | ({} if "num_labels" in changes else labels) | changes)
     model = AutoModelForSequenceClassification.from_config(config).eval()
     write_model(folder, config.to_dict(), model.state_dict())
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer or {}))
@@ -157,6 +156,18 @@ def test_a_decoder_scores_a_text_in_a_batch_as_alone(tmp_path, kind, changes, to
     expected = scores_one_by_one(model, texts)
     assert SentimentReward(folder, "cpu")(texts).tolist() == pytest.approx(expected, abs=1e-6)
     assert max(expected) - min(expected) > 0.01
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("bert", {}), ("gpt2", DECODER)])
+def test_a_reward_model_with_one_label_gives_its_output_as_it_is(tmp_path, kind, changes):
+    names = {"model_input_names": ["input_ids", "attention_mask"]}
+    model, folder = write_other(tmp_path / "s", kind, names, num_labels=1, **changes)
+    model.config.pad_token_id = None
+    texts = ["很好", "刚收到货,感觉很好", "差"]
+    ids = [[2, *(VOCAB.index(character) for character in text), 3] for text in texts]
+    expected = [model(torch.tensor([row])).logits.item() for row in ids]
+    scores = SentimentReward(folder, "cpu")(texts).tolist()
+    assert scores == pytest.approx(expected, abs=1e-6) and not all(0 <= score <= 1 for score in scores)
 
 
 def test_labels_that_are_numbers_are_compared_as_text(tmp_path):

@@ -19,7 +19,6 @@ import torch
 
 from config import PPOConfig
 from ppo import PPOTrainer
-from reward import score_texts
 from support.models.pretrained import decode
 from support.run.load import load
 from support.run.settings import check, parse_args
@@ -69,7 +68,7 @@ def measure(config: PPOConfig) -> dict:
     trainer.generate, trainer.step = timed("sampling", trainer.generate), timed("update", trainer.step)
     trainer.forward_pass = timed("logprobs", trainer.forward_pass)
     trainer.engine.share_trunk = timed("logprobs", trainer.engine.share_trunk)
-    timed_scores = timed("scoring", score_texts)
+    reward.score = timed("scoring", reward.score)
     steps = []
     for step in range(1, STEPS + 2):
         seconds.clear()
@@ -79,15 +78,14 @@ def measure(config: PPOConfig) -> dict:
         completions = trainer.generate([queries[i] for i in drawn])
         responses = completions.token_lists()
         texts = [prompts[i] + text for i, text in zip(drawn, decode(tokenizer, responses))]
-        scores = timed_scores(reward, texts)
-        trainer.step(completions, scores)
+        trainer.step(completions, reward.score(texts, drawn) @ reward.weights)
         synchronize()
         seconds["update"] -= seconds["logprobs"]  # both are part of PPOTrainer.step
         steps.append({**seconds, "step": time.perf_counter() - started})
     median = {name: statistics.median(step[name] for step in steps[1:]) for name in steps[0]}
     step = median.pop("step")
 
-    bert = getattr(getattr(reward, "pipeline", None), "model", None)
+    bert = getattr(getattr(reward.functions.get("classifier"), "pipeline", None), "model", None)
     n_prompt, n_response = [len(query) for query in queries], [len(response) for response in responses]
     needed = multiply_adds(trainer.model, bert, config, n_prompt, n_response, [len(text) + 2 for text in texts])
     rate, ceiling = 2 * needed / step / 1e12, best_matrix_product(device, trainer.engine.dtype) / 1e12

@@ -15,7 +15,6 @@ import torch
 import ppo
 from config import PPOConfig
 from ppo import PPOTrainer
-from reward import score_texts
 from support.models.pretrained import decode
 from support.run.load import load
 
@@ -60,7 +59,8 @@ def take_step(config: PPOConfig) -> Step:
     queries = queries * config.batch_size
     for step in range(WARM_UP + 1):
         batch = trainer.generate(queries)
-        scores = score_texts(reward, [prompt + text for text in decode(tokenizer, batch.token_lists())])
+        texts = [prompt + text for text in decode(tokenizer, batch.token_lists())]
+        scores = reward.score(texts, [0] * len(texts)) @ reward.weights
         if step < WARM_UP:
             trainer.step(batch, scores)
 

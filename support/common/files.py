@@ -50,6 +50,34 @@ def whole_lines(path: Path) -> list[str]:
         return content[: content.rfind(b"\n") + 1].decode("utf-8-sig").split("\n")[:-1]
 
 
+def read_lines(path: Path) -> list[dict]:
+    """Read a file of JSON objects, one a line, that `append_line` goes on with; [] if there is no such file. A last
+    line that a kill has cut short is removed from the file. Raises UserError if another line is damaged."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    if last := content[content.rfind(b"\n") + 1 :]:
+        try:
+            json.loads(last)
+            path.write_bytes(content + b"\n")  # an editor left it out
+        except ValueError:
+            print(f"the last line of {path} was cut short, and is removed")
+            os.truncate(path, len(content) - len(last))
+    records = []
+    for number, line in enumerate(whole_lines(path), 1):
+        with damaged(f"line {number} of {path}", MEND_LINE):
+            records.append(json.loads(line))
+    return records
+
+
+def append_line(path: Path, record: dict) -> None:
+    """Append a JSON object to a file, and wait until it is on disk."""
+    with disk_errors(path), path.open("a", encoding="utf-8", newline="") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def read_json(path: Path, remedy: str, missing: dict | None = None) -> dict:
     """Read a JSON object; `missing`, if that is given and there is no such file. Raises UserError if it is damaged."""
     if missing is not None and not path.exists():

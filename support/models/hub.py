@@ -28,7 +28,7 @@ def model_folder(name: str, flag: str, check: Callable[[Path], object] = lambda 
     can't be found or downloaded.
     """
     if name == "demo":
-        return demo_models()[1 if flag == "--reward_model_name" else 0]
+        return demo_models()[0 if flag in ("--model_name", "--reference", "--base") else 1]
     if os.path.isdir(folder := os.path.expanduser(name)):
         return Path(folder)
     if not re.fullmatch(HUB_ID, name):

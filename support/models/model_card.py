@@ -66,11 +66,12 @@ def write_results(folder: Path, config: PPOConfig, prompts: list[str], evaluatio
     if not found:
         return
     examples = ", ".join(f"`{prompt}`" for prompt in prompts[:5]) + (", ..." if len(prompts) > 5 else "")
-    reward = "a classifier"
-    if config.reward:
-        reward = f"the function `{config.reward}`"
-    elif is_hub_id(config.reward_model_name):
-        reward = f"the classifier `{config.reward_model_name}`"
+    classifier = config.reward_model_name
+    classifier = f"the classifier `{classifier}`" if is_hub_id(classifier) else "a classifier"
+    rewards = config.reward or ["classifier"]
+    names = [classifier if name == "classifier" else f"`{name}`" for name in rewards]
+    weights = zip(names, config.reward_weights or [1.0] * len(rewards))
+    reward = " + ".join(name if weight == 1 else f"{weight:g} x {name}" for name, weight in weights if weight)
     trained = f"Trained on {config.episodes:,} completions of {examples}, with {reward} as the reward."
     write_whole(folder / "README.md", f"{above}{RESULTS}\n\n## Results\n\n{trained}\n\n{evaluation}\n")
 

@@ -226,7 +226,12 @@ def save_policy(
         bos_token_id=tokenizer.cls_token_id, eos_token_id=tokenizer.sep_token_id, pad_token_id=tokenizer.pad_token_id,
         suppress_tokens=never_sampled_ids(tokenizer, model.config.vocab_size),
     ).save_pretrained(folder)  # fmt: skip
-    for path in folder.glob("*.safetensors"):  # safetensors lets only the owner read them
+    share_weights(folder)
+
+
+def share_weights(folder: Path) -> None:
+    """Let those read the weights in a folder who can read its config; safetensors lets only their owner."""
+    for path in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", path)
 
 

@@ -9,7 +9,7 @@ from support.common.errors import UserError
 from support.common.files import path_errors
 from support.compute import processes
 from support.run.folders import find_run_folder, flags_to_go_on, is_finished, new_run_folder
-from support.run.settings import check, load_config, parse_args
+from support.run.settings import check, load_config, own_rewards, parse_args
 from support.run.tracking import check_installed
 
 # Flags that may differ from the run's own settings, because they don't change its result (--episodes only extends it)
@@ -49,13 +49,14 @@ def read_command_line(argv: list[str], description: str = "") -> tuple[PPOConfig
     if mode == "resume" and is_finished(run_dir, config):
         print(f"{run_dir} is finished; --resume with more --episodes would train it further")
         return config, run_dir, "nothing"
-    if config.reward is not None:
+    if own := own_rewards(config):
         if "reward" not in given:
-            way = shlex.join(["python", "train_ppo.py", *argv, "--reward", config.reward])
+            way = shlex.join(["python", "train_ppo.py", *argv, "--reward", *config.reward])
             raise UserError(f"{run_dir} has its own reward, whose code runs only if you name it: {way}")
         from reward import import_function  # it needs torch, which --help does without
 
-        import_function(config.reward)  # before anything is downloaded
+        for name in own:
+            import_function(name)  # before anything is downloaded
     if mode in ("train", "resume"):
         if config.track != "none":
             check_installed(config.track)

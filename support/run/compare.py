@@ -20,8 +20,8 @@ STARTS = "environment.jsonl"  # a line for the start of the run, for each --resu
 # Settings that change nothing that a curve shows, apart from chance, and those that decide the limit
 SILENT = {"seed", "device", "micro_batch_size", "log_samples_every", "save_every", "save_every_minutes"}
 SILENT |= {"keep_checkpoints", "process_timeout", "eval_samples"}
-LIMIT = {"model_name", "reward_model_name", "positive_label", "reward", "prompts", "prompts_file", "gen_len"}
-LIMIT |= {"temperature", "init_kl_coef"}
+LIMIT = {"model_name", "reward_model_name", "positive_label", "reward", "reward_weights", "prompts", "prompts_file"}
+LIMIT |= {"gen_len", "temperature", "init_kl_coef"}
 FORMATS = {"R": None, "KL": ".3f", "J": None, "gain": ".2f", "standard error": ".3f", "SD": ".2f"}
 FORMATS |= {"error of judging": ".2f", "unique": ".1%", "seconds a step": ".2f"}  # None: one decimal more than rewards
 LEGEND = """R, KL, J, gain and unique: means over the trained models of a row, as they were judged. Standard error: of
@@ -55,7 +55,7 @@ class Run:
 
 def known_gain(run: Run) -> dict:
     """Returns a run's gain with its standard error and its limit, {} if it is unknown."""
-    gain = run.evaluation.get("gain", {"gain": None})
+    gain = run.evaluation.get("gain") or {"gain": None}  # null until the run is judged after training
     return {} if gain["gain"] is None else gain
 
 
@@ -64,8 +64,9 @@ def read_run(path: Path) -> Run:
     metrics, remedy = read_metrics(path), "repair it, or leave this run out"
     settings = read_json(path / "config.json", remedy)
     inputs, evaluation = (read_json(path / name, remedy, missing={}) for name in ("inputs.json", "evaluation.json"))
-    if settings.get("reward"):  # the function's file may have changed
-        settings["reward"] += "".join(f" {inputs[name]}" for name in inputs if "of --reward " in name)
+    if rewards := settings.get("reward"):  # a function's file may have changed
+        rewards = [rewards] if isinstance(rewards, str) else rewards
+        settings["reward"] = " ".join([*rewards, *(inputs[name] for name in inputs if "of --reward " in name)])
     if evaluation.get("after"):  # --eval_only may have judged by others than the settings'
         settings["eval_samples"] = evaluation["after"]["n"]
     if codes := dict.fromkeys(start["code"] for start in read_starts(path) if "code" in start):
@@ -225,6 +226,6 @@ def comparison(runs: list[Run], drawn: list[Curve]) -> str:
     if mixed := dict.fromkeys(name for curve in drawn for name in differences(curve.runs)):
         parts.append(f"Runs in one row differ in {', '.join(mixed)}, too; --by tells them apart.")
     for run in [run for run in runs if not known_gain(run)]:
-        why = run.evaluation.get("gain", {}).get("why", "not judged yet")
+        why = (run.evaluation.get("gain") or {}).get("why", "not judged yet")
         parts.append(f"The gain of {run.name} is unknown: {why}.")
     return "\n\n".join(parts)

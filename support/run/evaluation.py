@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from ppo import PPOTrainer, kl_from_logits, logprobs_from_logits, masked_mean
-from reward import SentimentReward, score_texts
+from reward import Rewards, SentimentReward
 from support.common.files import damaged, read_json, write_whole
 from support.compute import processes
 from support.compute.batches import Completions
@@ -33,7 +33,8 @@ COMPANY = 0.1  # standard deviations that the better half loses among themselves
 class Evaluation:
     """A policy judged on n completions. `samples` has (prompt, completion, reward) and `kls` the KL of each; the others
     are means over them, except for `commonest`, (text, count), and what `check_reward` or `change_since` found: `noise`
-    and, in words, in which way the reward is `unsteady`."""
+    and, in words, in which way the reward is `unsteady`. `parts` has, if there are several rewards, {"name", "weight",
+    "scores"} of each."""
 
     n: int
     reward: float
@@ -51,6 +52,7 @@ class Evaluation:
     noise: float = 0.0
     unsteady: str = ""
     end_token: str = "[SEP]"
+    parts: list = field(default_factory=list)
 
     def rewards(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the rewards (n,) float64, and the index of the prompt of each (n,) int64."""
@@ -69,7 +71,8 @@ class Evaluation:
 @dataclass
 class Results:
     """What evaluation.json has. `gain`, `frontier` and `best_of_n`: see limit.py. `by_prompt`, best first, has how each
-    prompt fared if there are several; J is there what training has added to it."""
+    prompt fared if there are several; J is there what training has added to it. `rewards` has, if there are several,
+    {"name", "weight", "before", "after", "error"} of each: mean scores, and the standard error of their difference."""
 
     before: Evaluation
     after: Evaluation | None = None
@@ -79,6 +82,7 @@ class Results:
     frontier: list = field(default_factory=list)
     best_of_n: list = field(default_factory=list)
     by_prompt: list = field(default_factory=list)
+    rewards: list = field(default_factory=list)
     verdict: str | None = None
 
     def measure(self, beta: float) -> None:
@@ -91,6 +95,7 @@ class Results:
         prompts = dict.fromkeys(prompt for prompt, *_ in self.before.samples)
         self.by_prompt = [self.of_prompt(prompt, beta) for prompt in prompts] if len(prompts) > 1 else []
         self.by_prompt.sort(key=lambda found: -found["J"])
+        self.rewards = [self.of_reward(*parts) for parts in zip(self.before.parts, self.after.parts)]
 
     def of_prompt(self, prompt: str, beta: float) -> dict:
         """Return how much reward and J rose for a prompt, at which KL; and the gain, None if it is unknown."""
@@ -99,6 +104,15 @@ class Results:
         share = gain(before, after, beta)
         known = {name: share[name] for name in ("gain", "gain_se") if name in share}
         return found | {"J": after.reward - before.reward - beta * after.kl} | known
+
+    def of_reward(self, before: dict, after: dict) -> dict:
+        """Return how one of several rewards changed. before, after: its entries in `parts`."""
+        found, variance = {"name": before["name"], "weight": before["weight"]}, 0.0
+        for when, scores in (("before", before["scores"]), ("after", after["scores"])):
+            scores, (_, prompt_index) = torch.tensor(scores, dtype=torch.float64), getattr(self, when).rewards()
+            found[when] = scores.mean().item()
+            variance += variance_within(scores, prompt_index) / len(scores)
+        return found | {"error": math.sqrt(variance)}
 
     @classmethod
     def read(cls, path: Path) -> "Results | None":
@@ -118,19 +132,19 @@ class Results:
         """Return all numbers and the verdict, what matters most first."""
         found = {"verdict": self.verdict, "gain": self.gain} | dataclasses.asdict(self)
         for when in ("before", "after"):
-            found[when] = {name: value for name, value in found[when].items() if name not in ("samples", "kls")}
+            found[when] = {name: each for name, each in found[when].items() if name not in ("samples", "kls", "parts")}
         return found
 
 
-def evaluate(trainer: PPOTrainer, model, reward, prompts: list[str], queries: list[torch.Tensor]) -> Evaluation:
+def evaluate(trainer: PPOTrainer, model, reward: Rewards, prompts: list[str], queries: list) -> Evaluation:
     """Judge `model` on `eval_samples` completions, the prompts in turn. queries: the encoded prompts.
 
     `kl` is the mean of `kl_to_reference`: the same expectation as the sampled log-ratios, with less noise.
     """
     print(f"judging {trainer.config.eval_samples:,} completions")
-    prompt_index, completions, texts, rewards = sample_and_score(trainer, model, reward, prompts, queries)
+    prompt_index, completions, texts, parts = sample_and_score(trainer, model, reward, prompts, queries)
     kl, ref_logprobs = kl_to_reference(trainer, model, completions)
-    mask, n = completions.mask.cpu(), len(texts)
+    mask, n, rewards = completions.mask.cpu(), len(texts), parts @ reward.weights
     ended = ((completions.ids == trainer.tokenizer.sep_token_id) & completions.mask).sum().item()
     of_prompt = [prompts[i] for i in prompt_index]
     counts = Counter(zip(of_prompt, texts))
@@ -149,24 +163,26 @@ def evaluate(trainer: PPOTrainer, model, reward, prompts: list[str], queries: li
         samples=[list(sample) for sample in zip(of_prompt, texts, rewards.tolist())],
         kls=kl.tolist(),
         end_token=trainer.tokenizer.sep_token,
+        parts=reward.named(parts),
     )
 
 
-def sample_and_score(trainer: PPOTrainer, model, reward, prompts: list[str], queries: list[torch.Tensor]):
+def sample_and_score(trainer: PPOTrainer, model, reward: Rewards, prompts: list[str], queries: list[torch.Tensor]):
     """Draw `eval_samples` completions, the prompts in turn. Returns the index of each one's prompt (n,) int64, the
-    Completions, their texts, and their rewards (n,) float32."""
+    Completions, their texts, and their scores by each reward (n, k) float32."""
     prompt_index = torch.arange(trainer.config.eval_samples) % len(prompts)
     completions = trainer.engine.generate([queries[i] for i in prompt_index], model, SEED, 0, 0)
     texts = decode(trainer.tokenizer, completions.token_lists())
     whole = [prompts[i] + text for i, text in zip(prompt_index, texts)]
     # A function of yours, which may be slow, gets as many texts at once as in training, and shows its progress
-    size = len(whole) if isinstance(reward, SentimentReward) else trainer.config.batch_size
+    models = all(isinstance(function, SentimentReward) for function in reward.functions.values())
+    size = len(whole) if models else trainer.config.batch_size
     calls = tqdm(range(0, len(whole), size), "scoring", delay=5, mininterval=5, disable=processes.rank() > 0)
-    rewards = torch.cat([score_texts(reward, whole[start : start + size]) for start in calls])
-    return prompt_index, completions, texts, rewards
+    parts = [reward.score(whole[start : start + size], prompt_index[start : start + size]) for start in calls]
+    return prompt_index, completions, texts, torch.cat(parts)
 
 
-def check_reward(reward, before: Evaluation) -> None:
+def check_reward(reward: Rewards, before: Evaluation) -> None:
     """Score the first TWICE texts again, and then the better half of them without the others.
 
     Sets `noise`, the share of the rewards' variance that is chance: half the variance of the change from a text's first
@@ -189,7 +205,7 @@ def check_reward(reward, before: Evaluation) -> None:
         before.unsteady = f"the reward changes from call to call: {told} the second time; {STEADY}"
 
 
-def change_since(reward, before: Evaluation) -> str:
+def change_since(reward: Rewards, before: Evaluation) -> str:
     """Score the first TWICE texts of an earlier evaluation again. Returns in words how the reward has changed, or an
     empty text if it hasn't."""
     scores, _ = before.rewards()
@@ -200,10 +216,11 @@ def change_since(reward, before: Evaluation) -> str:
     return told and f"the reward isn't the same before and after training: {told} now; {STEADY}"
 
 
-def score_changes(reward, judged: Evaluation, rows: list[int]) -> torch.Tensor:
+def score_changes(reward: Rewards, judged: Evaluation, rows: list[int]) -> torch.Tensor:
     """Score some samples again in one call. Returns the new scores minus the old ones, (len(rows),) float64."""
     samples = [judged.samples[row] for row in rows]
-    again = score_texts(reward, [prompt + text for prompt, text, _ in samples])
+    prompt_index = [row % len(reward.columns["prompt"]) for row in rows]  # as in `sample_and_score`
+    again = reward.score([prompt + text for prompt, text, _ in samples], prompt_index) @ reward.weights
     return again - torch.tensor([score for *_, score in samples], dtype=torch.float64)
 
 

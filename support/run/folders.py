@@ -8,7 +8,7 @@ from pathlib import Path
 from config import PPOConfig
 from support.common.errors import UserError
 from support.common.files import read_json
-from support.run.settings import total_steps
+from support.run.settings import own_rewards, total_steps
 
 FINAL = ("model", "rewards.png", "report.md")  # what the end of a run writes, the last of them last
 
@@ -54,4 +54,4 @@ def is_run_folder(path: Path) -> bool:
 
 def flags_to_go_on(run_dir: Path, config: PPOConfig) -> str:
     """Return the flags that continue a run. The user's own reward must be named again, see `read_command_line`."""
-    return shlex.join(["--resume", run_dir.as_posix(), *(["--reward", config.reward] if config.reward else [])])
+    return shlex.join(["--resume", run_dir.as_posix(), *(["--reward", *config.reward] if own_rewards(config) else [])])

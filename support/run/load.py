@@ -9,32 +9,37 @@ from pathlib import Path
 import torch
 
 from config import PPOConfig
-from reward import SentimentReward, import_function, read_classifier_folder
+from reward import HumanReward, Rewards, SentimentReward, import_function, read_classifier_folder
 from support.common.errors import UserError
 from support.common.files import path_errors
 from support.compute import processes
 from support.compute.devices import environment, in_one_line, keep_freed_memory, pick_device, pick_dtype
 from support.models.hub import VALUE_HEAD, model_folder
 from support.models.pretrained import encode_prompt, load_policy, read_policy_folder
-from support.run.settings import read_prompts
+from support.run.settings import own_rewards, read_prompts, reward_models
 
 
 def load(config: PPOConfig):
     """Return the policy, tokenizer, reward, prompts, encoded prompts and reference of a run. Raises UserError on all
     processes if any fails or has loaded something else."""
-    prompts = processes.on_all_ranks(lambda: read_prompts(config))
+    columns = processes.on_all_ranks(lambda: read_prompts(config))
     device = processes.on_all_ranks(lambda: pick_device(config.device))
     print(in_one_line(environment(device)))
-    checks, folders = {"model_name": read_policy_folder}, {}
+
+    def find(name: str, flag: str, check) -> Path:
+        return processes.on_all_ranks(lambda: model_folder(name, flag, check))
+
+    policy, reference, rewards = find(config.model_name, "--model_name", read_policy_folder), None, {}
     if config.reference:
-        checks["reference"] = lambda folder: read_reference(folder, *read_policy_folder(folders["model_name"]))
-    if not config.reward:
-        checks["reward_model_name"] = lambda folder: read_classifier_folder(folder, config.positive_label)
-    for flag, check in checks.items():
-        folders[flag] = processes.on_all_ranks(lambda: model_folder(getattr(config, flag), f"--{flag}", check))
+
+        def fits(folder: Path):
+            return read_reference(folder, *read_policy_folder(policy))
+
+        reference = find(config.reference, "--reference", fits)
+    for name, (flag, model, label) in reward_models(config).items():
+        rewards[name] = find(model, flag, lambda folder: read_classifier_folder(folder, label))
     keep_freed_memory()
-    found = folders["model_name"], folders.get("reward_model_name"), folders.get("reference")
-    loaded = processes.on_all_ranks(lambda: load_folders(config, device, prompts, *found))
+    loaded = processes.on_all_ranks(lambda: load_folders(config, device, columns, policy, rewards, reference))
     if processes.world_size() > 1:
         versions = {name: environment(device)[name] for name in ("torch", "transformers", "numpy", "code")}
         kinds = {"--device": device.type, "--dtype": str(pick_dtype(config.dtype, device))}
@@ -46,12 +51,16 @@ def load(config: PPOConfig):
 def load_folders(
     config: PPOConfig,
     device,
-    prompts: list[str],
+    columns: dict[str, list],
     policy_folder: Path,
-    reward_folder: Path | None = None,
+    reward_folders: dict[str, Path],
     reference_folder: Path | None = None,
 ):
-    """Return what `load` returns, from local folders; configs and prompts are checked before weights are read."""
+    """Return what `load` returns, from local folders; configs and prompts are checked before weights are read.
+
+    columns: of the prompts, see `read_prompts`. reward_folders: of the rewards that are models, by their name.
+    """
+    prompts = columns["prompt"]
     gpt2_config, tokenizer = read_policy_folder(policy_folder)
     ref_config = read_reference(reference_folder, gpt2_config, tokenizer) if reference_folder else None
     queries = [encode_prompt(tokenizer, prompt) for prompt in prompts]
@@ -59,10 +68,13 @@ def load_folders(
     if longest + config.gen_len > gpt2_config.n_positions:
         room = f"{gpt2_config.n_positions} positions, of which the longest prompt takes {longest}"
         raise UserError(f"--gen_len {config.gen_len} is too long: the model has {room}")
-    if config.reward:
-        reward = import_function(config.reward)
-    else:
-        reward = SentimentReward(reward_folder, device, pick_dtype(config.dtype, device), config.positive_label)
+    rewards, dtype = {}, pick_dtype(config.dtype, device)
+    for name in config.reward or ["classifier"]:
+        if name in reward_folders:
+            rewards[name] = SentimentReward(reward_folders[name], device, dtype, reward_models(config)[name][2])
+        else:
+            rewards[name] = HumanReward() if name == "human" else import_function(name)
+    reward = Rewards(rewards, config.reward_weights, columns)
     policy = load_policy(policy_folder, gpt2_config, device)
     if not (policy_folder / VALUE_HEAD).exists():
         print(f"{policy_folder.name}: no value head in this checkpoint, starting one at zero")
@@ -88,32 +100,34 @@ def read_reference(folder: Path, gpt2_config, tokenizer):
 
 
 def input_hashes(
-    config: PPOConfig, policy, tokenizer, reward, prompts: list[str], queries: list, reference=None
+    config: PPOConfig, policy, tokenizer, reward: Rewards, prompts: list[str], queries: list, reference=None
 ) -> dict[str, str]:
-    """Return hashes, by name, of what decides a run besides its settings: models, prompts, your reward's file.
+    """Return hashes, by name, of what decides a run besides its settings: models, prompts, your rewards' files.
 
-    The classifier's weights are rounded to bfloat16 first, so that a run may go on in another dtype.
+    Reward models' weights are rounded to bfloat16 first, so that a run may go on in another dtype.
     """
     models = {f"--model_name {config.model_name}": (dict(policy.named_parameters()), tokenizer)}
-    if not config.reward:
-        rounded = {name: weight.bfloat16() for name, weight in reward.pipeline.model.named_parameters()}
-        models[f"--reward_model_name {config.reward_model_name}"] = (rounded, reward.pipeline.tokenizer)
-    hashes = {"the hash of the prompts": hash_of([prompts, [query.tolist() for query in queries]])}
+    for name, (flag, model, _) in reward_models(config).items():
+        scorer = reward.functions[name].pipeline
+        rounded = {name: weight.bfloat16() for name, weight in scorer.model.named_parameters()}
+        models[f"{flag} {model}"] = (rounded, scorer.tokenizer)
+    more = [columns] if (columns := {name: reward.columns[name] for name in reward.columns if name != "prompt"}) else []
+    hashes = {"the hash of the prompts": hash_of([prompts, [query.tolist() for query in queries], *more])}
     for name, (weights, its_tokenizer) in models.items():
         hashes[f"the hash of the weights of {name}"] = hash_of(weights)
         hashes[f"the hash of the tokenizer of {name}"] = hash_of(sorted(its_tokenizer.get_vocab().items()))
     if config.reference:
         name = f"the hash of the weights of --reference {config.reference}"
         hashes[name] = hash_of(dict(reference.named_parameters()))
-    if path := reward_file(config):
-        hashes[f"the hash of the file of --reward {config.reward}"] = hash_of(path.read_bytes())
+    for path, name in reward_files(config).items():
+        hashes[f"the hash of the file of --reward {name}"] = hash_of(path.read_bytes())
     return hashes
 
 
-def reward_file(config: PPOConfig) -> Path | None:
-    """Return the file of your own reward's module, which has been imported; None for a classifier."""
-    file = config.reward and getattr(sys.modules[config.reward.partition(":")[0]], "__file__", None)
-    return Path(file) if file else None
+def reward_files(config: PPOConfig) -> dict[Path, str]:
+    """Return the files of your own rewards' modules, which have been imported, each with one of the rewards in it."""
+    files = {name: getattr(sys.modules[name.partition(":")[0]], "__file__", None) for name in own_rewards(config)}
+    return {Path(file): name for name, file in files.items() if file}
 
 
 def hash_of(content) -> str:

@@ -12,12 +12,20 @@ FAR = 2  # at most 0.83: more reward than the limit's at this distance means tha
 CLOSE = 1.5  # and at most 0.95
 UNSURE = 0.15  # standard error of the gain above which a good run and a short one look alike
 SHOWN = 5  # completions in the before/after table
+JUDGED = 2  # standard errors by which a judge must fall
 MANY = 20  # prompts above which the table by prompt has only the best and the worst
 
 
 def verdict(results: Results, config) -> str:
     """Return what kind of run this was and the flag to change, in one sentence; the rewards' unit doesn't matter."""
     before, after, result = results.before, results.after, results.gain
+    judges = [each for each in results.rewards if each["weight"] == 0]
+    fallen = [each for each in judges if each["after"] < each["before"] - JUDGED * each["error"]]
+    if fallen and after.reward > before.reward:
+        told = ", ".join(f"{each['name']} fell from {each['before']:.3g} to {each['after']:.3g}" for each in fallen)
+        rise = f"the reward rose from {before.reward:.3g} to {after.reward:.3g}, but the judge {told}"
+        dearer = "a lower --kl_budget" if config.kl_budget else "a higher --init_kl_coef"
+        return f"hacked: {rise}, more than {JUDGED} standard errors; try {dearer}, or a better reward"
     if (share := result["gain"]) is None:
         needed = result.get("samples_needed")
         more = f"; judge again, with --eval_only and --eval_samples {needed}" if needed else ""
@@ -78,7 +86,18 @@ def results_table(results: Results) -> str:
     ]
     if limit:
         cells.append(["gain", "0", f"{result['gain']:.2f} (standard error {result['gain_se']:.2f})", "1"])
-    return table(["", "before", "after", "the limit"], cells)
+    figures = table(["", "before", "after", "the limit"], cells)
+    return f"{figures}\n\n{rewards_table(results)}" if results.rewards else figures
+
+
+def rewards_table(results: Results) -> str:
+    """Return how each of several rewards changed as a Markdown table."""
+    rows = []
+    for each in results.rewards:
+        numbers = each["before"], each["after"], each["after"] - each["before"], each["error"]
+        weight = f"{each['weight']:g}" if each["weight"] else "0, a judge"
+        rows.append([each["name"], weight, *(f"{number:.{decimals(each['error'])}f}" for number in numbers)])
+    return table(["reward", "weight", "before", "after", "change", "standard error"], rows)
 
 
 def prompts_table(results: Results) -> str:

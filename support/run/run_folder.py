@@ -34,7 +34,7 @@ from support.run.checkpoint import load_checkpoint, save_checkpoint
 from support.run.compare import STARTS, read_starts
 from support.run.evaluation import Results
 from support.run.folders import FINAL, new_run_folder
-from support.run.load import hash_of, reward_file
+from support.run.load import hash_of, reward_files
 from support.run.log import RunLog
 from support.run.report import run_report
 from support.run.results import before_after_table, results_table
@@ -93,7 +93,7 @@ class RunFolder:
                     remove(leftover)  # of a kill
             note_start(path, trainer, argv, trainer.n_steps + 1)
             write_whole(path / "inputs.json", json.dumps(inputs, ensure_ascii=False, indent=2) + "\n")
-            for file in map(Path, filter(None, (reward_file(trainer.config), trainer.config.prompts_file))):
+            for file in map(Path, filter(None, (*reward_files(trainer.config), trainer.config.prompts_file))):
                 content = file.read_bytes()
                 with whole(path / "inputs" / f"{file.stem}-{hash_of(content)}{file.suffix}") as copied:
                     copied.parent.mkdir(exist_ok=True)

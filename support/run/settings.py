@@ -12,7 +12,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from config import PRESETS, PPOConfig, did_you_mean
 from support.common.errors import UserError
-from support.common.files import read_json, read_text, write_whole
+from support.common.files import MEND_LINE, damaged, read_json, read_text, write_whole
 from support.compute.devices import check_versions
 
 # Settings of one start or one folder, which say nothing about how a run trains: never listed as changes
@@ -82,6 +82,7 @@ def check(config: PPOConfig) -> None:
         raise UserError(f"--preset {config.preset} is unknown; choose one of {', '.join(PRESETS)}")
     if config.minibatch_size > config.batch_size:
         raise UserError(f"--minibatch_size {config.minibatch_size} is larger than --batch_size {config.batch_size}")
+    check_rewards(config)
     if config.run_name is not None and not re.fullmatch(r"[^\W_][\w.\-]*", config.run_name):
         allowed = "letters, digits, '_', '-' and '.', beginning with a letter or digit"
         raise UserError(f"--run_name {config.run_name!r} must be {allowed}")
@@ -101,6 +102,32 @@ def check_value(field: Field, kind, value) -> None:
             raise UserError(f"{flag} must be {name.replace('_', ' ')} {limit}, not {value}")
 
 
+def own_rewards(config: PPOConfig) -> list[str]:
+    """Return the rewards that are code of yours, module:function."""
+    return [name for name in config.reward if re.fullmatch(r"[\w.]+:\w+", name)]
+
+
+def reward_models(config: PPOConfig) -> dict[str, tuple[str, str, str | None]]:
+    """Return the rewards that are models: by name, the flag that gives the model, its value, and the happy label."""
+    others = [name for name in config.reward or ["classifier"] if name not in (*own_rewards(config), "human")]
+    own = {"classifier": ("--reward_model_name", config.reward_model_name, config.positive_label)}
+    return {name: own.get(name, ("--reward", name, None)) for name in others}
+
+
+def check_rewards(config: PPOConfig) -> None:
+    """Raise UserError if a reward is of no known kind or named twice, or if the weights don't fit."""
+    for name, (flag, *_) in reward_models(config).items():
+        if flag == "--reward" and "/" not in name and not Path(name).expanduser().is_dir():
+            kinds = "module:function, classifier, human, or a model's folder or hub id (owner/model)"
+            raise UserError(f"--reward {name} is none of these: {kinds}")
+    if repeated := [name for name in config.reward if config.reward.count(name) > 1]:
+        raise UserError(f"--reward names {repeated[0]} twice")
+    weights = config.reward_weights
+    if weights and not (len(weights) == len(config.reward) and all(map(math.isfinite, weights)) and any(weights)):
+        needed = f"needs a finite number for each --reward, and not all 0; there are {len(config.reward)} of --reward"
+        raise UserError(f"--reward_weights {needed}, and the weights are {weights}")
+
+
 def has_type(value, kind) -> bool:
     """Whether a value is of an annotated type. An int is also a float; a bool is neither."""
     if get_origin(kind) is Literal:
@@ -112,17 +139,28 @@ def has_type(value, kind) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def read_prompts(config: PPOConfig) -> list[str]:
-    """Return the prompts of --prompts or --prompts_file. Raises UserError if one is empty, or the file unreadable."""
+def read_prompts(config: PPOConfig) -> dict[str, list]:
+    """Return the prompts of --prompts or --prompts_file as "prompt", and the other columns of a .jsonl file by name.
+
+    Raises UserError if a prompt is empty, the file is unreadable, or a line lacks a column that another line has.
+    """
     prompts, source = config.prompts or [""], "--prompts"
     if config.prompts_file is not None:
         source = f"--prompts_file {config.prompts_file}"
         text = read_text(Path(config.prompts_file), "save it as UTF-8, one prompt per line", name=source)
         prompts = text.replace("\r\n", "\n").rstrip("\n").split("\n")
-    for number, prompt in enumerate(prompts, 1):
-        if not prompt.strip():
+    records = [{"prompt": prompt} for prompt in prompts]
+    if source.endswith(".jsonl"):
+        for i, line in enumerate(prompts):
+            with damaged(f"line {i + 1} of {config.prompts_file}", MEND_LINE):
+                records[i] = dict(json.loads(line))
+    names = dict.fromkeys(["prompt", *(name for record in records for name in record)])
+    for number, record in enumerate(records, 1):
+        if lacking := [name for name in names if name not in record]:
+            raise UserError(f"{source}: line {number} has no {lacking[0]!r}; it has {', '.join(map(repr, record))}")
+        if not isinstance(record["prompt"], str) or not record["prompt"].strip():
             raise UserError(f"{source}: prompt {number} is empty; each needs at least one character")
-    return prompts
+    return {name: [record[name] for record in records] for name in names}
 
 
 def total_steps(config: PPOConfig) -> int:
@@ -140,6 +178,8 @@ def load_config(path: Path) -> PPOConfig:
     if unknown := sorted(values.keys() - names):
         way = "use the version of the program that wrote it, or remove that line"
         raise UserError(f"{path} has a setting that this program doesn't know, {reprlib.repr(unknown[0])}; {way}")
+    if not isinstance(values.get("reward", []), list):  # an older version had only one
+        values["reward"] = [values["reward"]] if values["reward"] else []
     config = PPOConfig(**values)
     if lacking := [f"{name} {getattr(config, name)}" for name in sorted(names - values.keys() - NOT_COMPARED)]:
         print(f"{path} is from an older version; using these defaults: {', '.join(lacking)}")

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from config import PPOConfig
 from gpt2_value_head import completion_mask, never_sampled_ids
 from ppo import PPOTrainer
+from reward import Rewards
 from support.common.files import disk_errors, path_errors
 from support.compute.batches import Completions, Prompts, listed, shown, to_device, to_float32, to_ids
 from support.compute.devices import pick_device
@@ -134,8 +135,9 @@ class TextPPOTrainer(PPOTrainer):
         if not listed(prompts) or not kl_budget > 0:
             raise ValueError(f"fit_kl_coef() takes at least one prompt and a budget above 0, not {shown(kl_budget)}")
         queries = self.encode(prompts)
-        prompt_index, *_, rewards = sample_and_score(self, self.ref_model, reward, prompts, queries)
-        self.set_kl_coef(kl_coef_for(rewards, prompt_index, kl_budget))
+        rewards = Rewards({"reward": reward}, columns={"prompt": prompts})
+        prompt_index, *_, scores = sample_and_score(self, self.ref_model, rewards, prompts, queries)
+        self.set_kl_coef(kl_coef_for(scores[:, 0], prompt_index, kl_budget))
         return self.config.init_kl_coef
 
     def save(self, folder: str | Path) -> None:
