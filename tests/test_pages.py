@@ -22,11 +22,11 @@ from config import PPOConfig
 from support.models.demo_models import write_review
 from tests.helpers import ROOT, code_blocks, draw_no_pixels, read, write_bpe_gpt2, write_classifier, write_gpt2
 from tests.hub_server import Hub
-from tools import review_models
+from tools import rank, review_models, train_reward_model
 
 PAGES = sorted(str(page.relative_to(ROOT)) for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 IN_BOTH_LANGUAGES = [page for page in PAGES if page.replace(".md", ".zh.md") in PAGES]
-PLOT_FLAGS = {"--against", "--by", "--only", "--out"}
+PLOT_FLAGS = {"--against", "--by", "--lang", "--only", "--out"}
 TRAIN_FLAGS = {f"--{name}" for name in PPOConfig.__dataclass_fields__} | {"--complete", "--n", "--help"}
 
 
@@ -109,6 +109,7 @@ def typed(tmp_path_factory, finished):
     vocab = gpt2 / "vocab.txt"  # with the characters of the README's prompts
     vocab.write_text(vocab.read_text(encoding="utf-8").replace("苹", "部"), encoding="utf-8")
     models = {"uer/gpt2-chinese-cluecorpussmall": gpt2, "uer/roberta-base-finetuned-jd-binary-chinese": sentiment}
+    models |= {"hfl/chinese-roberta-wwm-ext": sentiment}
     models |= {"lvwerra/gpt2-imdb": write_bpe_gpt2(published / "bpe"), "lvwerra/distilbert-imdb": sentiment}
     for name in ("gpt2", "sentiment"):
         shutil.copytree(published / name, folder / name)
@@ -124,6 +125,8 @@ def typed(tmp_path_factory, finished):
     with Hub(models) as hub, pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         draw_no_pixels(patch)
+        answers = iter(["4 3 2 1"] * 12 + ["q"])
+        patch.setattr("builtins.input", lambda question: next(answers))
         patch.setitem(review_models.GPT2_SIZES, "n_embd", 32)
         patch.setitem(review_models.GPT2_SIZES, "n_head", 2)
         patch.setitem(review_models.CLASSIFIER_SIZES, "hidden_size", 32)
@@ -154,8 +157,8 @@ def call(program: str, words: list[str]) -> int | None:
             return train_ppo.main(flags + small(flags))
         if script == "plot_rewards.py":
             return plot_rewards.main(flags)
-        assert words[:2] == ["-m", "tools.review_models"]
-        return review_models.main(flags[1:])
+        tools = {f"tools.{tool.__name__[6:]}": tool for tool in (rank, review_models, train_reward_model)}
+        return tools[words[1]].main(words[2:])
     except SystemExit as end:
         return end.code
 
@@ -165,7 +168,8 @@ MAKES = {  # a word that only one of the README's blocks has: files that its com
     "review_models": {"review_models/gpt2/vocab.txt": 1, "review_models/sentiment/config.json": 1},
     "--prompts_file": {"runs/films/report.md": 1},
     "plot_rewards.py": {"runs/lr-*/report.md": 4, "compare.png": 1, "compare.md": 1, "reward.pdf": 1},
-    "--kl_budget": {"runs/*/inputs/my_reward-*.py": 1},
+    "my_reward": {"runs/*/inputs/my_reward-*.py": 1},
+    "tools.rank": {"rankings.jsonl": 1, "reward_model/README.md": 1, "reward_model/loss.png": 1},
     "hf upload": {},
 }
 
