@@ -171,13 +171,13 @@ def test_accuracy_is_a_mean_over_rankings_with_its_standard_error():
 def test_from_rankings_to_a_trained_model_in_one_chain(tmp_path, monkeypatch, capsys, without_pictures):
     """With the demo's models. The classifier ranks, and judges in the end."""
     monkeypatch.chdir(tmp_path)
-    rank.main("--model_name demo --judge demo --simulate 120".split())
-    assert sum(not record["skipped"] for record in lines(tmp_path / "rankings.jsonl")) == 120
-    rank.main("--model_name demo --judge demo --simulate 40 --seed 2 --out test.jsonl".split())
+    rank.main("--model_name demo --judge demo --simulate 60".split())
+    assert sum(not record["skipped"] for record in lines(tmp_path / "rankings.jsonl")) == 60
+    rank.main("--model_name demo --judge demo --simulate 20 --seed 2 --out test.jsonl".split())
     seen = []
     descend = train_reward_model.descend
     monkeypatch.setattr(train_reward_model, "descend", lambda model, *args: (seen.append(model), descend(model, *args)))
-    train_reward_model.main("rankings.jsonl --base demo --test test.jsonl --lr 1e-3 --epochs 3".split())
+    train_reward_model.main("rankings.jsonl --base demo --test test.jsonl --lr 2e-3 --epochs 4".split())
     printed = capsys.readouterr().out
     assert float(printed.split("accuracy ")[1].split()[0]) > 0.8
     assert "accuracy 0." in (tmp_path / "reward_model" / "README.md").read_text(encoding="utf-8")
@@ -192,9 +192,11 @@ def test_from_rankings_to_a_trained_model_in_one_chain(tmp_path, monkeypatch, ca
     assert scores.tolist() == pytest.approx([seen[0](row).logits.item() for row in ids], abs=1e-4)  # as it was trained
     assert scores[0] > scores[1]
 
-    flags = "--reward reward_model classifier --reward_weights 1 0 --kl_budget 0.4 --episodes 512 --batch_size 64"
-    code, run_dir = small_run(tmp_path, *flags.split(), "--minibatch_size", "64", "--eval_samples", "256")
-    assert code == 0 and len(rows(run_dir)) == 8
+    flags = (
+        "--reward reward_model classifier --reward_weights 1 0 --kl_budget 0.8 --lr 3e-4 --episodes 256 --batch_size 64"
+    )
+    code, run_dir = small_run(tmp_path, *flags.split(), "--minibatch_size", "64", "--eval_samples", "128")
+    assert code == 0 and len(rows(run_dir)) == 4
     judge = read_json(run_dir / "results.json")["rewards"][1]
     assert judge["name"] == "classifier" and judge["after"] > judge["before"] + 2 * judge["error"]
 

@@ -179,7 +179,7 @@ def test_rewards_that_cannot_work_are_refused(settings, said):
 
 
 def test_the_program_trains_on_a_reward_of_ones_own_and_a_model_with_the_classifier_as_judge(
-    tmp_path, demo, monkeypatch, capsys
+    tmp_path, demo, monkeypatch, capsys, without_pictures
 ):
     """It goes on only if its code is named again; a model needs no naming."""
     monkeypatch.syspath_prepend(tmp_path)
