@@ -171,9 +171,9 @@ def test_accuracy_is_a_mean_over_rankings_with_its_standard_error():
 def test_from_rankings_to_a_trained_model_in_one_chain(tmp_path, monkeypatch, capsys, without_pictures):
     """With the demo's models. The classifier ranks, and judges in the end."""
     monkeypatch.chdir(tmp_path)
-    rank.main("--model_name demo --judge demo --simulate 60".split())
-    assert sum(not record["skipped"] for record in lines(tmp_path / "rankings.jsonl")) == 60
-    rank.main("--model_name demo --judge demo --simulate 20 --seed 2 --out test.jsonl".split())
+    rank.main("--model_name demo --judge demo --simulate 40".split())
+    assert sum(not record["skipped"] for record in lines(tmp_path / "rankings.jsonl")) == 40
+    rank.main("--model_name demo --judge demo --simulate 15 --seed 2 --out test.jsonl".split())
     seen = []
     descend = train_reward_model.descend
     monkeypatch.setattr(train_reward_model, "descend", lambda model, *args: (seen.append(model), descend(model, *args)))
