@@ -168,11 +168,16 @@ def test_accuracy_is_a_mean_over_rankings_with_its_standard_error():
     assert told == "0.500 (standard error 0.500)"
 
 
-def test_from_rankings_to_a_trained_model_in_one_chain(tmp_path, monkeypatch, capsys, without_pictures):
+def test_from_rankings_to_a_trained_model_in_one_chain(tmp_path, demo, monkeypatch, capsys, without_pictures):
     """With the demo's models. The classifier ranks, and judges in the end."""
     monkeypatch.chdir(tmp_path)
     rank.main("--model_name demo --judge demo --simulate 40".split())
     assert sum(not record["skipped"] for record in lines(tmp_path / "rankings.jsonl")) == 40
+    judge = SentimentReward(demo[1], torch.device("cpu"))
+    for record in lines(tmp_path / "rankings.jsonl")[:10]:
+        scores = judge([record["prompt"] + text for text in record["texts"]]).tolist()
+        close = [[i, j] for i, j in ALL if len(scores) == 4 and scores[i] - scores[j] < 0.05]
+        assert record["skipped"] or (record["ties"] == close and scores == sorted(scores, reverse=True))
     rank.main("--model_name demo --judge demo --simulate 15 --seed 2 --out test.jsonl".split())
     seen = []
     descend = train_reward_model.descend
@@ -181,7 +186,9 @@ def test_from_rankings_to_a_trained_model_in_one_chain(tmp_path, monkeypatch, ca
     printed = capsys.readouterr().out
     assert float(printed.split("accuracy ")[1].split()[0]) > 0.8
     assert "accuracy 0." in (tmp_path / "reward_model" / "README.md").read_text(encoding="utf-8")
-    assert (tmp_path / "reward_model" / "loss.png").stat().st_size > 1000
+    folder = tmp_path / "reward_model"
+    assert (folder / "loss.png").stat().st_size > 1000
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
 
     texts = ["刚收到货,感觉很不错!", "刚收到货,感觉太差了,要求退货", "好"]
     scores = SentimentReward(tmp_path / "reward_model", torch.device("cpu"))(texts)
