@@ -110,10 +110,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         paths = args.runs or [newest_run(Path("runs"))]
         default = Path("gain.png" if args.against else "compare.png")
-        out = args.out or (
-            paths[0] / f"{args.only or 'rewards'}.png" if len(paths) == 1 and not args.against else default
-        )
-        written = draw(paths, out, [name for name in args.by.split(",") if name], args.only, args.against, args.lang)
+        if len(paths) == 1 and not args.against:
+            default = paths[0] / f"{args.only or 'rewards'}.png"
+        out, by = args.out or default, [name for name in args.by.split(",") if name]
+        written = draw(paths, out, by, args.only, args.against, args.lang)
     except UserError as error:
         print(f"plot_rewards.py: error: {error}", file=sys.stderr)
         return 2

@@ -148,7 +148,7 @@ class HumanReward:
     twice, in this run or in another one from the same folder."""
 
     def __init__(self, path: Path = Path("human_scores.jsonl")):
-        self.path, self.scores = path, {}
+        self.path = path
         with damaged(path, MEND_LINE):
             self.scores = {each["text"]: float(each["score"]) for each in read_lines(path)}
         if self.scores:

@@ -102,6 +102,7 @@ def load_base(folder: Path, device, seed: int):
         model = AutoModelForSequenceClassification.from_pretrained(
             folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
         )
+    tokenizer.model_max_length = most_tokens(model, tokenizer)
     if device.type == "cpu":  # faster there for short texts
         model.set_attn_implementation("eager")
     return model.to(device), tokenizer  # in eval mode, so without dropout, which a few hundred rankings can't afford
@@ -141,8 +142,7 @@ def ranking_losses(model, tokenizer, rankings: list[Ranking]) -> list[torch.Tens
     texts = [text for ranking in rankings for text in ranking.texts]
     if is_bert(tokenizer):
         texts = [clean_text(text) for text in texts]  # as SentimentReward reads them
-    limit = most_tokens(model, tokenizer)
-    inputs = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt").to(model.device)
+    inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(model.device)
     scores, losses = model(**inputs).logits[:, 0].split([len(ranking.texts) for ranking in rankings]), []
     for of_ranking, ranking in zip(scores, rankings):
         better, worse = torch.tensor(ranking.better, device=model.device).T

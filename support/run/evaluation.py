@@ -107,12 +107,12 @@ class Results:
 
     def of_reward(self, before: dict, after: dict) -> dict:
         """Return how one of several rewards changed. before, after: its entries in `parts`."""
-        found, variance = {"name": before["name"], "weight": before["weight"]}, 0.0
-        for when, scores in (("before", before["scores"]), ("after", after["scores"])):
-            scores, (_, prompt_index) = torch.tensor(scores, dtype=torch.float64), getattr(self, when).rewards()
-            found[when] = scores.mean().item()
-            variance += variance_within(scores, prompt_index) / len(scores)
-        return found | {"error": math.sqrt(variance)}
+        (mean, error), (mean_after, error_after) = (
+            mean_and_error(torch.tensor(part["scores"], dtype=torch.float64), judged.rewards()[1])
+            for judged, part in ((self.before, before), (self.after, after))
+        )
+        found = {"name": before["name"], "weight": before["weight"], "before": mean, "after": mean_after}
+        return found | {"error": math.hypot(error, error_after)}
 
     @classmethod
     def read(cls, path: Path) -> "Results | None":
@@ -230,9 +230,10 @@ def noise(changes: torch.Tensor, scores: torch.Tensor) -> float:
     return of_change / (scores.var(correction=0).item() or of_change) if of_change else 0.0
 
 
-def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
-    """Return the mean of values (n,) and its standard error; the mean of none is NaN."""
-    variance = variance_within(values, torch.zeros(len(values)))
+def mean_and_error(values: torch.Tensor, prompt_index: torch.Tensor | None = None) -> tuple[float, float]:
+    """Return the mean of values (n,) and its standard error, for these prompts if `prompt_index` (n,) names them; the
+    mean of none is NaN."""
+    variance = variance_within(values, torch.zeros(len(values)) if prompt_index is None else prompt_index)
     return values.mean().item(), math.sqrt(variance / max(1, len(values)))
 
 

@@ -111,8 +111,9 @@ def input_hashes(
         scorer = reward.functions[name].pipeline
         rounded = {name: weight.bfloat16() for name, weight in scorer.model.named_parameters()}
         models[f"{flag} {model}"] = (rounded, scorer.tokenizer)
-    more = [columns] if (columns := {name: reward.columns[name] for name in reward.columns if name != "prompt"}) else []
-    hashes = {"the hash of the prompts": hash_of([prompts, [query.tolist() for query in queries], *more])}
+    other_columns = {name: values for name, values in reward.columns.items() if name != "prompt"}
+    asked = [prompts, [query.tolist() for query in queries], *([other_columns] if other_columns else [])]
+    hashes = {"the hash of the prompts": hash_of(asked)}
     for name, (weights, its_tokenizer) in models.items():
         hashes[f"the hash of the weights of {name}"] = hash_of(weights)
         hashes[f"the hash of the tokenizer of {name}"] = hash_of(sorted(its_tokenizer.get_vocab().items()))
