@@ -9,6 +9,9 @@ from torch import nn
 from transformers import GPT2Config, GPT2Model, GPT2PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from support.compute.blocks import Texts, attention_bias, embed_prompts, position_ids, run_blocks
+from support.compute.vocabulary import per_token, restrict_logits  # noqa: F401
+
 # ----------------------------------------------------------------------------------------------
 # The model
 
@@ -94,27 +97,6 @@ class GPT2HeadWithValueModel(GPT2PreTrainedModel):
         return CausalLMOutputWithValue(self.lm_head(hidden_states), self.v_head(hidden_states), cache)
 
 
-def position_ids(mask: torch.Tensor) -> torch.Tensor:
-    """Positions that count real tokens only, from 0 at the first one. mask (batch, seq)."""
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def attention_bias(mask: torch.Tensor | None, n_keys: int, seq: int, like: torch.Tensor) -> torch.Tensor:
-    """Additive attention mask of the last `seq` of n_keys tokens: 0 at visible keys, else the dtype's lowest number.
-
-    mask (batch, n_keys) is 0 at the padding, or None. Returns (batch, 1, seq, n_keys), or (1, 1, seq, n_keys) without
-    padding, in the dtype of `like`. The library uses a 4-d mask unchanged; of a 2-d one it would ask the GPU at every
-    token whether it hides anything. In memory a row is a multiple of 8 numbers long, or CUDA's kernels would copy it.
-    """
-    lowest = torch.finfo(like.dtype).min
-    wide = torch.full((seq, -(-n_keys // 8) * 8), lowest, dtype=like.dtype, device=like.device)
-    bias = wide.triu(n_keys - seq + 1)[None, None]
-    if mask is not None:
-        padding = torch.nn.functional.pad(mask == 0, (0, bias.shape[-1] - n_keys))
-        bias = bias.masked_fill(padding[:, None, None], lowest)
-    return bias[..., :n_keys]
-
-
 # ----------------------------------------------------------------------------------------------
 # Sampling
 
@@ -135,15 +117,6 @@ def restriction(tokenizer, vocab_size: int, device="cpu") -> torch.Tensor:
     """The term added to logits so that some tokens are never sampled: (vocab,) float32, 0 or -inf."""
     ids = torch.tensor(never_sampled_ids(tokenizer, vocab_size), dtype=torch.int64)
     return torch.zeros(vocab_size).index_fill(0, ids, float("-inf")).to(device)
-
-
-def restrict_logits(logits: torch.Tensor, restriction: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The logits of the distribution that is sampled, logits / temperature + restriction, in float32 or better.
-
-    logits (..., vocab), restriction (vocab,). Sampling, policy, reference and update all use it, or PPO's ratios
-    and the KL would compare different things. One pass over memory, including the cast.
-    """
-    return torch.add(restriction, logits, alpha=1 / temperature)
 
 
 def completion_uniforms(seed: int, step: int, indices: Iterable[int], gen_len: int) -> torch.Tensor:
@@ -171,48 +144,44 @@ ASK_EVERY = 8  # tokens between two checks whether all completions have ended: e
 @torch.no_grad()
 def sample(
     model: GPT2HeadWithValueModel,
-    ids: torch.Tensor,
-    mask: torch.Tensor | None,
-    rows: torch.Tensor,
+    prompts,
     uniforms: torch.Tensor,
     restriction: torch.Tensor,
     sep_token_id: int,
     pad_token_id: int,
     temperature: float = 1.0,
-) -> torch.Tensor:
-    """Continue prompts by pure ancestral sampling, with the key/value cache. Returns (n, gen_len) int64, with padding
-    after [SEP].
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Continue prompts by pure ancestral sampling. Returns the responses (n, gen_len) int64, with padding after [SEP],
+    and their hidden states as in `Completions`, (n, gen_len - 1, hidden).
 
-    ids (prompts, P) int64: distinct prompts, left-padded; each goes through the model once. mask (prompts, P) int64, 0
-    at the padding, or None without padding. rows (n,) int64: completion i continues prompt rows[i]. uniforms
-    (n, gen_len), all on one device: token t of completion i is the first whose cumulative probability exceeds
-    uniforms[i, t] (inversion of the distribution function). Raises FloatingPointError if logits are NaN.
+    prompts: `Prompts` of n completions; each distinct one goes through the model once. uniforms (n, gen_len): token t
+    of completion i is the first whose cumulative probability exceeds uniforms[i, t] (inversion of the distribution
+    function). All on one device. Raises FloatingPointError if logits are NaN.
     """
-    precise = torch.float32 if ids.device.type == "mps" else torch.float64
-    n, gen_len = uniforms.shape
-    responses = torch.full((n, gen_len), pad_token_id, device=ids.device)
-    running = torch.ones(n, dtype=torch.bool, device=ids.device)
-    seen = None if mask is None else torch.cat([mask[rows], mask.new_ones(n, gen_len)], dim=1)
+    precise = torch.float32 if uniforms.device.type == "mps" else torch.float64
 
-    cache = DynamicCache()
-    logits = model(ids, mask, cache, use_cache=True, logits_to_keep=1).logits[rows, -1]
-    cache.batch_select_indices(rows)
+    def draw(logits, uniforms):
+        cumulative = logits.softmax(-1).to(precise).cumsum(-1)
+        threshold = uniforms[:, None].to(precise) * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
+
+    n, gen_len = uniforms.shape
+    responses = torch.full((n, gen_len), pad_token_id, device=uniforms.device)
+    running = torch.ones(n, dtype=torch.bool, device=uniforms.device)
+    texts = Texts(model, prompts, gen_len - 1)
     for t in range(gen_len):
-        probs = restrict_logits(logits, restriction, temperature).softmax(-1)
-        cumulative = probs.to(precise).cumsum(-1)
-        threshold = uniforms[:, t : t + 1].to(precise) * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, threshold, right=True)
-        tokens = tokens.squeeze(1).where(running, pad_token_id)
+        states = model.transformer.ln_f(texts.states)
+        tokens = per_token(draw, [model.lm_head], [states], uniforms[:, t], restriction, temperature)
+        tokens = tokens.where(running, pad_token_id)
         responses[:, t] = tokens
         tokens = tokens.clamp(max=len(restriction) - 1)  # NaN logits: searchsorted returns vocab_size, see below
         running = running & (tokens != sep_token_id)
         if t + 1 == gen_len or (t % ASK_EVERY == ASK_EVERY - 1 and not running.any()):
             break
-        seen_now = None if seen is None else seen[:, : ids.shape[1] + t + 1]
-        logits = model(tokens[:, None], seen_now, cache, use_cache=True).logits[:, -1]
+        texts.read(tokens)
     if (responses == len(restriction)).any():
         raise FloatingPointError("the model's logits are not finite")
-    return responses
+    return responses, texts.trunk_states
 
 
 # ----------------------------------------------------------------------------------------------
@@ -233,15 +202,15 @@ class SharedPrompts(nn.Module):
         (n, T - 1, hidden), after the frozen blocks; if nothing is frozen, the embeddings. Policy and reference share
         this trunk and have a branch each above it, like the hydra of trlX (Havrilla et al. 2023)."""
         gpt2, ids = self.model.transformer, ids[:, :-1]
-        prompt_positions = position_ids(torch.ones_like(prompts.ids) if prompts.mask is None else prompts.mask)
+        prompt_states, last = embed_prompts(gpt2, prompts)
         after = torch.arange(1, ids.shape[1] + 1, device=ids.device)
-        prompt_states = gpt2.wte(prompts.ids) + gpt2.wpe(prompt_positions)
-        states = gpt2.wte(ids) + gpt2.wpe(prompt_positions[prompts.rows, -1:] + after)
+        states = gpt2.wte(ids) + gpt2.wpe(last[prompts.rows, None] + after)
         return run_blocks(gpt2.h[: self.model.n_frozen], prompts, prompt_states, states)
 
     def forward(self, completions) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (n, T, vocab) and values (n, T); those at t have seen the prompt and the tokens before t, so the last
-        token isn't read. Completions that have been through the trunk only go through the branch."""
+        """Hidden states below the output projection (n, T, hidden) and values (n, T); those at t have seen the prompt
+        and the tokens before t, so the last token isn't read. Completions that have been through the trunk only go
+        through the branch."""
         gpt2, prompts = self.model.transformer, completions.prompts
         prompt_states, states = prompts.hidden_states, completions.hidden_states
         if states is None:
@@ -249,22 +218,4 @@ class SharedPrompts(nn.Module):
         prompt_states, states = run_blocks(gpt2.h[self.model.n_frozen :], prompts, prompt_states, states)
         last_of_prompts = prompts.spread(prompt_states[:, -1:])
         hidden_states = gpt2.ln_f(torch.cat([last_of_prompts, states], dim=1))
-        value = self.model.v_head(hidden_states.detach() if self.detach_value else hidden_states)
-        return self.model.lm_head(hidden_states), value
-
-
-def run_blocks(blocks, prompts, prompt_states: torch.Tensor, states: torch.Tensor):
-    """Run some blocks on the hidden states of the distinct prompts (prompts, P, hidden) and of the completions without
-    their last tokens (n, T - 1, hidden). Returns both."""
-    (n_prompt, seq), cache = (prompt_states.shape[1], states.shape[1]), DynamicCache()
-    bias = attention_bias(prompts.mask, n_prompt, n_prompt, prompt_states)
-    for block in blocks:
-        prompt_states = block(prompt_states, cache, attention_mask=bias)
-    if seq:
-        for layer in cache.layers:
-            if layer.is_initialized:  # the layers below these blocks are not
-                layer.keys, layer.values = prompts.spread(layer.keys), prompts.spread(layer.values)
-        bias = attention_bias(prompts.mask_with(seq), n_prompt + seq, seq, states)
-        for block in blocks:
-            states = block(states, cache, attention_mask=bias)
-    return prompt_states, states
+        return hidden_states, self.model.v_head(hidden_states.detach() if self.detach_value else hidden_states)

@@ -48,10 +48,14 @@ def logprobs_from_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
     return logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
-def entropy_from_logits(logits: torch.Tensor) -> torch.Tensor:
-    """-sum p log p of softmax(logits), in nats. (..., V) -> (...). A logit of -inf adds nothing (0 log 0 = 0)."""
-    probs = logits.softmax(-1)
-    return torch.special.entr(probs.where(probs > 0, 1)).sum(-1)  # entr's gradient at 0 is infinite; entr(1) is 0
+def logprobs_and_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """log softmax(logits)[label], and the entropy -sum p log p, in nats. Shapes as above -> (2, ...).
+
+    A logit of -inf adds nothing to the entropy (0 log 0 = 0).
+    """
+    logprobs = logits.log_softmax(-1)
+    entropy = -(logprobs.exp() * logprobs.where(logprobs > float("-inf"), 0)).sum(-1)
+    return torch.stack([logprobs.gather(-1, labels.unsqueeze(-1)).squeeze(-1), entropy])
 
 
 def kl_from_logits(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tensor:
@@ -262,13 +266,12 @@ class Experience:
         return Experience(self.completions.select(rows), *tensors)
 
 
-def ppo_loss(config, logits: torch.Tensor, values: torch.Tensor, batch: Experience):
+def ppo_loss(config, logprobs: torch.Tensor, values: torch.Tensor, batch: Experience):
     """PPO's loss of a micro-batch and a dict of its statistics, scalars, each a mean over the micro-batch's tokens.
 
-    logits (n, T, V), restricted, and values (n, T): those of the policy as it is now.
+    logprobs and values, (n, T): those of the policy as it is now.
     """
     mask = batch.mask
-    logprobs = logprobs_from_logits(logits, batch.completions.ids)
     pg_loss, pg_clipfrac = policy_loss(logprobs, batch.logprobs, batch.advantages, mask, config.cliprange)
     vf_loss, vf_clipfrac = value_loss(values, batch.values, batch.returns, mask, config.cliprange_value)
     loss = pg_loss + config.vf_coef * vf_loss
@@ -347,8 +350,8 @@ class PPOTrainer:
 
         # 1. Log-probabilities and values of policy and reference before this step's update
         completions = engine.share_trunk(completions)  # through the frozen blocks, once for both (point 7)
-        logprobs, values, entropy = self.forward_pass(completions, self.model)
-        ref_logprobs, *_ = self.forward_pass(completions, self.ref_model)
+        logprobs, entropy, values = self.forward_pass(completions, self.model, logprobs_and_entropy)
+        ref_logprobs, _ = self.forward_pass(completions, self.ref_model, logprobs_from_logits)
 
         # 2. Rewards, from the batch's mean and in the trainer's unit: the KL penalty, plus the score at the last token
         kl_coef = self.kl_controller.value / unit
@@ -365,8 +368,8 @@ class PPOTrainer:
                 means = {}
                 engine.zero_grad()
                 for batch, weight in engine.micro_batches(experience.select(rows)):  # weight: its share of the tokens
-                    logits, new_values = engine.forward(batch.completions)
-                    loss, statistics = ppo_loss(config, logits, new_values, batch)
+                    new_logprobs, new_values = engine.forward(batch.completions, logprobs_from_logits)
+                    loss, statistics = ppo_loss(config, new_logprobs, new_values, batch)
                     engine.backward(weight * loss)
                     for name, value in statistics.items():
                         means[name] = means.get(name, 0) + weight * value.detach()
@@ -398,13 +401,12 @@ class PPOTrainer:
         return stats
 
     @torch.no_grad()
-    def forward_pass(self, completions: Completions, model) -> torch.Tensor:
-        """Log-probabilities of the completions' tokens, values, and entropies: (3, n, T) float32."""
+    def forward_pass(self, completions: Completions, model, function) -> torch.Tensor:
+        """function(logits, ids) at the completions' tokens, one row or several (n, T), and values (n, T): (k, n, T)."""
         computed, passes = [], self.engine.passes(model)
         for part in self.engine.parts(completions):
-            logits, values = self.engine.forward(part, passes)
-            logprobs, entropy = logprobs_from_logits(logits, part.ids), entropy_from_logits(logits)
-            computed.append(torch.stack([logprobs, values, entropy]))
+            found, values = self.engine.forward(part, function, passes)
+            computed.append(torch.cat([found.view(-1, *values.shape), values[None]]))
         return self.engine.gather(computed, len(completions.ids))
 
     def minibatches(self, n: int, epoch: int) -> tuple[torch.Tensor, ...]:

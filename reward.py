@@ -19,8 +19,10 @@ from support.common.files import MEND_LINE, append_line, damaged, read_lines
 from support.common.imports import import_as_it_is_now
 from support.compute import processes
 from support.compute.batches import listed, to_float32
+from support.compute.products import fix_classifier
 from support.models.pretrained import (
     clean_text,
+    hash_of,
     is_bert,
     load_weights,
     open_tokenizer,
@@ -80,6 +82,8 @@ class SentimentReward:
         model = load_weights(AutoModelForSequenceClassification, folder, config, device)
         if hasattr(model, "score"):  # a decoder's head, which reads the last token before this padding
             model.config.pad_token_id, tokenizer.padding_side = tokenizer.pad_token_id, "right"
+        # Rounded first, so that a run may go on in another dtype
+        self.weights_hash = hash_of({name: weight.bfloat16() for name, weight in model.named_parameters()})
         model = model.to(device=device, dtype=dtype)  # under torchrun the pipeline doesn't move it
         with quiet_transformers():
             self.pipeline = pipeline("sentiment-analysis", model=model, tokenizer=tokenizer, device=device)
@@ -90,18 +94,19 @@ class SentimentReward:
             truncation=True,
             max_length=most_tokens(model, tokenizer),
         )
+        fix_classifier(model)
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
-        """P(positive), or a reward model's output, (len(texts),) float32. Sorts texts by length to reduce padding."""
+        """P(positive), or a reward model's output, (len(texts),) float32. Scores each distinct text once, the
+        shortest first to reduce padding."""
         if is_bert(self.pipeline.tokenizer):
             texts = [clean_text(text) for text in texts]
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        scores = torch.empty(len(texts))
+        distinct, scores = sorted(set(texts), key=lambda text: (len(text), text)), {}
         with quiet_transformers():  # on a GPU it advises against calling it more than ten times
-            results = self.pipeline([texts[i] for i in order], **self.options)
-        for i, result in zip(order, results):
-            scores[i] = next(entry["score"] for entry in result if str(entry["label"]) == self.positive_label)
-        return scores
+            results = self.pipeline(distinct, **self.options)
+        for text, result in zip(distinct, results):
+            scores[text] = next(entry["score"] for entry in result if str(entry["label"]) == self.positive_label)
+        return torch.tensor([scores[text] for text in texts])
 
 
 def read_classifier_folder(folder: Path, positive_label: str | None):

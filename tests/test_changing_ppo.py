@@ -28,15 +28,26 @@ def loss_of_two_tokens(config) -> tuple[float, np.ndarray]:
     prompts, mask = Prompts(torch.tensor([[2]]), None, torch.tensor([0])), torch.tensor([[True, True, False]])
     completions, zeros = Completions(prompts, torch.tensor([[0, 1, 2]]), mask), torch.zeros(1, 3)
     batch = ppo.Experience(completions, zeros, zeros, torch.tensor([[2.0, -1, 0]]), zeros)
-    loss, _ = ppo.ppo_loss(config, logits, zeros, batch)
+    logprobs = ppo.logprobs_from_logits(logits, completions.ids)
+    loss, _ = ppo.ppo_loss(config, logprobs, zeros, batch)
     loss.backward()
     return loss.item(), logits.grad[0].numpy()
 
 
-def entropy_bonus(*_):
-    (loss, gradient), (plain, _) = map(loss_of_two_tokens, (parse_args(["--entropy_coef", "0.5"])[0], PPOConfig()))
-    mean = (np.log(3) + np.log(4) - 0.75 * np.log(3)) / 2  # entropies of three thirds, and of 1/4 and 3/4
-    assert plain - loss == pytest.approx(0.5 * mean, rel=1e-5) and np.isfinite(gradient).all()
+def entropy_bonus(gpt2_folder, *_):
+    """The first loss of a step, whose policy is the one that sampled, and where its gradient leads."""
+    losses, entropies = [], []
+    for coef in ("0.5", "0.0", "100.0"):
+        entropy_coef, seen = parse_args(["--entropy_coef", coef])[0].entropy_coef, []
+        trainer = make(policy := load_gpt2(gpt2_folder), lr=1e-2, entropy_coef=entropy_coef)
+        backward = trainer.engine.backward
+        trainer.engine.backward = lambda loss, backward=backward, seen=seen: (seen.append(loss.item()), backward(loss))
+        batch = batch_of(trainer, policy)
+        entropies.append(trainer.step(*batch)["objective/entropy"])
+        losses.append(seen[0])
+        entropies.append(trainer.step(*batch)["objective/entropy"])
+    assert losses[1] - losses[0] == pytest.approx(0.5 * entropies[0], rel=1e-4)
+    assert entropies[5] > entropies[3] + 0.3
 
 
 def reinforce(*_):

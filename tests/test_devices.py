@@ -139,11 +139,11 @@ def test_only_a_cuda_gpu_is_not_waited_for():
 @pytest.mark.parametrize(
     ("device", "size", "n_tokens", "drawing", "expected"),
     [
-        ("cuda", 0, 16, False, 737),  # 8 GiB / (24 * 16 * 21,128 of logits + 16 * 24 * 12 * 768 of keys and values)
-        ("cuda", 0, 16, True, 1_542),  # and with a quarter of the logits
+        ("cuda", 0, 16, False, 1_444),  # 8 GiB / (8 * 24 * 12 * 768 of keys and values + 68 * 16 * 5 * 768)
+        ("cuda", 0, 16, True, 4_854),  # the keys and values only
         ("cuda", 0, 10**6, False, 1),
-        ("cpu", 0, 16, False, 64),  # 184 would fit into 2 GiB
-        ("mps", 0, 100, False, 32),  # 2 GiB / (24 * 100 * 21,128 + 16 * 108 * 12 * 768)
+        ("cpu", 0, 16, False, 32),  # 22 would fit into 128 MiB
+        ("mps", 0, 400, False, 15),  # 2 GiB / (8 * 408 * 12 * 768 + 68 * 400 * 5 * 768)
         ("cpu", 0, 10**6, False, 1),
         ("cpu", 500, 16, True, 2_000),
     ],
@@ -152,7 +152,7 @@ def test_as_many_completions_go_through_at_once_as_memory_holds(monkeypatch, dev
     """Of the article's GPT-2, on a GPU of 64 GiB, after prompts of 8 tokens."""
     memory = types.SimpleNamespace(total_memory=64 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
-    gpt2 = types.SimpleNamespace(config=types.SimpleNamespace(vocab_size=21_128, n_layer=12, n_embd=768))
+    gpt2 = types.SimpleNamespace(config=types.SimpleNamespace(vocab_size=21_128, n_layer=12, n_embd=768), n_frozen=8)
     config = PPOConfig(micro_batch_size=size)
     engine = types.SimpleNamespace(config=config, model=gpt2, device=torch.device(device))
     assert Engine.micro_batch_size(engine, 8, n_tokens, drawing) == expected

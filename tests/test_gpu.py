@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from config import PPOConfig
+from ppo import logprobs_from_logits
 from reward import SentimentReward
 from support.run.text_trainer import TextPPOTrainer
 from tests.helpers import small_run, weights, write_gpt2
@@ -36,7 +37,7 @@ def trainers(large_gpt2):
 def logprobs(trainer, responses):
     """The policy's log-probabilities of the responses' tokens, in one row, float64 on the CPU."""
     completions = trainer.collate(trainer.encode(PROMPTS), responses)
-    found, *_ = trainer.forward_pass(trainer.engine.share_trunk(completions), trainer.model)
+    found, _ = trainer.forward_pass(trainer.engine.share_trunk(completions), trainer.model, logprobs_from_logits)
     return found[completions.mask].cpu().double()
 
 

@@ -12,6 +12,7 @@ import torch
 
 import support
 from config import PPOConfig
+from reward import SentimentReward
 from support.common.errors import UserError
 from support.compute import processes
 from support.models.demo_models import NEGATIVE
@@ -136,12 +137,16 @@ for model in f"--model_name {PPOConfig.model_name}", f"--reward_model_name {PPOC
     HASHES += [f"the hash of the weights of {model}", f"the hash of the tokenizer of {model}"]
 
 
-def test_another_classifier_changes_its_own_hash_and_another_dtype_none(parts):
-    classifier, before = parts[2].functions["classifier"].pipeline.model, input_hashes(settings(), *parts)
+def test_another_classifier_changes_its_own_hash_and_another_dtype_none(parts, classifier_folder, tmp_path):
+    before, device = input_hashes(settings(), *parts), torch.device("cpu")
     assert list(before) == HASHES
-    classifier.bfloat16()
+    parts[2].functions["classifier"] = SentimentReward(classifier_folder, device, torch.bfloat16)
     assert input_hashes(settings(), *parts) == before  # a run may go on in another dtype
-    classifier.classifier.bias.data[-1] += 1
+    changed = shutil.copytree(classifier_folder, tmp_path / "changed")
+    weights = torch.load(changed / "pytorch_model.bin")
+    weights["classifier.bias"][-1] += 1
+    torch.save(weights, changed / "pytorch_model.bin")
+    parts[2].functions["classifier"] = SentimentReward(changed, device)
     after = input_hashes(settings(), *parts)
     assert [name for name in HASHES if after[name] != before[name]] == [HASHES[3]]
     parts[2].columns["answer"] = [1]

@@ -25,7 +25,9 @@ def test_logprobs_and_entropy_by_hand():
     got = ppo.logprobs_from_logits(T([[0, math.log(3)], [math.log(4), 0]]), T([1, 1]))
     assert got.tolist() == pytest.approx([math.log(0.75), math.log(0.2)])
     logits = T([[0.0, 0, 0, 0], [0, 0, -INF, -INF], [5, -INF, -INF, -INF]])
-    assert ppo.entropy_from_logits(logits).tolist() == pytest.approx([math.log(4), math.log(2), 0])
+    logprobs, entropy = ppo.logprobs_and_entropy(logits, T([2, 1, 0]))
+    assert logprobs.tolist() == pytest.approx([-math.log(4), -math.log(2), 0])
+    assert entropy.tolist() == pytest.approx([math.log(4), math.log(2), 0])
 
 
 def test_kl_by_hand_and_with_forbidden_tokens():
@@ -37,7 +39,7 @@ def test_kl_by_hand_and_with_forbidden_tokens():
 MASK = T([[True, True, False], [True, False, False]])
 GRADIENTS = {  # functions of logits (2, 3, 5) with forbidden tokens, and of x, y (2, 3) with NaN at the padding
     "logprobs_from_logits": lambda logits, x, y: ppo.logprobs_from_logits(logits, torch.ones(2, 3, dtype=torch.int64)),
-    "entropy_from_logits": lambda logits, x, y: ppo.entropy_from_logits(logits),
+    "logprobs_and_entropy": lambda logits, x, y: ppo.logprobs_and_entropy(logits, torch.ones(2, 3, dtype=torch.int64)),
     "kl_from_logits": lambda logits, x, y: ppo.kl_from_logits(logits, logits.flip(0)),
     "masked_mean": lambda logits, x, y: ppo.masked_mean(x, MASK),
     "whiten": lambda logits, x, y: ppo.whiten(x, MASK),

@@ -39,7 +39,7 @@ def draw(policy, texts, seed=1, step=1, gen_len=6, temperature=1.0, first=0, uni
         uniforms = g.completion_uniforms(seed, step, range(first, first + len(texts)), gen_len)
     restriction = g.restriction(tokenizer, model.config.vocab_size)
     prompts = prompts_of(tokenizer, texts)
-    return g.sample(model, prompts.ids, prompts.mask, prompts.rows, uniforms, restriction, SEP, 0, temperature)
+    return g.sample(model, prompts, uniforms, restriction, SEP, 0, temperature)[0]
 
 
 def plain_forward(model, ids):
@@ -79,7 +79,8 @@ def test_shared_prompts_equal_one_sequence_at_a_time(policy64, frozen_share):
         completions = dataclasses.replace(completions, prompts=prompts, hidden_states=states)
     for rows in (slice(None), slice(1, 3), torch.tensor([4, 2, 5, 0])):  # whole, and prompts that some rows don't use
         part = completions.select(rows)
-        logits, values = SharedPrompts(model)(part)
+        states, values = SharedPrompts(model)(part)
+        logits = model.lm_head(states)
         for row, i in enumerate(torch.arange(6)[rows].tolist()):
             query, length = models.encode_prompt(tokenizer, texts[i]).tolist(), int(part.mask[row].sum())
             alone = plain_forward(model, query + part.ids[row, :length].tolist())
@@ -106,7 +107,7 @@ def test_gradients_are_the_same_to_the_bit_each_time(policy):
     gradients = []
     for _ in range(4):
         policy[0].zero_grad()
-        SharedPrompts(policy[0])(completions)[0].sin().sum().backward()
+        policy[0].lm_head(SharedPrompts(policy[0])(completions)[0]).sin().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in policy[0].parameters() if p.grad is not None]))
     assert all(torch.equal(gradient, gradients[0]) for gradient in gradients[1:])
 

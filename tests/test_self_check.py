@@ -6,59 +6,64 @@ import pytest
 import torch
 from transformers.models.gpt2 import modeling_gpt2
 
-import gpt2_value_head
 from support.common.errors import UserError
-from support.compute import self_check
+from support.compute import blocks, products, self_check
 from support.compute.batches import Prompts
 from tests.helpers import make
 
-attention_bias = gpt2_value_head.attention_bias
+attention_bias = blocks.attention_bias
 
 
 def without_padding(mask, *shape):
     return attention_bias(None, *shape)
 
 
-def uncached(forward):
-    def call(self, input_ids, attention_mask=None, past_key_values=None, use_cache=False, logits_to_keep=0):
-        mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
-        return forward(self, input_ids, mask, logits_to_keep=logits_to_keep)
+def overwriting(read):
+    """Every token takes the place and the position of the first."""
+
+    def call(self, tokens):
+        read(self, tokens)
+        self.n_read = 0
 
     return call
 
 
-def unpadded(forward):
-    def call(self, input_ids, attention_mask=None, *args, **options):
-        mask = None if attention_mask is None else torch.ones_like(attention_mask)
-        return forward(self, input_ids, mask, *args, **options)
+def unpadded(read):
+    def call(self, tokens):
+        self.bias = None
+        read(self, tokens)
 
     return call
+
+
+def check(model, dtype=torch.float32):
+    self_check.check_passes(model, products.computing_copy(model, dtype))
 
 
 @pytest.mark.parametrize(("dtype", "frozen_share"), [(torch.float32, 0), (torch.bfloat16, 0.5)])
 def test_all_ways_agree_in_every_dtype(policy, dtype, frozen_share):
     policy[0].freeze(frozen_share)
-    self_check.check_passes(policy[0].to(dtype))
+    check(policy[0], dtype)
     policy[0].transformer.ln_f.bias.data[7] = torch.nan
-    self_check.check_passes(policy[0])  # which sampling reports
+    check(policy[0], dtype)  # which sampling reports
 
 
 @pytest.mark.parametrize(
     ("module", "name", "broken", "way"),
     [
-        (gpt2_value_head, "attention_bias", without_padding, "with a shared prompt"),
-        (gpt2_value_head, "position_ids", lambda m: torch.arange(m.shape[1]).expand_as(m), "with a shared prompt"),
+        (blocks, "attention_bias", without_padding, "with a shared prompt"),
+        (blocks, "position_ids", lambda m: torch.arange(m.shape[1]).expand_as(m), "with a shared prompt"),
         (Prompts, "spread", lambda self, tensor: tensor[self.rows.flip(0)], "with a shared prompt"),
-        (gpt2_value_head.GPT2HeadWithValueModel, "forward", unpadded, "token by token"),
-        (gpt2_value_head.GPT2HeadWithValueModel, "forward", uncached, "token by token"),
+        (blocks.Texts, "read", unpadded, "token by token"),
+        (blocks.Texts, "read", overwriting, "token by token"),
         (modeling_gpt2, "create_causal_mask", lambda attention_mask, **_: attention_mask, "with a shared prompt"),
     ],
 )
 def test_what_the_library_might_lose_is_noticed(policy, monkeypatch, module, name, broken, way):
     policy[0].set_attn_implementation("eager")
-    monkeypatch.setattr(module, name, broken(getattr(module, name)) if broken in (uncached, unpadded) else broken)
+    monkeypatch.setattr(module, name, broken(getattr(module, name)) if name == "read" else broken)
     with pytest.raises(UserError, match=f"{way} the logits are [0-9]+% off"):
-        self_check.check_passes(policy[0])
+        check(policy[0])
 
 
 def test_the_model_that_computes_is_checked(policy, monkeypatch):
@@ -68,7 +73,7 @@ def test_the_model_that_computes_is_checked(policy, monkeypatch):
         bias = attention_bias(mask, n_keys, seq, like)
         return bias if like.dtype == torch.float32 else torch.zeros_like(bias)
 
-    monkeypatch.setattr(gpt2_value_head, "attention_bias", broken)
+    monkeypatch.setattr(blocks, "attention_bias", broken)
     make(policy, dtype="float32")
     with pytest.raises(UserError, match="with a shared prompt the logits are"):
         make(policy, dtype="bfloat16")
@@ -79,14 +84,14 @@ def test_the_model_that_computes_is_checked(policy, monkeypatch):
     [("float32", 0.005, False), ("float32", 0.02, True), ("bfloat16", 0.05, False), ("bfloat16", 0.15, True)],
 )
 def test_rounding_is_allowed_and_more_is_noticed(policy, monkeypatch, dtype, noise, noticed):
-    forward = gpt2_value_head.SharedPrompts.forward
+    forward = products.Projection.forward
 
-    def noisy(self, completions):
-        logits, values = forward(self, completions)
+    def noisy(self, states):
+        logits = forward(self, states)
         direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits.dtype)
         size = (logits - logits.mean(-1, keepdim=True)).norm(dim=-1, keepdim=True)
-        return logits + noise * size * direction / direction.norm(dim=-1, keepdim=True), values
+        return logits + noise * size * direction / direction.norm(dim=-1, keepdim=True)
 
-    monkeypatch.setattr(gpt2_value_head.SharedPrompts, "forward", noisy)
+    monkeypatch.setattr(products.Projection, "forward", noisy)
     with pytest.raises(UserError, match="with a shared prompt") if noticed else contextlib.nullcontext():
-        self_check.check_passes(policy[0].to(getattr(torch, dtype)))
+        check(policy[0], getattr(torch, dtype))

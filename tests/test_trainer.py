@@ -74,7 +74,8 @@ def test_what_follows_the_end_of_a_response_is_not_read(policy):
 def test_no_more_than_a_micro_batch_goes_through_the_model_at_once(policy):
     """Sampling sends four times as many rows. A step: once for the old log-probabilities, once for the update."""
     trainer, rows = make(policy, micro_batch_size=2, minibatch_size=5, ppo_epochs=1, gen_len=2), []
-    trainer.model.lm_head.register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
+    forward = trainer.engine.compute_model.transformer.ln_f.register_forward_hook
+    forward(lambda _, args, __: rows.append(len(args[0])))
     responses = trainer.generate(QUERIES + QUERIES[:3])
     assert max(rows) == 8
     rows.clear()
@@ -232,7 +233,7 @@ def test_generate_draws_what_seed_step_and_place_say(policy):
     def expected(model, seed, step, first=0):
         prompts, special = Prompts.from_tensors(queries, 0, "cpu"), (g.restriction(policy[1], 43), 3, 0)
         draws = g.completion_uniforms(seed, step, range(first, first + 6), 6)
-        rows = g.sample(model, prompts.ids, prompts.mask, prompts.rows, draws, *special, 0.8).tolist()
+        rows = g.sample(model, prompts, draws, *special, 0.8)[0].tolist()
         return [row[: row.index(3) + 1] if 3 in row else row for row in rows]
 
     calls = [

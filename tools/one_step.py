@@ -67,13 +67,13 @@ def take_step(config: PPOConfig) -> Step:
     zero_grad, seen = trainer.engine.zero_grad, []
 
     def zero_grad_watched():  # at the start of each optimiser step, of which an epoch has one
-        seen.append(trainer.forward_pass(batch, trainer.model))
+        seen.append(trainer.forward_pass(batch, trainer.model, ppo.logprobs_from_logits))
         zero_grad()
 
     trainer.engine.zero_grad = zero_grad_watched
-    ref_logprobs, *_ = trainer.forward_pass(batch, trainer.ref_model)
+    ref_logprobs, _ = trainer.forward_pass(batch, trainer.ref_model, ppo.logprobs_from_logits)
     kl_coef, stats = trainer.kl_controller.value, trainer.step(batch, scores)
-    seen.append(trainer.forward_pass(batch, trainer.model))
+    seen.append(trainer.forward_pass(batch, trainer.model, ppo.logprobs_from_logits))
 
     mask, mean, unit = batch.mask, trainer.reward_mean, trainer.reward_unit
     logprobs, values = [new[0] for new in seen], [mean + unit * new[1] for new in seen]

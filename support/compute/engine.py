@@ -15,11 +15,21 @@ from dataclasses import replace
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt2_value_head import SharedPrompts, completion_mask, completion_uniforms, restrict_logits, restriction, sample
+from gpt2_value_head import SharedPrompts, completion_mask, completion_uniforms, restriction, sample
 from support.compute import processes
 from support.compute.batches import Completions, Prompts, to_device
-from support.compute.devices import pick_dtype
+from support.compute.devices import keep_freed_memory, pick_dtype
+from support.compute.products import (
+    computing_copy,
+    drawing_copy,
+    fix_products,
+    frozen_part,
+    frozen_weights,
+    share_frozen,
+    store_transposed,
+)
 from support.compute.self_check import check_passes
+from support.compute.vocabulary import per_token
 
 MAX_SKIPPED = 10  # optimiser steps in a row without a finite gradient: then training has failed
 
@@ -34,20 +44,19 @@ class Engine:
         self.restriction = restriction(tokenizer, model.config.vocab_size, self.device)
         self.world_size = processes.world_size()
 
-        # Frozen weights are in memory once; if the arithmetic is not float32, a copy of the policy computes
-        self.model = model.eval()
-        self.ref_model = ref_model.eval().to(self.dtype).requires_grad_(False)
+        # Models are in float32, with frozen weights in memory once; their copies compute
+        self.model, self.ref_model = model.eval(), ref_model.eval().float().requires_grad_(False)
         for one in (model, ref_model):
             one.freeze(config.frozen_share)
-        self.compute_model = model if self.dtype == torch.float32 else copy.deepcopy(model).to(self.dtype)
-        self.compute_model.v_head.float()
-        for weight, ref_weight in zip(self.compute_model.parameters(), self.ref_model.parameters()):
-            if weight.requires_grad:
-                continue
-            if weight.equal(ref_weight):
-                ref_weight.data = weight.data
-            else:
-                self.ref_model.n_frozen = 0  # no common trunk: each goes through its own blocks
+        if self.dtype == torch.float32:
+            store_transposed(model.transformer.h[: model.n_frozen])
+        if not share_frozen(model, ref_model):
+            ref_model.n_frozen = 0  # no common trunk: each goes through its own blocks
+        self.averaged = copy.deepcopy(model, {id(weight): weight for weight in frozen_weights(model)})
+        self.compute_model = computing_copy(model, self.dtype)
+        self.reference = SharedPrompts(self.copy_of(ref_model))
+        if self.dtype != torch.float32:
+            fix_products(self.reference.model.transformer.h)  # its weights never change
 
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self.n_trained = sum(weight.numel() for weight in self.weights)
@@ -57,43 +66,52 @@ class Engine:
         fused = self.device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam(groups, eps=config.adam_epsilon, fused=fused)
         self.skipped_in_a_row = 0  # optimiser steps, up to the last `fetch`
-        self.averaged = copy.deepcopy(model)
         self.averages = [weight for weight in self.averaged.parameters() if weight.requires_grad]
         self.trained_policy = SharedPrompts(self.compute_model, config.detach_value)
-        check_passes(self.compute_model)
+        check_passes(model, self.compute_model)
+        keep_freed_memory()  # from here on: what loading has freed goes back to the system
         if self.world_size > 1:
             self.trained_policy = DistributedDataParallel(self.trained_policy, gradient_as_bucket_view=True)
 
     def generate(self, queries: list[torch.Tensor], model, seed: int, step: int, first: int) -> Completions:
         """Let `model` continue each query; completion i uses the random numbers of (seed, step, first + i)."""
-        model, gen_len = self.in_compute_dtype(model), self.config.gen_len
+        gen_len = self.config.gen_len
         special = self.restriction, self.sep_token_id, self.pad_token_id
         prompts = Prompts.from_tensors(queries, self.pad_token_id, self.device)
         size = self.micro_batch_size(prompts.ids.shape[1], gen_len, drawing=True)
         ids = torch.zeros(len(queries), gen_len, dtype=torch.int64, device=self.device)
+        drawing, states = drawing_copy(self.passes(model).model), []
         for rows in self.own_rows(len(queries), size):
-            part, numbers = prompts.select(rows), range(first + rows.start, first + rows.stop)
+            numbers = range(first + rows.start, first + rows.stop)
             uniforms = to_device(completion_uniforms(seed, step, numbers, gen_len), self.device)
-            ids[rows] = sample(model, part.ids, part.mask, part.rows, uniforms, *special, self.config.temperature)
+            ids[rows], drawn_states = sample(drawing, prompts.select(rows), uniforms, *special, self.config.temperature)
+            states.append(drawn_states[None])
         mask = completion_mask(self.all_reduce_sum(ids), self.sep_token_id)
         longest = int(mask.sum(-1).max())
-        return Completions(prompts, ids[:, :longest], mask[:, :longest])
+        completions = Completions(prompts, ids[:, :longest], mask[:, :longest])
+        if self.ref_model.n_frozen and self.shares_trunk(model):
+            states = self.gather(states, len(queries))[0]
+            completions.hidden_states = states[:, : longest - 1]
+        return completions
 
     # --- splitting a batch
 
     def micro_batch_size(self, n_prompt: int, n_tokens: int, drawing: bool = False) -> int:
         """How many completions of n_tokens tokens, after prompts of n_prompt, go through a model at once. By default as
-        many as fit into an eighth of a GPU's memory, or elsewhere into 2 GiB, at most 64. Some six float32 copies of
-        the logits and two of keys and values live at once; drawing needs one token's logits."""
+        many as fit into an eighth of a GPU's memory; elsewhere into 128 MiB, but at least 32 if 2 GiB allow it.
+        Training keeps some 17 numbers per token and unit of width in each trained block, and six copies of the logits
+        if the projection is trained; drawing keeps keys and values."""
         more = 4 if drawing else 1
         if self.config.micro_batch_size:
             return more * self.config.micro_batch_size
-        gpt2_config = self.model.config
-        logits = 24 * n_tokens * gpt2_config.vocab_size // more
-        cache = 16 * (n_prompt + n_tokens) * gpt2_config.n_layer * gpt2_config.n_embd
+        gpt2 = self.model.config
+        kept = 8 * (n_prompt + n_tokens) * gpt2.n_layer * gpt2.n_embd
+        if not drawing:
+            kept += 68 * n_tokens * (gpt2.n_layer - self.model.n_frozen + 1) * gpt2.n_embd
+            kept += 0 if self.model.n_frozen else 24 * n_tokens * gpt2.vocab_size
         if self.device.type == "cuda":
-            return max(1, torch.cuda.get_device_properties(self.device).total_memory // 8 // (logits + cache))
-        return min(64 * more, max(1, 2**31 // (logits + cache)))
+            return max(1, torch.cuda.get_device_properties(self.device).total_memory // 8 // kept)
+        return max(1, min(2**31 // kept, max(32 * more, 2**27 // kept)))
 
     def own_rows(self, n: int, size: int) -> list[slice]:
         """The rows, out of n, that this process sends through a model, `size` at a time."""
@@ -122,40 +140,65 @@ class Engine:
     # --- forward passes
 
     @torch.no_grad()
-    def in_compute_dtype(self, model):
-        """`model` in the dtype of the arithmetic: itself or a copy. The copy of the policy is kept and updated here."""
-        if model is not self.model:
-            return model if model.dtype == self.dtype else copy.deepcopy(model).to(self.dtype)
-        if self.compute_model is not model:
+    def take_over_weights(self) -> None:
+        """Copy the policy's weights into its computing copy, whose trained weights are its own unless it is float32."""
+        if self.dtype != torch.float32:
             torch._foreach_copy_(self.copied_weights, self.weights)  # private; torch's Adam has used it since 2.1
-        return self.compute_model
+
+    def copy_of(self, model):
+        """A computing copy of a model that isn't the policy."""
+        return computing_copy(model, self.dtype, self.compute_model if self.shares_trunk(model) else None)
+
+    def shares_trunk(self, model) -> bool:
+        """Whether a model's frozen weights are those of the policy."""
+        ours, theirs = frozen_part(self.model), frozen_part(model)
+        return bool(ours and theirs) and theirs[0].weight.data_ptr() == ours[0].weight.data_ptr()
 
     def passes(self, model) -> SharedPrompts:
         """What `forward` takes to send completions through `model`."""
-        return SharedPrompts(self.in_compute_dtype(model))
+        if model is self.ref_model:
+            return self.reference
+        if model is not self.model:
+            return SharedPrompts(self.copy_of(model))
+        self.take_over_weights()
+        return SharedPrompts(self.compute_model)
 
-    def forward(self, completions: Completions, passes=None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Restricted logits (n, T, V) and values (n, T), float32. passes: see `passes`; by default the policy's, for
-        training."""
-        logits, values = (passes or self.trained_policy)(completions)
-        return restrict_logits(logits, self.restriction, self.config.temperature), values.float()
+    def forward(self, completions: Completions, function, *passes) -> tuple[torch.Tensor, torch.Tensor]:
+        """function(logits, ids) at each token, (..., n, T), and values (n, T), both float32.
+
+        passes: see `passes`; by default the policy's, for training. With those of more than one model the function gets
+        the logits of each, restricted and in float32, before the ids; gradient and values are those of the first. It
+        gets some tokens at a time, (tokens, V) and (tokens,), see `per_token`.
+        """
+        passes = passes or (self.trained_policy,)
+        (states, values), *others = (each(completions) for each in passes)
+        heads = [(self.compute_model if each is self.trained_policy else each.model).lm_head for each in passes]
+        states, temperature = [states, *(each for each, _ in others)], self.config.temperature
+        return per_token(function, heads, states, completions.ids, self.restriction, temperature), values.float()
 
     @torch.no_grad()
-    def share_trunk(self, completions: Completions) -> Completions:
+    def share_trunk(self, completions: Completions, model=None) -> Completions:
         """Add the hidden states after the frozen blocks if policy and reference share any."""
-        if not self.ref_model.n_frozen:
+        if not self.ref_model.n_frozen or not self.shares_trunk(model or self.model):
             return completions
-        passes, prompts = SharedPrompts(self.ref_model), completions.prompts
-        states = [passes.trunk(part.prompts, part.ids)[1][None] for part in self.parts(completions)]
+        passes, prompts = self.reference, completions.prompts
+        hidden_states = completions.hidden_states
+        if hidden_states is None:
+            states = [passes.trunk(part.prompts, part.ids)[1][None] for part in self.parts(completions)]
+            hidden_states = self.gather(states, len(completions.ids))[0]
         prompt_states, _ = passes.trunk(prompts, completions.ids[:, :1])
-        prompts = replace(prompts, hidden_states=prompt_states)
-        return replace(completions, prompts=prompts, hidden_states=self.gather(states, len(completions.ids))[0])
+        return replace(completions, prompts=replace(prompts, hidden_states=prompt_states), hidden_states=hidden_states)
 
     # --- an optimiser step
 
     def zero_grad(self) -> None:
         """Begin an optimiser step: clear the gradients, and take over the weights of the last step."""
-        self.in_compute_dtype(self.model).zero_grad()
+        self.take_over_weights()
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        for weight in (*self.weights, *self.copied_weights):
+            weight.grad = None
 
     def micro_batches(self, batch) -> Iterator[tuple]:
         """The micro-batches of this process, each with its share of the batch's tokens: the sum of their losses, times
@@ -172,15 +215,16 @@ class Engine:
 
     def clip_and_step(self) -> dict[str, torch.Tensor]:
         """Clip the gradient and take an optimiser step, or skip it if the gradient isn't finite."""
-        if self.compute_model is not self.model:
+        if self.dtype != torch.float32:
             for weight, copied_weight in zip(self.weights, self.copied_weights):
-                weight.grad = copied_weight.grad.float()
+                weight.grad, copied_weight.grad = copied_weight.grad.float(), None
         grad_norm = torch.nn.utils.clip_grad_norm_(self.weights, self.config.max_grad_norm)
         skipped = (~grad_norm.isfinite()).float()
         if fused := self.optimizer.defaults["fused"]:
             self.optimizer.found_inf = skipped  # as GradScaler sets it: if 1, Adam does nothing, without a look at it
         if fused or not skipped:
             self.optimizer.step()
+        self.drop_gradients()  # while completions are drawn, their memory is needed elsewhere
         return {"grad_norm": grad_norm, "skipped": skipped}
 
     # --- statistics
@@ -207,8 +251,8 @@ class Engine:
     def state_dict(self) -> dict:
         """The engine's part of a checkpoint: weights by name, the optimiser's state, and the skipped steps."""
         return {
-            "policy": {name: weight.detach() for name, weight in self.model.named_parameters()},
-            "average": {name: weight.detach() for name, weight in self.averaged.named_parameters()},
+            "policy": {name: weight.detach().contiguous() for name, weight in self.model.named_parameters()},
+            "average": {name: weight.detach().contiguous() for name, weight in self.averaged.named_parameters()},
             "optimizer": self.optimizer.state_dict(),
             "skipped_in_a_row": self.skipped_in_a_row,
         }

@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import hashlib
 import json
 import re
 import shutil
+import zlib
 from pathlib import Path
 
 import torch
@@ -211,7 +213,9 @@ def save_policy(
     value head counts in scores: mean + unit * value, with values = (mean, unit); the model itself stays as it is."""
     with torch.device("meta"):
         gpt2 = GPT2LMHeadModel(copy.deepcopy(model.config))
-    weights = {name: weight for name, weight in model.state_dict().items() if not name.startswith("v_head.")}
+    weights = {
+        name: weight.contiguous() for name, weight in model.state_dict().items() if not name.startswith("v_head.")
+    }
     gpt2.load_state_dict(weights, assign=True)
     # Pipelines of 4.57 and early 5.x prefer their own 256 tokens and temperature 0.7 to those of generation_config.json
     gpt2.config.task_specific_params = {"text-generation": {"max_new_tokens": gen_len, "temperature": temperature}}
@@ -252,6 +256,8 @@ def load_weights(model_class, folder: Path, config, device) -> nn.Module:
         model, info = model_class.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
     if missing := sorted(name for name in info["missing_keys"] if not name.startswith("v_head.")):
         raise UserError(f"{folder} isn't a trained model: its weights lack {missing[0]}; download all of it again")
+    for weight in model.parameters():
+        weight.data = weight.data.clone()  # a mapped file would stay in memory beside the weights that it became
     if torch.device(device).type == "mps":  # SDPA has been wrong there, see pytorch 181133, 184180, 195910
         model.set_attn_implementation("eager")
     return model
@@ -283,3 +289,14 @@ def quiet_transformers():
     finally:
         transformers_logging.set_verbosity(verbosity)
         transformers_logging.enable_progress_bar()
+
+
+def hash_of(content) -> str:
+    """Return 12 digits of a SHA-256 of repr(content), or of a state dict's names, shapes, dtypes and CRC-32s."""
+    if not isinstance(content, dict):
+        return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
+    digest = hashlib.sha256()
+    for name, tensor in content.items():
+        numbers = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {numbers}\n".encode())
+    return digest.hexdigest()[:12]

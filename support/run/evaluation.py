@@ -250,11 +250,15 @@ def shifted(changes: torch.Tensor, scores: torch.Tensor) -> str:
 def kl_to_reference(trainer: PPOTrainer, model, completions: Completions) -> tuple[torch.Tensor, torch.Tensor]:
     """Return how far `model` is from the reference along completions, on the CPU: the KL (n,) in nats, over the whole
     vocabulary at each token and summed; and the reference's log-probabilities (n, T) of the tokens."""
-    engine, computed = trainer.engine, []
-    policy, reference = engine.passes(model), engine.passes(trainer.ref_model)
-    for part in engine.parts(completions):
-        (logits, _), (ref_logits, _) = engine.forward(part, policy), engine.forward(part, reference)
-        computed.append(torch.stack([kl_from_logits(logits, ref_logits), logprobs_from_logits(ref_logits, part.ids)]))
+
+    def function(*logits_and_ids):
+        *logits, ids = logits_and_ids  # one or two: the reference needs no second pass
+        return torch.stack([kl_from_logits(logits[0], logits[-1]), logprobs_from_logits(logits[-1], ids)])
+
+    engine = trainer.engine
+    passes = [engine.passes(each) for each in dict.fromkeys((model, trainer.ref_model))]
+    completions = engine.share_trunk(completions, model)
+    computed = [engine.forward(part, function, *passes)[0] for part in engine.parts(completions)]
     kl, ref_logprobs = engine.gather(computed, len(completions.ids)).cpu()
     return kl.where(completions.mask.cpu(), 0).sum(-1), ref_logprobs
 

@@ -1,21 +1,17 @@
 """Loads everything that a run needs, in the order of what it costs to look at."""
 
 import copy
-import hashlib
 import sys
-import zlib
 from pathlib import Path
-
-import torch
 
 from config import PPOConfig
 from reward import HumanReward, Rewards, SentimentReward, import_function, read_classifier_folder
 from support.common.errors import UserError
 from support.common.files import path_errors
 from support.compute import processes
-from support.compute.devices import environment, in_one_line, keep_freed_memory, pick_device, pick_dtype
+from support.compute.devices import environment, in_one_line, pick_device, pick_dtype
 from support.models.hub import VALUE_HEAD, model_folder
-from support.models.pretrained import encode_prompt, load_policy, read_policy_folder
+from support.models.pretrained import encode_prompt, hash_of, load_policy, read_policy_folder
 from support.run.settings import own_rewards, read_prompts, reward_models
 
 
@@ -38,7 +34,6 @@ def load(config: PPOConfig):
         reference = find(config.reference, "--reference", fits)
     for name, (flag, model, label) in reward_models(config).items():
         rewards[name] = find(model, flag, lambda folder: read_classifier_folder(folder, label))
-    keep_freed_memory()
     loaded = processes.on_all_ranks(lambda: load_folders(config, device, columns, policy, rewards, reference))
     if processes.world_size() > 1:
         versions = {name: environment(device)[name] for name in ("torch", "transformers", "numpy", "code")}
@@ -106,16 +101,14 @@ def input_hashes(
 
     Reward models' weights are rounded to bfloat16 first, so that a run may go on in another dtype.
     """
-    models = {f"--model_name {config.model_name}": (dict(policy.named_parameters()), tokenizer)}
+    models = {f"--model_name {config.model_name}": (hash_of(dict(policy.named_parameters())), tokenizer)}
     for name, (flag, model, _) in reward_models(config).items():
-        scorer = reward.functions[name].pipeline
-        rounded = {name: weight.bfloat16() for name, weight in scorer.model.named_parameters()}
-        models[f"{flag} {model}"] = (rounded, scorer.tokenizer)
+        models[f"{flag} {model}"] = (reward.functions[name].weights_hash, reward.functions[name].pipeline.tokenizer)
     other_columns = {name: values for name, values in reward.columns.items() if name != "prompt"}
     asked = [prompts, [query.tolist() for query in queries], *([other_columns] if other_columns else [])]
     hashes = {"the hash of the prompts": hash_of(asked)}
     for name, (weights, its_tokenizer) in models.items():
-        hashes[f"the hash of the weights of {name}"] = hash_of(weights)
+        hashes[f"the hash of the weights of {name}"] = weights
         hashes[f"the hash of the tokenizer of {name}"] = hash_of(sorted(its_tokenizer.get_vocab().items()))
     if config.reference:
         name = f"the hash of the weights of --reference {config.reference}"
@@ -129,14 +122,3 @@ def reward_files(config: PPOConfig) -> dict[Path, str]:
     """Return the files of your own rewards' modules, which have been imported, each with one of the rewards in it."""
     files = {name: getattr(sys.modules[name.partition(":")[0]], "__file__", None) for name in own_rewards(config)}
     return {Path(file): name for name, file in files.items() if file}
-
-
-def hash_of(content) -> str:
-    """Return 12 digits of a SHA-256 of repr(content), or of a state dict's names, shapes, dtypes and CRC-32s."""
-    if not isinstance(content, dict):
-        return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
-    digest = hashlib.sha256()
-    for name, tensor in content.items():
-        numbers = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {numbers}\n".encode())
-    return digest.hexdigest()[:12]
