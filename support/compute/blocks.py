@@ -123,10 +123,8 @@ class Texts:
                 self.trunk_states[:, self.n_read - 1] = states
 
             def attend(qkv):
-                query, *own = qkv.transpose(0, 1)  # each (n, heads, d)
-                for kept, new in zip(buffer, own):
-                    kept[:, :, now] = new
-                return attention(block, query.unsqueeze(2), *buffer[..., : now + 1, :], bias).squeeze(1)
+                buffer[:, :, :, now] = qkv[:, 1:].transpose(0, 1)  # (2, n, heads, d)
+                return attention(block, qkv[:, 0, :, None], *buffer[..., : now + 1, :], bias).squeeze(1)
 
             states = run_block(block, states, attend)
         self.states = states

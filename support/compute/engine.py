@@ -45,13 +45,14 @@ class Engine:
         self.world_size = processes.world_size()
 
         # Models are in float32, with frozen weights in memory once; their copies compute
-        self.model, self.ref_model = model.eval(), ref_model.eval().float().requires_grad_(False)
+        self.model, self.ref_model = model.eval(), ref_model.eval().requires_grad_(False)
         for one in (model, ref_model):
             one.freeze(config.frozen_share)
         if self.dtype == torch.float32:
             store_transposed(model.transformer.h[: model.n_frozen])
         if not share_frozen(model, ref_model):
             ref_model.n_frozen = 0  # no common trunk: each goes through its own blocks
+        ref_model.float()
         self.averaged = copy.deepcopy(model, {id(weight): weight for weight in frozen_weights(model)})
         self.compute_model = computing_copy(model, self.dtype)
         self.reference = SharedPrompts(self.copy_of(ref_model))
@@ -216,8 +217,10 @@ class Engine:
     def clip_and_step(self) -> dict[str, torch.Tensor]:
         """Clip the gradient and take an optimiser step, or skip it if the gradient isn't finite."""
         if self.dtype != torch.float32:
-            for weight, copied_weight in zip(self.weights, self.copied_weights):
-                weight.grad, copied_weight.grad = copied_weight.grad.float(), None
+            gradients = [torch.empty_like(weight) for weight in self.weights]
+            torch._foreach_copy_(gradients, [weight.grad for weight in self.copied_weights])
+            for weight, gradient in zip(self.weights, gradients):
+                weight.grad = gradient
         grad_norm = torch.nn.utils.clip_grad_norm_(self.weights, self.config.max_grad_norm)
         skipped = (~grad_norm.isfinite()).float()
         if fused := self.optimizer.defaults["fused"]:

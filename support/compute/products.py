@@ -91,9 +91,10 @@ def frozen_weights(model) -> list[nn.Parameter]:
 
 
 def share_frozen(model, other) -> bool:
-    """Let another model use the frozen weights of `model` if its own are equal. Returns whether they are."""
+    """Let another model use the frozen weights of `model` if its own are equal, as far as its dtype can tell. Returns
+    whether they are."""
     pairs = [pair for pair in zip(model.parameters(), other.parameters()) if not pair[0].requires_grad]
-    if equal := all(weight.equal(theirs) for weight, theirs in pairs):
+    if equal := all(weight.to(theirs.dtype).equal(theirs) for weight, theirs in pairs):
         for weight, theirs in pairs:
             theirs.data = weight.data
     return equal
