@@ -11,7 +11,7 @@ import copy
 import torch
 from torch import nn
 
-FEW_ROWS = 128  # up to here a product is faster with the matrix on the left
+FEW_ROWS = 128  # up to here a product in float32 is faster with the matrix on the left
 
 
 class FixedProduct(nn.Module):
@@ -24,7 +24,7 @@ class FixedProduct(nn.Module):
         super().__init__()
         self.bias = None if bias is None else bias.detach()
         self.ordered = in_own_order(weight.detach()) if reorder else None
-        self.weight = weight.detach() if self.ordered is None else None
+        self.weight = weight.detach() if self.ordered is None else weight.new_empty(0)  # T5 asks for its dtype
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)"""
@@ -87,6 +87,7 @@ def frozen_part(model) -> list[nn.Module]:
 
 
 def frozen_weights(model) -> list[nn.Parameter]:
+    """The weights of a model that get no gradient."""
     return [weight for weight in model.parameters() if not weight.requires_grad]
 
 
