@@ -1,11 +1,13 @@
 """A run checks that the library still computes as this program drives it."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
 from transformers.models.gpt2 import modeling_gpt2
 
+from gpt2_value_head import GPT2HeadWithValueModel
 from support.common.errors import UserError
 from support.compute import blocks, products, self_check
 from support.compute.batches import Prompts
@@ -46,6 +48,17 @@ def test_all_ways_agree_in_every_dtype(policy, dtype, frozen_share):
     check(policy[0], dtype)
     policy[0].transformer.ln_f.bias.data[7] = torch.nan
     check(policy[0], dtype)  # which sampling reports
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("option", [{"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True}, {}])
+def test_the_attention_here_is_the_librarys(policy, option, attention):
+    """With every option of a GPT-2 config that changes it, and weights large enough to show that."""
+    config = copy.deepcopy(policy[0].config)
+    config.update({"n_layer": 3, "initializer_range": 0.3, **option})
+    model = GPT2HeadWithValueModel(config).eval()
+    model.set_attn_implementation(attention)
+    check(model)
 
 
 @pytest.mark.parametrize(

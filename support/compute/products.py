@@ -40,7 +40,7 @@ class FixedProduct(nn.Module):
 def in_own_order(weight: torch.Tensor) -> torch.Tensor | None:
     """A weight (out, in) in oneDNN's order, or None if this torch or processor can't do that."""
     try:  # private; torch.compile has used both since torch 2.0
-        ordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        ordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), FEW_ROWS)
         torch.ops.mkldnn._linear_pointwise(weight[:1].contiguous(), ordered, None, "none", [], "")
     except (AttributeError, RuntimeError):  # NotImplementedError is a RuntimeError
         return None
