@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2Model, GPT2PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from support.compute.blocks import Texts, attention_bias, embed_prompts, position_ids, run_blocks
-from support.compute.vocabulary import per_token, restrict_logits  # noqa: F401
+from support.compute.vocabulary import per_token
 
 # ----------------------------------------------------------------------------------------------
 # The model

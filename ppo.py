@@ -49,10 +49,7 @@ def logprobs_from_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
 
 
 def logprobs_and_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """log softmax(logits)[label], and the entropy -sum p log p, in nats. Shapes as above -> (2, ...).
-
-    A logit of -inf adds nothing to the entropy (0 log 0 = 0).
-    """
+    """log softmax(logits)[label], and the entropy -sum p log p (0 log 0 = 0), in nats. Shapes as above -> (2, ...)."""
     logprobs = logits.log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs.where(logprobs > float("-inf"), 0)).sum(-1)
     return torch.stack([logprobs.gather(-1, labels.unsqueeze(-1)).squeeze(-1), entropy])

@@ -14,6 +14,7 @@ import torch
 import gpt2_value_head as g
 from gpt2_value_head import SharedPrompts
 from support.compute import batches as b
+from support.compute import vocabulary
 from support.models import pretrained as models
 from tests.helpers import FORBIDDEN, PROMPTS, SEP
 
@@ -120,10 +121,10 @@ def test_completion_mask_by_hand():
 def test_restricted_logits_by_hand():
     logits = torch.tensor([[0.0, 2.0, 4.0]])
     no_first = torch.tensor([-float("inf"), 0.0, 0.0])
-    restricted = g.restrict_logits(logits, no_first, temperature=2.0)
+    restricted = vocabulary.restrict_logits(logits, no_first, temperature=2.0)
     assert torch.equal(restricted, torch.tensor([[-float("inf"), 1.0, 2.0]]))
-    assert g.restrict_logits(logits.bfloat16(), no_first, 1.0).dtype == torch.float32
-    assert g.restrict_logits(logits.double(), no_first, 1.0).dtype == torch.float64
+    assert vocabulary.restrict_logits(logits.bfloat16(), no_first, 1.0).dtype == torch.float32
+    assert vocabulary.restrict_logits(logits.double(), no_first, 1.0).dtype == torch.float64
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
