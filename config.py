@@ -178,7 +178,7 @@ class PPOConfig:
     micro_batch_size: int = option(
         0,
         "Completions that go through a model at once, which limits memory and changes nothing else. 0 takes as many as "
-        "fit in an eighth of a CUDA GPU's memory; on other devices 64, or fewer if 64 need more than 2 GiB.",
+        "fit in an eighth of a CUDA GPU's memory; on other devices in 128 MiB, but at least 32 if these fit in 2 GiB.",
         at_least=0,
     )
 

@@ -1,7 +1,7 @@
 """GPT-2's blocks on prompts and completions: whole completions in one pass, or one token of each at a time.
 
-The library's layers compute, in the order of its own block. The attention is done here, so that completions share the
-keys and values of their prompt. Shapes: p distinct prompts of P tokens, n completions of S tokens, d a head's size.
+The library's layers compute, in the order of its own block. Only the attention is done here, so that completions share
+the keys and values of their prompt. Shapes: p distinct prompts of P tokens, n completions of S tokens, head size d.
 """
 
 import torch
@@ -58,9 +58,9 @@ def attention(block, queries, keys, values, bias: torch.Tensor | None) -> torch.
     return mixed.transpose(1, 2).flatten(2)
 
 
-def run_blocks(blocks, prompts, prompt_states: torch.Tensor, states: torch.Tensor):
+def run_blocks(blocks, prompts, prompt_states: torch.Tensor, states: torch.Tensor, kept: list | None = None):
     """Run some blocks on the hidden states of the distinct prompts (p, P, hidden) and of the completions without their
-    last tokens (n, S, hidden). Returns both. Only the attention takes prompts and completions apart."""
+    last tokens (n, S, hidden). Returns both. kept: gets the prompts' keys and values per block, (p, heads, 2, P, d)."""
     (p, n_prompt, _), (n, seq, _) = prompt_states.shape, states.shape
     bias = attention_bias(prompts.mask, n_prompt, n_prompt, states)
     completion_bias = attention_bias(prompts.mask_with(seq), n_prompt + seq, seq, states) if seq else None
@@ -71,6 +71,8 @@ def run_blocks(blocks, prompts, prompt_states: torch.Tensor, states: torch.Tenso
             of_prompts, own = qkv.split([p * n_prompt, n * seq])
             of_prompts = of_prompts.unflatten(0, (p, n_prompt)).transpose(1, 3)  # (p, heads, 3, P, d)
             mixed = attention(block, *of_prompts.unbind(2), bias).flatten(0, 1)
+            if kept is not None:
+                kept.append(of_prompts[:, :, 1:])
             if not seq:
                 return mixed
             query, *own = own.unflatten(0, (n, seq)).permute(2, 0, 3, 1, 4)  # each (n, heads, S, d)
@@ -87,30 +89,25 @@ class Texts:
     """Texts that are read token by token: the prompts first, then up to n_tokens of each of n completions.
 
     Keys and values lie in buffers of fixed length that are written in place. states (n, hidden): the blocks' output for
-    the last token. trunk_states (n, n_tokens, hidden): that of the frozen blocks for each token so far.
+    the last token. trunk_states (n, n_tokens, hidden): that of the frozen blocks for each token so far, 0 if
+    nothing is frozen.
     """
 
     def __init__(self, model, prompts, n_tokens: int):
         self.gpt2, self.n_frozen, self.n_read = model.transformer, model.n_frozen, 0
-        (p, n_prompt), n = prompts.ids.shape, len(prompts.rows)
-        self.n_prompt, self.buffers = n_prompt, []
+        n, self.n_prompt, kept = len(prompts.rows), prompts.ids.shape[1], []
         states, positions = embed_prompts(self.gpt2, prompts)
         self.positions = positions[prompts.rows]
-        mask, bias = prompts.mask_with(n_tokens), attention_bias(prompts.mask, n_prompt, n_prompt, states)
+        mask = prompts.mask_with(n_tokens)
         self.bias = None if mask is None else attention_bias(mask, mask.shape[1], 1, states)
-        rows = states.flatten(0, 1)
-        for block in self.gpt2.h:
-
-            def attend(qkv):
-                qkv = qkv.unflatten(0, (p, n_prompt)).permute(2, 0, 3, 1, 4)  # (3, p, heads, P, d)
-                _, _, heads, _, size = qkv.shape
-                self.buffers.append(qkv.new_empty(2, n, heads, n_prompt + n_tokens, size))
-                self.buffers[-1][..., :n_prompt, :] = qkv[1:, prompts.rows]
-                return attention(block, *qkv, bias).flatten(0, 1)
-
-            rows = run_block(block, rows, attend)
-        self.states = rows.unflatten(0, (p, n_prompt))[prompts.rows, -1]
-        self.trunk_states = self.states.new_zeros(n, n_tokens, self.states.shape[1])
+        states, _ = run_blocks(self.gpt2.h, prompts, states, states.new_empty(n, 0, states.shape[-1]), kept)
+        self.states = states[prompts.rows, -1]
+        self.trunk_states = states.new_zeros(n, n_tokens, states.shape[-1])
+        self.buffers = []
+        for of_prompts in kept:
+            _, heads, _, n_prompt, size = of_prompts.shape
+            self.buffers.append(states.new_empty(2, n, heads, n_prompt + n_tokens, size))
+            self.buffers[-1][..., :n_prompt, :] = of_prompts[prompts.rows].permute(2, 0, 1, 3, 4)
 
     def read(self, tokens: torch.Tensor) -> None:
         """Read the next token of each completion, (n,) int64."""
@@ -118,15 +115,13 @@ class Texts:
         self.n_read += 1
         bias = None if self.bias is None else self.bias[..., : now + 1]
         states = self.gpt2.wte(tokens) + self.gpt2.wpe(self.positions + self.n_read)
-        for i, (block, buffer) in enumerate(zip(self.gpt2.h, self.buffers)):
-            if i == self.n_frozen:
-                self.trunk_states[:, self.n_read - 1] = states
+        for i, (block, buffer) in enumerate(zip(self.gpt2.h, self.buffers), 1):
 
             def attend(qkv):
                 buffer[:, :, :, now] = qkv[:, 1:].transpose(0, 1)  # (2, n, heads, d)
                 return attention(block, qkv[:, 0, :, None], *buffer[..., : now + 1, :], bias).squeeze(1)
 
             states = run_block(block, states, attend)
+            if i == self.n_frozen:
+                self.trunk_states[:, self.n_read - 1] = states
         self.states = states
-        if self.n_frozen == len(self.gpt2.h):
-            self.trunk_states[:, self.n_read - 1] = states

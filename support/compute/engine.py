@@ -198,6 +198,7 @@ class Engine:
         self.drop_gradients()
 
     def drop_gradients(self) -> None:
+        """Free the gradients of the policy and of its computing copy."""
         for weight in (*self.weights, *self.copied_weights):
             weight.grad = None
 

@@ -74,7 +74,7 @@ def computing_copy(model, dtype: torch.dtype, other=None):
         shared |= {id(own): theirs for own, theirs in zip(frozen_part(model), frozen_part(other))}
     computing = copy.deepcopy(model, shared).to(dtype)
     computing.v_head.float()
-    if other is None or not model.n_frozen:
+    if other is None:
         computing.lm_head = Projection(computing.lm_head.weight)
         fix_products(computing.transformer.h[: model.n_frozen])
     return computing

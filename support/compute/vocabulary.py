@@ -51,12 +51,9 @@ class PerToken(torch.autograd.Function):
     def forward(ctx, states, others, function, heads, labels, restriction, temperature):
         training, found, slopes = ctx.needs_input_grad[0], [], []
         size = max(1, (LOGITS_ON_GPU if states.device.type == "cuda" else LOGITS) // len(restriction))
-        for first in range(0, len(states), size):
-            rows = slice(first, first + size)
-            logits = [
-                restrict_logits(head(each[rows]), restriction, temperature)
-                for head, each in zip(heads, (states, *others))
-            ]
+        pairs = [*zip(heads, (states, *others))]
+        for rows in [slice(first, first + size) for first in range(0, len(states), size)]:
+            logits = [restrict_logits(head(each[rows]), restriction, temperature) for head, each in pairs]
             with torch.set_grad_enabled(training):
                 logits[0].requires_grad_(training)
                 outputs = function(*logits, labels[rows])

@@ -107,8 +107,8 @@ def input_hashes(
     other_columns = {name: values for name, values in reward.columns.items() if name != "prompt"}
     asked = [prompts, [query.tolist() for query in queries], *([other_columns] if other_columns else [])]
     hashes = {"the hash of the prompts": hash_of(asked)}
-    for name, (weights, its_tokenizer) in models.items():
-        hashes[f"the hash of the weights of {name}"] = weights
+    for name, (weights_hash, its_tokenizer) in models.items():
+        hashes[f"the hash of the weights of {name}"] = weights_hash
         hashes[f"the hash of the tokenizer of {name}"] = hash_of(sorted(its_tokenizer.get_vocab().items()))
     if config.reference:
         name = f"the hash of the weights of --reference {config.reference}"
