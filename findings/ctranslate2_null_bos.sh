@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # A Chinese GPT-2 with BERT's vocabulary has [CLS] and [SEP], but no bos_token and eos_token. You expect CTranslate2 to
-# refuse it, or to convert it into something that it can open.
+# reject it, or to convert it into something that it can open.
 # The converter of CTranslate2 4.8.5 reports success and writes "bos_token": null into config.json. Generator(folder)
 # then raises "[json.exception.type_error.302] type must be string, but is null", which names neither file nor token.
-# What helps: bos_token and eos_token in tokenizer_config.json before converting; the log-probabilities are then right.
-# Source: GPT2Loader.set_config in ctranslate2/converters/transformers.py copies tokenizer.bos_token as it is.
+# Workaround: set bos_token and eos_token in tokenizer_config.json before you convert. The log-probabilities are then
+# right.
+# Source: GPT2Loader.set_config in ctranslate2/converters/transformers.py copies tokenizer.bos_token without a check.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

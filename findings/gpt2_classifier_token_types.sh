@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A GPT-2 with a classification head and BERT's tokenizer, as Chinese GPT-2 has: a reward model from a policy. You expect
-# the text-classification pipeline to give the score of the text's tokens: a GPT-2 has no token types.
-# The tokenizer returns token_type_ids, GPT-2's forward takes them, and looks them up among the word embeddings: the
-# pipeline adds the embedding of token 0, [PAD], to every token. A head that was trained on input_ids and attention_mask
-# gives other scores there, without a warning; ours ordered 79% of pairs instead of 91%.
-# What helps: save the tokenizer with model_input_names ["input_ids", "attention_mask"]. Setting only the attribute does
-# not last: save_pretrained leaves it out, and the loaded tokenizer returns token_type_ids again. Set it in
+# You turn a Chinese GPT-2 into a reward model: a classification head and BERT's tokenizer. A GPT-2 has no token types,
+# so you expect the text-classification pipeline to score only the text's tokens.
+# The tokenizer returns token_type_ids, and GPT-2's forward looks them up among the word embeddings: the pipeline adds
+# the embedding of token 0, [PAD], to every token. A head that was trained on input_ids and attention_mask gives other
+# scores there, without a warning. Ours ordered 79% of pairs correctly instead of 91%.
+# Workaround: save the tokenizer with model_input_names ["input_ids", "attention_mask"]. It isn't enough to set the
+# attribute: save_pretrained leaves it out, and the loaded tokenizer returns token_type_ids again. Set it in
 # tokenizer.init_kwargs, too.
 # Source: GPT2Model.forward in models/gpt2/modeling_gpt2.py (token_type_embeds = self.wte(token_type_ids));
 # save_pretrained in tokenization_utils_base.py.

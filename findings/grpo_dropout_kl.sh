@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# GRPO with beta > 0 punishes the distance from the reference. At learning rate 0 the policy stays the reference, so you
-# expect the logged kl to be 0.
+# GRPO with beta > 0 penalises the KL to the reference. At learning rate 0 the policy stays equal to the reference, so
+# you expect the logged kl to be 0.
 # In TRL 1.16.0 a GPT-2 with its usual dropout of 0.1 computes its log-probabilities with dropout (the model is in
-# training mode), the reference without: kl is far from 0 although nothing has changed, and the penalty pushes against
-# noise. With num_iterations > 1 the ratio of new and old policy is noise in the same way. Current large models have no
-# dropout, so recipes made for them don't mention it. `disable_dropout=True` gives exactly 0; its default is False.
+# training mode), but the reference computes them without. So kl is far from 0 although nothing has changed, and the
+# penalty pushes against noise. With num_iterations > 1, the ratio of new and old policy contains the same noise.
+# Current large models have no dropout, so recipes made for them don't mention it.
+# Workaround: `disable_dropout=True` gives exactly 0; its default is False.
 # Source: `disable_dropout` in trl/trainer/grpo_config.py and _get_per_token_logps_and_entropies in grpo_trainer.py.
 set -euo pipefail
 folder=$(mktemp -d)

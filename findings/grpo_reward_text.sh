@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # A reward function for TRL's GRPOTrainer looks for a phrase: `"很好" in completion`. The policy is a Chinese GPT-2 with
-# BertTokenizer. You expect the function to get what the model wrote, after the prompt that you gave.
-# In TRL 1.16.0 with transformers 5.24.0 the function gets "很 好", with a space between characters, so the reward is 0
-# for every completion and nothing is learned; and the prompt's ids end with [SEP], which ends a text, so that the model
-# writes a new one. Both come from BertTokenizer and neither is reported. A tokenizer without eos_token, as these models
-# have it, fails in generate() with "'NoneType' object cannot be interpreted as an integer".
+# BertTokenizer. You expect the function to get what the model wrote after your prompt.
+# In TRL 1.16.0 with transformers 5.24.0 the function gets "很 好", with a space between the characters, so every reward
+# is 0 and nothing is learned. Also, the prompt's ids end with [SEP], which ends a text, so the model begins a new one.
+# Both come from BertTokenizer, and neither is reported. These models' tokenizers have no eos_token; unless you set one,
+# generate() fails with "'NoneType' object cannot be interpreted as an integer".
 # Source: GRPOTrainer._tokenize_prompts and batch_decode in trl/trainer/grpo_trainer.py; BertTokenizer.__init__ sets
 # the [SEP] and a WordPiece decoder, which joins tokens with spaces.
 set -euo pipefail

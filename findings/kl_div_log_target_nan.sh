@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # F.kl_div takes its target as probabilities or, with log_target=True, as log-probabilities. You expect the same KL from
-# both. Here the policy never draws [PAD], so its log-probability is -inf; the reference may draw it.
+# both. Here the policy never samples [PAD], so its log-probability is -inf; the reference may sample it.
 # In torch 2.13.0 probabilities give the right KL, because 0 log 0 counts as 0. Log-probabilities give NaN: exp(-inf) is
 # 0, and 0 * (-inf - x) is NaN. A KL penalty or a distillation loss over a restricted vocabulary is then NaN from the
-# first step. If the token is banned on both sides, both forms are NaN; torch.distributions.kl_divergence is right.
+# first step. If the token is banned on both sides, both forms give NaN.
+# Workaround: torch.distributions.kl_divergence gives the right result.
 # Source: the formula `target.exp() * (target - input)` in the documentation of torch.nn.KLDivLoss, and
 # _kl_categorical_categorical in torch/distributions/kl.py.
 set -euo pipefail

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A short training: ten optimiser steps, a tenth of them warm-up. You expect OneCycleLR(total_steps=10, pct_start=0.1) to
-# warm up for one step and to anneal for nine.
-# It raises ZeroDivisionError in its constructor: a warm-up of exactly one step has length 0 there. The same goes for 5
-# steps with 0.2, or 4 with 0.25, but not for 9 or 11 steps with 0.1 (9 skip the warm-up). A program works until a
-# dataset has just this many batches.
-# What helps: transformers' get_linear_schedule_with_warmup, or LambdaLR.
+# A short training run has ten optimiser steps, and a tenth of them is warm-up. You expect
+# OneCycleLR(total_steps=10, pct_start=0.1) to warm up for one step and to anneal for nine.
+# It raises ZeroDivisionError in its constructor, because a warm-up of exactly one step has length 0 there. The same
+# happens with 5 steps and 0.2, or 4 and 0.25, but not with 9 or 11 steps and 0.1 (9 skip the warm-up). A program works
+# until a dataset happens to have exactly this many batches.
+# Workaround: transformers' get_linear_schedule_with_warmup, or LambdaLR.
 # Source: OneCycleLR._schedule_phases and get_lr in torch/optim/lr_scheduler.py: the first phase ends at
-# pct_start * total_steps - 1, which is divided by.
+# pct_start * total_steps - 1, and get_lr divides by that.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

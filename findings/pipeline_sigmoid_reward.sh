@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# A reward model with num_labels=1 gives one number, such as 2.3 or 30. You put it into the sentiment-analysis pipeline
-# and expect that number as the score.
-# transformers 5.24.0 applies a sigmoid: 2.3 becomes 0.909, and scores of 20 and 30 both become exactly 1.0 in float32,
-# so PPO sees no difference between two good texts. The saved config decides it: save_pretrained after training with
-# plain torch leaves problem_type unset, while Trainer's loss sets it to "regression", which gives the number itself.
-# The same weights are then a reward in one unit or in another. Pass function_to_apply="none".
-# Source: TextClassificationPipeline.postprocess in pipelines/text_classification.py, and ForSequenceClassificationLoss
-# with `self.config.problem_type = "regression"` in BertForSequenceClassification.forward.
+# A reward model with num_labels=1 gives one number, such as 2.3 or 30. You put it into the sentiment-analysis
+# pipeline and expect that number as the score.
+# transformers 5.24.0 applies a sigmoid: 2.3 becomes 0.909, and scores of 20 and 30 both become exactly 1.0 in
+# float32, so PPO sees no difference between two good texts. This depends on the saved config: save_pretrained after
+# training with plain torch leaves problem_type unset, but Trainer's loss sets it to "regression", which gives the
+# number itself. So the same weights can give rewards in two different units.
+# Workaround: pass function_to_apply="none".
+# Source: TextClassificationPipeline.postprocess in pipelines/text_classification.py, and
+# ForSequenceClassificationLoss with `self.config.problem_type = "regression"` in
+# BertForSequenceClassification.forward.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The tokenizer of a model folder puts [CLS] before a prompt, as a Chinese GPT-2 saw it in training. You expect the
-# text-generation pipeline to give the model what tokenizer(prompt) gives, in all versions of transformers.
-# Up to 4.42 the pipeline encodes prompts with add_special_tokens=False: no [CLS]. From 4.43 on it leaves that to the
-# tokenizer. One folder, one call, greedy decoding, other completions: a model that PPO trained on prompts with [CLS]
-# looks worse than it is. 4.42 takes add_special_tokens=True; 4.41 hands it to generate(), which raises an error, so
-# there call the tokenizer and model.generate yourself.
+# The tokenizer of a model folder puts [CLS] before a prompt, because the Chinese GPT-2 was trained that way. You
+# expect the text-generation pipeline to give the model what tokenizer(prompt) gives, in all versions of transformers.
+# Up to 4.42 the pipeline encodes prompts with add_special_tokens=False, so there is no [CLS]. From 4.43 on it leaves
+# the decision to the tokenizer. With the same folder, the same call and greedy decoding you get other completions,
+# and a model that PPO trained on prompts with [CLS] looks worse than it is.
+# Workaround: pass add_special_tokens=True in 4.42. In 4.41 the pipeline passes it on to generate(), which raises an
+# error; call the tokenizer and model.generate yourself there.
 # Source: TextGenerationPipeline.preprocess in pipelines/text_generation.py: `add_special_tokens=False` in 4.41.2,
 # `add_special_tokens=None` in 5.24.0.
 set -euo pipefail
@@ -25,7 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
 words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"刚收到货感觉很好差质量不错"]
-if sys.argv[1] == "4.41.2":  # the older version writes the folder, so that both can read it
+if sys.argv[1] == "4.41.2":  # the older version writes the folder because both can read it then
     torch.manual_seed(0)
     sizes = dict(vocab_size=len(words), n_embd=16, n_layer=2, n_head=2, n_positions=32, initializer_range=0.5)
     GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)).save_pretrained("model")

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# torchrun --max-restarts starts all processes again after one has died; a training script calls init_process_group and
-# goes on from its checkpoint. You expect that each start meets in a store of its own: rendezvous.py of torch says "We
+# torchrun --max-restarts starts all processes again after one has died. A training script calls init_process_group and
+# continues from its checkpoint. You expect each start to have its own store: rendezvous.py of torch says "We
 # create a new TCPStore for every retry so no need to add prefix for each attempt".
-# In torch 2.13.0 the agent's store outlives the processes: what they wrote before the restart is still there, under the
-# same names. Gloo keeps the addresses of all processes in it, so after a restart a process may read the address of one
-# that is dead. Whether it does is a race. A prefix of the script's own, with the number of the restart, ends that:
+# In torch 2.13.0 the agent's store outlives the processes: everything they wrote before the restart is still there,
+# under the same names. Gloo keeps the addresses of all processes in it, so after a restart a process may read the
+# address of a dead one. Whether it does is a race.
+# Workaround: add a prefix with the number of the restart,
 # dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store).
 # Source: `_create_c10d_store` in torch/distributed/rendezvous.py, which in earlier versions added "/worker/attempt_N".
 set -euo pipefail

@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# A RoBERTa classifier has max_position_embeddings 514. You cut long texts at that many tokens, with truncation=True and
-# max_length=config.max_position_embeddings, as is right for BERT, and expect that every text can be scored.
-# In transformers 5.24.0 a RoBERTa numbers its positions from pad_token_id + 1 = 2, so only 512 tokens fit. Longer texts
-# raise "IndexError: index out of range in self". A reward built like this works until the first long text, perhaps
-# hours into a run. With truncation=True alone, and no model_max_length in tokenizer_config.json, nothing is cut at all.
-# Source: `padding_idx + 1` in RobertaEmbeddings.create_position_ids_from_input_ids, models/roberta/modeling_roberta.py.
+# A RoBERTa classifier has max_position_embeddings 514. You truncate long texts to that many tokens, with
+# truncation=True and max_length=config.max_position_embeddings, which is right for BERT, and expect that it can score
+# every text.
+# In transformers 5.24.0 a RoBERTa numbers its positions from pad_token_id + 1 = 2, so only 512 tokens fit. Longer
+# texts raise "IndexError: index out of range in self". A reward built like this works until the first long text,
+# perhaps hours into a run. With only truncation=True, and no model_max_length in tokenizer_config.json, nothing is
+# truncated.
+# Source: `padding_idx + 1` in RobertaEmbeddings.create_position_ids_from_input_ids,
+# models/roberta/modeling_roberta.py.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # You fine-tune a model and write the result into its folder as many training loops for Chinese GPT-2 do:
-# torch.save(model.state_dict(), "pytorch_model.bin"). You expect from_pretrained(folder) to open what you have trained,
-# or to say that the folder contains two sets of weights.
-# If the folder already has a model.safetensors, transformers 5.24.0 opens that one, the old weights, without a word: the
-# trained model scores and writes exactly as before. The same holds if the safetensors are broken and the .bin is whole:
-# it raises an error instead of opening the other file.
-# What helps: save_pretrained, which replaces model.safetensors; or delete that file.
+# torch.save(model.state_dict(), "pytorch_model.bin"). You expect from_pretrained(folder) to open the weights that you
+# trained, or to say that the folder contains two sets of weights.
+# If the folder already has a model.safetensors, transformers 5.24.0 opens that one, with the old weights, and prints
+# no warning: the trained model scores and writes exactly as before. If the safetensors file is damaged and the .bin
+# file is fine, it raises an error instead of opening the .bin file.
+# Workaround: use save_pretrained, which replaces model.safetensors, or delete that file.
 # Source: _get_resolved_checkpoint_files in modeling_utils.py looks for model.safetensors first.
 set -euo pipefail
 folder=$(mktemp -d)

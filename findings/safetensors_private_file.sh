@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # You save weights on a machine that you share. You expect the umask to decide who may read them, as for torch.save and
 # any file that Python writes: mode 644 with the usual umask of 022.
-# safetensors 0.8.0 writes files of mode 600, whatever the umask is and whatever mode the file had before. So does
-# save_pretrained of transformers, which uses it: the folder lists fine, but a colleague, or a web server that runs as
-# another user, gets "Permission denied" for the weights only.
-# What helps: chmod after saving. safetensors 0.7.0 follows the umask, and keeps the mode of an older file.
+# safetensors 0.8.0 writes files with mode 600, whatever the umask is and whatever mode the file had before. So does
+# save_pretrained of transformers, which uses it. A colleague, or a web server that runs as another user, can list the
+# folder but gets "Permission denied" for the weights. safetensors 0.7.0 follows the umask, and keeps the mode of an
+# older file.
+# Workaround: chmod after saving.
 # Source: serialize_to_file, in Rust, now writes another file and renames it, as the new inode number shows.
 set -euo pipefail
 folder=$(mktemp -d)

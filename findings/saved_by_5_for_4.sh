@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # You save a tokenizer with transformers 5.24.0 next to a GPT-2 and give the folder to someone with transformers 4.57.6.
-# You expect it to open there: the weights do, and the file formats have not changed.
+# You expect it to open there: the weights do, and the file formats haven't changed.
 # save_pretrained of PreTrainedTokenizerFast writes its new class name, TokenizersBackend, which 4.57.6 doesn't know:
-# AutoTokenizer and pipelines raise a ValueError. A BertTokenizer keeps its name, but is saved without vocab.txt, so
-# BertTokenizer of 4.57.6, which reads no tokenizer.json, cannot open it; neither can tools that want vocab.txt.
-# What helps: write "PreTrainedTokenizerFast" into tokenizer_config.json, and keep vocab.txt in the folder.
+# AutoTokenizer and pipelines raise a ValueError. A BertTokenizer keeps its name but is saved without vocab.txt, so
+# BertTokenizer of 4.57.6, which doesn't read tokenizer.json, can't open it, and neither can tools that need vocab.txt.
+# Workaround: write "PreTrainedTokenizerFast" into tokenizer_config.json, and keep vocab.txt in the folder.
 # Source: `PreTrainedTokenizerFast = TokenizersBackend` in tokenization_utils_tokenizers.py of 5.24.0, and
 # save_pretrained in tokenization_utils_base.py, which writes the name of the class.
 set -euo pipefail

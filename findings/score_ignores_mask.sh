@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# GPT2ForSequenceClassification with num_labels=1 is a reward model: its score stands on a text's last token. The pad
-# token is often the eos token, here [SEP]. You expect attention_mask to say which token is the last.
-# transformers 5.24.0 doesn't look at attention_mask for this. It takes the last token whose id isn't pad_token_id, so a
-# final [SEP] is skipped: a finished text and the same text cut off get one score, although the mask differs, and a
-# reward for ending cannot be learned. If config.pad_token_id isn't the id that pads the batch, the score is that of a
-# padding token, and depends on how long the other texts of the batch are.
+# GPT2ForSequenceClassification with num_labels=1 is a reward model: it takes the score at a text's last token. The
+# pad token is often the eos token, here [SEP]. You expect attention_mask to decide which token is the last.
+# transformers 5.24.0 doesn't look at attention_mask for this. It takes the last token whose id isn't pad_token_id, so
+# it skips a final [SEP]. A finished text and the same text without its end get the same score, although the mask
+# differs, so PPO can't learn a reward for ending. If config.pad_token_id isn't the id that pads the batch, the score
+# is that of a padding token, and depends on how long the other texts of the batch are.
 # Source: `non_pad_mask = (input_ids != self.config.pad_token_id)` in GPT2ForSequenceClassification.forward.
 set -euo pipefail
 folder=$(mktemp -d)

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# You fine-tune a Chinese GPT-2 with TRL's SFTTrainer, and set eos_token to [SEP], since without one it raises a
-# TypeError. You expect training texts [CLS] text [SEP].
-# TRL 1.16.0 appends the eos token to the text and then lets the tokenizer encode it; BertTokenizer appends its own
-# [SEP]. All texts end with [SEP][SEP], and the loss counts both: the model learns that a [SEP] follows the end, and as
-# a reward or perplexity model it sees texts that never occurred in training. TRL looks whether the text ends with the
-# eos token before encoding, but not after.
+# You fine-tune a Chinese GPT-2 with TRL's SFTTrainer. You set eos_token to [SEP], because SFTTrainer raises a
+# TypeError without one. You expect training texts of the form [CLS] text [SEP].
+# TRL 1.16.0 appends the eos token to the text and then lets the tokenizer encode it, and BertTokenizer appends its
+# own [SEP]. All texts end with [SEP][SEP], and the loss counts both. The model learns that another [SEP] follows the
+# end. As a reward or perplexity model it then sees texts that never occurred in training. TRL checks whether the text
+# ends with the eos token before encoding, but not after.
 # Source: add_eos and tokenize_fn in SFTTrainer._prepare_dataset, trl/trainer/sft_trainer.py.
 set -euo pipefail
 folder=$(mktemp -d)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The cache of the model hub holds only config.json of a model, for instance because AutoConfig.from_pretrained read it
-# or hf_hub_download fetched it. You expect snapshot_download(name, local_files_only=True) to say whether the model is
+# The cache of the Hub contains only a model's config.json, perhaps because AutoConfig.from_pretrained read it or
+# hf_hub_download fetched it. You expect snapshot_download(name, local_files_only=True) to say whether the model is
 # there, as its error LocalEntryNotFoundError and its new IncompleteSnapshotError promise.
-# huggingface_hub 2.4.0 returns the folder, also with allow_patterns="*.safetensors", which nothing there matches. Only
-# a cache filled by snapshot_download itself of a recent version has a list of files to compare with. A script that
-# copies this folder to a machine without a network copies a model without weights and vocabulary.
-# What helps: look into the folder, or ask try_to_load_from_cache for each file that you need.
+# huggingface_hub 2.4.0 returns the folder, even with allow_patterns="*.safetensors", which matches nothing there. It
+# has a list of files to compare with only if a recent snapshot_download filled the cache. A script that copies this
+# folder to a machine without a network copies a model without weights and vocabulary.
+# Workaround: look into the folder, or ask try_to_load_from_cache for each file that you need.
 # Source: _raise_if_incomplete_snapshot in huggingface_hub/_snapshot_download.py: without a list "we cannot tell".
 set -euo pipefail
 folder=$(mktemp -d)

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # SnowNLP(text).sentiments is the probability that a Chinese shop review is positive, so it is a tempting reward. You
 # expect 没有 (not) and 非常 (very) to count: 我喜欢 and 我没有喜欢 say opposite things.
-# snownlp 0.12.3 removes a list of stop words before it scores, and 没有, 非常 and 问题 (problem) are on it. Whatever they
-# stand next to, the score is the one without them, to the last digit; if nothing else is left, it is 0.5262. As a
-# reward it teaches a model that it may deny everything that it praises. 不 isn't on the list.
+# snownlp 0.12.3 removes a list of stop words before it scores, and 没有, 非常 and 问题 (problem) are on it. Wherever they
+# appear, the score is the same as without them, to the last digit; if nothing else is left, it is 0.5262. Such a reward
+# teaches a model that it may deny everything that it praises. 不 isn't on the list.
 # Source: Sentiment.handle in snownlp/sentiment/__init__.py calls normal.filter_stop; snownlp/normal/stopwords.txt.
 set -euo pipefail
 folder=$(mktemp -d)

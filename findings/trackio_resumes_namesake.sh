@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# trackio lets two runs of a project have the same name: resume="never" makes a new one each time.
-# You expect the first experiment, when it is resumed under its name, to go on with its own curve.
-# trackio 0.43.0 takes no id and resumes the newest run of that name, so the first experiment's later steps end up in the
-# curve of the second one. A name that contains an id of your own, such as baseline-1f3a9c, keeps them apart.
+# In trackio two runs of a project can have the same name: resume="never" makes a new one each time.
+# If you resume the first experiment under its name, you expect it to continue its own curve.
+# trackio 0.43.0 takes no id and resumes the newest run with that name, so the first experiment's later steps end up in
+# the curve of the second one.
+# Workaround: put an id of your own into the name, such as baseline-1f3a9c.
 # Source: init in trackio/__init__.py calls _safe_get_latest_run_for_init(project, name).
 set -euo pipefail
 folder=$(mktemp -d)

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # A model folder has a config.json and BERT's vocab.txt, but no tokenizer_config.json. Many Chinese ALBERT and RoBERTa
 # checkpoints look like this. You expect AutoTokenizer to read vocab.txt, or to raise an error.
-# transformers 5.24.0 picks the tokenizer class from model_type. That class reads spiece.model or vocab.json, finds
+# transformers 5.24.0 picks the tokenizer class from model_type. That class looks for spiece.model or vocab.json, finds
 # neither, and builds a vocabulary from its special tokens: 5 tokens for ALBERT and RoBERTa, 1 for GPT-2.
-# Every text of the same shape then has the same ids, so a sentiment classifier used as a reward scores 很好 and 很差
-# equally. No message says that vocab.txt was not read. transformers 4.57.6 raises an error for these folders.
+# Texts of the same shape then have the same ids, so a sentiment classifier used as a reward gives 很好 and 很差 the same
+# score. No message says that vocab.txt wasn't read. transformers 4.57.6 raises an error for these folders.
 # Source: TOKENIZER_MAPPING_NAMES in models/auto/tokenization_auto.py and `if vocab is None` (ALBERT: `vocab is not
 # None`) in AlbertTokenizer.__init__, RobertaTokenizer.__init__ and GPT2Tokenizer.__init__.
 set -euo pipefail
