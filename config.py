@@ -13,7 +13,7 @@ from typing import Literal
 
 
 def option(default, help: str, *, above=None, at_least=None, at_most=None, group: str | None = None):
-    """A field with its text in --help and the limits of its value. `group` begins a new group of flags in --help."""
+    """Define a field with its --help text and the limits of its value. `group` starts a new group in --help."""
     metadata = {"help": help, "above": above, "at_least": at_least, "at_most": at_most, "group": group}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
@@ -22,10 +22,10 @@ def option(default, help: str, *, above=None, at_least=None, at_most=None, group
 
 @dataclass(init=False)
 class PPOConfig:
-    """All settings of a run; `support.run.settings.check` refuses values that can't work."""
+    """All settings of a run; `support.run.settings.check` rejects invalid values."""
 
     def __init__(self, preset: str = "default", **given):
-        """Values that are not given come from the preset, and from the defaults below if it doesn't name them."""
+        """Take values that aren't given from the preset, or else from the defaults below."""
         values = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(self)}
         if unknown := sorted(given.keys() - values.keys()):
             raise TypeError(f"PPOConfig has no field {unknown[0]!r}{did_you_mean(unknown[0])}")
@@ -47,8 +47,8 @@ class PPOConfig:
     model_name: str = option("uer/gpt2-chinese-cluecorpussmall", "GPT-2 to train: a hub id, a local folder, or 'demo'.")
     reference: str | None = option(
         None,
-        "Model from which KL and gain count, if --model_name is a model that was trained from it: a hub id, a local "
-        "folder, or 'demo'. By default --model_name itself.",
+        "Original model, from which KL and gain are measured, if --model_name was itself trained from it: a hub id, a "
+        "local folder, or 'demo'. By default it is --model_name.",
     )
     reward_model_name: str = option(
         "uer/roberta-base-finetuned-jd-binary-chinese",
@@ -60,8 +60,8 @@ class PPOConfig:
     )
     reward: list[str] = option(
         [],
-        "One or several rewards; PPO maximises their weighted sum: module:function (your function from a list of texts "
-        "to as many numbers), 'classifier', the hub id or folder of another model, or 'human' (you type each score).",
+        "One or several rewards; PPO maximises their weighted sum. Each is module:function (your function from a list "
+        "of texts to as many numbers), 'classifier', another model's hub id or folder, or 'human' (you type scores).",
     )
     reward_weights: list[float] = option(
         [],
@@ -72,7 +72,7 @@ class PPOConfig:
     prompts_file: str | None = option(
         None,
         "UTF-8 text file with one prompt per line, used instead of --prompts. In a .jsonl file each line is an object "
-        "with 'prompt'; what else it has goes to reward functions that have a parameter of that name.",
+        "with 'prompt'; its other keys are passed to reward functions that have a parameter of that name.",
     )
     gen_len: int = option(16, "Maximum number of new tokens per completion; [SEP] ends it earlier.", at_least=1)
     temperature: float = option(
@@ -85,14 +85,14 @@ class PPOConfig:
     batch_size: int = option(128, "Completions sampled and scored per step.", at_least=1)
     minibatch_size: int = option(
         128,
-        "Completions per optimiser step (article: 1; many small noisy steps waste KL, see docs/learning.md).",
+        "Completions per optimiser step (article: 1; many small noisy steps waste KL, see docs/settings.md).",
         at_least=1,
     )
     ppo_epochs: int = option(4, "Passes over each batch.", at_least=1)
     gamma: float = option(
         1.0,
-        "Discount per token, 0 to 1. The score, from the batch's mean, comes with the last token; at 1 it counts in "
-        "full for every token before it.",
+        "Discount per token, 0 to 1. The score (minus the batch's mean) arrives at the last token; with 1, every "
+        "earlier token is credited with all of it.",
         at_least=0,
         at_most=1,
     )
@@ -121,13 +121,13 @@ class PPOConfig:
     detach_value: bool = option(
         True,
         "Keep the value head's gradient out of the transformer (article: False, which disturbs the policy if a batch "
-        "has many minibatches; see docs/learning.md).",
+        "has many minibatches; see docs/settings.md).",
     )
 
     frozen_share: float = option(
         2 / 3,
         "Share of the blocks, counted from the bottom, that are frozen, and the embeddings with them. This halves the "
-        "work with no less gain, for 6 blocks and for 12 (article: 0, which trains everything; see docs/learning.md).",
+        "work with no less gain, for 6 blocks and for 12 (article: 0, which trains everything; see docs/settings.md).",
         at_least=0,
         at_most=1,
     )
@@ -159,7 +159,7 @@ class PPOConfig:
     value_lr: float = option(
         1e-3,
         "Adam's learning rate for the value head, a single linear layer that starts at zero (article: the same as lr; "
-        "see docs/learning.md).",
+        "see docs/settings.md).",
         above=0,
     )
     adam_epsilon: float = option(
@@ -195,7 +195,7 @@ class PPOConfig:
         "Precision in which the models compute; 'auto' is bfloat16 if the hardware supports it natively. Weights, "
         "optimiser and losses stay float32.",
     )
-    run_name: str | None = option(None, "Name of the run's folder in --runs_dir; by default the time.")
+    run_name: str | None = option(None, "Name of the run's folder in --runs_dir; by default the current time.")
     runs_dir: str = option("runs", "Folder that contains the runs.")
     log_samples_every: int = option(10, "Print a few completions every this many steps; 0 for never.", at_least=0)
     stop_on_alarm: bool = option(
@@ -215,7 +215,7 @@ class PPOConfig:
     keep_checkpoints: int = option(2, "Checkpoints to keep; older ones are removed.", at_least=1)
     process_timeout: float = option(
         600.0,
-        "Seconds that processes wait for one another before the run ends; one may have a slow reward or download.",
+        "Seconds that a process waits for the others before the run ends; allow for a slow reward or download.",
         above=0,
         at_most=10**6,
     )
@@ -224,7 +224,7 @@ class PPOConfig:
     )
     resume: str | None = option(None, "Continue this run folder, or 'latest', with its own settings.")
     eval_only: str | None = option(None, "Evaluate the saved model of this run folder again, without training.")
-    complete: str | None = option(None, "Complete --prompts with this run's model, before training and now.")
+    complete: str | None = option(None, "Complete --prompts with this run's model, untrained and trained.")
     n: int = option(5, "Completions per prompt that --complete shows.", at_least=1)
 
 
@@ -261,7 +261,7 @@ PRESETS = {
     ),
 }
 
-# How other programs call a setting; a sentence if there is no such setting here
+# Names that other programs use for a setting, or a sentence if there is no such setting here
 OTHER_NAMES = {
     "model_name": "model model_path model_name_or_path sft_model_path pretrain actor_model",
     "reward_model_name": "reward_model reward_model_path rm_path",
@@ -303,7 +303,7 @@ OTHER_NAMES = {
 
 
 def did_you_mean(name: str, dashes: str = "") -> str:
-    """Return what an error adds about a name that isn't a setting: what it is called here, or nothing."""
+    """Return a hint for an error about an unknown setting: its name here, or an empty string."""
     found = [meant for meant, names in OTHER_NAMES.items() if name in names.split()]
     found += difflib.get_close_matches(name, [field.name for field in fields(PPOConfig)], cutoff=0.75)
     if not found:

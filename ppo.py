@@ -1,27 +1,27 @@
 """Proximal policy optimisation for a language model: the mathematics first, then the trainer that uses it.
 
-In these points it departs from textbook PPO or from the article's code (docs/differences.md has the article's side):
+It departs from textbook PPO or from the article's code in these points (docs/settings.md says what each is worth):
 
- 1. An action is one token. The score comes with a completion's last token, so each token earns what the text is worth.
- 2. Each token pays for its distance from the reference: without this price, happy words crowd out the language.
- 3. Advantages are whitened over the whole batch, not within a sequence, which would lose which completion was better.
- 4. Lambda is 1: values explain little of a single score at the end, so a smaller lambda cuts off signal (in the demo
-    they explain more: 0.95).
- 5. A minibatch has 128 completions, a whole batch by default: many steps on a few completions each waste KL.
- 6. The value head's gradient stops at the head, which has its own learning rate: with many small minibatches, learning
-    values disturbs the policy.
- 7. The lower blocks are frozen, and reference and policy share them: half the work, and no less gain.
+ 1. An action is one token. The score arrives at a completion's last token and is credited to all of its tokens.
+ 2. Each token pays a KL penalty. Without it, the policy would give up its language for happy words.
+ 3. Advantages are whitened over the whole batch. Within one completion, nothing shows which completion was better.
+ 4. Lambda is 1. The values explain little of a single score at the end, so a smaller lambda cuts off signal. (It is
+    0.95 in the demo, whose values explain more.)
+ 5. A minibatch has 128 completions, by default a whole batch. Many optimiser steps on a few completions waste KL.
+ 6. The value head has its own learning rate, and its gradient doesn't reach the transformer, which it would disturb
+    if there were many small minibatches.
+ 7. The lower blocks are frozen and shared by policy and reference: half the work for the same gain.
  8. Old log-probabilities are recomputed with the same forward pass as the new ones, so the first ratio is exactly 1.
- 9. The KL coefficient is fixed: the adaptive controller never reaches its target of 6 nats, so it only ever lowered it.
-10. The saved policy is an average of the weights over the steps, without the noise of single steps.
-11. Adam's epsilon is 1e-5: with 1e-8, weights whose gradient is rounding error move as fast as all others.
+ 9. The KL coefficient is fixed. The KL stays below the usual target of 6 nats, so adapting would only lower it.
+10. The saved policy is an average of the weights over the steps, which removes the noise of single steps.
+11. Adam's epsilon is 1e-5. With 1e-8, weights whose gradient is only rounding error move as fast as all others.
 12. An optimiser step is skipped and counted if its gradient isn't finite.
-13. The first batch's scores set the unit of rewards, and each batch's mean score is their zero: scores from 0 to 1,
-    from 0 to 10,000 and from 80 to 90 train alike, and the value head needn't follow a mean that rises.
+13. Scores are measured from each batch's mean, in a unit set by the first batch. So scores from 0 to 1, from 0 to
+    10,000 and from 80 to 90 train alike, and the value head doesn't have to follow a rising mean.
 
 Shapes: n completions, T tokens (completions are right-padded to the longest), V vocabulary entries. A mask is True
-or 1 at a completion's real tokens, including its final [SEP], and 0 at the padding. Logits and values at t have seen
-the prompt and the tokens before t: they say how likely token t is and how much reward is still to come.
+or 1 at a completion's real tokens, including its final [SEP], and 0 at the padding. Logits and values at t depend on
+the prompt and the tokens before t: the logits predict token t, the values predict the reward from token t on.
 
 Sources, by the names used below:
     PPO       Schulman et al. 2017, "Proximal policy optimization algorithms", arXiv:1707.06347
@@ -44,19 +44,19 @@ from support.compute.engine import Engine
 
 
 def logprobs_from_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """log softmax(logits)[label]. logits (..., V), labels (...) int64 -> (...), in nats."""
+    """Return log softmax(logits)[label]. logits (..., V), labels (...) int64 -> (...), in nats."""
     return logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
 def logprobs_and_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """log softmax(logits)[label], and the entropy -sum p log p (0 log 0 = 0), in nats. Shapes as above -> (2, ...)."""
+    """Return log softmax(logits)[label] and the entropy -sum p log p (0 log 0 = 0), in nats, stacked: (2, ...)."""
     logprobs = logits.log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs.where(logprobs > float("-inf"), 0)).sum(-1)
     return torch.stack([logprobs.gather(-1, labels.unsqueeze(-1)).squeeze(-1), entropy])
 
 
 def kl_from_logits(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tensor:
-    """sum p (log p - log q) with p = softmax(logits), q = softmax(ref_logits), in nats. (..., V) twice -> (...).
+    """Return sum p (log p - log q) with p = softmax(logits), q = softmax(ref_logits), in nats. Two (..., V) -> (...).
 
     Tokens of probability 0 under p add nothing.
     """
@@ -70,12 +70,12 @@ def kl_from_logits(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tens
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of the unmasked entries, a scalar. values and mask have the same shape; masked entries may be NaN."""
+    """Return the mean of the unmasked entries, a scalar. Both arguments have one shape; masked entries may be NaN."""
     return values.where(mask.bool(), 0).sum() / mask.sum()
 
 
 def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
-    """(values - mean) / sqrt(variance + 1e-8) over all unmasked entries of the batch, 0 at the masked ones.
+    """Return (values - mean) / sqrt(variance + 1e-8) over all unmasked entries of the batch, 0 at the masked ones.
 
     The variance is the biased one. With shift_mean=False the mean is added back.
     """
@@ -87,9 +87,9 @@ def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) ->
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """1 - variance(returns - values) / variance(returns) over the unmasked tokens: 1 is perfect, 0 no help.
+    """Return 1 - variance(returns - values) / variance(returns) over the unmasked tokens: 1 is perfect, 0 is useless.
 
-    Returns 0 if all returns are equal: there is nothing to explain.
+    Returns 0 if all returns are equal.
     """
 
     def variance(x):
@@ -104,13 +104,13 @@ def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.
 # Rewards and advantages
 
 
-SPREAD = 0.4  # about that of probabilities, for which cliprange_value, vf_coef and value_lr were found
+SPREAD = 0.4  # about the spread of the article's scores, for which cliprange_value, vf_coef and value_lr were chosen
 
 
 def pick_reward_unit(scores: torch.Tensor, kl_coef: float) -> float:
-    """The unit in which the scores (n,) of the first batch have a standard deviation of SPREAD (Ziegler, section 2.1,
-    scales its reward model similarly). If the scores barely differ (std below kl_coef / 100, or below 1e-7 of their
-    mean, which is float32's rounding), use the KL coefficient instead."""
+    """Return the unit in which the scores (n,) of the first batch have a standard deviation of SPREAD (Ziegler, section
+    2.1, scales its reward model similarly). If the scores barely differ (std below kl_coef / 100, or below 1e-7 of
+    their mean, which is float32's rounding), use the KL coefficient as their spread."""
     scores = scores.double().cpu()
     spread, rounding = scores.std(correction=0).item(), 1e-7 * scores.mean().abs().item()
     return (spread if spread > max(kl_coef / 100, rounding) else kl_coef) / SPREAD or 1.0
@@ -119,7 +119,7 @@ def pick_reward_unit(scores: torch.Tensor, kl_coef: float) -> float:
 def compute_rewards(
     scores: torch.Tensor, logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor, kl_coef: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reward of each token: the KL penalty, plus the score at a completion's last real token (Ziegler, section 2.2).
+    """Compute each token's reward: the KL penalty, plus the score at the last real token (Ziegler, section 2.2).
 
         kl_penalties[t] = -kl_coef * (logprobs[t] - ref_logprobs[t])
 
@@ -136,13 +136,13 @@ def compute_rewards(
 def compute_advantages(
     values: torch.Tensor, token_rewards: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generalised advantage estimation (GAE, equation 16), and the returns, which the values should learn.
+    """Compute advantages (GAE, equation 16) and returns, which the values should learn to predict.
 
         delta[t]     = token_rewards[t] + gamma * values[t + 1] - values[t]
         advantage[t] = delta[t] + gamma * lam * advantage[t + 1]
         return[t]    = advantage[t] + values[t]
 
-    A completion ends at its last real token: the value and the advantage after it are 0. All (n, T); 0 where masked.
+    After a completion's last real token, value and advantage are 0. All (n, T), 0 where masked.
     """
     values = values.where(mask.bool(), 0)
     token_rewards = token_rewards.where(mask.bool(), 0)
@@ -162,7 +162,7 @@ def compute_advantages(
 def policy_loss(
     logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, cliprange: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The clipped surrogate objective (PPO, equation 7), negated, as a mean over tokens.
+    """Compute the clipped surrogate objective (PPO, equation 7), negated, as a mean over tokens.
 
         ratio = exp(logprobs - old_logprobs)
         loss  = mean max(-advantages * ratio, -advantages * clip(ratio, 1 - cliprange, 1 + cliprange))
@@ -179,7 +179,7 @@ def policy_loss(
 def value_loss(
     values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, cliprange_value: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Half the mean squared error of the values, the larger of clipped and unclipped (Ziegler's code, `loss`).
+    """Compute half the mean squared error, the larger one of clipped and unclipped values (Ziegler's code, `loss`).
 
         clipped values = clip(values, old_values - cliprange_value, old_values + cliprange_value)
         loss           = 0.5 * mean max((values - returns)^2, (clipped values - returns)^2)
@@ -199,7 +199,7 @@ def value_loss(
 
 
 class AdaptiveKLController:
-    """Steers the KL coefficient so that the KL approaches the target (Ziegler, section 2.2).
+    """Adjusts the KL coefficient so that the KL approaches the target (Ziegler, section 2.2).
 
         error = clip(current_kl / target - 1, -0.2, 0.2)
         value = value * (1 + error * n_completions / horizon)
@@ -229,14 +229,14 @@ class FixedKLController:
 
 @torch.no_grad()
 def polynomial_average(averages: list[torch.Tensor], weights: list[torch.Tensor], step: int, power: float) -> None:
-    """Polynomial-decay averaging of weights, in place (Shamir & Zhang 2013, arXiv:1212.1824, section 4).
+    """Update polynomial-decay averages in place (Shamir & Zhang 2013, arXiv:1212.1824, section 4).
 
-    The weights after step t (1-based) count about t^power; power 0 is the plain mean.
+    The weights after step t (1-based) have a weight of about t^power in the average; power 0 is the plain mean.
 
         average[t] = (1 - share) * average[t - 1] + share * weights[t],   share = (power + 1) / (power + t)
     """
     share = (power + 1) / (power + step)
-    torch._foreach_lerp_(averages, weights, share)  # private; torch's Adam uses its kind
+    torch._foreach_lerp_(averages, weights, share)  # private, but torch's Adam relies on such functions, too
 
 
 # ----------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def polynomial_average(averages: list[torch.Tensor], weights: list[torch.Tensor]
 
 @dataclass
 class Experience:
-    """A batch for optimiser steps; logprobs and values are the old ones, advantages are whitened. (n, T) float32."""
+    """A batch for the optimiser steps: old logprobs and values, whitened advantages, returns; all (n, T) float32."""
 
     completions: Completions
     logprobs: torch.Tensor
@@ -264,9 +264,9 @@ class Experience:
 
 
 def ppo_loss(config, logprobs: torch.Tensor, values: torch.Tensor, batch: Experience):
-    """PPO's loss of a micro-batch and a dict of its statistics, scalars, each a mean over the micro-batch's tokens.
+    """Compute PPO's loss of a micro-batch, and a dict of statistics; all are means over its tokens.
 
-    logprobs and values, (n, T): those of the policy as it is now.
+    logprobs, values: those of the current policy, (n, T).
     """
     mask = batch.mask
     pg_loss, pg_clipfrac = policy_loss(logprobs, batch.logprobs, batch.advantages, mask, config.cliprange)
@@ -286,11 +286,11 @@ def ppo_loss(config, logprobs: torch.Tensor, values: torch.Tensor, batch: Experi
 
 
 class PPOTrainer:
-    """Trains a policy, one batch of completions at a time. A loop of your own with texts, lists and any numbers takes
-    support.run.text_trainer.TextPPOTrainer, which is this with conversions and checks.
+    """Trains a policy, one batch of completions at a time. For a loop of your own, TextPPOTrainer
+    (support/run/text_trainer.py) is easier: it adds conversions and checks.
 
     config: a PPOConfig. model: the policy, a GPT2HeadWithValueModel with float32 weights. ref_model: the policy before
-    training, in any dtype, which the trainer takes over. tokenizer: provides the special tokens. Dropout is off.
+    training, in any dtype; the trainer may change it. tokenizer: provides the special tokens. Dropout is off.
     """
 
     def __init__(self, config, model, ref_model, tokenizer):
@@ -298,7 +298,7 @@ class PPOTrainer:
         self.engine = Engine(config, model, ref_model, tokenizer)
         self.n_steps = 0
         self.n_drawn = 0  # completions since the last step
-        # A value of v means a score of reward_mean + v * reward_unit: the last step's mean, the first step's unit
+        # A value v stands for a score of reward_mean + v * reward_unit (mean of the last step, unit of the first)
         self.reward_mean, self.reward_unit = 0.0, None
         if config.kl_controller == "adaptive":
             self.kl_controller = AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
@@ -317,11 +317,11 @@ class PPOTrainer:
         return self.engine.averaged if self.n_steps else self.model
 
     def generate(self, query_tensors: list[torch.Tensor], model=None, seed=None, step=None) -> Completions:
-        """Continue each query, a 1-d int64 tensor on the CPU.
+        """Complete each query, a 1-d int64 tensor on the CPU.
 
-        The random numbers of completion i depend only on (seed, step, i). By default the policy continues, with the
-        run's seed and step, and i counts the completions since the last step: n calls with one query draw what one
-        call with n queries draws.
+        The random numbers of completion i depend only on (seed, step, i). By default, the policy samples with the run's
+        seed and step, and i counts the completions since the last step, so n calls with one query each give the same
+        completions as one call with n queries.
         """
         model = self.model if model is None else model
         seed = self.config.seed if seed is None else seed
@@ -350,7 +350,7 @@ class PPOTrainer:
         logprobs, entropy, values = self.forward_pass(completions, self.model, logprobs_and_entropy)
         ref_logprobs, _ = self.forward_pass(completions, self.ref_model, logprobs_from_logits)
 
-        # 2. Rewards, from the batch's mean and in the trainer's unit: the KL penalty, plus the score at the last token
+        # 2. Rewards in the trainer's unit: the KL penalty, plus the score (minus the mean) at the last token
         kl_coef = self.kl_controller.value / unit
         token_rewards, kl_penalties = compute_rewards(scores / unit, logprobs, ref_logprobs, mask, kl_coef)
 
@@ -399,7 +399,7 @@ class PPOTrainer:
 
     @torch.no_grad()
     def forward_pass(self, completions: Completions, model, function) -> torch.Tensor:
-        """function(logits, ids) at the completions' tokens, one row or several (n, T), and values (n, T): (k, n, T)."""
+        """Return function(logits, ids) at the completions' tokens, one or several (n, T), and the values: (k, n, T)."""
         computed, passes = [], self.engine.passes(model)
         for part in self.engine.parts(completions):
             found, values = self.engine.forward(part, function, passes)
@@ -407,6 +407,6 @@ class PPOTrainer:
         return self.engine.gather(computed, len(completions.ids))
 
     def minibatches(self, n: int, epoch: int) -> tuple[torch.Tensor, ...]:
-        """The rows of each minibatch, in an order that depends only on (seed, step, epoch)."""
+        """Return the rows of each minibatch, in an order that depends only on (seed, step, epoch)."""
         order = np.random.default_rng([self.config.seed, self.n_steps, epoch]).permutation(n)
         return torch.from_numpy(order).split(self.config.minibatch_size)
