@@ -1,4 +1,4 @@
-"""Models that the tests make themselves: no network, no GPU, nothing from outside the repository."""
+"""Fixtures: small models that the tests build themselves, without network, GPU or files from outside the repository."""
 
 import os
 import signal
@@ -48,7 +48,7 @@ def demo() -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, demo) -> Path:
-    """The folder of a finished small run, three steps with all their checkpoints; tests change copies of it only."""
+    """A finished run of three steps on the demo models, with all checkpoints. Tests only change copies of it."""
     code, run_dir = small_run(tmp_path_factory.mktemp("runs"), "--save_every", "1", "--keep_checkpoints", "5")
     assert code == 0
     return run_dir
@@ -56,25 +56,25 @@ def finished(tmp_path_factory, demo) -> Path:
 
 @pytest.fixture
 def without_pictures(monkeypatch):
-    """Runs leave an empty rewards.png: to draw one takes longer than a small run."""
+    """Make runs write an empty rewards.png, because drawing takes longer than a small run."""
     leave_pictures_empty(monkeypatch)
 
 
 @pytest.fixture
 def figures(monkeypatch) -> list:
-    """The figures that are drawn, each with the options of `savefig`. They leave an empty file."""
+    """The figures that are drawn, each with the options of `savefig`. The files on disk stay empty."""
     return draw_no_pixels(monkeypatch)
 
 
 @pytest.fixture
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    """Files of the current folder are the test's own."""
+def in_tmp_path(tmp_path, monkeypatch):
+    """Run the test in its own temporary folder."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def signals_restored():
-    """Signals mean what they mean to a new process, and afterwards what they meant before."""
+    """Set Python's default signal handlers for the test, and restore the old ones afterwards."""
     defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     defaults[signal.SIGHUP] = signal.SIG_DFL
     handlers = {number: signal.signal(number, default) for number, default in defaults.items()}
@@ -91,7 +91,7 @@ def policy(gpt2_folder):
 
 @pytest.fixture
 def trackers(tmp_path, monkeypatch) -> Path:
-    """A folder on Python's path with stand-ins for wandb, swanlab and trackio, which note their calls in NAME.calls."""
+    """A folder on sys.path with fake wandb, swanlab and trackio packages, which log their calls to NAME.calls."""
     folder = tmp_path / "trackers"
     folder.mkdir()
     monkeypatch.syspath_prepend(folder)

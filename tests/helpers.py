@@ -1,4 +1,4 @@
-"""What several test files share: small models, small runs, pages, and a trainer on a random model."""
+"""Helpers shared by several test files: small models, small runs, pages, and a trainer on a random model."""
 
 import copy
 import csv
@@ -34,7 +34,7 @@ VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *CHARACTERS, "good", "##s
 
 
 def write_model(folder: Path, config: dict, weights: dict, vocab=VOCAB) -> Path:
-    """A model folder laid out as the published ones: weights as pytorch_model.bin, vocab.txt, no special-token ids."""
+    """Write a model folder in the published layout: pytorch_model.bin, vocab.txt, and no special-token ids."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "vocab.txt").write_text("\n".join(vocab) + "\n", encoding="utf-8")
@@ -46,7 +46,7 @@ def write_model(folder: Path, config: dict, weights: dict, vocab=VOCAB) -> Path:
 
 
 def write_gpt2(folder: Path, **changes) -> Path:
-    """A random GPT-2, two layers 32 wide, with the old attn.bias buffers of published checkpoints."""
+    """Write a random GPT-2 with two layers of width 32 and the old attn.bias buffers of published checkpoints."""
     torch.manual_seed(0)
     config = dict(
         architectures=["GPT2LMHeadModel"], tokenizer_class="BertTokenizer", activation_function="gelu_new",
@@ -60,7 +60,7 @@ def write_gpt2(folder: Path, **changes) -> Path:
 
 
 def write_classifier(folder: Path, labels=(NEGATIVE, POSITIVE)) -> Path:
-    """A random BERT classifier, one layer 16 wide."""
+    """Write a random BERT classifier with one layer of width 16."""
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(VOCAB), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
@@ -108,7 +108,7 @@ def finish(**how):
 
 
 def read(page: str) -> str:
-    """page: its path in the repository."""
+    """Read a page, given its path in the repository."""
     return (ROOT / page).read_text(encoding="utf-8")
 
 
@@ -133,7 +133,7 @@ def as_rewards(reward) -> Rewards:
 
 
 def tiny_run(run_dir, policy, reward=count_characters, resume=False, inputs=None, **changes) -> int:
-    """The exit code of a run of three steps on a random model, a quarter second long. The caller catches errors."""
+    """Run three steps on a random model, in about 0.25 seconds. Returns the exit code; exceptions are not caught."""
     defaults = dict(
         episodes=24, batch_size=8, minibatch_size=8, ppo_epochs=1, gen_len=4, eval_samples=8, device="cpu",
         dtype="float32", save_every=1, log_samples_every=0, runs_dir=str(run_dir.parent), run_name=run_dir.name,
@@ -146,7 +146,7 @@ def tiny_run(run_dir, policy, reward=count_characters, resume=False, inputs=None
 
 
 def contents(folder) -> dict:
-    """What is in each file of a folder."""
+    """Return the bytes of every file in a folder, by path."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -159,7 +159,7 @@ def change_json(path, **changes) -> None:
 
 
 def copy_run(run_dir: Path, folder: Path, **settings) -> Path:
-    """A copy of a run with these settings in its config.json."""
+    """Copy a run and change these settings in the copy's config.json."""
     shutil.copytree(run_dir, folder)
     change_json(folder / "config.json", **settings)
     return folder
@@ -190,7 +190,7 @@ def batch_of(trainer, policy, n=6):
 
 
 class Reference:
-    """Proximal policy optimisation once more, from the documentation of PPOConfig and ppo.py."""
+    """A second implementation of PPO, written from the documentation of PPOConfig and ppo.py."""
 
     def __init__(self, config, model, ref_model):
         self.config, self.n_steps, self.kl_coef, self.unit = config, 0, config.init_kl_coef, None
@@ -208,7 +208,7 @@ class Reference:
         self.history = []
 
     def logprobs_and_values(self, gpt2, query, response):
-        """Of one completion: two lists of T numbers, and the entropies."""
+        """Return the log-probabilities, values and entropies of one completion, T numbers each."""
         output = gpt2(torch.cat([query, response])[None], output_hidden_states=True)
         logits = output.logits[0, len(query) - 1 : -1] / self.config.temperature
         forbidden = torch.zeros(logits.shape[-1], dtype=torch.bool).index_fill(0, torch.tensor(FORBIDDEN), True)
@@ -223,7 +223,7 @@ class Reference:
         c, n = self.config, len(queries)
         mean = np.mean(scores)
         if self.unit is None:
-            self.start = mean if self.weight.any() or self.bias.any() else 0.0  # a new head counts from it anyway
+            self.start = mean if self.weight.any() or self.bias.any() else 0.0  # a new head predicts the mean anyway
             self.unit = np.std(scores) / 0.4
             with torch.no_grad():
                 self.weight /= self.unit
@@ -267,7 +267,7 @@ class Reference:
                         squares.append((logprobs[t] - old[i][0][t]).item() ** 2)
                         ratios.append(ratio.item())
                 policy_loss, value_loss = sum(policy_losses) / len(ratios), sum(value_losses) / len(ratios)
-                self.optimizer.zero_grad(set_to_none=False)  # where all values are clipped, 0 and not None
+                self.optimizer.zero_grad(set_to_none=False)  # if all values are clipped, a gradient of 0, not None
                 loss = policy_loss + c.vf_coef * value_loss
                 loss.backward()
                 norm = sum((p.grad**2).sum() for p in self.trained).sqrt().item()
@@ -304,7 +304,7 @@ class Reference:
         return {name: tensor.detach().clone() for name, tensor in named.items()}
 
     def average(self):
-        """The two steps' weights, of which step t weighs as `polynomial_average` says."""
+        """Return the average of the weights after each of two steps, weighted like `polynomial_average`."""
         share = (self.config.average_power + 1) / (self.config.average_power + 2)
         first, second = self.history
         return {name: (1 - share) * first[name] + share * second[name] for name in first}
@@ -317,7 +317,7 @@ def plain_gpt2(model):
 
 
 def write_bpe_gpt2(folder):
-    """A random GPT-2 with a byte-level BPE tokenizer trained on the spot, in the files of English `gpt2`."""
+    """Write a random GPT-2 with a freshly trained byte-level BPE tokenizer, in the file layout of English `gpt2`."""
     folder = write_gpt2(folder, vocab_size=300)
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(["刚收到货,感觉很不错", "this film was great, truly"] * 9, 299, 2, False, ["<|endoftext|>"])
@@ -333,7 +333,7 @@ def write_bpe_gpt2(folder):
 
 
 def write_run(folder, steps=30, seed=0, without=(), settings={}, **changes):
-    """A run folder with every column that is drawn, random or as in `changes`, and a config.json with `settings`."""
+    """Write a run folder: config.json with `settings`, and all plotted columns, random unless given in `changes`."""
     rng = np.random.default_rng(seed)
     metrics = {"step": np.arange(1, steps + 1), "episodes": 128 * np.arange(1, steps + 1)}
     metrics |= {name: rng.uniform(0.2, 0.8, steps) for name in (MEAN, STD, *COLUMNS, "time/step")}
@@ -349,7 +349,7 @@ def write_run(folder, steps=30, seed=0, without=(), settings={}, **changes):
 
 
 def evaluation(samples, kls=None, **figures) -> Evaluation:
-    """A policy judged on samples, (prompt, completion, reward); figures that aren't given are 0."""
+    """Return an Evaluation of (prompt, completion, reward) samples. Figures that aren't given are 0."""
     kls = kls or [0.0] * len(samples)
     found = dict.fromkeys((field.name for field in dataclasses.fields(Evaluation)), 0.0)
     found |= {"n": len(samples), "unsteady": "", "reward": float(np.mean([reward for *_, reward in samples]))}
@@ -364,8 +364,8 @@ def evaluation(samples, kls=None, **figures) -> Evaluation:
     return Evaluation(**found | figures)
 
 
-def evaluated(unit=1.0) -> Results:
-    """The results of a run whose rewards have a standard deviation of 0.4 units before training."""
+def example_results(unit=1.0) -> Results:
+    """Return the results of a run whose rewards have a standard deviation of 0.4 units before training."""
     figures = {"kl": 1.2346, "distinct_1": 0.1006, "distinct_2": 0.5006, "unique": 0.98765, "length": 12.34}
     figures |= {"ended": 0.1234, "ref_logprob": -2.345, "reward_ci95": 0.0114 * unit}
     before = [["p|", "old\n1", 0.1 * unit], ["p|", "old2", 0.9 * unit]]
@@ -381,7 +381,7 @@ def evaluated(unit=1.0) -> Results:
 
 
 def load_gpt2(folder):
-    """A fresh policy and its tokenizer."""
+    """Return a fresh policy and its tokenizer."""
     from support.models.pretrained import load_gpt2_config, load_policy, load_tokenizer
 
     return load_policy(folder, load_gpt2_config(folder)), load_tokenizer(folder)
@@ -392,12 +392,12 @@ def checkpoints(run_dir) -> list[str]:
 
 
 def leave_pictures_empty(patch) -> None:
-    """Let runs leave an empty rewards.png: to draw one takes longer than a small run. patch: a MonkeyPatch."""
+    """Make runs write an empty rewards.png, because drawing takes longer than a small run. patch: a MonkeyPatch."""
     patch.setattr("plot_rewards.draw", lambda runs, out: out.touch())
 
 
 def draw_no_pixels(patch) -> list:
-    """Let figures leave an empty file. Returns the list that they go into, each with the options of `savefig`."""
+    """Make `savefig` write an empty file. Returns a list that collects the figures and their `savefig` options."""
     drawn = []
 
     def savefig(self, out, **options):

@@ -1,8 +1,8 @@
-"""A small model hub on loopback for the real client, which can be told to misbehave.
+"""A small model hub on loopback for the real client. Tests can make it misbehave.
 
-with Hub({"owner/model": folder}) as hub: ... hub.url is an HF_ENDPOINT, hub.requests lists what was asked for
-hub.fault = ("HEAD", "model.safetensors", 503), or in place of the status 'hang', 'stall', 'cut', 'page' or 'xet';
-hub.on_fault() is called at each. hub.uploaded: {model: {path: bytes}}.
+Use it as `with Hub({"owner/model": folder}) as hub:`. hub.url is the HF_ENDPOINT, and hub.requests lists all requests.
+hub.fault = ("HEAD", "model.safetensors", 503) injects a fault. Instead of the status, use 'hang', 'stall', 'cut',
+'page' or 'xet'. hub.on_fault() is called at each fault. hub.uploaded has the uploads: {model: {path: bytes}}.
 """
 
 import base64
@@ -16,7 +16,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """models: hub id -> local folder, at the commit COMMIT, which is `main`."""
+    """models: {hub id: local folder}. All models are at COMMIT, which is also `main`."""
 
     def __init__(self, models: dict[str, Path]):
         self.models, self.fault, self.requests, self.uploaded = models, None, [], {}
@@ -29,7 +29,7 @@ class Hub:
         members["do_POST"] = lambda handler: self.take(handler)
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (BaseHTTPRequestHandler,), members))
         self.server.daemon_threads = True
-        self.server.handle_error = lambda *args: None  # clients that went away
+        self.server.handle_error = lambda *args: None  # clients that disconnected
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
         return self
@@ -40,7 +40,7 @@ class Hub:
         self.server.server_close()
 
     def fetched(self) -> list[str]:
-        """The files that were downloaded, in order."""
+        """Return the names of the downloaded files, in order."""
         downloads = [request for request in self.requests if request.startswith("GET") and "/resolve/" in request]
         return [request.rsplit("/", 1)[1] for request in downloads]
 
@@ -77,7 +77,7 @@ class Hub:
         self.send(handler, 404, b"{}", {"X-Error-Code": "RepoNotFound"})
 
     def take(self, handler) -> None:
-        """The steps of an upload: the model is made, each file is asked about and comes within the commit."""
+        """Handle the steps of an upload: create the model, answer for each file, and take the files from the commit."""
         body = handler.rfile.read(int(handler.headers["Content-Length"]))
         self.requests.append(f"POST {handler.path}")
         if handler.headers.get("Authorization") is None:

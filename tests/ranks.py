@@ -1,6 +1,6 @@
-"""The processes of one run, with the environment that torchrun gives them, and rewards for them.
+"""The processes of one run, with the environment that torchrun gives them, and rewards for such runs.
 
-They are forked from a server that has loaded the libraries, so that not each of them takes seconds for that.
+The processes are forked from a server that has already imported the libraries, which saves seconds for each of them.
 """
 
 import multiprocessing
@@ -20,12 +20,12 @@ context = multiprocessing.get_context("forkserver")
 GPT2 = "transformers.models.gpt2.modeling_gpt2"
 context.set_forkserver_preload(["tests.conftest", "train_ppo", "support.run.load", "support.run.run_folder", GPT2])
 if multiprocessing.current_process().name == "MainProcess":
-    forkserver.ensure_running()  # it loads them while other tests run
+    forkserver.ensure_running()  # imports the libraries while other tests run
 
 
 class Ranks:
-    """n processes that call function(rank, *arguments) in `folder`; what they print is in the files RANK.out, RANK.err.
-    torchrun: its own agent starts them, and once more after one of them has died."""
+    """n processes that call function(rank, *arguments) in `folder` and print to the files RANK.out and RANK.err.
+    torchrun: torchrun's own agent starts them, and restarts them once if one dies."""
 
     def __init__(self, folder: Path, function, *arguments, n=2, torchrun=False):
         self.folder, self.processes = folder, []
@@ -45,7 +45,7 @@ class Ranks:
         self.processes.append(process)
 
     def wait(self) -> list[int]:
-        """The exit codes. Kills a run that hangs."""
+        """Wait for all processes and return their exit codes. A run that hangs is killed."""
         for process in self.processes:
             process.join(240)
             process.kill()
@@ -53,7 +53,7 @@ class Ranks:
         return [process.exitcode for process in self.processes]
 
     def out(self, rank: int) -> str:
-        """stdout, without the lines that Gloo in torch 2.9 prints about its connections."""
+        """Return a rank's stdout, without the lines that Gloo in torch 2.9 prints about its connections."""
         printed = (self.folder / f"{rank}.out").read_text(encoding="utf-8")
         return re.sub(r"^\[Gloo\] Rank .*\n", "", printed, flags=re.MULTILINE)
 
@@ -69,17 +69,17 @@ def redirect(folder: Path, name: str) -> None:
 
 def print_to(descriptor: int) -> None:
     os.dup2(descriptor, 1)
-    sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", closefd=False)  # with a buffer, as a file has it
+    sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", closefd=False)  # buffered, like a file
 
 
 def launch(folder: Path, n: int, function, arguments) -> None:
-    """What `torchrun --standalone --nproc-per-node n --max-restarts 1` does with a script."""
+    """Do what `torchrun --standalone --nproc-per-node n --max-restarts 1` does with a script."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from support.compute import processes
 
     redirect(folder, "torchrun")
-    processes.exit_process = sys.exit  # a process that ends without its return value is waited for without end
+    processes.exit_process = sys.exit  # the agent waits forever for a process without a return value
     config = LaunchConfig(1, 1, n, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=1)
     config.start_method, config.monitor_interval = "fork", 0.1
     elastic_launch(config, call)(folder, function, arguments)
@@ -96,7 +96,7 @@ def call(folder: Path, function, arguments, environment={}) -> None:
 
 
 def program(rank: int, flags: list[str], read=True) -> None:
-    """`python train_ppo.py FLAGS`, without the picture. read: whether anybody reads what it prints."""
+    """Run `python train_ppo.py FLAGS` without drawing. read: whether anything reads its output."""
     import plot_rewards
 
     if not read:
@@ -113,7 +113,7 @@ shares = []
 
 
 def lengths(texts: list[str], happens) -> list[float]:
-    """A reward. Something happens to rank 1 at step 5 of the first start, if its share of a batch is 8."""
+    """A reward that calls happens() on rank 1 in step 5 of the first start, if rank 1's share of a batch is 8."""
     shares.extend([texts] if len(texts) == SHARE else [])
     process = os.environ.get("RANK"), os.environ.get("TORCHELASTIC_RESTART_COUNT")
     if process == ("1", "0") and len(texts) == SHARE and len(shares) == STEP:

@@ -1,4 +1,4 @@
-"""The signs of a sick run, by rows of numbers."""
+"""The alarms that a run raises when training goes wrong, tested on rows of numbers."""
 
 import json
 
@@ -18,7 +18,7 @@ LARGE = {"env/reward_mean": -1e3}
 
 
 def told(*changes: dict, kl_limit=0.4, **config) -> list[tuple[int, str]]:
-    """The steps and names of the alarms of a run whose rows are healthy except for these changes, one per step."""
+    """Return steps and names of a run's alarms. Each step's row is healthy except for its `changes`."""
     alarms = Alarms(PPOConfig(**config), kl_limit)
     new = [alarms.look({"step": step, **HEALTHY, **change}) for step, change in enumerate(changes, 1)]
     assert [alarm for of_step in new for alarm in of_step] == alarms.found
@@ -35,11 +35,11 @@ def told(*changes: dict, kl_limit=0.4, **config) -> list[tuple[int, str]]:
         ({"ppo/policy/clipfrac": 0.099}, {"ppo/policy/clipfrac": 0.101}, "too fast"),
     ],
 )
-def test_the_first_step_raises_an_alarm_beyond_a_limit_only(within, beyond, alarm):
+def test_the_first_step_raises_an_alarm_only_beyond_a_limit(within, beyond, alarm):
     assert told(within) == []
     assert told(beyond, beyond) == [(1, alarm)]
     if alarm != "too fast":
-        assert told({}, *[beyond] * 9) == []  # of the first step only
+        assert told({}, *[beyond] * 9) == []  # only checked in the first step
 
 
 @pytest.mark.parametrize(
@@ -50,27 +50,27 @@ def test_the_first_step_raises_an_alarm_beyond_a_limit_only(within, beyond, alar
         ({"tokens/unique_share": 0.41}, {"tokens/unique_share": 0.39}, "alike"),
     ],
 )
-def test_numbers_that_vary_from_batch_to_batch_count_as_a_mean_over_five_steps(within, beyond, alarm):
+def test_noisy_statistics_are_averaged_over_five_steps(within, beyond, alarm):
     assert told({}, *[within] * 9) == told({}, *[beyond] * 4) == []
     assert told({}, *[beyond] * 5) == [(6, alarm)]
-    if alarm != "far away":  # a share of the first step's
+    if alarm != "far away":  # these limits are relative to the first step
         assert told(*[beyond] * 9) == []
 
 
-def test_values_that_explain_less_than_nothing_for_ten_steps_are_worse_than_none():
+def test_ten_steps_of_negative_explained_variance_raise_an_alarm():
     bad, fair, none = ({"ppo/val/explained_variance": value} for value in (-0.02, 0.01, -0.009))
     assert told(*[bad] * 9, fair, *[bad] * 9, *[none] * 20) == []
     assert told({}, *[bad] * 12) == [(11, "bad values")]
 
 
-def test_a_distance_is_far_at_one_and_a_half_times_the_limits_kl():
+def test_a_kl_of_more_than_one_and_a_half_times_the_limits_kl_raises_an_alarm():
     assert told({}, *[{"objective/kl": 5.9}] * 9, kl_limit=4.0) == []
     assert told({}, *[{"objective/kl": 6.1}] * 9, kl_limit=4.0) == [(6, "far away")]
     assert told({}, *[{"objective/kl": 2.1}] * 9, kl_limit=None) == [(6, "far away")]
 
 
-def test_one_optimiser_step_per_batch_may_not_move_and_each_alarm_is_raised_once():
-    """Its ratio is 1 by definition."""
+def test_the_movement_alarm_needs_several_optimiser_steps_and_alarms_are_raised_once():
+    """With one optimiser step per batch, the ratio is 1 by definition."""
     still = {"ppo/policy/approxkl": 0.0}
     assert told(still, ppo_epochs=1) == []
     assert told(still, ppo_epochs=1, minibatch_size=64) == [(1, "no movement")]
@@ -79,7 +79,7 @@ def test_one_optimiser_step_per_batch_may_not_move_and_each_alarm_is_raised_once
 
 
 def rises(curve, n=240) -> list[int]:
-    """The steps at which plateaus are reported if this function of the step is the mean reward, for five draws."""
+    """Return the steps at which a plateau is reported, over five noisy runs whose mean reward is curve(step)."""
     found = []
     for seed in range(5):
         noise = np.random.default_rng(seed).normal(0, 0.35 / 128**0.5, n)
@@ -88,19 +88,19 @@ def rises(curve, n=240) -> list[int]:
     return found
 
 
-def test_a_plateau_is_a_reward_that_rose_and_no_longer_does():
-    """A batch's mean has an error of 0.03. The second half of 80 steps is no better than the quarter before it."""
+def test_the_plateau_alarm_needs_a_reward_that_rose_and_then_stopped_rising():
+    """A batch's mean has a standard error of 0.03. The second half of 80 steps isn't better than the quarter before."""
     assert all(40 <= step <= 240 for step in rises(lambda t: 0.7 + 0.2 * (t > 5)))
     assert len(rises(lambda t: 0.7 + 0.2 * (t > 5))) == 5
-    assert len(rises(lambda t: 0.7 + min(t, 60) / 300 - max(0, t - 60) / 600)) == 5  # and falls again
+    assert len(rises(lambda t: 0.7 + min(t, 60) / 300 - max(0, t - 60) / 600)) == 5  # rises, then falls
     assert rises(lambda t: 0.7 + 0.04 * np.log(t)) == []  # a healthy run
-    assert rises(lambda t: 0.7) == rises(lambda t: 0.7 + 0.2 * (t > 180)) == []  # hasn't begun to rise
+    assert rises(lambda t: 0.7) == rises(lambda t: 0.7 + 0.2 * (t > 180)) == []  # never rose, or rose recently
     steps = [{"episodes": 128 * t, "env/reward_mean": 0.7 + 0.2 * (t > 5) - 1e-6 * t} for t in range(1, 81)]
     assert told(*steps[:39]) == [] and told(*steps) == [(40, "plateau")]
 
 
-def test_a_run_ends_at_the_first_alarm_that_means_collapse(tmp_path, policy, monkeypatch, without_pictures, capsys):
-    """Too few texts are unique from the first step on. `--resume` trains no further, unless it is told to."""
+def test_stop_on_alarm_ends_a_run_at_the_first_collapse_alarm(tmp_path, policy, monkeypatch, without_pictures, capsys):
+    """Too few texts are unique from the first step on. `--resume` doesn't train on unless the flag is turned off."""
     monkeypatch.setattr(warnings, "ALIKE", 2.0)
     run, settings = tmp_path / "run", dict(stop_on_alarm=True, save_every=0, save_every_minutes=0)
     assert tiny_run(run, policy, **settings) == 0
@@ -116,7 +116,7 @@ def test_a_run_ends_at_the_first_alarm_that_means_collapse(tmp_path, policy, mon
     assert "ended the run" not in (run / "report.md").read_text(encoding="utf-8")
 
 
-def test_an_alarm_that_is_no_collapse_does_not_end_a_run():
+def test_stop_on_alarm_ignores_alarms_that_do_not_mean_collapse():
     for row, stops in ({"ppo/policy/approxkl": 0.02}, False), ({"objective/kl": 99.0}, True):
         alarms = Alarms(PPOConfig(stop_on_alarm=True), 0.4)
         assert alarms.look({"step": 1, **HEALTHY, **row}) and alarms.stop == stops
@@ -124,8 +124,8 @@ def test_an_alarm_that_is_no_collapse_does_not_end_a_run():
         assert alarms.stop == stops
 
 
-def test_equal_completions_of_two_prompts_are_two_unique_texts(tmp_path, policy, without_pictures):
-    """Completions of one token, of which many are equal."""
+def test_equal_completions_of_different_prompts_count_as_different_texts(tmp_path, policy, without_pictures):
+    """Completions have one token, so many of them are equal."""
     assert tiny_run(tmp_path / "run", policy, gen_len=1, episodes=64, batch_size=64) == 0
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text("utf-8").splitlines()]
     texts = {(sample["prompt"], sample["completion"]) for sample in samples}

@@ -1,4 +1,4 @@
-"""tools/benchmark.py: what it counts, by hand, and that each second of a step belongs to one phase."""
+"""tools/benchmark.py: its multiply-adds, counted by hand, and each second of a step belongs to one phase."""
 
 import itertools
 from types import SimpleNamespace
@@ -16,14 +16,15 @@ def gpt2(n_layer, n_frozen):
 
 
 def test_multiply_adds_by_hand():
-    """One prompt of 2 tokens and a completion of 3, of which 2 are read. A block: a token's matrices are 48, and its
-    attention 4 times the tokens that it sees, 1 on average in the prompt and 3 after it: 104 and 120. Projection: 18.
+    """The prompt has 2 tokens and the completion 3, of which the model reads 2. In a block, a token costs 48 for the
+    matrices and 4 for each token that it attends to, on average 1 in the prompt and 3 in the completion. That is 104
+    for the prompt and 120 for the completion. The projection to the vocabulary costs 18, so a pass costs 242.
 
-    Sampling, twice the log-probabilities, and an update with its backward pass are 242 each, the update thrice.
+    A step takes one pass for sampling, two for log-probabilities, and three for an update with its backward pass.
     """
     config = PPOConfig(batch_size=1, minibatch_size=1, ppo_epochs=1)
     assert benchmark.multiply_adds(gpt2(1, 0), None, config, [2], [3], []) == 242 + 2 * 242 + 3 * 242
-    # A frozen block below: sampling goes through both, all passes after it once through the lower one
+    # With a frozen lower block, sampling goes through both blocks, and all later passes share one pass through it
     half = benchmark.multiply_adds(gpt2(2, 1), None, config, [2], [3], [])
     assert half == (2 * 224 + 18) + 224 + 2 * 242 + (3 * 224 + 2 * 18)
     bert = SimpleNamespace(config=SimpleNamespace(num_hidden_layers=1, hidden_size=2, intermediate_size=8))
@@ -31,7 +32,7 @@ def test_multiply_adds_by_hand():
 
 
 def test_each_second_of_a_step_is_counted_once(gpt2_folder, classifier_folder, monkeypatch):
-    """By a clock that goes on by a second each time it is read."""
+    """The fake clock advances by one second at each reading."""
     monkeypatch.setattr("time.perf_counter", itertools.count().__next__)
     monkeypatch.setattr(benchmark, "STEPS", 1)
     monkeypatch.setattr(benchmark, "best_matrix_product", lambda device, dtype: 1e12)
@@ -39,5 +40,5 @@ def test_each_second_of_a_step_is_counted_once(gpt2_folder, classifier_folder, m
     config = PPOConfig(**names, batch_size=4, minibatch_size=4, ppo_epochs=1, gen_len=4, device="cpu", dtype="float32")
     found = benchmark.measure(config)
     phases = [found[phase] for phase in ("sampling", "scoring", "logprobs", "update")]
-    assert sum(phases) + 4 == found["seconds_per_step"] == 4 / found["completions_per_second"]  # and 4 between them
+    assert sum(phases) + 4 == found["seconds_per_step"] == 4 / found["completions_per_second"]  # 4 between phases
     assert found["ceiling_share"] == pytest.approx(2 * found["multiply_adds"] / found["seconds_per_step"] / 1e12)

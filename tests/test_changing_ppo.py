@@ -102,7 +102,7 @@ def apply(folder, *diffs: str) -> None:
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_a_change_does_what_the_page_says(name, gpt2_folder, tmp_path, figures, monkeypatch):
-    """Imports the changed program and this file once more, and puts all modules back afterwards."""
+    """Import the changed program and this file again, and restore all modules afterwards."""
     apply(tmp_path, code_blocks(PAGES[0], "diff")[CHECKS.index(name)])
     monkeypatch.syspath_prepend(tmp_path)
     own = {module: sys.modules.pop(module) for module in [*sys.modules] if module.split(".")[0] in OURS}

@@ -1,4 +1,4 @@
-"""What a checkpoint gives back: everything that decides how a run goes on."""
+"""A checkpoint restores everything that affects how a run continues."""
 
 import copy
 import hashlib
@@ -38,8 +38,8 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_loaded_trainer_goes_on_as_the_saved_one(policy, tmp_path):
-    """Also if another device's kernel saved it: an Apple GPU says fused=False. This device decides."""
+def test_a_loaded_trainer_continues_like_the_saved_one(policy, tmp_path):
+    """The checkpoint may come from another device: an Apple GPU saves fused=False. The current device decides."""
     changes = dict(kl_controller="adaptive", target=0.01, horizon=20)
     trainer, batch = trained(policy, **changes)
     trainer.engine.skipped_in_a_row = 3
@@ -106,8 +106,8 @@ def two_checkpoints(two, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("name", [*DAMAGES, *WITH_A_RIGHT_SUM])
-def test_a_damaged_checkpoint_is_named_and_passed_over(policy, two_checkpoints, name, capsys, monkeypatch):
-    """A stranger's runs no code."""
+def test_a_damaged_checkpoint_is_reported_and_skipped(policy, two_checkpoints, name, capsys, monkeypatch):
+    """A checkpoint from a stranger can't run code."""
     monkeypatch.chdir(two_checkpoints)
     damage(two_checkpoints / "step-000002", name)
     other = twin(policy)
@@ -117,7 +117,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(policy, two_checkpoints, 
     assert "warning: " in out and str(two_checkpoints / "step-000002") in out and out.count("\n") == 1
 
 
-def test_without_any_usable_checkpoint_loading_fails_and_changes_nothing(policy, two_checkpoints, capsys):
+def test_loading_fails_and_changes_nothing_if_no_checkpoint_is_usable(policy, two_checkpoints, capsys):
     for path in two_checkpoints.iterdir():
         damage(path, "cut weights")
     before = contents(two_checkpoints)
@@ -134,7 +134,7 @@ def write_checkpoints(policy, folder, *steps, keep=99):
 
 
 def test_older_checkpoints_are_removed_and_damaged_newer_ones_replaced(policy, tmp_path):
-    """A newer one is there after a resume that passed it over."""
+    """A damaged newer checkpoint exists after a resume that skipped it."""
     write_checkpoints(policy, tmp_path, 2, 3, 9)
     damage(tmp_path / "step-000009", "cut weights")
     trainer = write_checkpoints(policy, tmp_path, 4, keep=2)
@@ -145,7 +145,7 @@ def test_older_checkpoints_are_removed_and_damaged_newer_ones_replaced(policy, t
     assert names(tmp_path) == ["step-000005", "step-000009"] and trainer.n_steps == 9
 
 
-def test_checkpoints_go_by_number_and_a_valid_one_and_the_users_own_are_kept(policy, tmp_path):
+def test_checkpoints_are_ordered_by_number_and_valid_ones_and_your_own_are_kept(policy, tmp_path):
     write_checkpoints(policy, tmp_path, 999_999, 1_000_000)
     inode = (tmp_path / "step-1000000").stat().st_ino
     own = ["step-000007-best", "mine"]
@@ -160,8 +160,8 @@ def test_checkpoints_go_by_number_and_a_valid_one_and_the_users_own_are_kept(pol
     assert names(tmp_path) == sorted([*own, "step-1000000", "step-1000001"])
 
 
-def test_the_global_random_generators_go_on(policy, tmp_path):
-    np.random.randn()  # the next one is kept already
+def test_the_global_random_generators_are_restored(policy, tmp_path):
+    np.random.randn()  # NumPy keeps a second sample for the next call
     random.gauss(0, 1)
     trainer = write_checkpoints(policy, tmp_path, 1)
 

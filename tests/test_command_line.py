@@ -1,4 +1,4 @@
-"""The command line: one line for each bad flag, the folder that a run gets, and a reward of the user's own."""
+"""The command line: one-line errors for bad flags, the run folder, and the user's own reward."""
 
 import importlib.machinery
 import json
@@ -20,7 +20,7 @@ from train_ppo import main
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty working folder outside of Python's path, whose modules are forgotten afterwards."""
+    """An empty working folder that isn't on sys.path. Modules imported from it are unloaded afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(ROOT), *(path for path in sys.path if path not in ("", str(ROOT)))])
     before = set(sys.modules)
@@ -31,7 +31,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run_dir(folder, gpt2_folder, classifier_folder) -> Path:
-    """The folder `run` of a run that was stopped, with a model."""
+    """The folder `run` of a stopped run that has a model."""
     models = {"model_name": str(gpt2_folder), "reward_model_name": str(classifier_folder)}
     shutil.copytree(gpt2_folder, "run/model")
     save_config(PPOConfig(preset="demo", episodes=48, device="cpu", **models), Path("run", "config.json"))
@@ -39,7 +39,7 @@ def run_dir(folder, gpt2_folder, classifier_folder) -> Path:
 
 
 def one_line(capsys, *argv) -> str:
-    """The one line that the program says of bad input."""
+    """Run the program on bad input and return its one-line error."""
     assert main([str(arg) for arg in argv]) == 2
     err = capsys.readouterr().err
     assert err.startswith("train_ppo.py: error: ") and err.count("\n") == 1
@@ -66,7 +66,7 @@ def one_line(capsys, *argv) -> str:
         ("--resume latest --runs_dir nowhere", "no run in nowhere"),
     ],
 )
-def test_a_bad_flag_is_one_line_and_leaves_nothing(flags, said, folder, capsys, monkeypatch):
+def test_a_bad_flag_is_a_one_line_error_and_creates_no_files(flags, said, folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "swanlab", None)
     words = flags.split()
     assert said in one_line(capsys, *([] if "--preset" in words else ["--preset", "demo"]), *words)
@@ -86,13 +86,13 @@ def test_a_bad_flag_is_one_line_and_leaves_nothing(flags, said, folder, capsys, 
         ("--resume run/checkpoints/step-000001", "with a run's settings; did you mean run?"),
     ],
 )
-def test_a_flag_that_does_not_fit_a_run_is_one_line_and_changes_nothing(flags, said, run_dir, capsys):
+def test_a_flag_that_does_not_fit_the_run_is_a_one_line_error_and_changes_nothing(flags, said, run_dir, capsys):
     before = contents(run_dir.parent)
     assert said in one_line(capsys, *flags.split())
     assert contents(run_dir.parent) == before
 
 
-def test_a_run_without_a_model_is_not_judged_again_but_finished(run_dir, capsys):
+def test_eval_only_asks_to_resume_a_run_without_a_model(run_dir, capsys):
     shutil.rmtree(run_dir / "model")
     for reward, flags in (None, ""), ("own:score", " --reward own:score"):
         change_json(run_dir / "config.json", reward=reward)
@@ -100,8 +100,8 @@ def test_a_run_without_a_model_is_not_judged_again_but_finished(run_dir, capsys)
         assert "isn't finished" in err and err.endswith(f": python train_ppo.py --resume run{flags}\n")
 
 
-def test_an_older_run_is_opened_with_defaults_and_keeps_what_it_has(run_dir, capsys):
-    """A line names those that train, and they are the preset's; an unknown setting is refused."""
+def test_settings_missing_from_an_older_run_get_their_defaults(run_dir, capsys):
+    """They are the preset's defaults, and one line lists those that affect training. Unknown settings are rejected."""
     settings = read_json(run_dir / "config.json")
     older = {name: value for name, value in settings.items() if name not in ("adam_epsilon", "lam", "n")}
     (run_dir / "config.json").write_text(json.dumps(older))
@@ -113,7 +113,7 @@ def test_an_older_run_is_opened_with_defaults_and_keeps_what_it_has(run_dir, cap
     assert "'mood'" in one_line(capsys, "--resume", run_dir)
 
 
-def test_a_folder_that_may_not_be_looked_into_is_one_line(folder, monkeypatch, capsys):
+def test_a_folder_without_read_permission_is_a_one_line_error(folder, monkeypatch, capsys):
     def denied(path):
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -121,7 +121,7 @@ def test_a_folder_that_may_not_be_looked_into_is_one_line(folder, monkeypatch, c
     assert "config.json cannot be used: Permission denied" in one_line(capsys, "--resume", "run")
 
 
-def test_batches_are_shared_equally_by_the_processes(folder, monkeypatch):
+def test_batch_sizes_must_be_divisible_by_the_number_of_processes(folder, monkeypatch):
     monkeypatch.setattr("support.compute.processes.world_size", lambda: 3)
     for sizes, name in ("128 126", "batch_size 128"), ("126 64", "minibatch_size 64"):
         batch, minibatch = sizes.split()
@@ -129,7 +129,7 @@ def test_batches_are_shared_equally_by_the_processes(folder, monkeypatch):
             read_command_line(["--batch_size", batch, "--minibatch_size", minibatch])
 
 
-def test_latest_is_the_run_that_was_started_last(folder):
+def test_resume_latest_opens_the_run_that_was_started_last(folder):
     for name in ("b", "a", "c"):
         (folder / "runs" / name).mkdir(parents=True)
     for name, age in (("b", 200), ("a", 100)):
@@ -139,7 +139,7 @@ def test_latest_is_the_run_that_was_started_last(folder):
     assert (run_dir.as_posix(), config.seed, config.lr, mode) == ("runs/a", 100, 1e-4, "resume")
 
 
-def test_a_reward_is_imported_from_the_working_folder_without_hiding_the_programs_files(folder):
+def test_a_reward_in_the_working_folder_does_not_shadow_the_programs_modules(folder):
     (folder / "reward.py").write_text("raise SystemExit('the wrong file')\n")
     (folder / "my_own_reward.py").write_text("def score(texts):\n    return [0.5] * len(texts)\n")
     for _ in range(2):
@@ -154,13 +154,13 @@ BROKEN |= {"other = []": "no attribute 'score'", "class score(list): pass": "mus
 
 
 @pytest.mark.parametrize("module", BROKEN)
-def test_a_reward_that_cannot_be_imported_is_one_line(folder, module):
+def test_a_reward_that_cannot_be_imported_is_a_one_line_error(folder, module):
     (folder / "broken.py").write_text(module)
     with pytest.raises(UserError, match=f"--reward broken:score .*{BROKEN[module]}"):
         import_function("broken:score")
 
 
-def test_a_runs_own_reward_runs_only_if_it_is_named_again(folder, run_dir, capsys):
+def test_the_code_of_a_runs_own_reward_only_runs_if_it_is_named_again(folder, run_dir, capsys):
     change_json(run_dir / "config.json", reward="strange:score")
     (folder / "strange.py").write_text("open('it_ran', 'w').close()\nscore = len\n")
     for flags in (["--resume"], ["--eval_only"], ["--complete"]):

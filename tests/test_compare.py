@@ -1,4 +1,4 @@
-"""support/run/compare.py: which runs are one curve, what they are called, and the table, by hand."""
+"""support/run/compare.py: which runs form one curve, the labels of the curves, and the table, checked by hand."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.helpers import MEAN, STD, write_run
 
 
 def run(name="run", at=(128, 256), after=None, gain=None, **settings) -> Run:
-    """A run of the demo except for these settings; `name` is its folder's. after: (R, KL, unique)."""
+    """Return a demo run in the folder `name`, with these settings changed. after: (R, KL, unique)."""
     episodes = np.array(at, dtype=float)
     ones = np.ones(len(at))
     metrics = {"step": episodes / 128, "episodes": episodes, MEAN: episodes / 1000, STD: ones, "time/step": ones}
@@ -37,8 +37,8 @@ def test_runs_that_differ_only_in_the_seed_are_one_curve():
     assert labels(run("a"), run("b", seed=2, run_name="b", runs_dir="x", **silent)) == ["all, 2 runs"]
 
 
-def test_runs_that_cannot_be_told_apart_have_their_names():
-    """Two runs with one seed, since somebody changed the program between them; and values that look the same."""
+def test_curves_that_would_have_the_same_label_show_the_names_of_their_runs():
+    """Two runs share a seed if somebody changed the program between them, and shortened values can look the same."""
     assert labels(run("old"), run("new")) == ["old", "new"]
     assert labels(run("a"), run("b"), run("c", lr=0.5)) == ["lr 0.0001 (a)", "lr 0.0001 (b)", "lr 0.5"]
     far = "x" * 30
@@ -49,7 +49,7 @@ def test_runs_that_cannot_be_told_apart_have_their_names():
     assert labels(older, run("a")) == ["lr 0.5, average_power unknown", "lr 0.0001, average_power 3"]
 
 
-def test_by_groups_runs_that_differ_in_other_settings():
+def test_the_by_option_groups_runs_that_differ_in_other_settings():
     runs = [run(f"{lr} {beta}", lr=lr, init_kl_coef=beta) for lr in (0.5, 0.1) for beta in (0.2, 0.1)]
     assert labels(*runs) == [f"init_kl_coef {beta}, lr {lr}" for lr in (0.5, 0.1) for beta in (0.2, 0.1)]
     assert labels(*runs, by=["lr"]) == ["lr 0.5, 2 runs", "lr 0.1, 2 runs"]
@@ -60,14 +60,14 @@ def test_a_curve_ends_where_its_shortest_run_ends():
     first, second = run("a", [128, 256, 384]), run("b", [128, 256], seed=2)
     first.metrics["more"] = first.metrics["step"]
     (curve,) = curves([first, second])
-    assert "more" not in curve.metrics and MEAN in curve.metrics  # which both have
+    assert "more" not in curve.metrics and MEAN in curve.metrics  # a column of both runs
     assert curve.metrics["episodes"].tolist() == [[128, 256]] * 2
     (curve,) = curves([run("a", [128]), run("b", [100], batch_size=100)], ["lr"])
     with pytest.raises(UserError, match="the steps of lr 0.0001, 2 runs differ in their episodes"):
         curve.metrics
 
 
-def test_a_rewards_file_that_changed_tells_runs_apart(tmp_path, monkeypatch):
+def test_runs_with_different_versions_of_a_reward_file_are_different_curves(tmp_path, monkeypatch):
     for name in "ab":
         folder = write_run(tmp_path / name, 2, settings={"reward": "my:score", "seed": ord(name)})
         hashes = {"the hash of the file of --reward my:score": name * 12, "the hash of the prompts": name}
@@ -79,7 +79,7 @@ def test_a_rewards_file_that_changed_tells_runs_apart(tmp_path, monkeypatch):
 
 
 def test_runs_of_different_code_are_different_curves(tmp_path):
-    """A run that went on with edited code is neither's; an older run doesn't say."""
+    """A run that was resumed with edited code belongs to neither version. Older runs don't record their code."""
     starts = {"a": ["1"], "b": ["1", "1"], "c": ["2"], "d": ["1", "2"], "e": []}
     for name, codes in starts.items():
         folder = write_run(tmp_path / name, 2, settings={"seed": ord(name)})
@@ -88,8 +88,8 @@ def test_runs_of_different_code_are_different_curves(tmp_path):
     assert labels(*runs) == ["code 1, 2 runs", "code 2", "code 1, 2", "code unknown"]
 
 
-def test_the_code_of_a_run_is_what_decides_its_numbers(tmp_path, monkeypatch):
-    """A setting may be changed in config.py, and is compared by itself; a reward lies next to the program."""
+def test_the_code_hash_covers_the_files_that_affect_results(tmp_path, monkeypatch):
+    """Settings in config.py are compared separately, and so is a reward file next to the program."""
     monkeypatch.setattr(devices, "ROOT", tmp_path)
     decides = ["gpt2_value_head.py", "ppo.py", "reward.py", "train_ppo.py", "support/x.py", "support/run/limit.py"]
     others = ["config.py", "plot_rewards.py", "my_reward.py", "tests/test_x.py", "support/notes.md"]
@@ -101,13 +101,13 @@ def test_the_code_of_a_run_is_what_decides_its_numbers(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(b"a\nc\n")
         assert (devices.code_hash.__wrapped__() != before) == (name in decides), name
         (tmp_path / name).write_bytes(b"a\r\nb\r\n")
-        assert devices.code_hash.__wrapped__() == before  # git on Windows
+        assert devices.code_hash.__wrapped__() == before  # line endings of git on Windows
     (tmp_path / "support" / "x.py").rename(tmp_path / "support" / "y.py")
     assert devices.code_hash.__wrapped__() != before
 
 
-def test_a_judgement_says_how_many_samples_it_has(tmp_path):
-    """One seed has been judged again, by more samples than its settings say."""
+def test_eval_samples_is_taken_from_the_evaluation(tmp_path):
+    """One run was evaluated again, with more samples than its config.json says."""
     for seed, n in (1, 128), (2, 512):
         folder = write_run(tmp_path / str(seed), 2, settings={"seed": seed, "eval_samples": 128})
         (folder / "evaluation.json").write_text(json.dumps({"after": {"n": n}}))
@@ -120,10 +120,10 @@ def cells(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
 
 
-def test_the_table_by_hand():
-    """J of 0.9 and 0.7 at 0.5 and 0.3 nats and beta 0.15 is 0.825 and 0.655; the standard deviation of 0.8 and 0.6 is
-    the root of 0.02, and the standard error of their mean 0.1. Rewards that differ by 0.4 in the first step need two
-    decimals, and the table has one more."""
+def test_the_comparison_table_by_hand():
+    """With beta 0.15, rewards of 0.9 and 0.7 at 0.5 and 0.3 nats give J of 0.825 and 0.655. Gains of 0.8 and 0.6 have a
+    standard deviation of sqrt(0.02), and their mean has a standard error of 0.1. A standard deviation of 0.4 in the
+    first step needs two decimals, and the table adds one."""
     unknown = {"gain": None, "why": "too few samples", "gain_se": 9.0}
     runs = [
         run("a", after=(0.9, 0.5, 0.9), gain={"gain": 0.8, "gain_se": 0.02}),
@@ -134,7 +134,7 @@ def test_the_table_by_hand():
     for number, each in enumerate(runs):
         each.metrics["time/step"] = number + 0 * each.metrics["step"]
         each.metrics[STD] = 0.4 + number - 0.399 * (each.metrics["step"] > 1)
-    runs[2].metrics["time/step"][0] = 99  # a slow first step does not move the median
+    runs[2].metrics["time/step"][0] = 99  # a slow first step doesn't change the median
     header, _, *rows, _, _, _, _, _, first, _, second = cells(comparison(runs, curves(runs)))
     assert header == ",runs,episodes,R,KL,J,gain,standard error,SD,error of judging,unique,seconds a step".split(",")
     assert rows == [
@@ -147,7 +147,7 @@ def test_the_table_by_hand():
 
 
 def told_apart(*gains: tuple, error=0.02) -> list[list[str]]:
-    """The table of pairs for curves with these gains, one for each seed."""
+    """Return the table of pairs for curves with these gains, one gain per seed."""
     runs = [
         run(f"{i} {seed}", lr=0.1 * i, seed=seed, after=(0.9, 0.5, 0.9), gain={"gain": gain, "gain_se": error})
         for i, of_curve in enumerate(gains, 1)
@@ -158,9 +158,9 @@ def told_apart(*gains: tuple, error=0.02) -> list[list[str]]:
     return [row for row in cells(text) if row[-1].startswith(("yes", "no: "))]
 
 
-def test_two_settings_are_told_apart_by_their_seeds():
-    """0.8 and 0.6 are 0.7 with a standard error of 0.1, and 0.95 and 0.85 are 0.9 with 0.05; a difference of 0.2 has
-    0.112 then. It is twice its error if each has 4 (0.02 + 0.005) / 0.04 = 2.5 seeds."""
+def test_two_settings_are_compared_by_the_spread_over_their_seeds():
+    """0.8 and 0.6 have mean 0.7 with standard error 0.1; 0.95 and 0.85 have mean 0.9 with standard error 0.05. Their
+    difference of 0.2 has standard error 0.112. It is twice its error with 4 (0.02 + 0.005) / 0.04 = 2.5 seeds each."""
     assert told_apart((0.8, 0.6), (0.95, 0.85)) == [["lr 0.1", "lr 0.2", "-0.200", "0.112", "no: 3 seeds each would"]]
     assert told_apart((0.8, 0.6), (0.45, 0.35)) == [["lr 0.1", "lr 0.2", "+0.300", "0.112", "yes"]]
     assert [row[:2] + row[3:] for row in told_apart((0.8, 0.6), (0.7, 0.7), (0.1, 0.2))] == [
@@ -170,18 +170,18 @@ def test_two_settings_are_told_apart_by_their_seeds():
     ]
 
 
-def test_seeds_that_agree_by_chance_are_not_surer_than_judging():
-    """Equal gains, judged with an error of 0.1: that of the mean is 0.1 / sqrt(2), and of a difference 0.1."""
+def test_the_standard_error_over_seeds_is_at_least_that_of_the_evaluations():
+    """Two equal gains have an error of 0.1 each, so their mean has 0.1 / sqrt(2) and a difference of means has 0.1."""
     assert told_apart((0.7, 0.7), (0.6, 0.6), error=0.1)[0][2:4] == ["+0.100", "0.100"]
 
 
-def test_a_setting_with_one_seed_is_taken_to_vary_like_the_others():
-    """Its error is the SD of the others, 0.141; sqrt(0.1^2 + 0.141^2) is 0.173. With nothing to go by there's none."""
+def test_a_setting_with_one_seed_is_assumed_to_vary_like_the_others():
+    """Its error is the others' SD, 0.141, and sqrt(0.1^2 + 0.141^2) is 0.173. Without any SD, no pair is listed."""
     assert told_apart((0.8, 0.6), (0.2,)) == [["lr 0.1", "lr 0.2", "+0.500", "0.173", "yes"]]
     assert told_apart((0.8,), (0.2,)) == []
 
 
-def test_a_reader_is_told_of_other_limits_and_mixed_rows():
+def test_the_table_notes_different_limits_and_rows_with_mixed_settings():
     of_the_limit = "model_name reward_model_name positive_label reward prompts prompts_file gen_len".split()
     for name in (*of_the_limit, "temperature", "init_kl_coef"):
         runs = [run("a"), run("b", **{name: 0.7})]

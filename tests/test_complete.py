@@ -1,4 +1,4 @@
-"""`--complete`: what a run's model writes to any prompts, before training and now, while the run is as it was."""
+"""`--complete` shows what a run's model writes before and after training, and doesn't change the run."""
 
 import json
 import re
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
 def complete(capsys, run_dir, *flags) -> list[list[str]]:
-    """The rows of the table; the folder holds what it held."""
+    """Run `--complete` and return the rows of its table. Checks that the run folder is unchanged."""
     before = contents(run_dir)
     assert main(["--complete", str(run_dir), *flags]) == 0
     assert contents(run_dir) == before
@@ -29,12 +29,12 @@ def complete(capsys, run_dir, *flags) -> list[list[str]]:
 
 
 def drawn(trainer, prompts) -> list[str]:
-    """The completions of a judgement."""
+    """Return the completions that an evaluation samples."""
     return trainer.decode(trainer.generate(trainer.encode(prompts), seed=20_170_707, step=0))
 
 
-def test_the_draws_are_those_of_the_judgement(finished, capsys):
-    """The run's own prompt and five completions by default: the table that its end wrote."""
+def test_the_completions_are_those_of_the_evaluation(finished, capsys):
+    """By default there are five completions of the run's own prompt, as in the table of report.md."""
     rows = complete(capsys, finished)
     assert len(rows) == 5 and [row[0] for row in rows] == ["刚收到货,感觉"] * 5
     lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -49,8 +49,8 @@ def test_each_prompt_is_completed_n_times(finished, capsys):
     assert [row[3] for row in rows] == texts[::2] + texts[1::2]
 
 
-def test_a_run_at_work_is_tried_with_the_average_of_its_newest_checkpoint(finished, tmp_path, capsys):
-    """As it is after two of three steps, with its lock held. It is refused without a checkpoint."""
+def test_a_running_run_is_shown_with_the_averaged_weights_of_its_newest_checkpoint(finished, tmp_path, capsys):
+    """The run has finished two of three steps and holds its lock. Without a checkpoint, this is an error."""
     run_dir = shutil.copytree(finished, tmp_path / "run")
     for name in ("model", "checkpoints/step-000003", "report.md", "rewards.png"):
         remove(run_dir / name)
@@ -68,8 +68,8 @@ def test_a_run_at_work_is_tried_with_the_average_of_its_newest_checkpoint(finish
     assert "has no checkpoint yet, and no model; wait for one" in capsys.readouterr().err
 
 
-def test_a_run_that_goes_on_past_its_end_shows_the_step_that_it_has_reached(finished, tmp_path, capsys):
-    """If its checkpoints are gone, it shows the model that it had."""
+def test_an_extended_run_shows_the_step_that_it_has_reached(finished, tmp_path, capsys):
+    """If its checkpoints are gone, it shows the model that it had before."""
     run_dir = copy_run(finished, tmp_path / "longer", episodes=96)
     for said in ("after step 3 of 6:", "after training:"):
         assert main(["--complete", str(run_dir), "--n", "1"]) == 0
@@ -77,15 +77,15 @@ def test_a_run_that_goes_on_past_its_end_shows_the_step_that_it_has_reached(fini
         shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
 
 
-def test_given_prompts_replace_a_runs_file(finished, tmp_path):
+def test_prompts_on_the_command_line_replace_the_runs_prompts_file(finished, tmp_path):
     (tmp_path / "prompts.txt").write_text("昨天\n刚收到货,感觉\n", encoding="utf-8")
     run_dir = copy_run(finished, tmp_path / "run", prompts_file=str(tmp_path / "prompts.txt"))
     for flags, expected in ([], ["昨天", "刚收到货,感觉"]), (["--prompts", "天天"], ["天天"]):
         assert read_prompts(read_command_line(["--complete", str(run_dir), *flags])[0])["prompt"] == expected
 
 
-def test_a_users_reward_scores_them(finished, tmp_path, capsys, monkeypatch):
-    """Its failure is one line, and so is another file than the run's own."""
+def test_your_own_reward_scores_the_completions(finished, tmp_path, capsys, monkeypatch):
+    """It is a one-line error if the reward fails, or if its file has changed since the run."""
     run_dir = copy_run(finished, tmp_path / "run", reward=["own_length:score"])
     (tmp_path / "own_length.py").write_text(
         "def score(texts):\n    assert 'no' not in texts[0]\n    return [len(text) for text in texts]\n"

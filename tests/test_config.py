@@ -1,4 +1,4 @@
-"""config.py and support/run/settings.py: the values of every preset, limits and types, the flags, and config.json."""
+"""config.py and support/run/settings.py: the values of every preset, limits, types, flags, and config.json."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ CHOICES |= {"track": ["none", "wandb", "swanlab", "trackio"]}
 
 @pytest.fixture(autouse=True)
 def versions_are_known(monkeypatch):
-    """`check` is called some hundred times here, and reads the installed versions each time."""
+    """Don't read the installed versions in `check`, which is called hundreds of times here."""
     monkeypatch.setattr("support.run.settings.check_versions", lambda: None)
 
 
@@ -58,7 +58,7 @@ def refusal(**values) -> str:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_each_preset_has_its_values_in_python_as_a_flag_in_help_and_in_its_file(preset, tmp_path, monkeypatch, capsys):
+def test_each_preset_has_the_same_values_in_python_flags_help_and_config_json(preset, tmp_path, monkeypatch, capsys):
     expected = typed(PRESETS[preset])
     config, given = parse_args(["--preset", preset])
     check(config)
@@ -74,16 +74,16 @@ def test_each_preset_has_its_values_in_python_as_a_flag_in_help_and_in_its_file(
     assert shown == [(name, str(value)) for name, value in PRESETS[preset].items()]
 
 
-def test_a_given_value_wins_over_the_preset_and_the_preset_over_the_default():
+def test_given_values_override_the_preset_and_the_preset_overrides_the_defaults():
     assert vars(PPOConfig(preset="demo", lr=2e-5, lam=0.5)) == PRESETS["demo"] | {"lr": 2e-5, "lam": 0.5}
     for argv in (["--preset", "demo", "--lr", "4e-5"], ["--lr", "4e-5", "--preset", "demo"]):
-        config, given = parse_args(argv)  # the default preset's value, but given
+        config, given = parse_args(argv)  # the default preset's value, given explicitly
         assert vars(config) == PRESETS["demo"] | {"lr": 4e-5} and given == {"preset", "lr"}
     replaced = dataclasses.replace(PPOConfig(preset="article"), lr=1e-4)
     assert vars(replaced) == PRESETS["article"] | {"lr": 1e-4}
     assert vars(dataclasses.replace(PPOConfig(), preset="article")) == DEFAULT | {"preset": "article"}
     assert PPOConfig(lr=1e-5) == PPOConfig(lr=1e-5) != PPOConfig()
-    PPOConfig(preset="article").prompts.append("衣服")  # no config shares its list
+    PPOConfig(preset="article").prompts.append("衣服")  # configs don't share lists
     PPOConfig().prompts.append("衣服")
     assert [PPOConfig(preset=preset).prompts for preset in PRESETS] == [PRESETS[name]["prompts"] for name in PRESETS]
     assert total_steps(PPOConfig(episodes=129, batch_size=128)) == 2 == total_steps(PPOConfig(episodes=256))
@@ -91,7 +91,7 @@ def test_a_given_value_wins_over_the_preset_and_the_preset_over_the_default():
         PPOConfig(learning_rate=1e-5)
 
 
-def test_a_smaller_batch_alone_lowers_the_minibatch_too_and_says_so(capsys):
+def test_a_smaller_batch_size_also_lowers_the_minibatch_size_and_says_so(capsys):
     for sizes, minibatch, said in (
         (dict(batch_size=32), 32, "minibatch_size is 32 instead of 128, because batch_size is 32\n"),
         (dict(preset="thorough", batch_size=64), 64, "minibatch_size is 64 instead of 128, because batch_size is 64\n"),
@@ -105,8 +105,8 @@ def test_a_smaller_batch_alone_lowers_the_minibatch_too_and_says_so(capsys):
         assert capsys.readouterr().out == 2 * said
 
 
-def test_names_of_other_programs_lead_to_settings_that_exist():
-    """And to none twice. Of TRL's settings, docs/trl.md says the same."""
+def test_setting_names_of_other_libraries_map_to_settings_that_exist():
+    """No name is listed twice, and docs/trl.md maps TRL's settings in the same way."""
     names = [name for others in OTHER_NAMES.values() for name in others.split()]
     assert len(names) == len(set(names)) and not DEFAULT.keys() & set(names)
     assert {meant for meant in OTHER_NAMES if " " not in meant} <= DEFAULT.keys()
@@ -119,7 +119,7 @@ def test_names_of_other_programs_lead_to_settings_that_exist():
     assert did_you_mean("mood") == ""
 
 
-def test_changes_name_both_values_and_leave_out_names_of_runs():
+def test_changes_lists_both_values_of_each_setting_except_for_run_names():
     config = PPOConfig(preset="demo", lr=2e-4, prompts=["衣服"], seed=1, run_name="mine", runs_dir="there", resume="x")
     assert changes(config) == {"prompts": [["刚收到货,感觉"], ["衣服"]], "lr": [1e-4, 2e-4]}
     assert all(changes(PPOConfig(preset=preset)) == {} for preset in PRESETS)
@@ -142,7 +142,7 @@ LIMITS = {  # name: (values at its limits, values just outside)
 }
 
 
-def test_every_number_is_held_to_its_limits_from_both_sides():
+def test_every_number_is_checked_against_its_limits():
     assert set(LIMITS) == {name for name, value in DEFAULT.items() if type(value) in (int, float)}
     for name, (allowed, refused) in LIMITS.items():
         others = {"minibatch_size": 1} if name == "batch_size" else {}
@@ -153,7 +153,7 @@ def test_every_number_is_held_to_its_limits_from_both_sides():
             assert f"--{name} must be " in refusal(**{name: value}, **others), (name, value)
 
 
-# Values that a script or an edited config.json may have by mistake
+# Values that a script or an edited config.json may contain by mistake
 OTHER_TYPES = {int: [1.5, "16", True, None, np.int64(1)], float: ["1e-5", False, Decimal(1), np.float32(1)]}
 OTHER_TYPES |= {
     bool: [1, "true"],
@@ -163,16 +163,16 @@ OTHER_TYPES |= {
 }
 
 
-def test_a_value_of_another_type_is_refused():
+def test_a_value_of_the_wrong_type_is_rejected():
     for name, default in DEFAULT.items():
         for value in OTHER_TYPES[type(default)]:
             assert f"--{name} " in refusal(**{name: value}), (name, value)
     for name, choices in CHOICES.items():
         assert str(choices) in refusal(**{name: choices[0].upper()})
-    check(PPOConfig(lr=1, target=np.float64(2)))  # whole numbers are numbers, and np.float64 is a float
+    check(PPOConfig(lr=1, target=np.float64(2)))  # an int is allowed for a float, and np.float64 is a float
 
 
-def test_a_minibatch_is_at_most_a_batch_and_a_run_name_the_name_of_one_folder():
+def test_a_minibatch_fits_into_a_batch_and_a_run_name_is_a_single_folder_name():
     check(PPOConfig(batch_size=64, minibatch_size=64))
     assert "--minibatch_size 65 is larger than --batch_size 64" in refusal(batch_size=64, minibatch_size=65)
     for name in ("run", "a_b-c.d", "7", "感觉"):
@@ -182,7 +182,7 @@ def test_a_minibatch_is_at_most_a_batch_and_a_run_name_the_name_of_one_folder():
 
 
 def test_a_prompts_file_has_one_prompt_per_line(tmp_path):
-    """In UTF-8, whatever the system's encoding; a byte order mark and empty lines at the end don't count."""
+    """It is read as UTF-8 on every system. A byte order mark and empty lines at the end are ignored."""
     for content, prompts in {
         "\ufeff刚收到货,感觉\r\n这部电影很\r\n": ["刚收到货,感觉", "这部电影很"],
         "a\nb\na\n\n\n": ["a", "b", "a"],
@@ -201,7 +201,7 @@ def test_a_prompts_file_has_one_prompt_per_line(tmp_path):
             read_prompts(PPOConfig(**settings))
 
 
-def test_every_flag_reaches_its_field_with_its_type():
+def test_every_flag_sets_its_field_with_the_right_type():
     words = {int: (["7"], 7), float: (["3e-5"], 3e-5), list: (["这部-电影", "a_b"], ["这部-电影", "a_b"])}
     words |= {str: (["./a-b"], "./a-b"), type(None): (["a-b_c"], "a-b_c"), bool: (["False"], False)}
     chosen = {"kl_controller": "adaptive", "dtype": "bfloat16", "track": "swanlab"}
@@ -216,7 +216,7 @@ def test_every_flag_reaches_its_field_with_its_type():
             assert typed(vars(config)) == typed(DEFAULT | {name: value} | others) and given == {name}
 
 
-def test_a_switch_goes_both_ways_and_the_last_value_counts():
+def test_a_boolean_flag_can_be_turned_on_and_off_and_the_last_value_wins():
     for argv in ("--detach_value", "--detach-value true", "--no_detach_value --detach_value=YES"):
         config, given = parse_args(["--preset", "article", *argv.split()])
         assert config.detach_value is True and given == {"preset", "detach_value"}
@@ -227,8 +227,8 @@ def test_a_switch_goes_both_ways_and_the_last_value_counts():
     assert (config.run_name, config.lr, config.prompts, config.minibatch_size) == ("my-run", 2e-5, ["-5 度"], 32)
 
 
-def test_help_shows_the_groups_and_loads_no_torch():
-    """In a process of its own, because the tests have loaded torch."""
+def test_help_shows_the_groups_without_importing_torch():
+    """Runs in a separate process, because the tests have already imported torch."""
     code = (
         "import sys, train_ppo\n"
         "try: train_ppo.main(['--preset', 'demo', '--help'])\n"
@@ -242,11 +242,11 @@ def test_help_shows_the_groups_and_loads_no_torch():
     assert re.findall(r"\n  --(\w+) ", kl) == ["init_kl_coef", "kl_budget", "kl_controller", "target", "horizon"]
 
 
-def test_a_config_survives_its_file(tmp_path):
+def test_a_config_is_unchanged_after_saving_and_loading(tmp_path):
     path = tmp_path / "config.json"
     config = PPOConfig(preset="article", prompts=["这部电影很"], run_name="感觉", seed=2**63 - 1, device="cuda:99")
     save_config(config, path)
-    assert load_config(path) == config  # though this device isn't here
+    assert load_config(path) == config  # even if this machine lacks the device
     assert '"这部电影很"' in path.read_text(encoding="utf-8")
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))  # as some editors save it
     assert load_config(path) == config
@@ -255,8 +255,8 @@ def test_a_config_survives_its_file(tmp_path):
         check(load_config(path))
 
 
-def test_a_field_that_a_student_adds_works(policy, tmp_path, monkeypatch, capsys, without_pictures):
-    """As a flag, in --help, with its limit, and in the files of a run."""
+def test_a_new_field_works_everywhere(policy, tmp_path, monkeypatch, capsys, without_pictures):
+    """It becomes a flag with a limit, appears in --help, and is saved in the files of a run."""
 
     @dataclasses.dataclass(init=False)
     class Changed(PPOConfig):
@@ -277,7 +277,7 @@ def test_a_field_that_a_student_adds_works(policy, tmp_path, monkeypatch, capsys
     assert re.search(r"\| plain.?_field *\| 3 *\| 2 *\|", report) and "| bonus" not in report
 
 
-def test_a_run_of_an_older_version_had_one_reward_or_none(tmp_path):
+def test_config_files_of_older_versions_with_one_reward_or_none_can_be_read(tmp_path):
     for saved, reward in (("my:score", ["my:score"]), (None, [])):
         (tmp_path / "config.json").write_text(json.dumps({"reward": saved}))
         assert load_config(tmp_path / "config.json").reward == reward

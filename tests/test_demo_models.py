@@ -1,4 +1,4 @@
-"""The demo's models: what they write and prefer, where they are kept, and in which files."""
+"""The demo models: what they write and prefer, where they are stored, and their files."""
 
 import contextlib
 import os
@@ -26,8 +26,8 @@ def reviews() -> list[tuple[str, int]]:
     return [demo_models.write_review(draw) for _ in range(4000)]
 
 
-def test_reviews_end_as_their_label_says_half_of_them_happily_and_a_fifth_mixed(reviews):
-    """Standard errors of these shares: 0.008 and 0.006; five of them are allowed."""
+def test_reviews_end_as_labelled_and_half_are_positive_and_a_fifth_mixed(reviews):
+    """The shares have standard errors of 0.008 and 0.006. Five standard errors are allowed."""
     for text, label in reviews:
         assert (bool(ENDS_WELL.search(text)), bool(ENDS_BADLY.search(text))) == (label == 1, label == 0), text
     mixed = [text for text, _ in reviews if ",但是" in text]
@@ -35,17 +35,17 @@ def test_reviews_end_as_their_label_says_half_of_them_happily_and_a_fifth_mixed(
     assert len(mixed) / 4000 == pytest.approx(0.2, abs=0.03)
     assert all(bool(ENDS_WELL.search(text.split(",但是")[0])) == bool(ENDS_BADLY.search(text)) for text in mixed)
     assert all(any(word in text for text, _ in reviews) for word in HAPPY + UNHAPPY)
-    assert max(len(text) for text, _ in reviews) <= 62  # with [CLS] and [SEP] the models' 64 positions
+    assert max(len(text) for text, _ in reviews) <= 62  # plus [CLS] and [SEP]: the models' 64 positions
 
 
 class LockOfAnother(contextlib.nullcontext):
-    """Another process, which held the lock before, has made the models."""
+    """A lock that another process held before. That process has made the models."""
 
     def __enter__(self):
         Path(self.enter_result).with_suffix("").mkdir()
 
 
-def test_models_are_made_once_for_each_source_and_torch(tmp_path, monkeypatch, capsys):
+def test_the_models_are_made_once_per_source_and_torch_version(tmp_path, monkeypatch, capsys):
     made = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(demo_models, "make_demo_models", made.append)
@@ -66,7 +66,7 @@ def test_models_are_made_once_for_each_source_and_torch(tmp_path, monkeypatch, c
     assert demo_models.demo_models()[0].parent.is_dir() and len(made) == 3
 
 
-def test_making_depends_on_nothing_else_and_leaves_the_random_generator_alone(tmp_path, monkeypatch):
+def test_making_the_models_is_deterministic_and_does_not_change_the_random_state(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_models, "STEPS", {"gpt2": 1, "sentiment": 1})
     states = []
     for name in ("a", "b"):
@@ -80,7 +80,7 @@ def test_making_depends_on_nothing_else_and_leaves_the_random_generator_alone(tm
         assert all(torch.equal(weight, second[name]) for name, weight in first.items())
 
 
-def test_the_classifier_judges_reviews_by_how_they_end(demo, reviews):
+def test_the_classifier_scores_reviews_by_their_ending(demo, reviews):
     judge = SentimentReward(demo[1], "cpu")
     scores = judge(["用了几天,客服太差,但是颜色非常漂亮。", "很满意", "用了几天,颜色漂亮,但是客服非常太差。", "很难用"])
     assert scores[:2].min() > 0.5 > scores[2:].max()
@@ -89,7 +89,7 @@ def test_the_classifier_judges_reviews_by_how_they_end(demo, reviews):
 
 
 def test_the_gpt2_has_learned_the_grammar(demo, reviews):
-    """Nats per review, its end included. An untrained model needs log 144 = 5 for each of some 20 characters."""
+    """Nats per review, including its end. An untrained model needs log 144 = 5 for each of about 20 characters."""
     tokenizer = AutoTokenizer.from_pretrained(demo[0])
     model = GPT2LMHeadModel.from_pretrained(demo[0]).eval()
     batch = tokenizer([text for text, _ in reviews[:200]], padding=True, return_tensors="pt")
@@ -101,7 +101,7 @@ def test_the_gpt2_has_learned_the_grammar(demo, reviews):
     assert ends.mean() > 0.5
 
 
-def test_the_files_are_laid_out_like_the_article_s(demo):
+def test_the_folders_have_the_layout_of_the_articles_models(demo):
     for folder, architecture in zip(demo, ("GPT2LMHeadModel", "BertForSequenceClassification")):
         assert set(os.listdir(folder)) == {"config.json", "vocab.txt", "pytorch_model.bin", "tokenizer_config.json"}
         assert read_json(folder / "config.json")["architectures"] == [architecture]

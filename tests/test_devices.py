@@ -1,4 +1,4 @@
-"""With which versions, on which device, in which dtype and with how many completions at once a run computes."""
+"""The library versions, device, dtype and micro-batch size that a run computes with."""
 
 import shutil
 import types
@@ -19,7 +19,7 @@ from support.compute.devices import (
 from support.compute.engine import Engine
 
 
-def test_a_version_that_cannot_work_is_one_line_before_anything_else(monkeypatch, capsys):
+def test_an_unsupported_library_version_is_a_one_line_error_before_anything_else(monkeypatch, capsys):
     versions = {"torch": "2.6.0a0+df5bbc09d1.nv24.12", "transformers": "5.4.0.dev0"}
     monkeypatch.setattr(metadata, "distributions", lambda name: [types.SimpleNamespace(version=versions[name])])
     check_versions()
@@ -35,7 +35,7 @@ def test_a_version_that_cannot_work_is_one_line_before_anything_else(monkeypatch
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Pretends a machine: machine(GPUs that torch can compute on, does torch see one, is NVIDIA's driver there)."""
+    """Fakes a machine: machine(GPUs that torch can compute on, does torch see one, is NVIDIA's driver installed)."""
     ones = torch.ones
 
     def pretend(usable=(), seen=False, driver=False):
@@ -57,7 +57,7 @@ def machine(monkeypatch):
     return pretend
 
 
-def test_a_device_that_is_unknown_or_cannot_compute_is_refused_in_one_line():
+def test_an_unknown_or_unusable_device_is_a_one_line_error():
     for device in ("cuda:x", "meta", "mps"):
         with pytest.raises(UserError, match=f"^--device {device}: torch can't compute on {device} .*$"):
             pick_device(device)
@@ -76,15 +76,15 @@ CUDA = ["cuda", "cuda:0", "cuda:1"]
         ("cuda:1", {"usable": CUDA, "seen": True}, "cuda:1", ["cuda:1"]),
     ],
 )
-def test_a_run_takes_the_named_or_the_best_device(machine, capsys, device, there, picked, made_current):
+def test_a_run_uses_the_given_device_or_the_best_one(machine, capsys, device, there, picked, made_current):
     chosen = machine(**there)
     torch.backends.cuda.enable_cudnn_sdp(True)
     assert pick_device(device) == torch.device(picked) and chosen == made_current
     assert not torch.backends.cuda.cudnn_sdp_enabled() and capsys.readouterr().out == ""
 
 
-def test_an_nvidia_gpu_that_torch_cannot_use_is_one_warning(machine, capsys, monkeypatch):
-    """A torch without CUDA sees none of them; one without code for this GPU sees it."""
+def test_an_nvidia_gpu_that_torch_cannot_use_causes_one_warning(machine, capsys, monkeypatch):
+    """A torch build without CUDA sees no GPU. A build without kernels for this GPU sees it but can't use it."""
     for there in {"driver": True}, {"seen": True}:
         machine(**there)
         assert pick_device("auto") == torch.device("cpu")
@@ -95,7 +95,7 @@ def test_an_nvidia_gpu_that_torch_cannot_use_is_one_warning(machine, capsys, mon
     assert pick_device("auto") == torch.device("cpu") and capsys.readouterr().out == ""
 
 
-def test_under_torchrun_each_process_takes_a_gpu_of_its_own(machine, monkeypatch):
+def test_under_torchrun_each_process_uses_its_own_gpu(machine, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")  # two machines with two processes each
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -120,7 +120,7 @@ def test_under_torchrun_each_process_takes_a_gpu_of_its_own(machine, monkeypatch
         ("mps", {"avx", "amx", "cuda"}, torch.float32),
     ],
 )
-def test_auto_is_bfloat16_if_the_device_computes_it_natively(monkeypatch, device, native, expected):
+def test_dtype_auto_is_bfloat16_if_the_device_supports_it_natively(monkeypatch, device, native, expected):
     def of_the_gpu(including_emulation=True):
         return "cuda" in native or (including_emulation and "emulated" in native)
 
@@ -131,7 +131,7 @@ def test_auto_is_bfloat16_if_the_device_computes_it_natively(monkeypatch, device
     assert pick_dtype("auto", device) == expected and pick_dtype("bfloat16", device) == torch.bfloat16
 
 
-def test_only_a_cuda_gpu_is_not_waited_for():
+def test_only_copies_to_a_cuda_gpu_are_non_blocking():
     tensor = types.SimpleNamespace(to=lambda device, non_blocking: non_blocking)
     assert [to_device(tensor, torch.device(name)) for name in ("cuda:1", "mps", "cpu")] == [True, False, False]
 
@@ -140,7 +140,7 @@ def test_only_a_cuda_gpu_is_not_waited_for():
     ("device", "size", "n_tokens", "drawing", "expected"),
     [
         ("cuda", 0, 16, False, 1_444),  # 8 GiB / (8 * 24 * 12 * 768 of keys and values + 68 * 16 * 5 * 768)
-        ("cuda", 0, 16, True, 4_854),  # the keys and values only
+        ("cuda", 0, 16, True, 4_854),  # only the keys and values
         ("cuda", 0, 10**6, False, 1),
         ("cpu", 0, 16, False, 32),  # 22 would fit into 128 MiB
         ("mps", 0, 400, False, 15),  # 2 GiB / (8 * 408 * 12 * 768 + 68 * 400 * 5 * 768)
@@ -148,8 +148,8 @@ def test_only_a_cuda_gpu_is_not_waited_for():
         ("cpu", 500, 16, True, 2_000),
     ],
 )
-def test_as_many_completions_go_through_at_once_as_memory_holds(monkeypatch, device, size, n_tokens, drawing, expected):
-    """Of the article's GPT-2, on a GPU of 64 GiB, after prompts of 8 tokens."""
+def test_a_micro_batch_is_as_large_as_memory_allows(monkeypatch, device, size, n_tokens, drawing, expected):
+    """The model is the article's GPT-2, prompts have 8 tokens, and a GPU has 64 GiB."""
     memory = types.SimpleNamespace(total_memory=64 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
     gpt2 = types.SimpleNamespace(config=types.SimpleNamespace(vocab_size=21_128, n_layer=12, n_embd=768), n_frozen=8)

@@ -1,4 +1,4 @@
-"""Runs of several processes: the update, the statistics and the run are those of one."""
+"""Runs with several processes: updates, statistics and files match those of a single process."""
 
 import copy
 import json
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
 def three_steps(rank, n_processes, gpt2_folder):
-    """Save weights and statistics of three PPO steps. In the third the last process's first gradient is NaN."""
+    """Save weights and statistics of three PPO steps. In the third, the last process's first gradient is NaN."""
     processes.init_process_group()
     model, tokenizer = load_gpt2(gpt2_folder)
     sizes = dict(batch_size=16, minibatch_size=8, micro_batch_size=1, gen_len=8)
@@ -59,26 +59,26 @@ def test_the_update_does_not_depend_on_the_number_of_processes(tmp_path, gpt2_fo
     for n in (1, 2):
         ranks = Ranks(tmp_path, three_steps, n, gpt2_folder, n=n)
         assert ranks.wait() == [0] * n, ranks.err(0)
-    alone, *results = [torch.load(tmp_path / name) for name in ("0-of-1", "0-of-2", "1-of-2")]
+    single, *results = [torch.load(tmp_path / name) for name in ("0-of-1", "0-of-2", "1-of-2")]
     for result in results:
-        for one, other in zip(alone["states"], result["states"]):
-            # Gradients are sums of some 100 float32 terms in another order, an error near 1e-6 of them; Adam's epsilon
-            # of 1e-5 lets no weight of a small gradient make more than 100 times as much of it
-            assert distance(one, other) < 1e-2 * distance(alone["states"][0], alone["states"][-2])
-        assert all(one.equal(other) for one, other in zip(alone["drawn"], result["drawn"]))
-        for one, other in zip(alone["stats"][:2], result["stats"]):
+        for one, other in zip(single["states"], result["states"]):
+            # Gradients sum about 100 float32 terms in a different order, which causes relative errors near 1e-6. With
+            # Adam's epsilon of 1e-5, weights with small gradients amplify them at most 100 times
+            assert distance(one, other) < 1e-2 * distance(single["states"][0], single["states"][-2])
+        assert all(one.equal(other) for one, other in zip(single["drawn"], result["drawn"]))
+        for one, other in zip(single["stats"][:2], result["stats"]):
             assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
-        assert [stats["ppo/skipped"] for stats in result["stats"]] == [0, 0, 1]  # on all ranks or on none
+        assert [stats["ppo/skipped"] for stats in result["stats"]] == [0, 0, 1]  # all ranks skip or none
 
 
 def same_curve(one: Path, other: Path) -> bool:
-    """A learning rate of 1e-6 moves no policy so far that rounding draws many other tokens in six steps."""
+    """Check that two runs have the same rewards. With lr 1e-6, rounding changes few sampled tokens in six steps."""
     curves = [[float(row["env/reward_mean"]) for row in rows(run)] for run in (one, other)]
     return len(curves[0]) == 6 and curves[0] == pytest.approx(curves[1], abs=0.02)
 
 
 def errors(text: str) -> list[str]:
-    """The lines in which the program says why it ends."""
+    """Return the lines in which the program says why it stops."""
     return re.findall("^train_ppo.py: error: .*", text, re.MULTILINE)
 
 
@@ -91,7 +91,7 @@ def flags(gpt2_folder) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, flags):
-    """Six steps by one process, and by two that torchrun starts again because the second is killed at step 5."""
+    """A run of six steps with one process, and one with two, restarted by torchrun after rank 1 is killed in step 5."""
     folder = tmp_path_factory.mktemp("several")
     flags = [*flags, "--reward", "tests.ranks:killed", "--run_name"]
     with pytest.MonkeyPatch.context() as patch:
@@ -103,7 +103,7 @@ def runs(tmp_path_factory, flags):
     return folder / "runs" / "one", folder / "runs" / "two", ranks
 
 
-def test_a_run_of_two_processes_is_the_run_of_one(runs):
+def test_a_run_with_two_processes_matches_a_run_with_one(runs):
     one, two, _ = runs
     assert [row["step"] for row in rows(two)] == list("123456") and same_curve(one, two)
     lines = [(run / "samples.jsonl").read_text(encoding="utf-8").splitlines() for run in (one, two)]
@@ -113,8 +113,8 @@ def test_a_run_of_two_processes_is_the_run_of_one(runs):
     assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
 
 
-def test_after_a_killed_process_torchruns_restart_goes_on_from_the_checkpoint(runs):
-    """The other process ends with one line and without a traceback. Only rank 0 prints."""
+def test_a_torchrun_restart_after_a_killed_process_continues_from_the_checkpoint(runs):
+    """The other process stops with a one-line error and no traceback. Only rank 0 prints."""
     _, two, ranks = runs
     assert ranks.out(0).count("run folder") == 2 and ranks.out(1) == ""
     assert ranks.out(0).count("model, metrics and report.md are in") == 1
@@ -125,7 +125,7 @@ def test_after_a_killed_process_torchruns_restart_goes_on_from_the_checkpoint(ru
     assert [(start["step"], start["processes"]) for start in starts] == [(1, 2), (5, 2)]
 
 
-def test_a_restart_resumes_only_a_named_run_that_has_begun(runs, flags, monkeypatch):
+def test_a_torchrun_restart_only_resumes_a_named_run_that_has_started(runs, flags, monkeypatch):
     one, *_ = runs
     monkeypatch.chdir(one.parent.parent)
     flags = [*flags, "--reward", "tests.ranks:killed", "--episodes", "192", "--run_name"]
@@ -137,8 +137,8 @@ def test_a_restart_resumes_only_a_named_run_that_has_begun(runs, flags, monkeypa
         read_command_line([*flags, "one"])
 
 
-def test_a_run_goes_on_with_another_number_of_processes(runs, tmp_path):
-    """From a checkpoint of two processes with one, and from one of one process with two."""
+def test_a_run_can_be_resumed_with_another_number_of_processes(runs, tmp_path):
+    """A run with two processes is resumed with one, and a run with one process is resumed with two."""
     for finished, name in ((runs[0], "two"), (runs[1], "one")):
         run = shutil.copytree(finished, tmp_path / name)
         for output in ("report.md", "model", "checkpoints/step-000006"):
@@ -159,7 +159,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path, flags):
     assert ranks.out(1) == "" and errors(ranks.err(0) + ranks.err(1)) == []
 
 
-def test_a_reward_error_on_one_process_ends_all_with_one_message(tmp_path, flags):
+def test_a_reward_error_on_one_process_stops_all_with_one_message(tmp_path, flags):
     flags = [*flags, "--reward", "tests.ranks:fails", "--run_name", "broken", "--save_every", "0"]
     ranks = Ranks(tmp_path, program, flags)
     assert ranks.wait() == [2, 2]
@@ -169,8 +169,8 @@ def test_a_reward_error_on_one_process_ends_all_with_one_message(tmp_path, flags
     assert "KeyError" in (run / "error.log").read_text() and checkpoints(run) == [f"step-{STEP - 1:06d}"]
 
 
-def test_a_run_outlasts_the_reader_of_its_output(runs, flags, tmp_path):
-    """As after `| head -1`, or after Ctrl-C with `| tee log`: all files are those of a run that was watched."""
+def test_a_run_continues_if_nothing_reads_its_output_any_more(runs, flags, tmp_path):
+    """This happens after `| head -1`, or after Ctrl-C with `| tee log`. The run writes the same files as any other."""
     flags = [*flags, "--reward", "tests.ranks:killed", "--run_name", "unread", "--log_samples_every", "1"]
     ranks = Ranks(tmp_path, program, flags, False, n=1)
     assert ranks.wait() == [0] and "BrokenPipe" not in ranks.err(0)

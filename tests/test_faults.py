@@ -1,4 +1,4 @@
-"""What goes wrong from outside: signals, rewards and steps that fail, memory that runs out."""
+"""Faults during a run: signals, failing rewards, failing steps, and running out of memory."""
 
 import shutil
 import signal
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("without_pictures", "signals_restored")
 
 
 def reward_at(call, happens):
-    """A reward at one of whose calls something happens: 1 to 3 judge, 4 to 6 train, and 7 and 8 judge again."""
+    """Return a reward that calls happens(texts) in one call. Calls 1 to 3 evaluate, 4 to 6 train, 7 and 8 evaluate."""
     calls = []
 
     def reward(texts):
@@ -43,7 +43,7 @@ def reward_at(call, happens):
 
 @pytest.fixture(scope="module")
 def whole(gpt2_folder, tmp_path_factory):
-    """A run in which nothing goes wrong."""
+    """A run without faults, to compare with."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patch:
         leave_pictures_empty(patch)
@@ -51,8 +51,8 @@ def whole(gpt2_folder, tmp_path_factory):
     return run_dir
 
 
-def test_runs_that_differ_in_one_byte_differ(whole, tmp_path, monkeypatch):
-    """Otherwise no test would notice that a run goes on otherwise."""
+def test_differences_finds_a_single_changed_byte(whole, tmp_path, monkeypatch):
+    """Without this, tests that compare runs could pass by mistake."""
     for i, name in enumerate(("metrics.csv", *COMPARED)):
         other = shutil.copytree(whole, tmp_path / str(i))
         content = bytearray((other / name).read_bytes())
@@ -66,8 +66,8 @@ def test_runs_that_differ_in_one_byte_differ(whole, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_stops_after_the_step_with_a_checkpoint(policy, whole, tmp_path, number, code, capfd):
-    """And the run goes on to the end of one that was not stopped."""
+def test_a_signal_stops_the_run_after_the_step_and_saves_a_checkpoint(policy, whole, tmp_path, number, code, capfd):
+    """The resumed run ends like one that was never stopped."""
     run_dir, handler = tmp_path / "run", signal.getsignal(number)
     reward = reward_at(5, lambda _: signal.raise_signal(number))
     assert tiny_run(run_dir, policy, reward, save_every=0) == code and signal.getsignal(number) == handler
@@ -79,14 +79,14 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(policy, whole, tmp_path
 
 
 @pytest.mark.parametrize("call", [1, 7])
-def test_ctrl_c_ends_an_evaluation_at_once(policy, tmp_path, call):
-    """At the first nothing can be lost, and at the last the trained model is in its folder already."""
+def test_ctrl_c_stops_an_evaluation_immediately(policy, tmp_path, call):
+    """Nothing can be lost in the first evaluation, and the trained model is saved before the last one."""
     with pytest.raises(KeyboardInterrupt):
         tiny_run(tmp_path / "run", policy, reward_at(call, lambda _: signal.raise_signal(signal.SIGINT)))
     assert (tmp_path / "run" / "model").exists() == (call == 7) and not (tmp_path / "run" / "report.md").exists()
 
 
-def test_a_second_signal_leaves_at_once():
+def test_a_second_signal_exits_immediately():
     script = (
         "import signal; from support.run.signals import StopSignal; stop = StopSignal()\n"
         "signal.raise_signal(signal.SIGINT); print(stop.received == signal.SIGINT, flush=True)\n"
@@ -96,7 +96,7 @@ def test_a_second_signal_leaves_at_once():
     assert (result.returncode, result.stdout) == (143, "True\n") and result.stderr.count("\n") == 2
 
 
-def test_below_torchrun_a_second_signal_is_a_repetition(monkeypatch, capfd):
+def test_under_torchrun_a_second_signal_is_ignored(monkeypatch, capfd):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
     monkeypatch.setattr("os._exit", pytest.fail)
     stop = StopSignal()
@@ -106,7 +106,7 @@ def test_below_torchrun_a_second_signal_is_a_repetition(monkeypatch, capfd):
     assert stop.received == signal.SIGTERM and capfd.readouterr().err == ""
 
 
-def test_a_terminal_that_goes_away_stops_nothing_below_nohup(capfd):
+def test_closing_the_terminal_does_not_stop_a_run_under_nohup(capfd):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     stop = StopSignal()
     signal.raise_signal(signal.SIGHUP)
@@ -114,8 +114,8 @@ def test_a_terminal_that_goes_away_stops_nothing_below_nohup(capfd):
     assert not stop.received and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
-def test_a_program_may_run_twice_in_one_process_and_in_a_notebook():
-    """A notebook's stream has no buffer. stdout is a second one on its buffer, as scripts for Chinese consoles make."""
+def test_programs_can_run_twice_in_one_process_and_in_a_notebook():
+    """A notebook's stream has no buffer. Scripts for Chinese consoles wrap stdout's buffer in a second stream."""
     script = (
         "import io, runpy, sys\n"
         "class Cell(io.TextIOBase): write = lambda self, text: sys.stdout.write(text)\n"
@@ -131,8 +131,8 @@ def test_a_program_may_run_twice_in_one_process_and_in_a_notebook():
 
 
 @pytest.mark.parametrize("call", [5, 7])
-def test_a_failed_run_leaves_the_process_as_it_was(policy, tmp_path, call):
-    """No lock and no signal handler, even while the error is kept, as a notebook keeps it."""
+def test_a_failed_run_releases_its_lock_and_signal_handlers(policy, tmp_path, call):
+    """This works even if the exception is kept alive, as in a notebook."""
     handlers, run_dir = [signal.getsignal(number) for number in STOPS], tmp_path / "run"
     with pytest.raises(UserError, match="KeyError") as failed:
         tiny_run(run_dir, policy, reward_at(call, lambda _: {}["word"]), inputs={"the reward": "1"})
@@ -144,8 +144,9 @@ def test_a_failed_run_leaves_the_process_as_it_was(policy, tmp_path, call):
 
 
 @pytest.mark.parametrize(("call", "where", "kept"), [(1, "evaluation", []), (5, "step 2", ["step-000001"])])
-def test_a_reward_that_raises_keeps_the_run(policy, whole, tmp_path, call, where, kept):
-    """One line, the traceback with the texts in error.log, and a way on; with another reward if none has judged."""
+def test_a_run_can_be_resumed_after_its_reward_raised_an_exception(policy, whole, tmp_path, call, where, kept):
+    """The error is one line, and error.log has the traceback and the texts. If no evaluation was finished, the run can
+    be resumed with another reward."""
     run_dir, seen = tmp_path / "run", []
 
     def breaks(texts):
@@ -161,7 +162,7 @@ def test_a_reward_that_raises_keeps_the_run(policy, whole, tmp_path, call, where
     assert differences(whole, run_dir) == []
 
 
-def test_a_failing_step_is_one_line_and_keeps_the_checkpoint(policy, tmp_path, monkeypatch):
+def test_a_failing_step_is_a_one_line_error_and_keeps_the_checkpoints(policy, tmp_path, monkeypatch):
     step = PPOTrainer.step
 
     def failing(self, *args):
@@ -175,7 +176,7 @@ def test_a_failing_step_is_one_line_and_keeps_the_checkpoint(policy, tmp_path, m
     assert checkpoints(tmp_path / "run") == ["step-000001", "step-000002"] and len(rows(tmp_path / "run")) == 2
 
 
-def test_full_memory_is_one_line_and_a_bug_keeps_its_traceback(tmp_path, gpt2_folder, monkeypatch, capsys):
+def test_out_of_memory_is_a_one_line_error_and_a_bug_keeps_its_traceback(tmp_path, gpt2_folder, monkeypatch, capsys):
     flags = ["--model_name", str(gpt2_folder), "--reward", "tests.helpers:count_characters", "--prompts", "衣服"]
     monkeypatch.setattr("train_ppo.train", lambda *_, **__: torch.empty(1 << 60))
     assert small_run(tmp_path, *flags)[0] == 2
@@ -188,7 +189,7 @@ def test_full_memory_is_one_line_and_a_bug_keeps_its_traceback(tmp_path, gpt2_fo
         small_run(tmp_path, *flags, name="other")
 
 
-def test_memory_that_ran_out_is_known_in_every_librarys_words():
+def test_out_of_memory_errors_of_every_library_are_recognised():
     for allocate, size in ((torch.empty, 1 << 60), (np.empty, 1 << 50)):
         with pytest.raises((RuntimeError, MemoryError)) as error:
             allocate(size)

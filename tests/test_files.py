@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and errors name the path."""
+"""Files are written completely or not at all, and errors name the path."""
 
 import os
 import resource
@@ -27,15 +27,16 @@ def content(path):
 
 @pytest.fixture
 def file_limit():
-    """A function that limits the size of every file written, which stands in for a full disk."""
+    """A function that limits the size of written files, to simulate a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_the_old_content_stays_until_the_new_is_on_disk(tmp_path, monkeypatch, kind):
-    """Every file and folder is flushed, the parent last, with the new content in place; what a kill left is removed."""
+def test_the_old_content_stays_until_the_new_content_is_on_disk(tmp_path, monkeypatch, kind):
+    """Every file and folder is flushed, the parent last, after the new content is in place. Leftovers of a killed
+    process are removed."""
     path, seen, fsync = tmp_path / "it", [], os.fsync
     WRITERS[kind](path, "old")
     (tmp_path / ".partial-it" / "below" / "leftover").mkdir(parents=True)
@@ -53,7 +54,7 @@ def test_the_old_content_stays_until_the_new_is_on_disk(tmp_path, monkeypatch, k
 
 @pytest.mark.parametrize("kind", WRITERS)
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_an_error_while_writing_leaves_the_old_content_only(tmp_path, kind, error):
+def test_an_error_while_writing_leaves_only_the_old_content(tmp_path, kind, error):
     path = tmp_path / "it"
     WRITERS[kind](path, "old")
     with pytest.raises(UserError if isinstance(error, OSError) else type(error)), whole(path) as partial:
@@ -68,8 +69,8 @@ BIG = torch.zeros(1 << 20)
 @pytest.mark.parametrize(
     "write", [write_whole, lambda path, _: torch.save(BIG, path), lambda path, _: save_file({"a": BIG}, path)]
 )
-def test_a_full_disk_is_one_line_with_the_path_and_the_free_space(tmp_path, file_limit, write):
-    """Python's, torch's and safetensors' words for it differ."""
+def test_a_full_disk_is_a_one_line_error_with_the_path_and_the_free_space(tmp_path, file_limit, write):
+    """Python, torch and safetensors report it differently."""
     file_limit(1 << 16)
     with pytest.raises(UserError) as error, disk_errors(tmp_path / "it"):
         write(tmp_path / "it", "x" * (1 << 17))
@@ -80,8 +81,8 @@ def test_a_full_disk_is_one_line_with_the_path_and_the_free_space(tmp_path, file
 
 
 @pytest.mark.parametrize("text", [b"[]", b"{}", "感".encode("gbk")])
-def test_a_damaged_json_file_is_one_line_with_the_path_and_the_remedy(tmp_path, text):
-    """Whether it isn't JSON or lacks what its reader needs. If it is missing, the reader decides."""
+def test_a_damaged_json_file_is_a_one_line_error_with_the_path_and_the_remedy(tmp_path, text):
+    """The file may not be JSON, or may lack a key. If it is missing, the caller decides what happens."""
     path = tmp_path / "it.json"
     path.write_bytes(text)
     with pytest.raises(UserError, match=f"^{path} is damaged.*; remove it$"), damaged(path, "remove it"):
@@ -91,7 +92,7 @@ def test_a_damaged_json_file_is_one_line_with_the_path_and_the_remedy(tmp_path, 
         read_json(tmp_path / "none", "")
 
 
-def test_a_log_is_read_without_a_last_line_that_is_cut_short(tmp_path):
-    """Perhaps inside a character. Other characters that end a line for some programs do not end one here."""
+def test_an_incomplete_last_line_of_a_log_is_ignored(tmp_path):
+    """The line may end inside a character. Only a line feed ends a line, unlike in `str.splitlines`."""
     (tmp_path / "log").write_bytes("\ufeff一\u2028二\n三\r\n四".encode()[:-1])
     assert whole_lines(tmp_path / "log") == ["一\u2028二", "三\r"]

@@ -1,4 +1,4 @@
-"""What only a GPU can show: python -m pytest -m gpu. A model of the article's shape, random and with few characters."""
+"""Tests that need a GPU: python -m pytest -m gpu. The model is random, with the article's shape and few characters."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def large_gpt2(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trainers(large_gpt2):
-    """A function that makes a trainer, and the responses of one in float32."""
+    """A function that creates a trainer, and responses sampled by a float32 trainer."""
 
     def make(dtype="float32", device=GPU, **changes):
         config = PPOConfig(dtype=dtype, device=device, batch_size=32, minibatch_size=32, **changes)
@@ -35,14 +35,14 @@ def trainers(large_gpt2):
 
 
 def logprobs(trainer, responses):
-    """The policy's log-probabilities of the responses' tokens, in one row, float64 on the CPU."""
+    """Return the policy's log-probabilities of all response tokens as one float64 vector on the CPU."""
     completions = trainer.collate(trainer.encode(PROMPTS), responses)
     found, _ = trainer.forward_pass(trainer.engine.share_trunk(completions), trainer.model, logprobs_from_logits)
     return found[completions.mask].cpu().double()
 
 
 def step(trainer, responses):
-    """A step's statistics, and how it moves the weights, in one row, float64 on the CPU."""
+    """Return a step's statistics, and its change of all weights as one float64 vector on the CPU."""
     before = [weight.detach().cpu().double() for weight in trainer.engine.weights]
     stats = trainer.step(trainer.encode(PROMPTS), responses, SCORES)
     moved = [weight.detach().cpu().double() - start for weight, start in zip(trainer.engine.weights, before)]
@@ -50,7 +50,7 @@ def step(trainer, responses):
 
 
 @pytest.mark.parametrize("other", [{"device": "cpu"}, {"micro_batch_size": 5}], ids=str)
-def test_float32_is_that_of_the_cpu_and_of_other_micro_batches(trainers, other):
+def test_float32_matches_the_cpu_and_other_micro_batch_sizes(trainers, other):
     make, responses = trainers
     one, two = make(), make(**other)
     difference = (logprobs(one, responses) - logprobs(two, responses)).abs().max()
@@ -61,7 +61,7 @@ def test_float32_is_that_of_the_cpu_and_of_other_micro_batches(trainers, other):
 
 
 def test_a_bfloat16_step_is_close_to_a_float32_step(trainers):
-    """Rounding must not decide what PPO clips, ratios beyond 1.2: errors are a tenth of that, and none is as large."""
+    """PPO clips ratios above 1.2, which rounding must not cause: errors are a tenth of that on average."""
     make, responses = trainers
     one, two = make("bfloat16"), make()
     differences = logprobs(one, responses) - logprobs(two, responses)
@@ -77,12 +77,12 @@ def test_the_same_step_twice_gives_the_same_bits(trainers, dtype):
     assert stats == expected and moved.equal(expected_moved)
 
 
-def test_the_reward_on_the_gpu_is_that_of_the_cpu(classifier_folder):
+def test_the_reward_on_the_gpu_matches_the_cpu(classifier_folder):
     on_gpu, on_cpu = (SentimentReward(classifier_folder, device)(PROMPTS) for device in (torch.device(GPU), "cpu"))
     assert on_gpu.device.type == "cpu" and on_gpu.tolist() == pytest.approx(on_cpu.tolist(), abs=1e-5)
 
 
-def test_two_whole_runs_and_a_resumed_one_give_the_same_bits(tmp_path, demo, without_pictures):
+def test_two_runs_and_a_resumed_run_give_the_same_bits(tmp_path, demo, without_pictures):
     for name in ("one", "two"):
         assert small_run(tmp_path, "--device", GPU, name=name)[0] == 0
     assert small_run(tmp_path, "--device", GPU, "--episodes", "32", name="short")[0] == 0

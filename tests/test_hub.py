@@ -1,4 +1,4 @@
-"""Models from the Hub, through its own client, which talks to a small hub on loopback."""
+"""Downloads from the Hub with the real client, which talks to a small hub on loopback."""
 
 import errno
 import importlib
@@ -19,7 +19,7 @@ SHARDS = ["{}-00001-of-00002.{}", "{}-00002-of-00002.{}", "{}.{}.index.json"]
 
 @pytest.fixture
 def published(tmp_path, gpt2_folder) -> Path:
-    """A model as the Hub has it, with files that this program doesn't need."""
+    """A model as published on the Hub, including files that this program doesn't need."""
     folder = shutil.copytree(gpt2_folder, tmp_path / "published")
     for name in ("tf_model.h5", "README.md"):
         (folder / name).touch()
@@ -34,7 +34,7 @@ def hub(published):
 
 @pytest.fixture
 def find(hub, tmp_path, monkeypatch):
-    """A function that finds a model as a new process with these variables would; find.waited: seconds, not slept."""
+    """A function that finds a model like a new process with these environment variables. find.waited lists sleeps."""
 
     def find(name="owner/gpt2", check=lambda folder: None, **variables) -> Path:
         for variable in [variable for variable in os.environ if variable.startswith("HF_")]:
@@ -68,23 +68,23 @@ def names(folder: Path) -> set[str]:
     ],
     ids=["bin", "both formats", "safetensors in shards", "bin in shards"],
 )
-def test_only_what_loading_needs_is_downloaded_and_only_once(hub, published, find, there, wanted):
+def test_only_the_files_that_loading_needs_are_downloaded_and_only_once(hub, published, find, there, wanted):
     (published / "pytorch_model.bin").unlink()
     for name in there:
         (published / name).write_text(f"content of {name}")
     small = {"config.json", "vocab.txt", "tokenizer_config.json"}
     folder = find()
     assert names(folder) == small | set(wanted or there)
-    assert all(request.endswith("/config.json") for request in hub.requests if "/main/" in request)  # of one commit
+    assert all(request.endswith("/config.json") for request in hub.requests if "/main/" in request)  # others by commit
     assert all((folder / name).read_bytes() == (published / name).read_bytes() for name in names(folder))
     hub.requests.clear()
     assert find() == folder == find(HF_HUB_OFFLINE="1") and hub.requests == []
-    for name in {"config.json", "vocab.txt", *(wanted or there[:2])}:  # an interrupted download
+    for name in {"config.json", "vocab.txt", *(wanted or there[:2])}:  # interrupted download
         (folder / name).resolve().unlink()
         assert find() == folder and (folder / name).read_bytes() == (published / name).read_bytes()
 
 
-def test_the_check_sees_the_small_files_and_the_weights_follow_if_it_passes(hub, published, find):
+def test_weights_are_only_downloaded_after_the_small_files_have_passed_the_check(hub, published, find):
     for name in ("tokenizer.json", "merges.txt", "vocab.json", "value_head.safetensors"):
         (published / name).touch()
     seen = []
@@ -103,13 +103,13 @@ def test_the_check_sees_the_small_files_and_the_weights_follow_if_it_passes(hub,
 @pytest.mark.parametrize("missing", ["vocab.txt", "pytorch_model.bin"])
 def test_a_model_without_a_needed_file_is_rejected_before_any_download(hub, published, find, missing):
     (published / missing).unlink()
-    (published / "vocab.json").touch()  # a vocabulary only with merges.txt
+    (published / "vocab.json").touch()  # only a vocabulary together with merges.txt
     with pytest.raises(UserError, match="^--model_name owner/gpt2 needs config.json, .* on the Hub are README.md"):
         find()
     assert not hub.fetched()
 
 
-def test_a_folder_is_preferred_to_a_hub_id_and_may_start_at_home(hub, find, tmp_path, monkeypatch):
+def test_a_local_folder_is_preferred_to_a_hub_id_and_may_start_with_a_tilde(hub, find, tmp_path, monkeypatch):
     (tmp_path / "owner" / "gpt2").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -117,7 +117,7 @@ def test_a_folder_is_preferred_to_a_hub_id_and_may_start_at_home(hub, find, tmp_
     assert not hub.requests
 
 
-FAULTS = [  # (method, part of the path, what the hub does), part of the line
+FAULTS = [  # (method, part of the path, what the hub does), part of the error
     (("HEAD", "pytorch_model.bin", "hang"), "doesn't answer.* HF_HUB_ETAG_TIMEOUT=60"),
     (("GET", "pytorch_model.bin", "stall"), "doesn't answer"),
     (("GET", "/api/models", 503), "has a problem .*503.* try later, or set HF_ENDPOINT .* --model_name PATH"),
@@ -129,8 +129,8 @@ FAULTS = [  # (method, part of the path, what the hub does), part of the line
 
 
 @pytest.mark.parametrize(("fault", "line"), FAULTS, ids=[" ".join(map(str, fault[0])) for fault in FAULTS])
-def test_a_fault_of_the_hub_is_one_line_within_two_minutes(hub, find, fault, line):
-    """With the client's default time-outs of 10 seconds a request. The next attempt succeeds."""
+def test_a_failure_of_the_hub_is_a_one_line_error_within_two_minutes(hub, find, fault, line):
+    """This assumes the client's default timeout of 10 seconds per request. The next attempt succeeds."""
     faults = []
     hub.fault, hub.on_fault = fault, lambda: faults.append(fault)
     with pytest.raises(UserError, match=line) as error:
@@ -147,7 +147,7 @@ def test_xet_storage_is_not_used(hub, published, find):
     assert (find() / "pytorch_model.bin").read_bytes() == (published / "pytorch_model.bin").read_bytes()
 
 
-def test_a_name_that_no_hub_can_be_asked_for_and_a_full_disk_are_one_line(hub, find, monkeypatch):
+def test_an_invalid_name_offline_mode_and_a_full_disk_are_one_line_errors(hub, find, monkeypatch):
     with pytest.raises(UserError, match="this folder doesn't exist, and it isn't a Hub id"):
         find("./missing")
     with pytest.raises(UserError, match="HF_HUB_OFFLINE"):

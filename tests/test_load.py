@@ -1,4 +1,4 @@
-"""What a run loads, in which order, and what several processes compare of it."""
+"""What a run loads, in which order, and what its processes compare."""
 
 import copy
 import gc
@@ -22,7 +22,7 @@ from support.run.text_trainer import TextPPOTrainer
 from tests.helpers import VOCAB, as_rewards, read_json, rows, small_run, write_classifier, write_gpt2
 from train_ppo import main
 
-PROMPT = "刚收到货,感觉"  # 7 characters, and [CLS] before
+PROMPT = "刚收到货,感觉"  # 7 characters, plus [CLS]
 SMALL_DEMO = dict(preset="demo", device="cpu", eval_samples=16)
 
 
@@ -30,7 +30,7 @@ def settings(**changes) -> PPOConfig:
     return PPOConfig(**{"device": "cpu", "dtype": "float32", "gen_len": 4} | changes)
 
 
-def test_libraries_are_imported_without_the_garbage_collector_which_then_collects_again(monkeypatch):
+def test_the_garbage_collector_is_off_only_while_libraries_are_imported(monkeypatch):
     collecting = []
     monkeypatch.setattr(support, "sys", SimpleNamespace(modules={}))
     monkeypatch.setattr("gc.freeze", lambda: collecting.append(gc.isenabled()))
@@ -38,7 +38,7 @@ def test_libraries_are_imported_without_the_garbage_collector_which_then_collect
     assert collecting == [False] and gc.isenabled()
 
 
-def test_a_run_loads_the_parts_that_its_settings_name(gpt2_folder, classifier_folder):
+def test_load_returns_the_models_and_prompts_of_the_settings(gpt2_folder, classifier_folder):
     names = dict(model_name=str(gpt2_folder), reward_model_name=str(classifier_folder))
     config = settings(**names, prompts=[PROMPT, "衣服"], positive_label=NEGATIVE, dtype="bfloat16")
     policy, _, reward, prompts, queries, reference = load(config)
@@ -51,7 +51,7 @@ def test_a_run_loads_the_parts_that_its_settings_name(gpt2_folder, classifier_fo
     assert torch.equal(policy.transformer.wpe.weight, saved["transformer.wpe.weight"])
 
 
-def test_the_longest_prompt_and_its_completion_fill_the_48_positions(gpt2_folder, classifier_folder):
+def test_the_longest_prompt_and_its_completion_may_fill_all_positions(gpt2_folder, classifier_folder):
     prompts = ["衣服", PROMPT, "书"]
     config, models = settings(prompts=prompts, gen_len=40), {"classifier": classifier_folder}
     policy, tokenizer, *_ = load_folders(config, "cpu", {"prompt": prompts}, gpt2_folder, models)
@@ -68,7 +68,7 @@ def test_the_longest_prompt_and_its_completion_fill_the_48_positions(gpt2_folder
         ({}, [*VOCAB[:5], *VOCAB[:4:-1]], "it has another vocabulary; name"),
     ],
 )
-def test_a_reference_that_does_not_fit_is_refused_before_any_weights(
+def test_an_incompatible_reference_is_rejected_before_weights_are_read(
     gpt2_folder, tmp_path, monkeypatch, sizes, vocab, said
 ):
     folder = write_gpt2(tmp_path / "other", **sizes)
@@ -81,13 +81,13 @@ def test_a_reference_that_does_not_fit_is_refused_before_any_weights(
             opens(config)
 
 
-def test_a_second_round_counts_from_the_original(finished, demo, tmp_path, capsys, without_pictures):
-    """Also when it goes on, is judged again, and in Python; and not from another model that has taken its place."""
+def test_a_second_round_of_training_measures_kl_to_the_original(finished, demo, tmp_path, capsys, without_pictures):
+    """This also holds after --resume, with --eval_only and in Python. It is an error if the original was replaced."""
     original = shutil.copytree(demo[0], tmp_path / "original")
     flags = ["--model_name", str(finished / "model"), "--reference", str(original), "--frozen_share", "0.5"]
     assert small_run(tmp_path, *flags)[0] == 0
     run_dir, first = tmp_path / "run", read_json(finished / "evaluation.json")
-    assert "value head" not in capsys.readouterr().out  # the policy has one, the reference needs none
+    assert "value head" not in capsys.readouterr().out  # the reference doesn't need one
     config = PPOConfig(**SMALL_DEMO, reference=str(original))
     trainer = TextPPOTrainer.from_pretrained(finished / "model", config)
     queries = trainer.encode([PROMPT])
@@ -103,7 +103,7 @@ def test_a_second_round_counts_from_the_original(finished, demo, tmp_path, capsy
     assert f"the hash of the weights of --reference {original} is" in capsys.readouterr().err
 
 
-def test_configs_and_prompts_are_checked_before_any_weights(gpt2_folder, classifier_folder, tmp_path, monkeypatch):
+def test_configs_and_prompts_are_checked_before_weights_are_read(gpt2_folder, classifier_folder, tmp_path, monkeypatch):
     folders = {"gpt2": gpt2_folder, "sentiment": classifier_folder, "unclear": write_classifier(tmp_path, ("a", "b"))}
     found = []
 
@@ -137,11 +137,11 @@ for model in f"--model_name {PPOConfig.model_name}", f"--reward_model_name {PPOC
     HASHES += [f"the hash of the weights of {model}", f"the hash of the tokenizer of {model}"]
 
 
-def test_another_classifier_changes_its_own_hash_and_another_dtype_none(parts, classifier_folder, tmp_path):
+def test_another_classifier_changes_only_its_hash_and_another_dtype_changes_none(parts, classifier_folder, tmp_path):
     before, device = input_hashes(settings(), *parts), torch.device("cpu")
     assert list(before) == HASHES
     parts[2].functions["classifier"] = SentimentReward(classifier_folder, device, torch.bfloat16)
-    assert input_hashes(settings(), *parts) == before  # a run may go on in another dtype
+    assert input_hashes(settings(), *parts) == before  # a run may continue in another dtype
     changed = shutil.copytree(classifier_folder, tmp_path / "changed")
     weights = torch.load(changed / "pytorch_model.bin")
     weights["classifier.bias"][-1] += 1
@@ -150,7 +150,7 @@ def test_another_classifier_changes_its_own_hash_and_another_dtype_none(parts, c
     after = input_hashes(settings(), *parts)
     assert [name for name in HASHES if after[name] != before[name]] == [HASHES[3]]
     parts[2].columns["answer"] = [1]
-    assert input_hashes(settings(), *parts)[HASHES[0]] != before[HASHES[0]]  # the other columns of a prompts' file
+    assert input_hashes(settings(), *parts)[HASHES[0]] != before[HASHES[0]]  # other columns of the file
 
 
 def test_processes_compare_versions_device_dtype_and_inputs(monkeypatch, gpt2_folder, classifier_folder):
@@ -175,7 +175,7 @@ def test_a_hash_depends_on_names_shapes_dtypes_and_every_number():
     ]
     assert len({hash_of(weights), *map(hash_of, others)}) == 6
     assert hash_of(weights) == hash_of({"a": weights["a"].T.contiguous().T, "b": weights["b"].clone()})
-    # A run's inputs.json has these hashes, so that a later version must compute the same
+    # inputs.json stores these hashes, so later versions must compute the same ones
     line = f"a (2,) torch.int64 {zlib.crc32((3).to_bytes(8, 'little') + (4).to_bytes(8, 'little'))}\n"
     assert hash_of({"a": torch.tensor([3, 4])}) == hashlib.sha256(line.encode()).hexdigest()[:12]
     assert hash_of(["a", 1]) == hashlib.sha256(b"['a', 1]").hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""The model card, as the Hub's own library reads it, and what its code does."""
+"""The model card: its metadata as the Hub's library reads it, its text, and its code."""
 
 import json
 import re
@@ -38,14 +38,14 @@ def test_the_card_of_a_run_says_how_it_was_trained_and_its_code_runs(finished, m
     assert "Trained on 48 completions of `刚收到货,感觉`, with a classifier as the reward." in text
     assert results["verdict"] in text
     assert "`AutoTokenizer`. `BertTokenizer` would append `[SEP]`" in text and "transformers before 4.43" in text
-    assert not re.search(r"(?<![\w.:/<-])/\w", text)  # no path of this machine
+    assert not re.search(r"(?<![\w.:/<-])/\w", text)  # no local path
     texts = run_its_code(finished / "model", monkeypatch, capsys)
     assert len(texts) == 5 and len(set(texts)) > 1
     assert all(re.fullmatch(r"刚收到货,感觉[^\s\[\]]+", text) for text in texts)
 
 
-def test_a_byte_level_gpt2_of_your_own_loop_has_its_own_card(tmp_path, monkeypatch, capsys):
-    """With the loop's prompt and settings, not those of PPOConfig's defaults."""
+def test_a_byte_level_gpt2_saved_by_your_own_loop_gets_a_matching_card(tmp_path, monkeypatch, capsys):
+    """The card has the loop's prompt and settings, not PPOConfig's defaults."""
     config = PPOConfig(device="cpu", gen_len=5, temperature=0.7)
     trainer = TextPPOTrainer.from_pretrained(write_bpe_gpt2(tmp_path / "gpt2"), config)
     trainer.encode(["this film was", "刚收到货"])
@@ -66,8 +66,8 @@ def test_the_base_model_is_named_if_it_is_on_the_hub(tmp_path, monkeypatch, name
     assert (f"[{name}](https://huggingface.co/{name})" in card(tmp_path)) == base
 
 
-def test_what_you_wrote_stays(finished, tmp_path):
-    """A license that you filled in when the model is evaluated again; your own README.md when a model is saved."""
+def test_your_own_changes_to_the_card_are_kept(finished, tmp_path):
+    """A license that you added survives another evaluation, and your own README.md survives saving a model."""
     run_dir = shutil.copytree(finished, tmp_path / "run")
     path = run_dir / "model" / "README.md"
     mine = card(run_dir / "model").replace("library_name:", "license: apache-2.0\nlibrary_name:")
@@ -95,7 +95,7 @@ def test_what_you_wrote_stays(finished, tmp_path):
         ({"reward_model_name": "./sentiment"}, "a classifier"),
     ],
 )
-def test_the_reward_and_the_first_prompts_are_named(tmp_path, changes, reward):
+def test_the_card_names_the_reward_and_the_first_prompts(tmp_path, changes, reward):
     config = PPOConfig(episodes=12_800, **changes)
     write_card(tmp_path, config, "衣服")
     write_results(tmp_path, config, [f"衣服{i}" for i in range(9)], "good: 80%")

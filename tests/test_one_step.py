@@ -1,4 +1,4 @@
-"""docs/one_step.md and its Chinese twin: their numbers follow from each other, and are those of a real step."""
+"""docs/one_step.md and the Chinese page: their numbers are consistent and match a real step."""
 
 import math
 import re
@@ -13,8 +13,8 @@ from tools import one_step
 
 PAGES = ["docs/one_step.md", "docs/one_step.zh.md"]
 HALF = 5e-4  # how far a number with three decimals may be from the exact one
-# Numbers about the whole batch: the sentence, and five standard deviations over the seeds 1 to 12. Another processor or
-# torch makes slightly other demo models, which write other texts: there the page's numbers are another draw.
+# Numbers of the whole batch: a pattern of the sentence, and five standard deviations over the seeds 1 to 12. On another
+# processor or torch version, the demo models differ slightly and write other texts, as they would with another seed.
 OF_BATCH = {
     "mean score": (r"([\d.]+) on average", 0.2),
     "happy": (r"above 0.9 for (\d+)", 26),
@@ -36,7 +36,7 @@ def rows_of(page: str) -> list[list[str]]:
 
 
 def tables_of(name: str) -> list[list[list[float]]]:
-    """The columns of one completion in the three tables of tokens."""
+    """Return the columns of one completion in the three tables of tokens."""
     rows, tables = rows_of(PAGES[0]), []
     for start in [i for i, row in enumerate(rows) if row[0] == f"**{name}**" and not any(row[1:])]:
         of_tokens = [[float(cell.strip("*")) for cell in row[1:]] for row in takewhile(of_a_token, rows[start + 1 :])]
@@ -49,8 +49,8 @@ def of_a_token(row: list[str]) -> bool:
 
 
 @pytest.mark.parametrize("name", ["happy", "unhappy"])
-def test_the_tables_follow_from_each_other(name):
-    """Each number from those beside it by its formula, as exactly as their roundings allow."""
+def test_the_numbers_in_the_tables_are_consistent(name):
+    """Each number follows from its neighbours by its formula, up to rounding."""
     (old, ref, penalty, reward), (V, r, delta, A, G, whitened), (w, prob, after, *ratios) = tables_of(name)
     score = float(next(row[2] for row in rows_of(PAGES[0]) if row[0] == f"**{name}**" and row[1]))
     last = len(r) - 1
@@ -69,7 +69,7 @@ def test_the_tables_follow_from_each_other(name):
     assert w == pytest.approx([(a - mean) / scale for a in A], abs=4 * HALF / scale)
 
 
-def test_the_losses_follow_from_each_other():
+def test_the_losses_are_consistent():
     rows = [row[1:] for row in rows_of(PAGES[0]) if len(row) == 5 and re.fullmatch(r"-?\d\.\d{4}", row[1])]
     *epochs, mean = [list(map(float, row)) for row in rows]
     assert mean == pytest.approx([sum(column) / 4 for column in zip(*epochs)], abs=1e-4)
@@ -82,14 +82,14 @@ def test_both_languages_have_the_same_numbers():
     assert sorted(english) == sorted(chinese) and len(english) > 100
 
 
-def test_a_completion_that_was_clipped_is_shown_rather_than_a_shorter_one():
+def test_the_page_shows_a_clipped_completion_rather_than_a_shorter_one():
     ratios = torch.tensor([[1.1, 1.1], [1.1, 1.3], [0.9, 0.9], [0.9, 0.7]])
     whitened, scores = torch.tensor([[1.0], [1], [-1], [-1]]).expand(4, 2), torch.tensor([0.95, 0.95, 0.05, 0.05])
     step = SimpleNamespace(tokens=["a", "ab"] * 2, scores=scores, whitened=whitened, ratios=[ratios, ratios])
     assert one_step.happy_and_unhappy(step, 0.2) == {"happy": 1, "unhappy": 3}
 
 
-def test_the_numbers_are_those_of_a_real_step(demo):
+def test_the_numbers_match_a_real_step(demo):
     config = one_step.demo_config()
     step = one_step.take_step(config)
     found = one_step.of_batch(step, config)

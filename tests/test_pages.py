@@ -25,7 +25,8 @@ from tests.hub_server import Hub
 from tools import rank, review_models, train_reward_model
 
 PAGES = sorted(str(page.relative_to(ROOT)) for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-IN_BOTH_LANGUAGES = [page for page in PAGES if page.replace(".md", ".zh.md") in PAGES]
+IN_BOTH_LANGUAGES = [page for page in PAGES if page.replace(".md", ".zh.md") in PAGES and page != "README.md"]
+READMES = ["README.md", "README.zh.md"]
 PLOT_FLAGS = {"--against", "--by", "--lang", "--only", "--out"}
 TRAIN_FLAGS = {f"--{name}" for name in PPOConfig.__dataclass_fields__} | {"--complete", "--n", "--help"}
 
@@ -49,7 +50,7 @@ def links(page: Path) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_to_a_file_and_a_heading(page):
+def test_links_point_to_existing_files_and_headings(page):
     for file, anchor in links(ROOT / page):
         target = (ROOT / page).parent / file if file else ROOT / page
         assert target.is_file(), file
@@ -84,7 +85,7 @@ def commands(block: str) -> list[tuple[str | None, list[str]]]:
     """The commands that a shell starts for a block, with loops unrolled: (HF_ENDPOINT, words)."""
     functions = "".join(
         f'{name}() {{ {shlex.quote(sys.executable)} -ISc {shlex.quote(RECORD)} {name} "$@"; }}\n'
-        for name in ("python", "hf", "curl")
+        for name in ("python", "hf", "curl", "pip", "modelscope")
     )
     printed = subprocess.run(["bash", "-euf", "-c", functions + block], capture_output=True, text=True, check=True)
     return [tuple(json.loads(line)) for line in printed.stdout.splitlines()]
@@ -147,7 +148,7 @@ def typed(tmp_path_factory, finished):
 
 
 def call(program: str, words: list[str]) -> int | None:
-    if program == "curl" or words == ["auth", "login"]:  # the file is there; asks at a terminal
+    if program in ("curl", "pip", "modelscope"):  # their files are there
         return 0
     if program == "hf":
         return subprocess.run([sys.executable, "-m", "huggingface_hub.cli.hf", *words], check=True).returncode
@@ -163,23 +164,31 @@ def call(program: str, words: list[str]) -> int | None:
         return end.code
 
 
-MAKES = {  # a word that only one of the README's blocks has: files that its commands leave, and how many
+MAKES = {  # a word that only one block of a page has: files that its commands leave, and how many
     "HF_ENDPOINT": {"runs/2*/report.md": 3, "runs/2*/model/model.safetensors": 3},
-    "review_models": {"review_models/gpt2/vocab.txt": 1, "review_models/sentiment/config.json": 1},
+    "modelscope": {"runs/2*/report.md": 1},
+    "for lr in": {"runs/lr-*/report.md": 2, "compare.png": 1, "compare.md": 1},
+    "for epochs in": {"runs/epochs-*/report.md": 2, "epochs.png": 1, "compare.md": 1, "plane.pdf": 1},
     "--prompts_file": {"runs/films/report.md": 1},
-    "plot_rewards.py": {"runs/lr-*/report.md": 2, "compare.png": 1, "compare.md": 1, "reward.pdf": 1},
     "my_reward": {"runs/*/inputs/my_reward-*.py": 1},
     "tools.rank": {"rankings.jsonl": 1, "reward_model/README.md": 1, "reward_model/loss.png": 1},
-    "hf upload": {},
+    "--complete": {},
+    "online_shopping": {"review_models/gpt2/vocab.txt": 1, "review_models/sentiment/config.json": 1},
 }
+BLOCKS = [("README.md", word) for word in MAKES if word not in ("modelscope", "for epochs in", "online_shopping")]
+BLOCKS += [("README.zh.md", "modelscope"), ("README.zh.md", "for epochs in"), ("docs/settings.md", "online_shopping")]
 
 
-@pytest.mark.parametrize("word", MAKES)
-def test_a_block_of_the_readme_runs_as_pasted(typed, word, capfd):
+@pytest.mark.parametrize(("page", "word"), BLOCKS)
+def test_a_block_runs_as_pasted(typed, page, word, capfd):
     hub, run = typed
-    (block,) = [block for block in code_blocks("README.md", "bash") if word in block]
+    for path in glob.glob("runs/2*"):
+        shutil.rmtree(path)
+    (block,) = [block for block in code_blocks(page, "bash") if word in block]
     block = re.sub(".*--against.*\n", "", block)  # 64 samples are too few to know a gain
-    run(block.replace("in 3e-5 1e-4 3e-4", "in 3e-5 1e-4").replace("in 1 2 3", "in 1"))
+    for loop, shorter in ((" 3e-5 1e-4 3e-4", " 3e-5 1e-4"), (" 1 4 16", " 1 4"), (" 1 2 3", " 1")):
+        block = block.replace("in" + loop, "in" + shorter)
+    run(block)
     printed = capfd.readouterr().out
     for pattern, number in MAKES[word].items():
         assert len(glob.glob(pattern)) == number, pattern
@@ -187,7 +196,7 @@ def test_a_block_of_the_readme_runs_as_pasted(typed, word, capfd):
         assert hub.fetched().count("config.json") == 2  # one for each model: the second run makes no request
     if word == "--prompts_file":
         assert "--lr" in printed and "step 1/1" in printed
-    if word == "hf upload":
+    if word == "--complete":
         assert printed.count("| 刚收到货,感觉 |") == printed.count("| 刚收到货,质量 |") == 5
         uploaded = hub.uploaded["YOUR_NAME/happy-reviews"]
         assert {"README.md", "model.safetensors", "config.json", "tokenizer.json"} <= uploaded.keys()
@@ -196,9 +205,11 @@ def test_a_block_of_the_readme_runs_as_pasted(typed, word, capfd):
                 assert file.read() == content
 
 
-def test_every_block_of_the_readme_is_run():
-    for block in code_blocks("README.md", "bash"):  # .ci/run types those that make an environment
-        assert block.startswith("python3 -m venv") or sum(word in block for word in MAKES) == 1
+@pytest.mark.parametrize("page", READMES)
+def test_every_block_of_a_readme_is_run(page):
+    """The blocks that create an environment are run by .ci/run."""
+    for block in code_blocks(page, "bash"):
+        assert block.startswith("python3 -m venv") or sum(word in block for word in MAKES) == 1, block
 
 
 @pytest.mark.parametrize("word", ["hf download", "lvwerra"])

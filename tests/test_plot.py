@@ -1,4 +1,4 @@
-"""plot_rewards.py: what it draws, and what it says of growing, damaged and missing runs."""
+"""plot_rewards.py: what it draws, and what it reports for unfinished, damaged and missing runs."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from support.common.errors import UserError
 from support.run.compare import read_metrics
 from tests.helpers import MEAN, STD, write_run
 
-pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
 REWARD = "mean reward of each step"
 PLANE = "reward against KL"
 HISTOGRAM = "rewards before and after training"
@@ -49,7 +49,7 @@ def panels(figures) -> dict:
 
 
 def lines(axes, label: str) -> list:
-    """The lines that a panel's key calls this."""
+    """Return the lines that have this label in a panel's legend."""
     return [line for line in axes.lines if line.get_label() == label]
 
 
@@ -62,9 +62,9 @@ WHOLE = {
 }
 
 
-def test_the_reward_is_smoothed_over_a_tenth_of_the_run_and_its_ends_are_in_the_key(tmp_path, figures):
+def test_the_reward_is_smoothed_over_a_tenth_of_the_run_and_the_legend_shows_both_ends(tmp_path, figures):
     """The mean of squares over r neighbours on either side is i^2 + r (r + 1) / 3, and r shrinks towards the start.
-    The decimals are those of the first step's standard deviation."""
+    The standard deviation of the first step sets the number of decimals."""
     squares, spread = np.arange(100) ** 2, np.array([40.0] + [0.001] * 99)
     run = write_run(tmp_path / "run", 100, **{MEAN: squares, STD: spread})
     write_evaluation(run, alarms=[{"step": 1, "alarm": "x"}, {"step": 6, "alarm": "y"}])
@@ -75,16 +75,16 @@ def test_the_reward_is_smoothed_over_a_tenth_of_the_run_and_its_ends_are_in_the_
     means = [*(squares[:95] + reach * (reach + 1) / 3), *(squares[i - 5 :].mean() for i in range(95, 100))]
     assert np.allclose(points(smoothed), np.stack([128 * np.arange(1, 101), means], 1))
     assert points(alarms) == [[128, 0], [768, 35]]
-    (band,) = panels(figures)[REWARD].collections  # 95% of the means of 128 completions
+    (band,) = panels(figures)[REWARD].collections  # the 95% interval of a mean of 128 completions
     first = [y for x, y in band.get_paths()[0].vertices if x == 128]
     assert [max(first), min(first)] == pytest.approx([1.96 * 40 / np.sqrt(128), -1.96 * 40 / np.sqrt(128)])
     assert words(figures[0][0].legends[0]) == [f"run: reward 0 to {squares[94:].mean():.0f}"]
     assert smooth(np.array([9, 0, 3, 6])).tolist() == [9, 4, 3, 4.5] and smooth(np.array([9])).tolist() == [9]
 
 
-def test_runs_that_differ_in_the_seed_are_drawn_as_mean_and_standard_deviation(tmp_path, figures):
-    """Of lines at 0.2, 0.4 and, smoothed, 0.9, 1, 1, 0.9. In the middle their mean is 1.6 / 3, and their variance
-    0.52 / 3. Scores of 0.26, 0.99, -2 and 6: the shares in 40 bins of 0.2."""
+def test_runs_that_only_differ_in_the_seed_are_drawn_as_mean_and_standard_deviation(tmp_path, figures):
+    """The curves are at 0.2, at 0.4 and, after smoothing, at 0.9, 1, 1, 0.9. In the middle their mean is 1.6 / 3, and
+    their variance 0.52 / 3. The histogram shows the scores 0.26, 0.99, -2 and 6 in 40 bins of width 0.2."""
     rewards = [0.2, 0.4, np.array([0.9, 1.2, 0.9, 0.9])]
     runs = [write_run(tmp_path / f"{m}", 4, i, settings={"seed": i}, **{MEAN: m}) for i, m in enumerate(rewards)]
     for run, evaluation in zip(runs, (WHOLE, {"after": judged(0.6, 0.1, [-2.0, 6.0])})):
@@ -105,8 +105,8 @@ def test_runs_that_differ_in_the_seed_are_drawn_as_mean_and_standard_deviation(t
     assert {i: share for i, share in enumerate(after.values) if share} == {0: 0.25, 11: 0.25, 14: 0.25, 39: 0.25}
 
 
-def test_a_run_that_was_stopped_is_drawn_and_one_panel_gets_a_file_of_its_own(tmp_path, figures):
-    """Until it is judged again, its gain is null. The whole picture, which the report shows, stays."""
+def test_a_stopped_run_can_be_drawn_and_a_single_panel_gets_its_own_file(tmp_path, figures):
+    """The gain is null until the run is evaluated again. rewards.png, which the report shows, is kept."""
     run = write_run(tmp_path / "run", 3)
     write_evaluation(run, before=WHOLE["before"], after=None, gain=None, frontier=[], best_of_n=[])
     assert (
@@ -115,8 +115,8 @@ def test_a_run_that_was_stopped_is_drawn_and_one_panel_gets_a_file_of_its_own(tm
     assert {path.name for path in run.glob("*.png")} == {"rewards.png", "plane.png"}
 
 
-def test_the_plane_of_reward_and_kl_shows_what_is_known(tmp_path, figures):
-    """A growing run has been judged before training only; if the gain is unknown there is no limit."""
+def test_the_reward_kl_plane_shows_what_is_known(tmp_path, figures):
+    """An unfinished run has only been evaluated before training. If the gain is unknown, there is no limit."""
     run, gain = write_run(tmp_path / "run", 3), {"gain": None, "limit": {"reward": 1, "kl": 1}}
     metrics, shown = read_metrics(run), []
     for evaluation in (WHOLE, {"before": judged(0.61, 0.0, [0.5, 0.7]), "frontier": [], "gain": gain}):
@@ -136,8 +136,8 @@ def test_the_plane_of_reward_and_kl_shows_what_is_known(tmp_path, figures):
     }
 
 
-def test_each_run_is_drawn_in_its_colour_and_what_several_share_once_in_black(tmp_path, figures):
-    """Another run of the same models has the same frontier, drafts, start and limit, up to rounding."""
+def test_each_run_has_its_colour_and_what_several_share_is_drawn_once_in_black(tmp_path, figures):
+    """Runs of the same models have the same frontier, drafts, start and limit, up to rounding."""
     runs = [write_run(tmp_path / name, steps, seed=steps) for name, steps in (("a", 30), ("b", 7), ("c", 3))]
     rounded = json.loads(json.dumps(WHOLE))
     rounded["frontier"][0]["kl"] += 1e-9
@@ -154,7 +154,7 @@ def test_each_run_is_drawn_in_its_colour_and_what_several_share_once_in_black(tm
             assert points(line) == np.stack([metrics[number]["step"], metrics[number][column]], 1).tolist()
             assert line.get_color() == colours[number]
     assert words(drawn["time"].get_legend()) == ["sample", "score", "ppo"] and not drawn[REWARD].collections
-    assert drawn[HISTOGRAM].patches[0].get_data().edges[[0, -1]].tolist() == [0, 1]  # and not the rewards' own range
+    assert drawn[HISTOGRAM].patches[0].get_data().edges[[0, -1]].tolist() == [0, 1]  # not the range of the rewards
     of_third = {"best possible": 1, "best of n drafts": 0, "before": 1, "the limit at this beta": 0}
     for label, number in of_third.items():
         assert [line.get_color() for line in lines(drawn[PLANE], label)] == ["black", *colours[2:] * number]
@@ -165,7 +165,7 @@ def test_each_run_is_drawn_in_its_colour_and_what_several_share_once_in_black(tm
 
 def test_the_gain_is_drawn_against_a_setting_with_its_standard_error_over_seeds(tmp_path, figures, capsys):
     """The mean of 0.5 and 0.7 is 0.6; its standard error is their standard deviation, 0.1 sqrt(2), over sqrt(2). The
-    one run at 5e-4 has that of the other runs around their means, sqrt(0.065 / 2)."""
+    single run at 5e-4 gets the standard deviation of the other runs around their means, sqrt(0.065 / 2)."""
     gains, runs = {1e-4: (0.5, 0.7), 5e-4: (0.9,), 4e-4: (0.8, 0.5, None)}, []
     for lr, seed, gain in [(lr, seed, gain) for lr, of_lr in gains.items() for seed, gain in enumerate(of_lr)]:
         runs.append(str(write_run(tmp_path / f"{lr}-{seed}", 2, settings={"lr": lr, "seed": seed})))
@@ -182,8 +182,8 @@ def test_the_gain_is_drawn_against_a_setting_with_its_standard_error_over_seeds(
     assert capsys.readouterr().out.endswith("wrote gain.png and compare.md\n")
 
 
-def test_runs_without_a_step_are_left_out_if_others_have_some(tmp_path, figures, capsys, monkeypatch):
-    """A failed try leaves a folder behind, which is often the newest."""
+def test_runs_without_a_step_are_left_out_if_other_runs_have_steps(tmp_path, figures, capsys, monkeypatch):
+    """A failed attempt leaves a folder behind, which is often the newest."""
     monkeypatch.chdir(tmp_path)
     runs = [write_run(tmp_path / "runs" / name, 2, settings={"lr": lr}) for name, lr in (("a", 1e-4), ("b", 2e-4))]
     failed = tmp_path / "runs" / "failed"
@@ -198,7 +198,7 @@ def test_runs_without_a_step_are_left_out_if_others_have_some(tmp_path, figures,
 
 @pytest.fixture
 def chinese_font(monkeypatch):
-    """A machine with or without a Chinese font: chinese_font(the names that matplotlib knows, those it finds anew)."""
+    """Fakes a machine with or without a Chinese font: chinese_font(fonts that matplotlib knows, new fonts on disk)."""
 
     def pretend(known=(), found=()):
         names = ["DejaVu Sans", *known]
@@ -215,8 +215,8 @@ def chinese_font(monkeypatch):
     return pretend
 
 
-def test_both_pictures_have_chinese_words(tmp_path, figures, chinese_font):
-    """What stays are names of settings and runs, and the field's own words."""
+def test_all_pictures_can_be_labelled_in_chinese(tmp_path, figures, chinese_font):
+    """Only names of settings and runs and a few technical terms stay in Latin letters."""
     runs = []
     for lr, seed in (3e-5, 1), (3e-5, 2), (1.5e-4, 1), (1.5e-4, 2):
         metrics, settings = {MEAN: 0.5, "reward/评委": 0.5}, {"lr": lr, "seed": seed}
@@ -235,8 +235,8 @@ def test_both_pictures_have_chinese_words(tmp_path, figures, chinese_font):
     assert [axes.get_xscale() for axes in figures[-2][0].axes] == ["log"]  # 1.5e-4 / 3e-5 is below 5 by rounding
 
 
-def test_a_chinese_font_is_found_even_if_it_is_new_or_its_lack_is_said(tmp_path, figures, chinese_font, capsys):
-    """matplotlib keeps the list of fonts that it made at its first start."""
+def test_a_newly_installed_chinese_font_is_found_and_a_missing_one_is_reported(tmp_path, figures, chinese_font, capsys):
+    """matplotlib caches the list of fonts from its first start."""
     run = str(write_run(tmp_path / "run", 2))
     chinese_font(found=["Noto Sans CJK JP"])
     assert main([run, "--lang", "zh"]) == 0
@@ -246,8 +246,8 @@ def test_a_chinese_font_is_found_even_if_it_is_new_or_its_lack_is_said(tmp_path,
     assert main([run]) == 0
 
 
-def test_pictures_are_written_in_the_format_of_their_name_with_the_printed_table(tmp_path, capsys):
-    """A run's name isn't a formula."""
+def test_the_file_name_sets_the_format_and_the_printed_table_is_saved_with_the_picture(tmp_path, capsys):
+    """A run's name isn't parsed as a formula."""
     names = ("a", r"$\frac{$")
     runs = [str(write_run(tmp_path / name, 3, settings={"init_kl_coef": i + 0.5})) for i, name in enumerate(names)]
     assert main([*runs, "--only", "plane"]) == 0
@@ -260,7 +260,7 @@ def test_pictures_are_written_in_the_format_of_their_name_with_the_printed_table
     assert starts == [b"\x89PNG", b"<?xm"]
 
 
-def test_a_full_disk_leaves_the_old_picture(tmp_path, monkeypatch, capsys):
+def test_the_old_picture_is_kept_if_the_disk_is_full(tmp_path, monkeypatch, capsys):
     def full(self, out, **options):
         out.write_text("half")
         raise OSError(28, "No space left on device")
@@ -272,8 +272,8 @@ def test_a_full_disk_leaves_the_old_picture(tmp_path, monkeypatch, capsys):
     assert (run / "rewards.png").read_text() == "old"
 
 
-def test_the_run_that_wrote_metrics_last_is_drawn_into_its_folder(tmp_path, capsys, figures):
-    """Neither the last by name nor one without metrics."""
+def test_by_default_the_run_that_wrote_metrics_last_is_drawn(tmp_path, capsys, figures):
+    """It is neither the last run by name nor one without metrics."""
     runs = [write_run(tmp_path / "runs" / name, 2) for name in ("zz", "first", "new")]
     for seconds, run in enumerate(runs, 1):
         os.utime(run / "metrics.csv", (seconds, seconds))
@@ -294,12 +294,12 @@ HEADER = f"step,episodes,{MEAN},{STD},objective/kl"
         ("run --by lr,rate", "", "", "--by rate: no run here has such a setting; take some of preset, run_name"),
         ("run --against lr", "", "", "--against lr needs runs with known gains and different numbers"),
         ("missing", "", "", "missing has no metrics.csv; give the folder of a run"),
-        ("run", "metrics.csv", f"{HEADER}\n1,128,0.5,0,0", "has no step yet"),  # a line that is half written
+        ("run", "metrics.csv", f"{HEADER}\n1,128,0.5,0,0", "has no step yet"),  # an incomplete line
         ("run", "metrics.csv", f"{HEADER}\n1,128,0,0,0\n2,256\n", "line 3 of"),
         ("run", "evaluation.json", "{", "evaluation.json is damaged"),
     ],
 )
-def test_flags_and_files_that_cannot_be_used_are_one_line(tmp_path, flags, file, content, said, capsys):
+def test_unusable_flags_and_files_are_one_line_errors(tmp_path, flags, file, content, said, capsys):
     run = write_run(tmp_path / "run", 2)
     if file:
         (run / file).write_text(content)
@@ -309,9 +309,9 @@ def test_flags_and_files_that_cannot_be_used_are_one_line(tmp_path, flags, file,
     assert not list(tmp_path.rglob("*.png"))
 
 
-def test_each_of_several_rewards_has_a_panel_and_a_judge_a_line_beside_the_reward(tmp_path, figures):
-    """Against KL, in standard deviations of the scores before training: 1 about a mean of 1, and 2 about 4. The mean of
-    the last two steps is the last point."""
+def test_each_of_several_rewards_has_a_panel_and_judges_are_drawn_next_to_the_reward(tmp_path, figures):
+    """Rewards are drawn against KL, in standard deviations of the scores before training: 1 around a mean of 1, and 2
+    around a mean of 4. The last point is the mean of the last two steps."""
     metrics = {MEAN: np.array([1, 2, 3, 4]), "objective/kl": np.array([0, 0.1, 0.2, 0.3])}
     run = write_run(tmp_path / "run", 4, **metrics, **{"reward/a:f": 5.0, "reward/judge": np.array([4, 3, 2, 1])})
     parts = [{"name": "a:f", "weight": 1.0, "scores": [0, 9]}, {"name": "judge", "weight": 0.0, "scores": [2.0, 6.0]}]

@@ -1,4 +1,4 @@
-"""The mathematics of ppo.py, against numbers computed by hand and loops in NumPy float64."""
+"""The mathematics of ppo.py, checked against numbers computed by hand and loops in NumPy float64."""
 
 import math
 
@@ -13,7 +13,7 @@ T = torch.tensor
 
 
 def random_batch(seed, n=5, length=7):
-    """A NumPy generator and a mask of completions of random lengths."""
+    """Return a NumPy generator and a mask of completions of random lengths."""
     rng = np.random.default_rng(seed)
     return rng, np.arange(length) < rng.integers(1, length + 1, n)[:, None]
 
@@ -37,7 +37,7 @@ def test_kl_by_hand_and_with_forbidden_tokens():
 
 
 MASK = T([[True, True, False], [True, False, False]])
-GRADIENTS = {  # functions of logits (2, 3, 5) with forbidden tokens, and of x, y (2, 3) with NaN at the padding
+GRADIENTS = {  # functions of logits (2, 3, 5) with forbidden tokens, and of x, y (2, 3) with NaN in the padding
     "logprobs_from_logits": lambda logits, x, y: ppo.logprobs_from_logits(logits, torch.ones(2, 3, dtype=torch.int64)),
     "logprobs_and_entropy": lambda logits, x, y: ppo.logprobs_and_entropy(logits, torch.ones(2, 3, dtype=torch.int64)),
     "kl_from_logits": lambda logits, x, y: ppo.kl_from_logits(logits, logits.flip(0)),
@@ -52,7 +52,7 @@ GRADIENTS = {  # functions of logits (2, 3, 5) with forbidden tokens, and of x, 
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
-def test_gradients_are_finite_with_forbidden_tokens_and_nan_at_the_padding(name):
+def test_gradients_are_finite_with_forbidden_tokens_and_nan_in_the_padding(name):
     generator = torch.Generator().manual_seed(0)
     logits, x, y = (torch.randn(shape, generator=generator) for shape in ((2, 3, 5), (2, 3), (2, 3)))
     inputs = [logits.index_fill(-1, T([0, 4]), -INF), x.where(MASK, NAN), y.where(MASK, NAN)]
@@ -70,7 +70,7 @@ def test_masked_mean_ignores_masked_entries():
 
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32])
 @pytest.mark.parametrize("shift_mean", [True, False])
-def test_whiten_over_the_whole_batch(mask_dtype, shift_mean):
+def test_whiten_uses_the_statistics_of_the_whole_batch(mask_dtype, shift_mean):
     rng, mask = random_batch(0)
     values = rng.normal(3, 2, mask.shape)
     entries = values[mask]
@@ -80,7 +80,7 @@ def test_whiten_over_the_whole_batch(mask_dtype, shift_mean):
 
 
 def test_whiten_by_hand():
-    """It keeps which completion was better; all equal is 0 and not NaN; 1e-8 counts beside a variance of 4e-8."""
+    """The better completion stays better. Equal values give 0, not NaN. The 1e-8 matters next to a variance of 4e-8."""
     mask = T([[True, True, False]] * 2)
     whitened = {1.0: 1.0, 0.0: 0.0, 2e-4: 5**0.5 * 0.4}
     for size, expected in whitened.items():
@@ -95,7 +95,7 @@ def test_whiten_by_hand():
     [([1, 2, 3], 1), ([0, 0, 0], 0), ([0.5, 1, 1.5], 0.75), ([6, 7, 8], 1), ([-1, -2, -3], -3)],
 )
 def test_explained_variance_by_hand(values, expected):
-    """An offset doesn't matter; the last entry is masked."""
+    """A constant offset doesn't matter. The last entry is masked."""
     values, returns, mask = T([[*values, 0.0]]), T([[1.0, 2, 3, 99]]), T([[True, True, True, False]])
     assert ppo.explained_variance(values, returns, mask).item() == pytest.approx(expected)
     assert ppo.explained_variance(values, torch.full((1, 4), 0.5), mask).item() == 0  # nothing to explain
@@ -114,7 +114,7 @@ def test_rewards_by_hand():
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1, 1), (1, 0.95), (1, 0), (0.9, 1), (0.9, 0.8), (0.5, 0), (0, 0.95)])
-def test_advantages_against_the_sum_that_defines_them(gamma, lam):
+def test_advantages_match_the_sum_that_defines_them(gamma, lam):
     """A_t = sum_l (gamma lambda)^l delta_{t+l}, up to the completion's end (GAE, equation 16). Padding may be NaN."""
     rng, mask = random_batch(1)
     values, rewards = rng.normal(size=mask.shape), rng.normal(size=mask.shape)
@@ -137,7 +137,7 @@ def test_advantages_against_the_sum_that_defines_them(gamma, lam):
     ("ratio", "advantage", "loss", "clipped", "gradient"),
     [
         (1.5, 1, -1.2, 1, 0),
-        (1.5, -1, 1.5, 0, 1.5),  # too high and against its advantage: never clipped, so that it is pulled back
+        (1.5, -1, 1.5, 0, 1.5),  # never clipped, because the ratio is high in spite of a negative advantage
         (0.5, 1, -0.5, 0, -0.5),
         (0.5, -2, 1.6, 1, 0),
         (1.1, 2, -2.2, 0, -2.2),
@@ -145,7 +145,7 @@ def test_advantages_against_the_sum_that_defines_them(gamma, lam):
     ],
 )
 def test_policy_loss_by_hand(ratio, advantage, loss, clipped, gradient):
-    """Cliprange 0.2; a token beside it has a ratio of 1 and an advantage of 1, and one is padding."""
+    """The clip range is 0.2. A second token has ratio 1 and advantage 1, and a third is padding."""
     logprobs = T([[math.log(ratio), 0, -INF]], requires_grad=True)
     advantages, mask = T([[float(advantage), 1, 0]]), T([[1, 1, 0]])
     got, clipfrac = ppo.policy_loss(logprobs, T([[0.0, 0, -INF]]), advantages, mask, 0.2)
@@ -158,14 +158,14 @@ def test_policy_loss_by_hand(ratio, advantage, loss, clipped, gradient):
     ("value", "target", "loss", "clipped", "gradient"),
     [
         (0.5, 1, 0.8**2, 1, 0),  # clipped to 0.2, which is farther from 1
-        (0.5, 0.1, 0.4**2, 0, 0.4),  # the plain error is the larger one
+        (0.5, 0.1, 0.4**2, 0, 0.4),  # the unclipped error is larger
         (0.1, 1, 0.9**2, 0, -0.9),
         (-0.5, -1, 0.8**2, 1, 0),
         (-0.5, 0, 0.5**2, 0, -0.5),
     ],
 )
 def test_value_loss_by_hand(value, target, loss, clipped, gradient):
-    """Before, the value was 0; cliprange 0.2. Beside it are a token with an error of 0.1 and padding."""
+    """The old value is 0 and the clip range 0.2. A second token has an error of 0.1, and a third is padding."""
     values, old_values = T([[value, 0.1, NAN]], requires_grad=True), T([[0, 0.1, 0]])
     got, clipfrac = ppo.value_loss(values, old_values, T([[float(target), 0.2, 0]]), T([[1, 1, 0]]), 0.2)
     assert (got.item(), clipfrac.item()) == pytest.approx((0.5 * (loss + 0.1**2) / 2, clipped / 2))
@@ -192,7 +192,7 @@ def test_adaptive_kl_controller_by_hand(kl, n, error):
     [(0, (4 + 8 + 0) / 3), (1, (1 * 4 + 2 * 8 + 3 * 0) / 6), (3, (4 / 5 + 8 * 4 / 5) * 2 / 6), (1e9, 0)],
 )
 def test_polynomial_average_by_hand(power, expected):
-    """The average of 4, 8 and 0. With power 3, the second counts 4/5 and the third 4/6 of what comes with it."""
+    """The average of 4, 8 and 0. With power 3, the second value is mixed in with weight 4/5 and the third with 4/6."""
     average = T([-100.0], dtype=torch.float64)
     for step, weight in enumerate([4.0, 8, 0], 1):
         ppo.polynomial_average([average], [T([weight], dtype=torch.float64)], step, power)
@@ -206,11 +206,11 @@ def test_polynomial_average_by_hand(power, expected):
         ([9_000, 1_000], 2000, 10_000),
         ([0.0007, 0.0003], 0.0002, 0.0005),
         ([-1, -1, 1, 1], 99, 2.5),  # a standard deviation of 1, which is just above kl_coef / 100
-        ([-1, -1, 1, 1], 101, 252.5),  # and just below: the mean is 0, so the coefficient counts
+        ([-1, -1, 1, 1], 101, 252.5),  # just below it; the mean is 0, so the coefficient is used
         ([5, 5, 5], 0.2, 0.5),  # no spread
-        ([1e6, 1e6 + 1], 0.2, 1.25),  # a spread in spite of an offset
-        ([1e7, 1e7 + 1], 0.2, 0.5),  # rounding
-        ([0, 0], 0.2, 0.5),  # a word that has not occurred yet
+        ([1e6, 1e6 + 1], 0.2, 1.25),  # some spread in spite of an offset
+        ([1e7, 1e7 + 1], 0.2, 0.5),  # the spread is only rounding
+        ([0, 0], 0.2, 0.5),  # such as a word that hasn't occurred yet
         ([0.3], 0.2, 0.5),
         ([0, 0], 0, 1),
     ],

@@ -1,4 +1,4 @@
-"""Several processes: what they exchange, what ends them, and what a lost one means to the others."""
+"""Several processes: what they exchange, how they exit, and how a lost process is detected."""
 
 import os
 import socket
@@ -25,7 +25,7 @@ GLOO_TIMEOUT_CAN_CHANGE = Version(torch.__version__) >= Version("2.9.0")
 
 
 def outcome(function, *arguments):
-    """What a call returns, or the text of what it raises."""
+    """Return what a call returns, or the text of the exception that it raises."""
     try:
         return function(*arguments)
     except (UserError, SystemExit) as error:
@@ -33,7 +33,7 @@ def outcome(function, *arguments):
 
 
 def exchange(rank: int) -> None:
-    """Save what each function gives on each of three processes, of which the first is on a machine of its own."""
+    """Save what each function returns on each of three processes. The first process is on another host."""
     socket.gethostname = lambda: ("gpu-1", "gpu-2", "gpu-2")[rank]
     os.environ["LOCAL_RANK"] = str((0, 0, 1)[rank])
     processes.init_process_group()
@@ -98,7 +98,7 @@ DIFFER = "UserError: torch is 2.13 on host gpu-1, but 2.6 on host gpu-2"
         ("same", [[None, DIFFER]] * 3),
     ],
 )  # fmt: skip
-def test_what_each_rank_gets(three, name, expected):
+def test_each_function_returns_the_expected_results_on_three_processes(three, name, expected):
     assert [results[name] for results in three[2]] == expected
 
 
@@ -108,21 +108,21 @@ def test_only_rank_0_prints_and_each_process_exits_with_its_own_code(three):
 
 
 @pytest.mark.skipif(not GLOO_TIMEOUT_CAN_CHANGE, reason="before torch 2.9 Gloo keeps its first timeout")
-def test_a_process_that_does_not_answer_within_the_timeout_is_lost(three):
+def test_a_process_that_does_not_answer_within_the_timeout_counts_as_lost(three):
     assert "--process_timeout" in three[2][0]["lost"]
 
 
 def test_only_errors_of_gloo_and_nccl_mean_a_lost_process(monkeypatch):
     closed = RuntimeError("[gloo/gloo/transport/tcp/pair.cc:546] Connection closed by peer [10.0.0.2]:41873")
-    assert processes.lost_process(closed) is None  # a single process has none to lose
+    assert processes.lost_process(closed) is None  # a single process can't lose another one
     monkeypatch.setattr(processes, "process_group", lambda: dist)
     assert "[10.0.0.2]:41873" in processes.lost_process(closed)
     assert processes.lost_process(dist.DistBackendError("NCCL error: remote process exited"))
     assert processes.lost_process(RuntimeError("shapes do not match")) is None
 
 
-def test_processes_that_do_not_find_each_other_get_one_line(monkeypatch, capsys):
-    """Nobody listens at the address of rank 0."""
+def test_processes_that_cannot_connect_get_a_one_line_error(monkeypatch, capsys):
+    """Nothing listens at the address of rank 0."""
     monkeypatch.setattr(PPOConfig, "process_timeout", 0.5)
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
@@ -132,7 +132,7 @@ def test_processes_that_do_not_find_each_other_get_one_line(monkeypatch, capsys)
     assert "Error: " in last  # torch's own reason
 
 
-def test_output_is_shown_line_by_line_and_outlasts_its_reader():
+def test_output_is_line_buffered_and_a_closed_pipe_does_not_stop_the_program():
     script = (
         "import sys; from support.run.streams import hold_streams; hold_streams()\n"
         "print('first'); sys.stdin.readline()\n"
@@ -140,7 +140,7 @@ def test_output_is_shown_line_by_line_and_outlasts_its_reader():
         "sys.exit(7)\n"
     )
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="ascii")
-    pipes["env"] = os.environ | {"PYTHONIOENCODING": "ascii"}  # as consoles without Chinese have it
+    pipes["env"] = os.environ | {"PYTHONIOENCODING": "ascii"}  # like a console without Chinese
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, **pipes) as process:
         assert process.stdout.readline() == "first\n"
         process.stdout.close()

@@ -1,4 +1,4 @@
-"""A training loop of your own, in Python."""
+"""Your own training loop in Python."""
 
 import copy
 import math
@@ -39,7 +39,7 @@ def load(**settings):
     return lambda trainer: TextPPOTrainer.from_pretrained(trainer.config.model_name, PPOConfig(**settings))
 
 
-REFUSED = [  # (call, part of what is said)
+REFUSED = [  # (call, part of the message)
     (step(rewards=[0.5, math.nan]), "reward 1 is nan"),
     (step(rewards=[math.inf, 0.5]), "reward 0 is inf"),
     (step(rewards=["good", 0.5]), "reward 0 is 'good'"),
@@ -61,20 +61,20 @@ REFUSED = [  # (call, part of what is said)
     (fit(prompts=[]), "at least one prompt"),
     (fit(budget=0), "a budget above 0"),
     (fit(reward=lambda texts: [0.5] * len(texts)), "differ in score"),
-    (lambda trainer: trainer.set_kl_coef(1.0), "first step"),  # refused after a step only
+    (lambda trainer: trainer.set_kl_coef(1.0), "first step"),  # only rejected after a step
     (fit(), "first step"),
 ]
 
 
 def everything(trainer) -> str:
-    """All that a call could have changed."""
+    """Return everything that a call could have changed."""
     state, rest = trainer.engine.state_dict(), (trainer.n_steps, trainer.n_drawn, trainer.reward_unit)
     tensors = [*state["policy"].values(), *state["average"].values(), *trainer.ref_model.parameters()]
     moments = state["optimizer"]["state"].values()
     return repr(([tensor.tolist() for tensor in tensors], moments, rest, trainer.kl_controller.value, trainer.config))
 
 
-def test_what_is_refused_is_said_and_leaves_the_trainer_as_it_was(trainer):
+def test_invalid_input_raises_a_clear_error_and_leaves_the_trainer_unchanged(trainer):
     trainer.config.eval_samples = 16
     for steps in range(2):
         before = everything(trainer)
@@ -97,8 +97,8 @@ def test_what_is_refused_is_said_and_leaves_the_trainer_as_it_was(trainer):
     ],
     ids=str,
 )
-def test_rewards_are_numbers_of_any_kind(twins, rewards):
-    """Twice: nothing goes back through a graph of theirs."""
+def test_rewards_can_be_numbers_of_any_kind(twins, rewards):
+    """The second step shows that no gradient flows back into the rewards."""
     trainer, twin = twins
     for _ in range(2):
         stats = trainer.step([QUERY] * 2, [[5, 6], [7]], rewards)
@@ -114,14 +114,14 @@ def test_rewards_are_numbers_of_any_kind(twins, rewards):
         np.array,
     ],
 )
-def test_token_ids_come_in_any_form(twins, kind):
+def test_token_ids_can_be_lists_arrays_or_tensors(twins, kind):
     (trainer, twin), queries, responses = twins, [QUERY, [2, 9, 8]], [[5, 6], [7, 3]]
     as_tensors = [[torch.tensor(ids) for ids in batch] for batch in (queries, responses)]
     assert all(map(torch.equal, trainer.generate(kind(queries)), twin.generate(as_tensors[0])))
     assert trainer.step(kind(queries), kind(responses), [0.5, 1]) == twin.step(*as_tensors, torch.tensor([0.5, 1]))
 
 
-def test_a_loop_may_be_written_below_no_grad_and_generate_in_inference_mode(twins):
+def test_step_works_under_no_grad_and_generate_in_inference_mode(twins):
     trainer, twin = twins
     with torch.inference_mode():
         responses = trainer.generate([QUERY] * 4)
@@ -130,7 +130,7 @@ def test_a_loop_may_be_written_below_no_grad_and_generate_in_inference_mode(twin
     assert stats == twin.step([QUERY] * 4, twin.generate([QUERY] * 4), [0.1, 0.9, 0.5, 0.3])
 
 
-def test_queries_one_at_a_time_draw_what_one_call_draws(twins):
+def test_generating_for_one_query_at_a_time_gives_the_same_samples_as_one_call(twins):
     trainer, twin = twins
     at_once = trainer.generate([QUERY] * 16)
     one_by_one = [twin.generate([QUERY])[0] for _ in range(16)]
@@ -139,7 +139,7 @@ def test_queries_one_at_a_time_draw_what_one_call_draws(twins):
     assert not all(map(torch.equal, at_once, trainer.generate([QUERY] * 16)))
 
 
-def test_judging_draws_and_failed_calls_do_not_count(twins, monkeypatch):
+def test_evaluation_samples_and_failed_calls_do_not_change_later_samples(twins, monkeypatch):
     trainer, twin = twins
     trainer.generate([QUERY] * 4, trainer.ref_model, seed=9, step=0)
     with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
@@ -148,7 +148,7 @@ def test_judging_draws_and_failed_calls_do_not_count(twins, monkeypatch):
     assert all(map(torch.equal, trainer.generate([QUERY] * 4), twin.generate([QUERY] * 4)))
 
 
-def test_texts_come_back_as_they_went_in(trainer):
+def test_decode_returns_the_encoded_texts(trainer):
     queries = trainer.encode(("刚收到货,感觉", "衣服"))
     assert [query.tolist()[0] for query in queries] == [2, 2] and 3 not in torch.cat(queries)
     responses = [torch.cat([query[1:], torch.tensor([3])]) for query in trainer.encode(["很不错!", "good"])]
@@ -156,9 +156,9 @@ def test_texts_come_back_as_they_went_in(trainer):
     assert trainer.decode(responses) == ["很不错!", "good"] and trainer.decode([]) == []
 
 
-def test_a_budget_finds_the_coefficient_and_counts_from_the_first_step(trainer):
-    """With rewards of a and b at shares of 1 - p and p, the best policy at a distance of 0.1 nats is known: it has the
-    second at the share q with q log(q/p) + (1 - q) log((1 - q) / (1 - p)) = 0.1, and beta = (b - a) / logit gap."""
+def test_fit_kl_coef_finds_the_coefficient_and_the_first_step_uses_it(trainer):
+    """Rewards are b with probability p, otherwise a. The best policy at a KL of 0.1 nats has b with the probability q
+    that solves q log(q/p) + (1 - q) log((1 - q) / (1 - p)) = 0.1, and beta = (b - a) / (logit(q) - logit(p))."""
 
     def reward(texts):
         return [30.0 * ("!" in text) for text in texts]
@@ -168,12 +168,12 @@ def test_a_budget_finds_the_coefficient_and_counts_from_the_first_step(trainer):
     p = float(np.mean(reward(trainer.decode(trainer.generate(queries, trainer.ref_model, 20_170_707, 0))))) / 30
     tilted = p * math.exp(30 / coef) / (p * math.exp(30 / coef) + 1 - p)
     kl = tilted * math.log(tilted / p) + (1 - tilted) * math.log((1 - tilted) / (1 - p))
-    assert kl == pytest.approx(0.1, rel=20 / len(queries))  # the estimate is without the bias of order 1 / n
+    assert kl == pytest.approx(0.1, rel=20 / len(queries))  # the estimate has no bias of order 1 / n
     assert trainer.step([QUERY] * 2, [[5, 6], [7]], [0.5, 1.0])["objective/kl_coef"] == coef
 
 
-def test_a_saved_model_is_the_average_at_the_temperature_of_the_run(gpt2_folder, tmp_path):
-    """Before any step it is the model that was loaded. Plain transformers opens both."""
+def test_a_saved_model_has_the_averaged_weights_and_the_runs_temperature(gpt2_folder, tmp_path):
+    """Before the first step, the model is saved as it was loaded. Plain transformers opens both."""
     settings = PPOConfig(**SETTINGS, temperature=0.5, average_power=1.0, lr=1e-2, frozen_share=0.0)
     trainer = TextPPOTrainer.from_pretrained(str(gpt2_folder), settings)
     bias = "transformer.h.0.mlp.c_fc.bias"
@@ -184,7 +184,7 @@ def test_a_saved_model_is_the_average_at_the_temperature_of_the_run(gpt2_folder,
         trainer.step(queries, trainer.generate(queries), [0.1, 0.9, 0.4, 0.2])
         passed.append(trainer.model.state_dict()[bias].clone())
     trainer.save(tmp_path / "trained")
-    average = passed[1] + 2 / 3 * (passed[2] - passed[1])  # step t counts about t: (1 + 1) / (1 + t)
+    average = passed[1] + 2 / 3 * (passed[2] - passed[1])  # step t has the weight (1 + 1) / (1 + t)
     assert not torch.allclose(passed[1], passed[2], atol=1e-3)
     for name, expected in (("untrained", passed[0]), ("trained", average)):
         saved = AutoModelForCausalLM.from_pretrained(tmp_path / name)
@@ -195,7 +195,7 @@ def test_a_saved_model_is_the_average_at_the_temperature_of_the_run(gpt2_folder,
 
 @pytest.mark.parametrize("scale", [1e-3, 1e4])
 def test_saving_twice_gives_the_same_files_and_changes_nothing(trainer, tmp_path, scale):
-    """Values are saved in the unit of the scores: a trainer that goes on from them, with another unit, has the same."""
+    """The value head is saved in the unit of the scores, so a trainer with another unit predicts the same values."""
     queries = trainer.encode(["衣服", "这本书很", "刚收到货,感觉", "好评"])
     responses, scores = trainer.generate(queries), [scale * score for score in (1.0, 9.0, 4.0, 2.0)]
     for _ in range(3):

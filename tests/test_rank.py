@@ -1,4 +1,4 @@
-"""Rankings: given in a terminal, kept in a file, read, and a reward model trained on them that PPO goes on with."""
+"""Rankings: entering, saving and reading them, and training a reward model on them that PPO can use."""
 
 import json
 import math
@@ -24,21 +24,21 @@ from tools.rank import Ranking, parse_ranking, read_rankings
         ("3 > 1 = 4 > 2", [2, 0, 3, 1], [[1, 2]]),
     ],
 )
-def test_an_answer_is_an_order_with_ties(answer, order, ties):
+def test_an_answer_is_parsed_into_an_order_with_ties(answer, order, ties):
     assert parse_ranking(answer, 4) == (order, ties)
 
 
 @pytest.mark.parametrize(
     "answer", ["", "1 2 3", "1 2 3 3", "1 2 3 4 4", "1 2 3 5", "0 1 2 3", "3<1", "1 2 = 3 4 =", "好"]
 )
-def test_an_answer_that_does_not_name_each_number_once_is_refused(answer):
+def test_an_answer_that_does_not_name_each_number_once_is_rejected(answer):
     with pytest.raises(ValueError, match="name each number from 1 to 4 once"):
         parse_ranking(answer, 4)
 
 
 @pytest.fixture
 def session(gpt2_folder, tmp_path, monkeypatch, capsys):
-    """Runs the tool with lines that a person types, after which the terminal is closed. Returns the sets it showed."""
+    """A function that runs the tool with typed lines, then closes the terminal. It returns the sets that were shown."""
 
     def run(*lines, error=EOFError, out="rankings.jsonl", prompts=("刚收到货,感觉", "衣服")):
         answers = iter(lines)
@@ -63,7 +63,7 @@ def lines(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_session_is_kept_and_goes_on_with_sets_that_were_not_shown(session, tmp_path, capsys):
+def test_a_session_is_saved_and_the_next_one_shows_new_sets(session, tmp_path, capsys):
     path = tmp_path / "rankings.jsonl"
     first = session("3 1 4 2", "1 2 3", "4 3=2 1", "s", "1 2 3 4", "u", "4 3 2 1", error=KeyboardInterrupt)
     found = lines(path)
@@ -71,7 +71,7 @@ def test_a_session_is_kept_and_goes_on_with_sets_that_were_not_shown(session, tm
     assert found[0]["texts"] == [first[0][i] for i in (2, 0, 3, 1)] and found[0]["ties"] == []
     assert found[1]["texts"] == first[1][::-1] and found[1]["ties"] == [[1, 2]]
     assert found[2]["skipped"] and not found[3]["skipped"]
-    assert first[3] == first[5] and found[3]["texts"] == first[5][::-1]  # shown again after it was undone
+    assert first[3] == first[5] and found[3]["texts"] == first[5][::-1]  # shown again after `u` undid it
     assert {"seed", "model", "time"} < found[0].keys()
 
     before = path.read_bytes()
@@ -80,7 +80,7 @@ def test_a_session_is_kept_and_goes_on_with_sets_that_were_not_shown(session, tm
     assert path.read_bytes().startswith(before) and len(lines(path)) == 5
     shown = {tuple(texts) for texts in first + second}
     assert len(shown) == 6 and second[0] == first[6]  # the one that was open when the terminal was closed
-    path.write_bytes(path.read_bytes().rstrip(b"\n"))  # by an editor
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))  # as some editors do
     session("1 2 3 4")
     assert len(lines(path)) == 6
     rankings = read_rankings(path)
@@ -117,14 +117,14 @@ GOOD = '{"prompt": "a", "texts": ["b", "c"]}\n'
         ("好评\n", "line 2 of .*at least two texts"),
     ],
 )
-def test_a_ranking_that_cannot_be_used_is_refused_with_its_line(tmp_path, content, said):
+def test_an_unusable_ranking_is_an_error_with_its_line_number(tmp_path, content, said):
     path = tmp_path / "rankings.jsonl"
     path.write_text(GOOD + content, encoding="utf-8")
     with pytest.raises(UserError, match=said):
         read_rankings(path)
 
 
-def test_ties_only_a_torn_line_and_too_few_are_told(tmp_path, capsys):
+def test_rankings_with_only_ties_an_incomplete_line_and_too_few_rankings_are_reported(tmp_path, capsys):
     path = tmp_path / "rankings.jsonl"
     path.write_text(
         GOOD * 2 + '{"prompt": "a", "texts": ["b", "c"], "ties": [[1, 0]]}\n{"prompt": "a", "te', encoding="utf-8"
@@ -138,7 +138,7 @@ def test_ties_only_a_torn_line_and_too_few_are_told(tmp_path, capsys):
 
 
 class Lengths(torch.nn.Module):
-    """A model whose score of a text is its number of tokens."""
+    """A model that scores a text by its number of tokens."""
 
     config = type("Config", (), {"max_position_embeddings": 48})
 
@@ -149,7 +149,7 @@ class Lengths(torch.nn.Module):
 
 
 def test_the_loss_is_the_mean_over_the_pairs_of_a_ranking(policy):
-    """Scores 6, 5, 3, of which the last two are tied in one ranking: log(1 + e^-(r_i - r_j)) of each pair."""
+    """The scores are 6, 5 and 3, and one ranking ties the last two. The loss of a pair is log(1 + e^-(r_i - r_j))."""
     texts = ["很好很好", "很好的", "好"]
     rankings = [
         Ranking(texts, [(0, 1), (0, 2), (1, 2)]),
@@ -168,8 +168,8 @@ def test_accuracy_is_a_mean_over_rankings_with_its_standard_error():
     assert told == "0.500 (standard error 0.500)"
 
 
-def test_from_rankings_to_a_trained_model_in_one_chain(tmp_path, demo, monkeypatch, capsys, without_pictures):
-    """With the demo's models. The classifier ranks, and judges in the end."""
+def test_the_whole_pipeline_from_rankings_to_a_trained_policy(tmp_path, demo, monkeypatch, capsys, without_pictures):
+    """Uses the demo models. The classifier simulates the person who ranks, and is the judge of the run."""
     monkeypatch.chdir(tmp_path)
     rank.main("--model_name demo --judge demo --simulate 40".split())
     assert sum(not record["skipped"] for record in lines(tmp_path / "rankings.jsonl")) == 40
@@ -196,7 +196,7 @@ def test_from_rankings_to_a_trained_model_in_one_chain(tmp_path, demo, monkeypat
     assert scores.tolist() == pytest.approx([plain(text)[0]["score"] for text in texts], abs=1e-4)
     tokenizer = plain.tokenizer
     ids = [tokenizer.encode(text, return_tensors="pt") for text in texts]
-    assert scores.tolist() == pytest.approx([seen[0](row).logits.item() for row in ids], abs=1e-4)  # as it was trained
+    assert scores.tolist() == pytest.approx([seen[0](row).logits.item() for row in ids], abs=1e-4)  # as in training
     assert scores[0] > scores[1]
 
     flags = (
@@ -209,7 +209,7 @@ def test_from_rankings_to_a_trained_model_in_one_chain(tmp_path, demo, monkeypat
 
 
 def test_the_weights_with_the_lowest_loss_on_held_out_rankings_are_kept(monkeypatch, policy):
-    """The losses fall and rise again, as told here; training ends with the first rise."""
+    """The fake losses fall and then rise. Training stops at the first rise."""
     model = torch.nn.Linear(1, 1)
     held_out, told, kept = [0.5, 0.4, 0.6, 0.7, 0.1], iter([0.5, 0.4, 0.6, 0.7, 0.1]), []
 

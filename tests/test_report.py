@@ -1,4 +1,4 @@
-"""report.md of folders made by hand, and Markdown; a whole run's is looked at in test_run_recounted.py."""
+"""report.md of run folders made by hand and of small runs, and Markdown."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from support.run.evaluation import Results
 from support.run.report import run_report
 from support.run.results import before_after_table, prompts_table, results_table
 from support.run.settings import save_config
-from tests.helpers import MEAN, evaluated, evaluation, load_gpt2, read_json, rows, tiny_run, write_bpe_gpt2
+from tests.helpers import MEAN, evaluation, example_results, load_gpt2, read_json, rows, tiny_run, write_bpe_gpt2
 
 STARTS = [
     {"command": "python train_ppo.py --lr 2e-4\n# Title", "step": 1, "torch": "2.6.0", "device": "cpu"},
@@ -24,14 +24,14 @@ STARTS = [
 ]
 
 
-def test_a_report_says_what_came_of_the_run_and_how_it_was_made(tmp_path, monkeypatch):
-    """65.6 seconds; the median is not moved by the slow first step. The second start changed nothing."""
+def test_a_report_shows_the_results_of_the_run_and_how_it_was_made(tmp_path, monkeypatch):
+    """The steps take 65.6 seconds. The slow first one doesn't change the median. The second start changed nothing."""
     run = tmp_path / "my_run"
     run.mkdir()
     save_config(PPOConfig(preset="demo", lr=2e-4, run_name="my_run"), run / "config.json")
     (run / "metrics.csv").write_text("step,time/step\n1,50\n2,7\n3,8.6\n")
     (run / "rewards.png").touch()
-    results = evaluated()
+    results = example_results()
     results.before.n = results.after.n = 1500
     results.best_of_n = [{"n": 2, "gain": 0.456}, {"n": 3, "gain": 0.7}]
     results.alarms = [{"step": 2, "alarm": "x", "says": "too <b>fast"}]
@@ -72,7 +72,7 @@ def test_a_report_says_what_came_of_the_run_and_how_it_was_made(tmp_path, monkey
 
 
 def by_prompt(rewards: dict[str, tuple], n=200, beta=0.5) -> Results:
-    """Results of prompts whose rewards are half and half these two numbers before, one of them after, at this KL."""
+    """Return results for {prompt: ((low, high), after, KL)}. Before training, half of the rewards are low."""
     before = [(prompt, "x", low_high[i % 2]) for prompt, (low_high, *_) in rewards.items() for i in range(n)]
     after = [(prompt, "x", reward) for prompt, (_, reward, _) in rewards.items() for _ in range(n)]
     results = Results(evaluation(before), evaluation(after, [kl for *_, kl in rewards.values() for _ in range(n)]))
@@ -80,8 +80,8 @@ def by_prompt(rewards: dict[str, tuple], n=200, beta=0.5) -> Results:
     return results
 
 
-def test_each_prompt_has_its_reward_kl_and_gain():
-    """Of rewards 0 and 1, J is 0.5 before, and at most 0.5 log((1 + e^2) / 2) = 0.717; 0.9 at 0.4 nats is J 0.7."""
+def test_the_prompts_table_shows_reward_kl_and_gain_of_each_prompt():
+    """With rewards 0 and 1, J is 0.5 before and at most 0.5 log((1 + e^2) / 2) = 0.717. 0.9 at 0.4 nats is J 0.7."""
     results = by_prompt({"bad": ((0.0, 1.0), 0.5, 0.2), "flat": ((0.3, 0.3), 0.3, 0.0), "good": ((0.0, 1.0), 0.9, 0.4)})
     assert [(each["prompt"], each["n"]) for each in results.by_prompt] == [("good", 200), ("flat", 200), ("bad", 200)]
     good, flat, bad = results.by_prompt
@@ -99,8 +99,8 @@ def test_each_prompt_has_its_reward_kl_and_gain():
 
 
 @pytest.mark.parametrize(("start", "unit"), [(1e6, 1.0), (0.0, 1e-9)])
-def test_the_results_name_the_end_token_and_show_large_and_tiny_rewards(tmp_path, without_pictures, start, unit):
-    """Around a million, float32 has steps of 1/16; a mean in float32 is off by as much, and so is a gain."""
+def test_the_report_names_the_end_token_and_shows_large_and_tiny_rewards(tmp_path, without_pictures, start, unit):
+    """Around a million, float32 has steps of 1/16. A mean in float32 would be off by that much, and so would a gain."""
     policy, run = load_gpt2(write_bpe_gpt2(tmp_path / "gpt2")), tmp_path / "run"
     assert (
         tiny_run(run, policy, lambda texts: [start + 0.3 * unit * len(text) for text in texts], init_kl_coef=unit) == 0
@@ -118,14 +118,14 @@ def test_the_results_name_the_end_token_and_show_large_and_tiny_rewards(tmp_path
     assert "| ended by endoftext " in report
 
 
-def test_a_text_in_markdown_is_shown_as_it_stands():
-    """A backslash stands before what begins markup, HTML, an entity or a new cell; white space is one space."""
+def test_special_characters_of_a_text_are_escaped_in_markdown():
+    """A backslash precedes what would start markup, HTML, an entity or a new cell. Whitespace becomes one space."""
     text = "a *b* _c_ `d` [e](f) ![g](h) <i> &lt; ~~j~~ | k\\\n\u2028 # l\x1b[0m init_kl_coef __m__"
     shown = r"a \*b\* \_c\_ \`d\` \[e](f) !\[g](h) \<i> \&lt; \~\~j\~\~ \| k\\ # l\\x1b\[0m init_kl_coef \_\_m\_\_"
     assert in_markdown(text) == shown
 
 
-def test_a_table_lines_up_in_a_terminal_where_chinese_characters_are_two_columns_wide():
+def test_a_table_is_aligned_if_chinese_characters_are_two_columns_wide():
     assert table(["", "b"], [["感觉", "1|"], ["x", ""]]).split("\n") == [
         "|      | b   |",
         "| ---- | --- |",

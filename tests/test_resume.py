@@ -1,4 +1,4 @@
-"""How a run goes on: after a stop at any moment, with other settings, with changed inputs; and how it is judged."""
+"""Resuming a run after a stop at any moment, with other settings or changed inputs, and evaluating it again."""
 
 import contextlib
 import copy
@@ -37,7 +37,7 @@ from train_ppo import main
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
-ANOTHER = dict(  # settings with values that are not those of the finished run
+ANOTHER = dict(  # values that differ from those of the finished run
     preset="article", model_name="gpt2", reward_model_name="bert", positive_label="好", reward="builtins:len",
     prompts="好", prompts_file="prompts.txt", gen_len=9, temperature=0.5, episodes=64, batch_size=24, minibatch_size=4,
     ppo_epochs=3, gamma=0.9, lam=0.5, cliprange=0.3, cliprange_value=0.3, vf_coef=0.5, detach_value=False,
@@ -65,7 +65,7 @@ def copied(finished, tmp_path):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory, gpt2_folder):
-    """A policy, its finished run of three steps, and the run's folder as a kill at each flush would have left it."""
+    """A policy, a finished run of three steps, and copies of the run folder as a kill at each flush would leave it."""
     policy, runs_dir, copies, fsync = load_gpt2(gpt2_folder), tmp_path_factory.mktemp("runs"), [], os.fsync
 
     def copying(descriptor):
@@ -79,8 +79,8 @@ def killed(tmp_path_factory, gpt2_folder):
     return policy, runs_dir / "run", copies
 
 
-def test_a_run_killed_at_any_flush_goes_on_to_the_same_end(killed, tmp_path):
-    """Once for each set of files that there was at any time. Without config.json nothing has begun."""
+def test_a_run_killed_at_any_flush_can_be_resumed_with_the_same_result(killed, tmp_path):
+    """Each set of files that existed at some time is tested once. Without config.json, the run hasn't started."""
     policy, whole, copies = killed
     seen = set()
     different = {tuple(sorted(path.relative_to(copy) for path in copy.rglob("*"))): copy for copy in copies}
@@ -98,8 +98,8 @@ def test_a_run_killed_at_any_flush_goes_on_to_the_same_end(killed, tmp_path):
 
 
 @pytest.mark.parametrize("kept", [1, 100])
-def test_a_run_killed_inside_a_log_write_goes_on_to_the_same_end(killed, tmp_path, kept):
-    """`kept`: the bytes that are there of the first step that no checkpoint holds."""
+def test_a_run_killed_while_writing_a_log_can_be_resumed_with_the_same_result(killed, tmp_path, kept):
+    """kept: how many bytes were written about the first step after the checkpoint."""
     policy, whole, copies = killed
     first = next(copy for copy in copies if (copy / "checkpoints" / "step-000002").exists())
     run_dir = shutil.copytree(first, tmp_path / "run")
@@ -111,7 +111,7 @@ def test_a_run_killed_inside_a_log_write_goes_on_to_the_same_end(killed, tmp_pat
 
 @pytest.mark.parametrize("failing", range(0, 50, 20))
 def test_a_full_disk_loses_nothing(killed, tmp_path, monkeypatch, failing):
-    """At a flush of any file. With room again the run goes on to the same end."""
+    """The error comes at the flush of any file. With free space again, the run can be resumed with the same result."""
     policy, whole, _ = killed
     run_dir, flushes, fsync = tmp_path / "run", [], os.fsync
 
@@ -131,7 +131,7 @@ def test_a_full_disk_loses_nothing(killed, tmp_path, monkeypatch, failing):
     assert differences(whole, run_dir) == []
 
 
-def test_a_log_that_the_disk_cannot_take_ends_the_run_in_one_line(killed, tmp_path, monkeypatch):
+def test_a_log_that_cannot_be_written_stops_the_run_with_a_one_line_error(killed, tmp_path, monkeypatch):
     write = RunLog.write
 
     def full(self, row, samples):
@@ -153,7 +153,7 @@ HEADER = "step,episodes,env/reward_mean,objective/kl"
 @pytest.mark.parametrize(
     ("name", "content"), [("metrics.csv", f"{HEADER}\n2,32,0,0,0\n"), ("samples.jsonl", '{"step": 1}\n{}\n')]
 )
-def test_a_damaged_log_is_left_as_it_is_and_so_is_the_other(tmp_path, name, content):
+def test_a_damaged_log_is_an_error_and_both_logs_stay_unchanged(tmp_path, name, content):
     (tmp_path / "metrics.csv").write_text(f"{HEADER}\n1,16,0,0\n9,16,0,0\n")
     (tmp_path / "samples.jsonl").write_text('{"step": 1}\n{"step": 9}\n')
     (tmp_path / name).write_text(content)
@@ -163,7 +163,7 @@ def test_a_damaged_log_is_left_as_it_is_and_so_is_the_other(tmp_path, name, cont
     assert contents(tmp_path) == before
 
 
-def test_a_new_column_does_not_end_a_run_that_goes_on(tmp_path):
+def test_a_resumed_run_keeps_the_columns_of_its_log(tmp_path):
     (tmp_path / "metrics.csv").write_bytes(f"{HEADER},old\r\n1,16,0.5,0,7\r\n".encode())
     log = RunLog(tmp_path, 1)
     log.write({"step": 2, "episodes": 32, "env/reward_mean": 1, "objective/kl": 2, "new": 3}, [])
@@ -171,7 +171,7 @@ def test_a_new_column_does_not_end_a_run_that_goes_on(tmp_path):
     assert lines == [f"{HEADER},old", "1,16,0.5,0,7", "2,32,1,2,nan", ""]
 
 
-def test_logs_are_on_disk_before_the_checkpoint_that_counts_on_them(policy, tmp_path, monkeypatch):
+def test_logs_are_on_disk_before_the_checkpoint_that_depends_on_them(policy, tmp_path, monkeypatch):
     order, fsync = [], os.fsync
 
     def watched(descriptor):
@@ -186,7 +186,7 @@ def test_logs_are_on_disk_before_the_checkpoint_that_counts_on_them(policy, tmp_
 
 
 @pytest.mark.parametrize("removed", [["checkpoints/*"], ["checkpoints", "model"]])
-def test_a_run_without_its_checkpoints_does_not_begin_again(killed, tmp_path, removed):
+def test_a_run_that_lost_its_checkpoints_does_not_start_again(killed, tmp_path, removed):
     run_dir = shutil.copytree(killed[1], tmp_path / "run")
     for path in [path for name in removed for path in run_dir.glob(name)]:
         remove(path)
@@ -197,18 +197,18 @@ def test_a_run_without_its_checkpoints_does_not_begin_again(killed, tmp_path, re
 
 
 @pytest.mark.parametrize(("mode", "taken"), [("resume", WHEN_GOING_ON), ("eval_only", WHEN_JUDGING)])
-def test_settings_that_decide_the_result_are_refused(finished, mode, taken):
+def test_settings_that_affect_the_result_cannot_be_changed(finished, mode, taken):
     for name in sorted(set(ANOTHER) - taken):
         with pytest.raises(UserError, match=f"--{name} .* would change the result of {finished}"):
             read_command_line([f"--{mode}", str(finished), *flags([name])])
 
 
-def test_a_run_goes_on_with_all_settings_that_do_not_decide_its_result(copied, trackers):
-    """And with a flag that says again what the run was started with."""
+def test_settings_that_do_not_affect_the_result_can_be_changed_on_resume(copied, trackers):
+    """A flag may also repeat the value that the run was started with."""
     change_json(copied / "config.json", device="auto")
     before = read_json(copied / "config.json")
     evaluation = read_json(copied / "evaluation.json")
-    evaluation["before"]["ref_logprob"] = -99  # the model before training is measured once
+    evaluation["before"]["ref_logprob"] = -99  # the model before training is only evaluated once
     change_json(copied / "evaluation.json", **evaluation)
     assert main(["--resume", str(copied), *flags(WHEN_GOING_ON), "--lr", "1e-4", "--prompts", "刚收到货,感觉"]) == 0
     after = read_json(copied / "config.json")
@@ -219,8 +219,8 @@ def test_a_run_goes_on_with_all_settings_that_do_not_decide_its_result(copied, t
     assert read_json(copied / "evaluation.json")["before"]["ref_logprob"] == -99
 
 
-def test_a_raised_run_equals_one_that_was_as_long_from_the_start(policy, tmp_path):
-    """The coefficient that --kl_budget found is not put back to its first value."""
+def test_an_extended_run_equals_one_that_was_as_long_from_the_start(policy, tmp_path):
+    """The coefficient that --kl_budget found is not reset."""
     run_dir, changes = tmp_path / "run", dict(kl_budget=0.1, kl_controller="adaptive", target=0.01, horizon=20)
     assert tiny_run(run_dir, policy, eval_samples=64, **changes) == 0
     short = weights(run_dir)
@@ -230,7 +230,7 @@ def test_a_raised_run_equals_one_that_was_as_long_from_the_start(policy, tmp_pat
     assert differences(tmp_path / "long", run_dir) == [] and weights(run_dir) != short
 
 
-def test_a_finished_run_is_left_alone_and_missing_output_is_made_again(finished, copied, capsys, monkeypatch):
+def test_a_finished_run_is_not_changed_and_missing_output_is_made_again(finished, copied, capsys, monkeypatch):
     before, timeouts = contents(copied), []
     monkeypatch.setattr("support.compute.processes.set_timeout", timeouts.append)
     assert main(["--resume", str(copied), *flags(WHEN_GOING_ON - {"episodes"})]) == 0
@@ -242,8 +242,8 @@ def test_a_finished_run_is_left_alone_and_missing_output_is_made_again(finished,
     assert differences(finished, copied) == [] and (copied / "rewards.png").exists()
 
 
-def test_unnamed_runs_of_the_same_second_get_folders_of_their_own(policy, tmp_path):
-    """A name that was given is not changed."""
+def test_unnamed_runs_started_in_the_same_second_get_different_folders(policy, tmp_path):
+    """A name given by the user is never changed."""
     for name, refused in ((None, contextlib.nullcontext()), ("mine", pytest.raises(UserError, match="mine exists"))):
         trainer = make(policy, runs_dir=str(tmp_path), run_name=name)
         path = new_run_folder(trainer.config)
@@ -252,8 +252,8 @@ def test_unnamed_runs_of_the_same_second_get_folders_of_their_own(policy, tmp_pa
             assert trainer.config.run_name == folder.path.name != path.name and folder.path.is_dir()
 
 
-def test_a_run_is_judged_with_other_settings_and_left_as_it_is(finished, copied, capsys, monkeypatch):
-    """A judgement by fewer samples is only printed."""
+def test_eval_only_can_use_other_settings_and_changes_only_the_evaluation(finished, copied, capsys, monkeypatch):
+    """An evaluation with fewer samples is only printed."""
     change_json(copied / "config.json", device="auto")
     before = contents(copied)
     assert main(["--eval_only", str(copied), "--eval_samples", "4"]) == 0
@@ -271,8 +271,8 @@ def test_a_run_is_judged_with_other_settings_and_left_as_it_is(finished, copied,
     assert f"python train_ppo.py --eval_only {copied}" in (copied / "report.md").read_text(encoding="utf-8")
 
 
-def test_a_run_at_work_is_refused_and_a_stale_lock_is_not(finished, copied, capsys):
-    """Judged again with its own settings, it gets the judgement that it had."""
+def test_a_running_run_is_locked_and_a_stale_lock_is_ignored(finished, copied, capsys):
+    """Evaluating the run again with its own settings gives the same evaluation."""
     (copied / "report.md").unlink()
     before = contents(copied)
     with (copied / ".lock").open("w") as lock:
@@ -286,7 +286,7 @@ def test_a_run_at_work_is_refused_and_a_stale_lock_is_not(finished, copied, caps
     assert main(["--eval_only", str(copied)]) == 2 and "is not what" in capsys.readouterr().err
 
 
-def test_changed_inputs_are_named_and_nothing_is_done(killed, tmp_path):
+def test_changed_inputs_are_an_error_that_names_them_and_nothing_changes(killed, tmp_path):
     policy, run_dir = killed[0], tmp_path / "run"
     used = {"the weights": "1", "the prompts": "2", "--model_name demo": "3"}
     assert tiny_run(run_dir, policy, inputs=used) == 0
@@ -294,14 +294,14 @@ def test_changed_inputs_are_named_and_nothing_is_done(killed, tmp_path):
     with pytest.raises(UserError, match=f"{run_dir} was started with: the prompts is 0 and was 2; .*inputs.json"):
         tiny_run(run_dir, policy, resume=True, episodes=32, inputs=used | {"the prompts": "0"})
     assert contents(run_dir) == before
-    # The demo's models may differ in the last digits on another machine, and an older run may know less
+    # The demo models may differ in the last digits on another machine, and an older run may have fewer hashes
     other = used | {"--model_name demo": "0", "new": "4"}
     assert tiny_run(run_dir, policy, resume=True, episodes=32, inputs=other) == 0
     (run_dir / "inputs.json").unlink()
     assert tiny_run(run_dir, policy, resume=True, episodes=40, inputs={"the prompts": "0"}) == 0
 
 
-def test_each_input_has_a_hash_of_its_own(policy, tmp_path, monkeypatch):
+def test_each_input_has_its_own_hash(policy, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "judge_a.py").write_text("score = len\n")
     import judge_a
@@ -326,7 +326,7 @@ def test_each_input_has_a_hash_of_its_own(policy, tmp_path, monkeypatch):
         assert [key for key in one if others[key] != one[key]] == [f"the hash of the {name}"]
 
 
-def test_a_run_keeps_where_each_of_its_parts_was_computed(killed, tmp_path, monkeypatch):
+def test_environment_jsonl_records_each_start_of_a_run(killed, tmp_path, monkeypatch):
     run_dir = shutil.copytree(killed[1], tmp_path / "run")
     monkeypatch.setattr("platform.python_version", lambda: "3.99")
     prompts = tmp_path / "prompts.txt"
@@ -340,8 +340,8 @@ def test_a_run_keeps_where_each_of_its_parts_was_computed(killed, tmp_path, monk
     assert starts[0] == starts[1] and (starts[0]["device"], starts[0]["dtype"]) == ("cpu", "float32")
 
 
-def test_a_raised_run_that_was_stopped_is_not_finished(killed, tmp_path, monkeypatch):
-    """Whether in training or before the last file: what its first end wrote is there, and is not the end."""
+def test_an_extended_run_that_was_stopped_is_not_finished(killed, tmp_path, monkeypatch):
+    """It stops in training or before the last file is written. The files from its first end still exist."""
     for stopped in "ppo.PPOTrainer.step", "train_ppo.finish":
         run_dir = shutil.copytree(killed[1], tmp_path / stopped)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -354,7 +354,7 @@ def test_a_raised_run_that_was_stopped_is_not_finished(killed, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(("every", "minutes", "due"), [(0, 0, [8]), (3, 0, [3, 6, 8]), (0, 10, [3, 6, 8])])
-def test_a_checkpoint_is_due_by_steps_by_the_clock_and_after_the_last(tmp_path, monkeypatch, every, minutes, due):
+def test_checkpoints_are_saved_by_steps_by_time_and_after_the_last_step(tmp_path, monkeypatch, every, minutes, due):
     """A step takes four minutes."""
     now, saved = [0], []
     monkeypatch.setattr("time.monotonic", lambda: 240 * now[0])

@@ -1,4 +1,4 @@
-"""tools/review_models.py: which reviews it reads, and that both models learn what the program needs from them."""
+"""tools/review_models.py: which reviews it reads, and that both models learn from them."""
 
 import csv
 import math
@@ -30,8 +30,8 @@ SMALL = {
 }  # fmt: skip
 
 
-def test_a_file_of_reviews_becomes_models_that_the_program_opens(tmp_path, monkeypatch, capsys):
-    """Both have learned: chance is 50%, and log(vocabulary) nats per token. A random thirtieth is held out."""
+def test_the_tool_trains_models_that_the_program_can_open(tmp_path, monkeypatch, capsys):
+    """Both models are better than chance: 50%, and log(vocabulary) nats per token. A random thirtieth is held out."""
     draw = random.Random(3)
     reviews = dict(demo_models.write_review(draw) for _ in range(800))
     by_label = sorted(reviews.items(), key=lambda review: review[1])
@@ -45,7 +45,7 @@ def test_a_file_of_reviews_becomes_models_that_the_program_opens(tmp_path, monke
     )
     main([str(file), str(out)])
     assert {path.name for path in out.iterdir()} == {"gpt2", "sentiment"}
-    assert min(rates) > 0  # every step counts, the first and the last, too
+    assert min(rates) > 0  # every step trains, including the first and the last
     *lines, command = capsys.readouterr().out.splitlines()
     assert command == f"python train_ppo.py --model_name {out / 'gpt2'} --reward_model_name {out / 'sentiment'}"
     found = [re.fullmatch(r"on 26 held-out reviews: (accuracy )?([\d.]+)(%| nats per token)", line) for line in lines]
@@ -69,7 +69,7 @@ def test_a_file_of_reviews_becomes_models_that_the_program_opens(tmp_path, monke
 
 
 @pytest.mark.parametrize("name", ["gpt2", "sentiment"])
-def test_evaluation_weighs_each_token_or_text_alike_and_no_padding(name):
+def test_evaluation_weights_all_tokens_or_texts_equally_and_ignores_padding(name):
     torch.manual_seed(0)
     sizes = {"gpt2": {"n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 1}}
     sizes["sentiment"] = demo_models.CLASSIFIER_SIZES | {"hidden_size": 16, "num_hidden_layers": 1}
@@ -78,8 +78,8 @@ def test_evaluation_weighs_each_token_or_text_alike_and_no_padding(name):
     draw = random.Random(0)
     examples = [([draw.randrange(1, 20) for _ in range(2 + i % 14)], i % 2) for i in range(100)]
     lengths = [mask.sum(1) for _, mask, _ in batches(examples * 9, draw)]
-    assert all(n.max() - n.min() <= 3 for n in lengths)  # similar ones together
-    assert (means := [n.double().mean() for n in lengths]) != sorted(means)  # short ones don't always come first
+    assert all(n.max() - n.min() <= 3 for n in lengths)  # similar lengths together
+    assert (means := [n.double().mean() for n in lengths]) != sorted(means)  # not sorted by length
     with torch.no_grad():
         logits = [model(input_ids=torch.tensor([ids])).logits[0] for ids, _ in examples]
     if name == "gpt2":
@@ -92,7 +92,7 @@ def test_evaluation_weighs_each_token_or_text_alike_and_no_padding(name):
         assert evaluate(model, examples, draw) == f"accuracy {accuracy:.1%}"
 
 
-def test_texts_are_read_once_each_and_blank_ones_not(tmp_path, monkeypatch):
+def test_duplicate_and_blank_reviews_are_skipped(tmp_path, monkeypatch):
     monkeypatch.setattr(review_models, "FEWEST", 3)
     rows = [("好,很\n好", 1), ("差", 0), ("  ", 1), ("差", 0), ("\ufeff一般", 0)]
     expected = [("好,很\n好", 1), ("差", 0), ("\ufeff一般", 0)]
@@ -108,14 +108,14 @@ def test_texts_are_read_once_each_and_blank_ones_not(tmp_path, monkeypatch):
         read_reviews(tmp_path / "c.zip")
 
 
-def test_a_vocabulary_has_every_piece_of_every_text_in_one_order(tmp_path):
+def test_the_vocabulary_has_every_piece_of_every_text_in_a_fixed_order(tmp_path):
     write_vocab(tmp_path / "vocab.txt", ["Ab1好！", "好 b,差", "１c\ufeff"])
     pieces = ["##1", "##b", "##c", ",", "a", "b", "好", "差", "！", "１"]
     expected = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces]
     assert (tmp_path / "vocab.txt").read_text(encoding="utf-8").splitlines() == expected
 
 
-def test_a_file_that_cannot_be_used_is_one_line_and_nothing_is_written(tmp_path, capsys):
+def test_an_unusable_file_is_a_one_line_error_and_nothing_is_written(tmp_path, capsys):
     lines, file = "label,review\n" + "".join(f"{i % 2},第{i}条很好\n" for i in range(100)), tmp_path / "reviews.csv"
     for content, line in (
         (lines.removesuffix("1,第99条很好\n"), "has 99 different reviews; at least 100"),

@@ -1,4 +1,4 @@
-"""The sentiment reward, and rewards of a user's own."""
+"""The sentiment reward, and your own reward functions."""
 
 import functools
 import importlib
@@ -27,7 +27,7 @@ def plain_classifier(folder):
 
 
 def probabilities(folder, text: str) -> list[float]:
-    """softmax of the classifier's logits for [CLS], the text's characters and [SEP], for one text without padding."""
+    """Return the softmax of the classifier's logits for [CLS], one text's characters and [SEP], without padding."""
     ids = torch.tensor([[2, *(VOCAB.index(character) for character in text), 3]])
     with torch.no_grad():
         logits = plain_classifier(folder)(ids).logits[0].tolist()
@@ -35,16 +35,16 @@ def probabilities(folder, text: str) -> list[float]:
 
 
 TEXTS = ["刚收到货,感觉很不错", "很差", "质量一般,物流不错。" * 2, "失望", "[CLS]很 差[SEP][PAD]", "书", "很差"]
-CLEAN = [*TEXTS[:4], "很差", *TEXTS[5:]]  # special tokens and spaces do not count
+CLEAN = [*TEXTS[:4], "很差", *TEXTS[5:]]  # special tokens and spaces are ignored
 
 
 @pytest.mark.parametrize(
     ("labels", "named", "positive"),
     [((NEGATIVE, POSITIVE), None, 1), ((POSITIVE, NEGATIVE), NEGATIVE, 1), (("差评", "中评", "好评"), None, 2)],
 )
-def test_scores_are_the_probability_of_the_positive_label_in_the_order_of_the_texts(tmp_path, labels, named, positive):
+def test_scores_are_probabilities_of_the_positive_label_in_the_order_of_the_texts(tmp_path, labels, named, positive):
     folder = write_classifier(tmp_path / "s", labels)
-    # For several labels the pipeline's own choice by this field would be a sigmoid
+    # For several labels, the pipeline would choose a sigmoid because of this field
     change_json(folder / "config.json", problem_type="multi_label_classification", function_to_apply="none")
     expected = [probabilities(folder, text)[positive] for text in CLEAN]
     scores = SentimentReward(folder, "cpu", batch_size=2, positive_label=named)(TEXTS)
@@ -53,8 +53,8 @@ def test_scores_are_the_probability_of_the_positive_label_in_the_order_of_the_te
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(None, 46), (20, 18)])
-def test_long_texts_are_cut_at_the_limit_of_model_or_tokenizer(tmp_path, limit, kept):
-    """The model has 48 positions, two of them for [CLS] and [SEP]; a tokenizer without a limit has 1e30."""
+def test_long_texts_are_truncated_to_the_limit_of_the_model_or_tokenizer(tmp_path, limit, kept):
+    """The model has 48 positions, two of them for [CLS] and [SEP]. A tokenizer without a limit says 1e30."""
     folder = write_classifier(tmp_path / "s")
     change_json(folder / "tokenizer_config.json", model_max_length=limit or int(1e30))
     text = ("很好差书" * 100)[: kept + 1]
@@ -64,7 +64,7 @@ def test_long_texts_are_cut_at_the_limit_of_model_or_tokenizer(tmp_path, limit, 
     assert abs(expected[0] - expected[2]) > 1e-3
 
 
-def test_the_happy_label_is_found_by_its_beginning():
+def test_the_positive_label_is_recognised_by_its_beginning():
     for labels in ([NEGATIVE, POSITIVE], ["Negative", "Neutral", "Positive"], ["不好", "好"], ["消极", "正面"]):
         assert find_positive_label(labels, None) == find_positive_label(labels[::-1], None) == labels[-1]
 
@@ -76,13 +76,13 @@ UNCLEAR += [["Very Negative", "Negative", "Neutral", "Positive", "Very Positive"
 @pytest.mark.parametrize(
     ("labels", "wanted"), [*((labels, None) for labels in UNCLEAR), (UNCLEAR[0], "label_0"), (["LABEL_0"], "happy")]
 )
-def test_an_unclear_happy_label_is_refused_with_all_labels(labels, wanted):
+def test_an_ambiguous_positive_label_is_an_error_that_lists_all_labels(labels, wanted):
     with pytest.raises(UserError) as error:
         find_positive_label(labels, wanted)
     assert all(repr(label) in str(error.value) for label in labels)
 
 
-def test_folders_without_a_trained_classifier_are_refused(tmp_path):
+def test_folders_without_a_trained_classifier_are_rejected(tmp_path):
     folder = write_classifier(tmp_path / "s", ("a", "b"))
     weights = torch.load(folder / "pytorch_model.bin")
     torch.save({k: v for k, v in weights.items() if not k.startswith("classifier")}, folder / "pytorch_model.bin")
@@ -91,8 +91,8 @@ def test_folders_without_a_trained_classifier_are_refused(tmp_path):
             SentimentReward(path, "cpu", positive_label=label)
 
 
-def test_the_classifier_is_on_its_device_before_the_pipeline_has_it(classifier_folder, monkeypatch):
-    """With a process group the pipeline leaves a model on the CPU."""
+def test_the_classifier_is_moved_to_its_device_before_the_pipeline_gets_it(classifier_folder, monkeypatch):
+    """If there is a process group, the pipeline leaves a model on the CPU."""
     seen = []
     monkeypatch.setattr("reward.pipeline", lambda *args, model, **options: seen.append((model.device, model.dtype)))
     SentimentReward(classifier_folder, torch.device("meta"), torch.bfloat16)
@@ -105,7 +105,7 @@ DECODER = dict(n_embd=16, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=N
 
 
 def write_other(folder, kind, tokenizer=None, tokenizer_json=False, **changes):
-    """A random classifier of another family and its folder, with BERT's vocabulary and the given tokenizer_config."""
+    """Write a random classifier of another family, with BERT's vocabulary. Returns the classifier and its folder."""
     torch.manual_seed(0)
     labels = dict(id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1})
     config = AutoConfig.for_model(kind, **SIZES | ({} if "num_labels" in changes else labels) | changes)
@@ -125,8 +125,8 @@ def scores_one_by_one(model, texts) -> list[float]:
 
 @pytest.mark.parametrize("tokenizer_json", [False, True], ids=["vocab.txt", "tokenizer.json"])
 @pytest.mark.parametrize("kind", ["distilbert", "albert", "roberta", "xlm-roberta", "deberta-v2"])
-def test_a_classifier_of_another_family_scores(tmp_path, kind, tokenizer_json):
-    """Its published folders don't name a tokenizer's class, or transformers would read another vocabulary."""
+def test_classifiers_of_other_families_can_score_texts(tmp_path, kind, tokenizer_json):
+    """Published folders don't name a tokenizer class, because transformers would then read another vocabulary."""
     model, folder = write_other(tmp_path / "s", kind, tokenizer_json=tokenizer_json)
     expected = scores_one_by_one(model, ["刚收", "很好"])
     assert SentimentReward(folder, "cpu")(["刚收", "很好"]).tolist() == pytest.approx(expected, abs=1e-6)
@@ -134,8 +134,8 @@ def test_a_classifier_of_another_family_scores(tmp_path, kind, tokenizer_json):
 
 
 @pytest.mark.parametrize(("kind", "pad", "kept"), [("roberta", 1, 44), ("roberta", 0, 45), ("mpnet", 1, 44)])
-def test_long_texts_are_cut_before_the_positions_that_the_roberta_family_leaves_out(tmp_path, kind, pad, kept):
-    """Of 48 positions its tokens start at the one after the padding's; two are for [CLS] and [SEP]."""
+def test_long_texts_are_truncated_to_the_positions_that_the_roberta_family_uses(tmp_path, kind, pad, kept):
+    """There are 48 positions. Tokens start at the one after the padding's, and two are for [CLS] and [SEP]."""
     model, folder = write_other(tmp_path / "s", kind, pad_token_id=pad)
     text = ("很好差书" * 20)[: kept + 1]
     expected = scores_one_by_one(model, [text[:kept]])
@@ -148,7 +148,7 @@ DECODERS += [("qwen2", {"num_key_value_heads": 1}, LEFT)]
 
 
 @pytest.mark.parametrize(("kind", "changes", "tokenizer"), DECODERS, ids=["", "left", "other padding", "qwen2"])
-def test_a_decoder_scores_a_text_in_a_batch_as_alone(tmp_path, kind, changes, tokenizer):
+def test_a_decoder_scores_a_text_in_a_batch_like_a_single_text(tmp_path, kind, changes, tokenizer):
     names = {"model_input_names": ["input_ids", "attention_mask"]}
     model, folder = write_other(tmp_path / "s", kind, tokenizer | names, **changes)
     texts = ["很好", "刚收到货,感觉很好", "差", "很差"]
@@ -159,7 +159,7 @@ def test_a_decoder_scores_a_text_in_a_batch_as_alone(tmp_path, kind, changes, to
 
 
 @pytest.mark.parametrize(("kind", "changes"), [("bert", {}), ("gpt2", DECODER)])
-def test_a_reward_model_with_one_label_gives_its_output_as_it_is(tmp_path, kind, changes):
+def test_a_reward_model_with_one_label_returns_its_raw_output(tmp_path, kind, changes):
     names = {"model_input_names": ["input_ids", "attention_mask"]}
     model, folder = write_other(tmp_path / "s", kind, names, num_labels=1, **changes)
     model.config.pad_token_id = None
@@ -186,7 +186,7 @@ NUMBERS = [
     [torch.tensor([0.5]), np.array([[1.0]])],
     [Decimal("0.5"), Fraction(2, 2)],
     [np.float32(0.5), np.int64(1)],
-    type("Series", (), {"tolist": lambda self: [0.5, 1.0]})(),  # as of pandas
+    type("Series", (), {"tolist": lambda self: [0.5, 1.0]})(),  # like pandas
 ]
 REFUSED = [
     ([0.5, math.nan], "nan, not a finite number, for '差评'"),
@@ -200,20 +200,20 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("result", NUMBERS)
-def test_numbers_in_any_usual_form_are_scores(result):
+def test_scores_can_be_numbers_in_any_usual_form(result):
     scores = score_texts(lambda texts: result, ["a", "b"])
     assert torch.equal(scores, torch.tensor([0.5, 1.0])) and scores.dtype == torch.float32
 
 
 @pytest.mark.parametrize(("result", "said"), REFUSED)
-def test_anything_else_is_refused_with_the_text_to_blame(result, said):
+def test_invalid_scores_are_an_error_that_shows_the_text(result, said):
     with pytest.raises(RewardError) as error:
         score_texts(lambda texts: result, ["好评", "差评"])
     assert str(error.value).startswith(f"the reward function returned {said}") and "\n" not in str(error.value)
     assert len(str(error.value)) < 150 and error.value.traceback == ""
 
 
-def test_a_reward_that_raises_is_named_with_its_line_and_its_traceback_is_kept_with_the_texts():
+def test_an_exception_in_a_reward_is_reported_with_its_line_traceback_and_texts():
     calls = []
 
     def reward(texts):
@@ -230,7 +230,7 @@ def test_a_reward_that_raises_is_named_with_its_line_and_its_traceback_is_kept_w
 
 
 @pytest.mark.parametrize("raised", [SystemExit(), ValueError("enough\nof it")], ids=repr)
-def test_whatever_a_reward_raises_ends_in_one_line(raised):
+def test_any_exception_in_a_reward_becomes_a_one_line_error(raised):
     def raises_while_it_is_read(texts):
         yield 0.5
         raise raised
@@ -239,18 +239,18 @@ def test_whatever_a_reward_raises_ends_in_one_line(raised):
         score_texts(raises_while_it_is_read, ["好评"])
 
 
-def test_a_reward_that_runs_out_of_memory_blames_no_text():
+def test_out_of_memory_in_a_reward_does_not_blame_a_text():
     with pytest.raises(RewardError, match="^out of memory in the reward function [^好]*; lower [^好]*$"):
         score_texts(lambda texts: torch.empty(1 << 60), ["好评"])
 
 
-def test_a_reward_may_change_its_list_and_is_not_called_without_texts():
+def test_a_reward_may_modify_its_list_and_is_not_called_without_texts():
     texts = ["好评", "差评"]
     assert score_texts(lambda own: [own.pop() == "好评" for _ in range(2)], texts).tolist() == [0, 1]
     assert texts == ["好评", "差评"] and score_texts(lambda texts: 1 / 0, []).shape == (0,)
 
 
-def test_importing_a_reward_leaves_gradient_mode_and_default_dtype_as_they_were(tmp_path, monkeypatch):
+def test_importing_a_reward_does_not_change_gradient_mode_or_default_dtype(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     sets_modes = "import torch\ntorch.set_grad_enabled(False)\ntorch.set_default_dtype(torch.float64)\nscore = print\n"
     (tmp_path / "sets_modes.py").write_text(sets_modes)
@@ -260,7 +260,7 @@ def test_importing_a_reward_leaves_gradient_mode_and_default_dtype_as_they_were(
 
 @pytest.fixture
 def rewards(tmp_path, monkeypatch):
-    """Writes source files by their names and texts, all within a second. What they define is forgotten afterwards."""
+    """A function that writes source files, all with the same timestamp. Their modules are unloaded afterwards."""
     monkeypatch.syspath_prepend(tmp_path)
     before = set(sys.modules)
     monkeypatch.setattr("support.common.imports.EXECUTED", {})
@@ -271,7 +271,7 @@ def rewards(tmp_path, monkeypatch):
             path = tmp_path / f"{name.replace('__in__', '/')}.py"
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)
-            os.utime(path, (1, 1))  # Python looks at whole seconds, and at the size
+            os.utime(path, (1, 1))  # Python compares whole seconds and the size
 
     yield write
     for name in set(sys.modules) - before:
@@ -304,8 +304,8 @@ IN_CALL = "def score(texts):\n    from own_words import WORTH\n    return [WORTH
         ),
     ],
 )
-def test_a_reward_that_was_edited_is_executed_as_it_is_now(rewards, spec, sources, edited):
-    """The file itself, or a module next to it, below it or in the same package; also after a mistake in the edit."""
+def test_an_edited_reward_is_executed_again(rewards, spec, sources, edited):
+    """The edited file is the reward or a module that it imports. This also works after an edit with a mistake."""
     rewards(**sources)
     assert import_function(spec)(["a"]) == [1]
     rewards(**edited)
@@ -318,14 +318,14 @@ def test_a_reward_that_was_edited_is_executed_as_it_is_now(rewards, spec, source
     assert import_function(spec)(["a"]) == [1]
 
 
-def test_a_reward_that_was_not_edited_keeps_its_state(rewards):
+def test_an_unchanged_reward_keeps_its_state(rewards):
     rewards(own_reward="import own_words\nWORTH = 1\ndef score(texts):\n    return [WORTH]\n", own_words="")
     function = import_function("own_reward:score")
     sys.modules["own_reward"].WORTH = 3
     assert import_function("own_reward:score") is function and function(["a"]) == [3]
 
 
-def test_a_reward_that_was_edited_after_an_import_by_hand_is_executed_again(rewards):
+def test_a_reward_that_was_edited_after_a_manual_import_is_executed_again(rewards):
     rewards(own_reward=SCORE.format(1))
     assert importlib.import_module("own_reward").score(["a"]) == [1]
     rewards(own_reward=SCORE.format(2))
@@ -336,5 +336,5 @@ def test_booleans_are_not_token_ids():
     assert to_ids([True, False]) is None and to_ids(np.array([3, 5], dtype=np.uint8)).tolist() == [3, 5]
 
 
-def test_an_error_is_one_line_that_steers_no_terminal():
+def test_an_error_message_is_one_line_without_control_characters():
     assert str(UserError("a\nb\r\tc\0 \x1b[31m \u202e 感觉é👍🏽")) == "a\\nb\\r\\tc\\x00 \\x1b[31m \\u202e 感觉é👍🏽"

@@ -1,7 +1,7 @@
-"""Policy, sampling and shared prompts: everything agrees with plain forward passes of single sequences.
+"""The policy, sampling and shared prompts agree with plain forward passes of single sequences.
 
-The models compute in float64 here: two right ways to a logit differ by 1e-12 at most (some 4,000 roundings by 2^-53),
-and a wrong way by far more than 1e-9, on any processor.
+The models compute in float64 here. Two correct computations of a logit differ by at most 1e-12 (about 4,000 roundings
+of 2^-53), and a wrong one differs by far more than 1e-9, on any processor.
 """
 
 import copy
@@ -18,7 +18,7 @@ from support.compute import vocabulary
 from support.models import pretrained as models
 from tests.helpers import FORBIDDEN, PROMPTS, SEP
 
-LAST = 1 - 2**-24  # the largest number that a draw can be
+LAST = 1 - 2**-24  # the largest possible random number
 
 
 @pytest.fixture
@@ -44,14 +44,14 @@ def draw(policy, texts, seed=1, step=1, gen_len=6, temperature=1.0, first=0, uni
 
 
 def plain_forward(model, ids):
-    """Logits and values of a single sequence, without padding or a cache."""
+    """Return logits and values of a single sequence, without padding or a cache."""
     with torch.no_grad():
         output = model(torch.tensor([ids]))
     return output.logits[0], output.value[0]
 
 
 def always(policy, logits):
-    """Change the policy: whatever came before, these tokens have these logits, and all others have no chance."""
+    """Change the policy so that these tokens have these logits in any context, and all others are impossible."""
     model, tokenizer = policy
     with torch.no_grad():
         model.transformer.ln_f.weight.zero_()
@@ -63,8 +63,8 @@ def always(policy, logits):
 
 
 @pytest.mark.parametrize("frozen_share", [0, 0.5, 1])
-def test_shared_prompts_equal_one_sequence_at_a_time(policy64, frozen_share):
-    """Prompts of three lengths, responses of several; the trunk may come from another model that shares it."""
+def test_shared_prompts_give_the_same_logits_and_values_as_single_sequences(policy64, frozen_share):
+    """Prompts and responses have several lengths. The trunk may come from another model that shares it."""
     model, tokenizer = policy64
     torch.nn.init.normal_(model.v_head.summary.weight)
     model.freeze(frozen_share)
@@ -78,19 +78,19 @@ def test_shared_prompts_equal_one_sequence_at_a_time(policy64, frozen_share):
         prompt_states, states = SharedPrompts(reference).trunk(completions.prompts, completions.ids)
         prompts = dataclasses.replace(completions.prompts, hidden_states=prompt_states)
         completions = dataclasses.replace(completions, prompts=prompts, hidden_states=states)
-    for rows in (slice(None), slice(1, 3), torch.tensor([4, 2, 5, 0])):  # whole, and prompts that some rows don't use
+    for rows in (slice(None), slice(1, 3), torch.tensor([4, 2, 5, 0])):  # some rows leave prompts unused
         part = completions.select(rows)
         states, values = SharedPrompts(model)(part)
         logits = model.lm_head(states)
         for row, i in enumerate(torch.arange(6)[rows].tolist()):
             query, length = models.encode_prompt(tokenizer, texts[i]).tolist(), int(part.mask[row].sum())
-            alone = plain_forward(model, query + part.ids[row, :length].tolist())
-            for got, expected in zip((logits, values), alone):
+            single = plain_forward(model, query + part.ids[row, :length].tolist())
+            for got, expected in zip((logits, values), single):
                 assert torch.allclose(got[row, :length], expected[len(query) - 1 : -1], rtol=1e-9, atol=1e-9)
 
 
 def test_the_gradient_of_shared_prompts_is_summed_in_float32():
-    """One by one in bfloat16, 1,024 gradients would be some 4% off. Here one rounding is left: 2^-8 at most."""
+    """Summed one by one in bfloat16, 1,024 gradients would be about 4% off. Here, one rounding of 2^-8 remains."""
     prompts = b.Prompts(torch.zeros(3, 2, dtype=torch.int64), None, torch.arange(3072) % 3)
     states = torch.randn(3, 2, 8, dtype=torch.bfloat16, requires_grad=True)
     gradient = torch.rand(3072, 2, 8).bfloat16()
@@ -101,8 +101,8 @@ def test_the_gradient_of_shared_prompts_is_summed_in_float32():
     assert ((states.grad - exact).norm() / exact.norm()) < 2**-8 + 1024 * 2**-24
 
 
-def test_gradients_are_the_same_to_the_bit_each_time(policy):
-    """On several threads and with many completions of one prompt, whose gradients are summed there."""
+def test_gradients_are_the_same_to_the_bit_every_time(policy):
+    """This holds on several threads, and if the gradients of many completions are summed at one prompt."""
     texts = [PROMPTS[0]] * 256
     completions = completions_of(policy[1], texts, draw(policy, texts))
     gradients = []
@@ -129,7 +129,7 @@ def test_restricted_logits_by_hand():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_samples_follow_the_models_distribution(policy, temperature):
-    """First and second token of 5,000 completions: six standard errors of a share, for each of 80 tokens."""
+    """Checks the first and second token of 5,000 completions, within six standard errors for each of 80 shares."""
     n = 5_000
     responses = draw(policy, ["衣服"] * n, gen_len=2, temperature=temperature).numpy()
     query = models.encode_prompt(policy[1], "衣服").tolist()
@@ -149,10 +149,10 @@ def test_samples_follow_the_models_distribution(policy, temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
-def test_prompts_of_different_lengths_sample_as_each_would_alone(policy64, temperature):
+def test_a_batch_of_prompts_of_different_lengths_gives_the_same_samples_as_single_prompts(policy64, temperature):
     texts = PROMPTS * 5
-    alone = [draw(policy64, [text], first=i, temperature=temperature)[0] for i, text in enumerate(texts)]
-    assert torch.equal(draw(policy64, texts, temperature=temperature), torch.stack(alone))
+    one_by_one = [draw(policy64, [text], first=i, temperature=temperature)[0] for i, text in enumerate(texts)]
+    assert torch.equal(draw(policy64, texts, temperature=temperature), torch.stack(one_by_one))
 
 
 @pytest.mark.parametrize("other", [{"seed": 2}, {"step": 2}, {"first": 1}])
@@ -163,7 +163,7 @@ def test_samples_depend_only_on_seed_step_and_index(policy64, other):
     assert not torch.equal(whole, draw(policy64, texts, **other))
 
 
-def test_draws_are_those_of_philox_by_seed_step_and_index():
+def test_random_numbers_come_from_philox_with_seed_step_and_index():
     one = g.completion_uniforms(1, 2, [0, 5], 8)
     assert not torch.equal(one, g.completion_uniforms(2, 1, [0, 5], 8))
     assert not torch.equal(g.completion_uniforms(2**63 - 1, 0, [0], 8), g.completion_uniforms(0, 0, [0], 8))
@@ -177,23 +177,23 @@ def test_draws_are_those_of_philox_by_seed_step_and_index():
         ({5: 0, 6: 0, 7: 0, 8: 0}, [0, 0.25 - 2**-24, 0.25, 0.5, 0.75, LAST], [5, 5, 6, 7, 8, 8]),
         ({5: 1, 6: 1, 7: 1, 8: 1}, [0.1, 0.9], [5, 8]),
         ({7: 0, 40: 0, 0: 9, 1: 9, 2: 9, 4: 9}, [0, LAST, 0.5, 0.5 - 2**-24], [7, 40, 40, 7]),
-        ({3: 0, 5: 0, 6: 0, 7: 0}, [0.3, 0.9, 0.1, 0.3], [5, 7, 3, 0]),  # the end, and padding
+        ({3: 0, 5: 0, 6: 0, 7: 0}, [0.3, 0.9, 0.1, 0.3], [5, 7, 3, 0]),  # the end, then padding
     ],
 )
-def test_a_draw_takes_the_first_token_whose_cumulative_probability_exceeds_it(policy, logits, draws, expected):
-    """All tokens with the same logit are as probable; special ones and the rest of the vocabulary are impossible."""
+def test_sampling_picks_the_first_token_whose_cumulative_probability_exceeds_the_draw(policy, logits, draws, expected):
+    """Tokens with the same logit are equally likely. Special tokens and the rest of the vocabulary are impossible."""
     assert draw(always(policy, logits), ["衣服"], uniforms=torch.tensor([draws])).tolist() == [expected]
 
 
-def test_the_largest_draw_is_a_token_whatever_the_rounding(policy):
-    """Probabilities in float32 rarely add up to 1: often to less than the largest draw."""
+def test_the_largest_random_number_gives_a_valid_token_in_spite_of_rounding(policy):
+    """Probabilities in float32 rarely add up to exactly 1, and often to less than the largest random number."""
     texts = [first + second for first in "刚收到货感觉很不错好" for second in "评差质量快递物流"]
     responses = draw(policy, texts, uniforms=torch.full((len(texts), 4), LAST))
     assert responses.min() >= 5 and responses.max() <= 42
 
 
-def test_the_model_rests_once_all_completions_have_ended(policy):
-    """One ends at the third token and one at the tenth of thirty."""
+def test_sampling_stops_once_all_completions_have_ended(policy):
+    """Of thirty tokens, one completion ends at the third and the other at the tenth."""
     policy, calls = always(policy, dict.fromkeys([3, 5, 6, 7], 0.0)), []
     policy[0].lm_head.register_forward_hook(lambda *_: calls.append(1))
     draws = torch.full((2, 30), 0.3)
@@ -203,8 +203,8 @@ def test_the_model_rests_once_all_completions_have_ended(policy):
 
 
 @pytest.mark.parametrize("part", ["wpe.weight", "ln_f.bias"])
-def test_nan_logits_are_told_and_not_embedded(policy, part):
-    """At one position of one prompt, or everywhere."""
+def test_nan_logits_raise_an_error(policy, part):
+    """They occur at one position of one prompt, or everywhere."""
     with torch.no_grad():
         policy[0].transformer.get_parameter(part)[7] = torch.nan
     with pytest.raises(FloatingPointError, match="logits are not finite"):

@@ -1,4 +1,4 @@
-"""A run checks that the library still computes as this program drives it."""
+"""A run checks that transformers still computes what this program expects."""
 
 import contextlib
 import copy
@@ -21,7 +21,7 @@ def without_padding(mask, *shape):
 
 
 def overwriting(read):
-    """Every token takes the place and the position of the first."""
+    """Write every token to the place and position of the first one."""
 
     def call(self, tokens):
         read(self, tokens)
@@ -43,17 +43,17 @@ def check(model, dtype=torch.float32):
 
 
 @pytest.mark.parametrize(("dtype", "frozen_share"), [(torch.float32, 0), (torch.bfloat16, 0.5)])
-def test_all_ways_agree_in_every_dtype(policy, dtype, frozen_share):
+def test_all_kinds_of_forward_passes_agree_in_every_dtype(policy, dtype, frozen_share):
     policy[0].freeze(frozen_share)
     check(policy[0], dtype)
     policy[0].transformer.ln_f.bias.data[7] = torch.nan
-    check(policy[0], dtype)  # which sampling reports
+    check(policy[0], dtype)  # sampling reports NaN
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("option", [{"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True}, {}])
-def test_the_attention_here_is_the_librarys(policy, option, attention):
-    """With every option of a GPT-2 config that changes it, and weights large enough to show that."""
+def test_our_attention_matches_the_librarys(policy, option, attention):
+    """Covers every option of a GPT-2 config that changes attention, with weights large enough to show it."""
     config = copy.deepcopy(policy[0].config)
     config.update({"n_layer": 3, "initializer_range": 0.3, **option})
     model = GPT2HeadWithValueModel(config).eval()
@@ -72,15 +72,15 @@ def test_the_attention_here_is_the_librarys(policy, option, attention):
         (modeling_gpt2, "create_causal_mask", lambda attention_mask, **_: attention_mask, "with a shared prompt"),
     ],
 )
-def test_what_the_library_might_lose_is_noticed(policy, monkeypatch, module, name, broken, way):
+def test_lost_masks_and_wrong_positions_are_noticed(policy, monkeypatch, module, name, broken, way):
     policy[0].set_attn_implementation("eager")
     monkeypatch.setattr(module, name, broken(getattr(module, name)) if name == "read" else broken)
     with pytest.raises(UserError, match=f"{way} the logits are [0-9]+% off"):
         check(policy[0])
 
 
-def test_the_model_that_computes_is_checked(policy, monkeypatch):
-    """In bfloat16 this is a copy: a library that is only wrong in bfloat16 stops the run."""
+def test_the_copy_that_does_the_arithmetic_is_checked(policy, monkeypatch):
+    """In bfloat16, a copy of the model does the arithmetic. A library that is only wrong in bfloat16 stops the run."""
 
     def broken(mask, n_keys, seq, like):
         bias = attention_bias(mask, n_keys, seq, like)
@@ -96,7 +96,7 @@ def test_the_model_that_computes_is_checked(policy, monkeypatch):
     ("dtype", "noise", "noticed"),
     [("float32", 0.005, False), ("float32", 0.02, True), ("bfloat16", 0.05, False), ("bfloat16", 0.15, True)],
 )
-def test_rounding_is_allowed_and_more_is_noticed(policy, monkeypatch, dtype, noise, noticed):
+def test_rounding_is_allowed_and_larger_errors_are_noticed(policy, monkeypatch, dtype, noise, noticed):
     forward = products.Projection.forward
 
     def noisy(self, states):

@@ -1,6 +1,6 @@
-"""Whole steps of PPOTrainer against a second implementation: `Reference`, in loops and float64.
+"""Whole steps of PPOTrainer, checked against a second implementation: `Reference`, with loops in float64.
 
-It uses nothing of ppo.py or gpt2_value_head.py: GPT-2 is the library's, and each prompt goes through it with its
+It uses nothing from ppo.py or gpt2_value_head.py. Each prompt goes through the library's GPT-2 together with its
 completion, without padding or a cache.
 """
 
@@ -13,7 +13,7 @@ from config import PPOConfig
 from support.run.text_trainer import TextPPOTrainer
 from tests.helpers import SEP, Reference
 
-N = 7  # completions in a batch, which may be other than batch_size
+N = 7  # completions in a batch, which may differ from batch_size
 SETTINGS = dict(
     batch_size=N + 1, minibatch_size=4, micro_batch_size=3, ppo_epochs=2, gen_len=6, temperature=0.7,
     gamma=0.9, lam=0.8,
@@ -31,13 +31,13 @@ OTHERS = [
     dict(ppo_epochs=1, minibatch_size=N, micro_batch_size=0, average_power=0.0, frozen_share=1, detach_value=False),
     dict(minibatch_size=1, ppo_epochs=3, max_grad_norm=9.0, horizon=3, target=50.0, cliprange_value=1.0),
 ]  # fmt: skip
-# A pass rounds some 4,000 times on its way to a number, each time by 2^-24 at most. Errors that are independent add up
-# to 60 times that, 4e-6; five times as much is allowed. What a step multiplies has a relative error of its own.
+# A forward pass rounds a number about 4,000 times, by at most 2^-24 each time. Independent errors add up to 60 times
+# that, 4e-6; five times as much is allowed. REL covers the errors that a step multiplies.
 ABS, REL = 2e-5, 1e-3
 
 
 def batches():
-    """Two batches of prompts and responses of all lengths, some of which end, and scores."""
+    """Yield two batches of prompts, responses of all lengths, some of which have an end token, and scores."""
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.tensor(prompt) for prompt in ([2, 9, 12, 7], [2, 15], [2, 6, 6, 8, 11, 20])]
     for _ in range(2):
@@ -48,7 +48,7 @@ def batches():
 
 
 def moved_policy(model, seed=1, blocks=(1,)):
-    """A reference, and a policy that has left it, so that the KL counts from the first step on."""
+    """Return a policy that differs from its reference, so that the KL isn't 0 in the first step, and the reference."""
     torch.manual_seed(seed)
     torch.nn.init.normal_(model.v_head.summary.weight, std=0.1)
     ref_model = copy.deepcopy(model)
@@ -60,7 +60,7 @@ def moved_policy(model, seed=1, blocks=(1,)):
 
 
 @pytest.mark.parametrize("changes", OTHERS, ids=str)
-def test_two_steps_end_at_the_weights_of_a_second_implementation(policy, changes):
+def test_two_steps_give_the_same_weights_as_a_second_implementation(policy, changes):
     config = PPOConfig(**SETTINGS | changes)
     if config.frozen_share == 1:
         model, ref_model = policy[0], copy.deepcopy(policy[0])
@@ -72,7 +72,7 @@ def test_two_steps_end_at_the_weights_of_a_second_implementation(policy, changes
     for batch in batches():
         stats, expected = trainer.step(*batch), reference.step(*batch)
         assert stats == pytest.approx(expected, rel=REL, abs=ABS)
-        if config.cliprange_value < 0.2 and config.ppo_epochs == 2 and config.temperature < 1:  # the settings clip
+        if config.cliprange_value < 0.2 and config.ppo_epochs == 2 and config.temperature < 1:  # settings that clip
             assert expected["ppo/policy/clipfrac"] > 0.02 and expected["ppo/val/clipfrac"] > 0.02
             assert expected["ppo/grad_norm"] > config.max_grad_norm
     assert trainer.kl_controller.value == pytest.approx(reference.kl_coef, rel=REL)
@@ -90,8 +90,8 @@ def test_two_steps_end_at_the_weights_of_a_second_implementation(policy, changes
 
 @pytest.mark.parametrize("learned", [False, True], ids=["new value head", "old value head"])
 @pytest.mark.parametrize("c, offset", [(0.001, 0), (10_000, 0), (1, 100), (2, -85)])
-def test_scores_in_another_unit_or_with_an_offset_are_the_same_run(policy, c, offset, learned):
-    """The KL coefficient changes with the unit. The statistics of rewards are in the unit of the scores."""
+def test_training_does_not_depend_on_the_unit_or_offset_of_the_scores(policy, c, offset, learned):
+    """The KL coefficient scales with the unit. Statistics of rewards are in the unit of the scores."""
     model, ref_model = moved_policy(policy[0])
     of_rewards = {"kl_coef", "non_score_reward", "rlhf_reward", "returns/mean", "val/mean"}
     trainers = []

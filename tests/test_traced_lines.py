@@ -1,4 +1,4 @@
-"""How much a reader has to read to follow a step, and that imports between the rooms only go down."""
+"""How many lines a reader has to read to follow a step, and that imports only go down."""
 
 import ast
 import inspect
@@ -34,7 +34,7 @@ class Trace:
         return Counter({file: len(numbers) for file, numbers in found.items()})
 
 
-def test_a_step_of_a_loop_of_ones_own(policy):
+def test_the_number_of_lines_in_a_step_of_your_own_loop(policy):
     trainer = make(policy, micro_batch_size=2, minibatch_size=3)
     batch = batch_of(trainer, policy)
     with Trace() as trace:
@@ -43,8 +43,8 @@ def test_a_step_of_a_loop_of_ones_own(policy):
     assert sum(lines.values()) <= 599 and len(lines) <= 8, lines
 
 
-def test_an_iteration_of_train_ppo(policy, tmp_path, monkeypatch, without_pictures):
-    """From the line that is printed after the first step to that after the second."""
+def test_the_number_of_lines_in_an_iteration_of_train_ppo(policy, tmp_path, monkeypatch, without_pictures):
+    """Traces from the line that is printed after the first step to the one after the second."""
     trace, seen = Trace(), []
 
     def watched(row, last_step):
@@ -61,7 +61,7 @@ def test_an_iteration_of_train_ppo(policy, tmp_path, monkeypatch, without_pictur
     assert sum(lines.values()) <= 865 and len(lines) <= 15, lines
 
 
-FLOORS = [  # from the ground up; a file imports nothing of a floor above its own
+FLOORS = [  # from the ground up; a file only imports from its own floor and those below
     {"config"},
     {"support.common"},
     {"gpt2_value_head", "support.compute"},
@@ -74,7 +74,7 @@ FLOORS = [  # from the ground up; a file imports nothing of a floor above its ow
 
 
 def floor(module: str) -> int | None:
-    """The floor of a module of this project, by its name in an import; None for any other."""
+    """Return the floor of a module of this project, by its name in an import; None for any other module."""
     room = ".".join(module.split(".")[:2]) if module.startswith("support.") else module
     return next((i for i, names in enumerate(FLOORS) if room in names), None)
 

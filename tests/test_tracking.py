@@ -1,4 +1,4 @@
-"""Runs in other packages: what arrives there, and what becomes of a run when they fail. The packages are stand-ins."""
+"""Tracking runs with other packages: what they receive, and what happens if they fail. The packages are fakes."""
 
 import contextlib
 import importlib.util
@@ -23,7 +23,7 @@ def calls(trackers, package) -> list[list]:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_settings_every_column_samples_and_results_arrive(policy, tmp_path, trackers, package):
+def test_settings_metrics_samples_and_results_are_tracked(policy, tmp_path, trackers, package):
     run_dir = tmp_path / "run"
     assert tiny_run(run_dir, policy, track=package, log_samples_every=2, kl_budget=0.1, eval_samples=64) == 0
     (_, options), *steps, (_, results, at), finish = calls(trackers, package)
@@ -43,7 +43,7 @@ def test_settings_every_column_samples_and_results_arrive(policy, tmp_path, trac
         assert results[f"evaluation/{when}/reward"] == judged[when]["reward"]
 
 
-def test_each_package_is_asked_in_its_own_words_and_resumes_its_run(policy, tmp_path, trackers, monkeypatch):
+def test_each_package_gets_its_own_options_and_resumes_its_run(policy, tmp_path, trackers, monkeypatch):
     monkeypatch.setenv("SWANLAB_PROJECT", "mine")
     run_dir, project = tmp_path / "run", {"project": "ppo-chinese-gpt2", "config": 0}
     for i, package in enumerate(PACKAGES):
@@ -57,7 +57,7 @@ def test_each_package_is_asked_in_its_own_words_and_resumes_its_run(policy, tmp_
     assert options["wandb"] == [project | by_id | {"name": "run"}] * 2
     by_id = {"resume": "allow", "id": ids["swanlab"], "logdir": str(run_dir / "swanlog")}
     assert options["swanlab"] == [project | {"project": "mine", "experiment_name": "run"} | by_id] * 2
-    name = f"run-{ids['trackio'][:6]}"  # by which trackio resumes
+    name = f"run-{ids['trackio'][:6]}"  # trackio resumes by this name
     assert options["trackio"] == [project | {"name": name, "resume": resume} for resume in ("never", "allow")]
 
 
@@ -69,7 +69,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("how", FAILURES)
-def test_a_package_that_raises_is_told_of_once_and_the_run_goes_on(policy, tmp_path, trackers, how, capsys):
+def test_a_package_that_raises_is_reported_once_and_the_run_continues(policy, tmp_path, trackers, how, capsys):
     (trackers / "wandb.py").write_text(TRACKER + FAILURES[how])
     assert tiny_run(tmp_path / "run", policy, track="wandb") == 0
     said = [line for line in capsys.readouterr().out.splitlines() if "wandb stopped tracking" in line]
@@ -83,14 +83,14 @@ def test_only_the_first_process_tracks_a_run(tmp_path, trackers, monkeypatch):
     assert calls(trackers, "wandb") == []
 
 
-def test_a_run_opened_from_inside_its_folder_has_its_name(tmp_path, trackers, monkeypatch):
+def test_a_run_opened_from_inside_its_folder_keeps_its_name(tmp_path, trackers, monkeypatch):
     (tmp_path / "films").mkdir()
     monkeypatch.chdir(tmp_path / "films")
     with tracking.Tracker(Path("."), {"track": "trackio"}):
         assert calls(trackers, "trackio")[0][1]["name"].startswith("films-")
 
 
-def test_runs_of_one_name_stay_two(tmp_path, trackers):
+def test_runs_with_the_same_name_stay_separate(tmp_path, trackers):
     for folder in "a", "b":
         (tmp_path / folder / "run").mkdir(parents=True)
         for package in PACKAGES:
@@ -110,10 +110,10 @@ def test_runs_of_one_name_stay_two(tmp_path, trackers):
     ],
     ids=["a signal", "a reward"],
 )
-def test_a_run_that_does_not_come_to_its_end_has_failed(
+def test_a_run_that_does_not_finish_is_marked_as_failed(
     policy, tmp_path, trackers, package, happens, error, why, signals_restored
 ):
-    """And is finished after it has gone on."""
+    """After it was resumed, it is marked as finished."""
 
     def reward(texts):
         if len(calls(trackers, package)) == 2:
@@ -129,8 +129,8 @@ def test_a_run_that_does_not_come_to_its_end_has_failed(
     assert calls(trackers, package)[-1] == ["finish", {}]
 
 
-def test_a_package_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
-    """A folder that wandb leaves beside the program is not the package."""
+def test_a_package_that_is_not_installed_is_a_one_line_error(tmp_path, monkeypatch):
+    """A folder that a package left next to the program isn't mistaken for the package."""
     (tmp_path / "swanlab").mkdir()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: PathFinder.find_spec(name, [str(tmp_path)]))
     for package in ("wandb", "swanlab"):

@@ -1,4 +1,4 @@
-"""The loop of train_ppo.py: what it draws, scores, logs and says."""
+"""The loop of train_ppo.py: what it samples, scores, logs and prints."""
 
 import json
 import math
@@ -21,8 +21,8 @@ def samples_of(run_dir):
     return [json.loads(line) for line in (run_dir / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_texts_are_prompt_and_completion_and_rows_follow_from_the_samples(policy, tmp_path):
-    """A reward in a large unit, which tells the prompts apart."""
+def test_prompt_and_completion_are_scored_together_and_metrics_match_the_samples(policy, tmp_path):
+    """The reward has a large unit and differs between prompts."""
     texts = []
 
     def reward(batch):
@@ -44,8 +44,8 @@ def test_texts_are_prompt_and_completion_and_rows_follow_from_the_samples(policy
         assert float(row["tokens/unique_share"]) == len(unique) / 8
 
 
-def test_alarms_get_the_limits_kl_whatever_the_unit_of_the_reward(policy, tmp_path, monkeypatch):
-    """The limit's J is a thousand times as large here. No coefficient, no limit."""
+def test_alarms_get_the_limits_kl_in_any_unit_of_the_reward(policy, tmp_path, monkeypatch):
+    """The limit's J is a thousand times as large here. Without a KL coefficient there is no limit."""
     limits = []
 
     def alarms(config, limit):
@@ -62,11 +62,11 @@ def test_alarms_get_the_limits_kl_whatever_the_unit_of_the_reward(policy, tmp_pa
     before = Results.read(tmp_path / "run" / "evaluation.json").before
     expected = gibbs_policy(*before.rewards(), 3000.0)["kl"]
     assert limits == [pytest.approx(expected), None]
-    assert 0 < expected < math.log(64)  # which no policy over 64 samples exceeds
+    assert 0 < expected < math.log(64)  # the largest possible KL over 64 samples
 
 
-def test_a_run_tells_each_step_its_time_and_now_and_then_completions(policy, tmp_path, monkeypatch, capsys):
-    """By a clock that stands still except for 2 seconds of sampling, 3 of scoring and 4 of PPO."""
+def test_a_run_prints_each_step_with_its_time_and_completions_every_few_steps(policy, tmp_path, monkeypatch, capsys):
+    """The fake clock only counts 2 seconds for sampling, 3 for scoring and 4 for PPO."""
     now = [0.0]
 
     def takes(seconds, function):
@@ -92,5 +92,5 @@ def test_a_run_tells_each_step_its_time_and_now_and_then_completions(policy, tmp
     shown = out[out.index("step 2/3") : out.index("step 3/3")]
     assert all(sample["prompt"] + sample["completion"] in shown for sample in second[:5])
     assert shown.count("\n  ") == 5
-    digits = decimals(float(rows(tmp_path / "run")[1]["env/reward_std"]))  # that tell this batch's rewards apart
+    digits = decimals(float(rows(tmp_path / "run")[1]["env/reward_std"]))  # enough to distinguish rewards
     assert all(f"\n  {sample['score']:.{digits}f}  {sample['prompt']}" in shown for sample in second[:5])

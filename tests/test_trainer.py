@@ -1,4 +1,4 @@
-"""PPOTrainer: one step on a batch, and the edges of what it takes."""
+"""PPOTrainer: one step on a batch, and edge cases of its input."""
 
 import contextlib
 import copy
@@ -15,20 +15,20 @@ from support.run.evaluation import kl_to_reference
 from support.run.text_trainer import TextPPOTrainer
 from tests.helpers import batch_of, make
 
-BAD = 1e30  # a score whose value loss has a gradient beyond float32, once the unit of rewards is that of others
+BAD = 1e30  # a score whose value loss has a gradient that overflows float32, if other scores set the unit
 QUERIES, RESPONSES = [[2, 5], [2, 6, 7], [2, 8]] * 2, [[5, 6], [7], [9, 3], [9, 9, 8, 7], [3], [5, 6, 7, 8, 3]]
 SCORES = [0.1, 0.9, 0.5, 0.4, 0.8, 0.2]
-# Two float32 passes round some 4,000 times each, by 2^-24 at most; independent errors add up to 60 times that
+# Two float32 passes round about 4,000 times each, by at most 2^-24. Independent errors add up to 60 times that
 FLOAT32 = 2e-5
 
 
 def twin_of(policy, **changes):
-    """A trainer of a copy of the policy."""
+    """Return a trainer of a copy of the policy."""
     return make((copy.deepcopy(policy[0]), policy[1]), **changes)
 
 
 def small(policy, n_layer=2, n_positions=16, vocab_size=43, tied=True, **changes):
-    """A trainer of a model of another shape, 8 wide, with the usual tokenizer."""
+    """Return a trainer of a model of another shape, of width 8, with the usual tokenizer."""
     shape = dict(n_layer=n_layer, n_positions=n_positions, vocab_size=vocab_size, tie_word_embeddings=tied)
     torch.manual_seed(0)
     model = g.GPT2HeadWithValueModel(GPT2Config(**shape, n_embd=8, n_head=2, initializer_range=0.2))
@@ -37,13 +37,13 @@ def small(policy, n_layer=2, n_positions=16, vocab_size=43, tied=True, **changes
 
 
 def moves(trainer, step):
-    """What `step` adds to each weight, by name."""
+    """Return what `step` adds to each weight, by name."""
     before = copy.deepcopy(trainer.model.state_dict())
     step()
     return {name: weight - before[name] for name, weight in trainer.model.state_dict().items()}
 
 
-def test_the_first_ratio_is_1_and_the_first_kl_0(policy):
+def test_the_first_ratio_is_1_and_the_first_kl_is_0(policy):
     trainer = make(policy, ppo_epochs=1)
     stats = trainer.step(*batch_of(trainer, policy))
     assert stats["ppo/policy/approxkl"] < FLOAT32**2 and stats["ppo/policy/clipfrac"] == 0
@@ -53,8 +53,8 @@ def test_the_first_ratio_is_1_and_the_first_kl_0(policy):
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_one_seed_trains_to_the_same_bits_and_another_to_others(policy, seed):
-    """Only the order of the minibatches differs: the completions are given."""
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(policy, seed):
+    """The completions are given, so only the order of the minibatches differs."""
     ends = []
     for trainer in (make(policy, seed=seed, minibatch_size=2), twin_of(policy, seed=1, minibatch_size=2)):
         trainer.model.load_state_dict(trainer.ref_model.state_dict())
@@ -64,15 +64,15 @@ def test_one_seed_trains_to_the_same_bits_and_another_to_others(policy, seed):
     assert all(weight.equal(ends[1][name]) for name, weight in ends[0].items()) == (seed == 1)
 
 
-def test_what_follows_the_end_of_a_response_is_not_read(policy):
+def test_tokens_after_the_end_of_a_response_are_ignored(policy):
     dirty = [[5, 6], [7], [9, 3, 2, 40], [9, 9, 8, 7], [3, 3, 7], [5, 6, 7, 8, 3, 0, 0]]
     trainer, twin = make(policy), twin_of(policy)
     stats = trainer.step(QUERIES, dirty, SCORES)
     assert twin.step(QUERIES, RESPONSES, SCORES) == pytest.approx(stats, rel=1e-3, abs=FLOAT32)
 
 
-def test_no_more_than_a_micro_batch_goes_through_the_model_at_once(policy):
-    """Sampling sends four times as many rows. A step: once for the old log-probabilities, once for the update."""
+def test_at_most_one_micro_batch_goes_through_the_model_at_once(policy):
+    """Sampling uses four times as many rows. A step has one pass for old log-probabilities and one for the update."""
     trainer, rows = make(policy, micro_batch_size=2, minibatch_size=5, ppo_epochs=1, gen_len=2), []
     forward = trainer.engine.compute_model.transformer.ln_f.register_forward_hook
     forward(lambda _, args, __: rows.append(len(args[0])))
@@ -87,7 +87,7 @@ def test_no_more_than_a_micro_batch_goes_through_the_model_at_once(policy):
     ("share", "n_layer", "frozen"),
     [(2 / 3, 6, 4), (2 / 3, 12, 8), (2 / 3, 2, 1), (0.9, 2, 2), (0.5, 3, 2), (0.5, 5, 2), (0.2, 2, 0)],
 )
-def test_the_frozen_share_is_rounded_to_the_nearest_block_and_a_half_to_the_even_one(policy, share, n_layer, frozen):
+def test_the_frozen_share_is_rounded_to_the_nearest_block_and_half_to_even(policy, share, n_layer, frozen):
     trainer = small(policy, n_layer=n_layer, tied=False, frozen_share=share)
     moved = moves(trainer, lambda: trainer.step([[2, 5]] * 2, [[6, 7, 3], [9, 8]], [1.0, 0.0]))
     moved = {name for name, move in moved.items() if move.any()}
@@ -98,8 +98,8 @@ def test_the_frozen_share_is_rounded_to_the_nearest_block_and_a_half_to_the_even
 
 
 @pytest.mark.parametrize("part", ["transformer.wte.weight", "transformer.wpe.weight", "transformer.h.0.mlp.c_fc.bias"])
-def test_a_reference_that_differs_in_what_is_frozen_keeps_its_own(policy, part):
-    """Its distance is what it is if nothing is frozen."""
+def test_a_reference_with_other_frozen_weights_keeps_them(policy, part):
+    """The KL is the same as if nothing were frozen."""
     kls, reference = [], copy.deepcopy(policy[0])
     with torch.no_grad():
         weight = reference.get_parameter(part)
@@ -113,7 +113,7 @@ def test_a_reference_that_differs_in_what_is_frozen_keeps_its_own(policy, part):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("frozen_share", [0, 0.5])
-def test_the_reference_stays_where_it_was_and_an_untouched_policy_with_it(policy, frozen_share, dtype):
+def test_the_reference_is_never_changed_and_an_untrained_policy_has_kl_0(policy, frozen_share, dtype):
     """The KL is exactly 0 in either dtype, even if the models come with dropout switched on."""
     config = PPOConfig(frozen_share=frozen_share, dtype=dtype, device="cpu", lr=1e-2)
     trainer = TextPPOTrainer(config, policy[0].train(), copy.deepcopy(policy[0]), policy[1])
@@ -125,8 +125,8 @@ def test_the_reference_stays_where_it_was_and_an_untouched_policy_with_it(policy
     assert kl_to_reference(trainer, trainer.model, trainer.collate(QUERIES, RESPONSES))[0].min() > 0
 
 
-def test_bfloat16_arithmetic_follows_the_float32_weights(policy):
-    """Steps far smaller than bfloat16 can represent add up, and each optimiser step sees the one before."""
+def test_bfloat16_arithmetic_uses_the_current_float32_weights(policy):
+    """Updates too small for bfloat16 add up, and each optimiser step sees the result of the one before."""
     trainer = make(policy, dtype="bfloat16", lr=1e-6, ppo_epochs=1)
     moved = moves(trainer, lambda: trainer.step(QUERIES, RESPONSES, SCORES))["transformer.h.1.mlp.c_fc.weight"].abs()
     assert 0 < moved.max() < 2e-6 and (moved > 0).float().mean() > 0.9
@@ -134,7 +134,7 @@ def test_bfloat16_arithmetic_follows_the_float32_weights(policy):
     assert trainer.step(QUERIES, RESPONSES, SCORES)["ppo/policy/approxkl"] > 1e-4
 
 
-def test_a_bfloat16_run_draws_from_the_distribution_that_it_trains(policy):
+def test_a_bfloat16_run_samples_from_the_distribution_that_it_trains(policy):
     trainer = make(policy, dtype="bfloat16")
     queries = [[2, 5, 6]] * 100
     drawn, of_copy = trainer.generate(queries), trainer.generate(queries, copy.deepcopy(policy[0]).bfloat16(), step=1)
@@ -142,7 +142,7 @@ def test_a_bfloat16_run_draws_from_the_distribution_that_it_trains(policy):
     assert all(map(torch.equal, drawn, of_copy)) and not all(map(torch.equal, drawn, exact))
 
 
-def test_values_and_the_saved_policy_are_float32_if_the_arithmetic_is_bfloat16(policy):
+def test_values_and_the_saved_policy_are_float32_in_a_bfloat16_run(policy):
     with torch.no_grad():
         policy[0].v_head.summary.bias.fill_(0.3)
     trainer = make(policy, dtype="bfloat16", ppo_epochs=1)
@@ -159,8 +159,8 @@ def skipping(policy, **changes):
     return trainer
 
 
-def test_ten_skipped_optimiser_steps_in_a_row_end_the_run(policy):
-    """Nine don't, a good one starts the count anew, and the ten may belong to two steps."""
+def test_ten_skipped_optimiser_steps_in_a_row_stop_the_run(policy):
+    """Nine don't, a successful one resets the count, and the ten may belong to two PPO steps."""
     trainer = skipping(policy, ppo_epochs=3, minibatch_size=2)
     for _ in range(2):
         assert trainer.step(QUERIES, RESPONSES, [BAD, -BAD] * 3)["ppo/skipped"] == 9
@@ -180,7 +180,7 @@ def test_skipped_optimiser_steps_in_a_row_are_counted_within_a_step(policy, n_sk
 
 
 @pytest.mark.parametrize("fused", [True, False])  # False on an Apple GPU
-def test_a_skipped_step_leaves_no_trace_in_the_optimiser(policy, fused):
+def test_a_skipped_step_does_not_change_the_optimiser(policy, fused):
     trainer, twin = skipping(policy), skipping((copy.deepcopy(policy[0]), policy[1]))
     trainer.engine.optimizer.param_groups[0]["fused"] = trainer.engine.optimizer.param_groups[1]["fused"] = fused
     trainer.engine.optimizer.defaults["fused"] = fused
@@ -191,15 +191,15 @@ def test_a_skipped_step_leaves_no_trace_in_the_optimiser(policy, fused):
         assert torch.allclose(weight, same, rtol=0, atol=FLOAT32)  # only the order of the minibatches differs
 
 
-def test_a_batch_of_one_token(policy):
-    """Its score is the batch's mean, and its advantage is whitened to 0: there is nothing to learn."""
+def test_a_batch_of_one_token_changes_nothing(policy):
+    """Its score is the batch's mean, and its advantage is whitened to 0, so there is nothing to learn."""
     trainer, stats = make(policy, ppo_epochs=1, batch_size=1, minibatch_size=1, gen_len=1), {}
     moved = moves(trainer, lambda: stats.update(trainer.step([[2, 5]], [[3]], [0.6])))
     assert stats["ppo/returns/mean"] == pytest.approx(0.6) and stats["ppo/loss/policy"] == 0
     assert stats["ppo/loss/total"] == 0 and not any(difference.any() for difference in moved.values())
 
 
-def test_a_query_and_its_response_may_fill_all_positions_and_no_more(policy):
+def test_a_query_and_its_response_may_fill_all_positions_but_no_more(policy):
     trainer = small(policy, n_positions=16, gen_len=6)
     queries = [[2, *range(5, 14)], [2, 5]]
     responses = [[5, 6, 7, 8, 9, 10], trainer.generate(queries)[1]]
@@ -212,7 +212,7 @@ def test_a_query_and_its_response_may_fill_all_positions_and_no_more(policy):
         trainer.generate([[2, 5], [2, *range(5, 15)]])
 
 
-def test_rows_beyond_the_tokenizer_are_neither_drawn_nor_taken(policy):
+def test_tokens_beyond_the_tokenizer_are_neither_sampled_nor_accepted(policy):
     trainer = small(policy, vocab_size=48, n_positions=16)
     with torch.no_grad():
         trainer.model.transformer.wte.weight[43:] *= 20
@@ -222,8 +222,8 @@ def test_rows_beyond_the_tokenizer_are_neither_drawn_nor_taken(policy):
         trainer.step([[2, 5]], [[43]], [0.5])
 
 
-def test_generate_draws_what_seed_step_and_place_say(policy):
-    """Against `sample` with those random numbers. Seed 0 and step 0 are seeds and steps like others."""
+def test_the_samples_of_generate_depend_on_seed_step_and_position(policy):
+    """Compares with `sample` and the same random numbers. Seed 0 and step 0 are valid values."""
     trainer = make(policy, seed=4, temperature=0.8, micro_batch_size=1)
     model, other = trainer.model, copy.deepcopy(policy[0])
     with torch.no_grad():

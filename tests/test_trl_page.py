@@ -1,4 +1,4 @@
-"""docs/trl.md: the loop runs as printed, and both languages show the same code."""
+"""The loops of docs/trl.md and the README run as printed, and both languages show the same code."""
 
 import re
 
@@ -13,7 +13,7 @@ from tests.helpers import code_blocks
 
 
 def run_page(page_code: str, changes: dict[str, str], tmp_path, monkeypatch) -> dict:
-    """Run code of a page with `changes` in another folder. Returns its names."""
+    """Run a page's code with `changes` in another folder. Returns its global variables."""
     monkeypatch.chdir(tmp_path)
     for printed, here in changes.items():
         assert page_code.count(printed) == 1, printed
@@ -23,8 +23,8 @@ def run_page(page_code: str, changes: dict[str, str], tmp_path, monkeypatch) -> 
     return names
 
 
-def test_the_loop_of_the_page_runs_as_printed(demo, tmp_path, monkeypatch, capsys):
-    """With the demo's models and settings; the reward rises, and plain transformers opens the result."""
+def test_the_loop_of_the_trl_page_runs_as_printed(demo, tmp_path, monkeypatch, capsys):
+    """It uses the demo's models and settings. The reward rises, and plain transformers opens the result."""
     changes = {
         "uer/gpt2-chinese-cluecorpussmall": "demo",
         "uer/roberta-base-finetuned-jd-binary-chinese": demo[1].as_posix(),
@@ -46,6 +46,6 @@ def test_the_loop_of_the_readme_runs_as_printed(demo, tmp_path, monkeypatch, cap
     assert torch.equal(again.model.lm_head.weight, names["trainer"].policy_for_saving.lm_head.weight)
 
 
-@pytest.mark.parametrize("name", ["trl", "differences"])
+@pytest.mark.parametrize("name", ["trl", "grpo", "settings"])
 def test_both_languages_show_the_same_code(name):
     assert code_blocks(f"docs/{name}.md") == code_blocks(f"docs/{name}.zh.md")

@@ -1,4 +1,4 @@
-"""Rewards of any kind in whole runs: the KL budget, what is said before training, and alarms during it."""
+"""Whole runs with unusual rewards: the KL budget, the checks before and after training, and alarms."""
 
 import copy
 import random
@@ -22,7 +22,7 @@ def rare(texts):
     return [float(i == 0) for i in range(len(texts))]
 
 
-def test_a_budget_finds_the_coefficient_of_a_run_and_of_a_loop_of_ones_own(policy, tmp_path, capsys):
+def test_a_kl_budget_sets_the_coefficient_of_a_run_and_of_your_own_loop(policy, tmp_path, capsys):
     assert tiny_run(tmp_path / "run", policy, variety, kl_budget=0.3, eval_samples=64) == 0
     coefficient = read_json(tmp_path / "run" / "config.json")["init_kl_coef"]
     gain = read_json(tmp_path / "run" / "evaluation.json")["gain"]
@@ -38,13 +38,13 @@ def test_a_budget_finds_the_coefficient_of_a_run_and_of_a_loop_of_ones_own(polic
 @pytest.mark.parametrize(
     ("reward", "budget", "why"), [(rare, 0.3, "differ in score"), (variety, 60.0, "more than these scores can use")]
 )
-def test_a_budget_that_cannot_be_met_ends_the_run_before_training(policy, tmp_path, reward, budget, why):
+def test_a_kl_budget_that_cannot_be_met_ends_the_run_before_training(policy, tmp_path, reward, budget, why):
     with pytest.raises(UserError, match=f"^--kl_budget.*{why}"):
         tiny_run(tmp_path / "run", policy, reward, kl_budget=budget, eval_samples=64)
     assert not (tmp_path / "run" / "model").exists()
 
 
-def test_a_reward_that_is_chance_is_told_and_its_gain_is_unknown(policy, tmp_path, capsys):
+def test_a_random_reward_is_reported_and_its_gain_is_unknown(policy, tmp_path, capsys):
     draw = random.Random(1)
     assert tiny_run(tmp_path / "run", policy, lambda texts: [draw.random() for _ in texts], eval_samples=64) == 0
     results = read_json(tmp_path / "run" / "evaluation.json")
@@ -62,12 +62,12 @@ class Novelty(set):
 
 
 def drifts_with_steps(texts, calls=[]):
-    """The same in the ten calls that judge, and one more in each call from then on."""
+    """Return text lengths in the first ten calls, which evaluate, and one more in each call after that."""
     calls.append(texts)
     return [length + max(0, len(calls) - 10) for length in map(len, texts)]
 
 
-def test_a_reward_that_changes_is_told_before_training_and_after_it(policy, tmp_path, capsys):
+def test_a_reward_that_changes_is_reported_before_and_after_training(policy, tmp_path, capsys):
     seen = "warning: the reward changes from call to call: the same 64 texts score "
     with pytest.raises(UserError, match="^--kl_budget"):
         tiny_run(tmp_path / "novelty", policy, Novelty(), kl_budget=0.3, eval_samples=64)
@@ -78,7 +78,7 @@ def test_a_reward_that_changes_is_told_before_training_and_after_it(policy, tmp_
     assert "isn't the same before and after training: the same 64 texts score 12 higher" in results["verdict"]
 
 
-def test_a_slow_reward_judges_in_batches_as_large_as_in_training_and_shows_its_progress(
+def test_a_slow_reward_is_evaluated_in_training_sized_batches_with_a_progress_bar(
     policy, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr("support.run.evaluation.tqdm", lambda *args, **options: tqdm(*args, **options | {"delay": 0}))
@@ -89,12 +89,12 @@ def test_a_slow_reward_judges_in_batches_as_large_as_in_training_and_shows_its_p
         return variety(texts)
 
     assert tiny_run(tmp_path / "run", policy, reward, eval_samples=20, batch_size=10, minibatch_size=10) == 0
-    assert sizes == [10, 10, 20, 10, *[10] * 3, 10, 10, 20]  # judge, twice; train; judge
+    assert sizes == [10, 10, 20, 10, *[10] * 3, 10, 10, 20]  # evaluate and check; train; evaluate and check
     out, err = capsys.readouterr()
     assert out.count("judging 20 completions") == 2 and err.count("scoring: 100%") >= 2
 
 
-def test_an_alarm_is_printed_once_and_stays_in_the_evaluation(policy, tmp_path, capsys):
+def test_an_alarm_is_printed_once_and_kept_in_evaluation_json(policy, tmp_path, capsys):
     fast = {"lr": 0.1, "minibatch_size": 4, "frozen_share": 0.0}
     assert tiny_run(tmp_path / "run", policy, variety, **fast) == 0
     assert capsys.readouterr().out.count("the policy moves too fast") == 1

@@ -1,4 +1,4 @@
-"""The limit, the gain and the verdict, against closed forms, exact sums and numbers calculated by hand."""
+"""The limit, the gain and the verdict, checked against closed forms, exact sums and numbers computed by hand."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from support.common.errors import UserError
 from support.run import limit
 from support.run.evaluation import Evaluation, Results, change_since, check_reward, distinct
 from support.run.results import before_after_table, results_table, verdict
-from tests.helpers import as_rewards, evaluated, evaluation
+from tests.helpers import as_rewards, evaluation, example_results
 
 
 def judged(scores, kls=None, prompts=None, **figures) -> Evaluation:
@@ -27,7 +27,7 @@ def judged(scores, kls=None, prompts=None, **figures) -> Evaluation:
 
 
 def limit_of(groups: list[np.ndarray], beta: float) -> dict:
-    """The limit from the rewards of each prompt: sums over them, and over all but one of them, for each."""
+    """Return the limit from the rewards of each prompt, with a plain jackknife that leaves out each sample once."""
 
     def sums(rewards):
         odds = np.exp((rewards - rewards.max()) / beta)
@@ -44,8 +44,8 @@ def limit_of(groups: list[np.ndarray], beta: float) -> dict:
 
 
 def test_gibbs_policy_by_hand():
-    """Weights 1/4 and 3/4: without one sample, R* and J* are the other's reward, and 3/4 is left out as if it were 1/2.
-    Of one sample a prompt there is nothing to choose, and exp(1000 / 0.01) is infinite."""
+    """The weights are 1/4 and 3/4. Without one sample, R* and J* are the other's reward; leaving out 3/4 counts as 1/2.
+    With one sample per prompt there is nothing to choose. exp(1000 / 0.01) would overflow."""
     best = limit.gibbs_policy(torch.tensor([0.0, 2 * math.log(3)]), torch.zeros(2), 2.0)
     assert (best["reward"], best["J"]) == pytest.approx((1.5 * math.log(3), math.log(8 / 3)))
     best = limit.gibbs_policy(torch.tensor([0.2, 0.7]), torch.tensor([0, 1]), 0.5)
@@ -55,7 +55,7 @@ def test_gibbs_policy_by_hand():
 
 
 @pytest.mark.parametrize("beta", [1.2, 50.0])
-def test_gibbs_policy_of_prompts_with_different_counts_leaves_out_each_sample(beta):
+def test_gibbs_policy_matches_a_plain_jackknife_for_prompts_with_different_counts(beta):
     rng = np.random.default_rng(3)
     groups = [rng.uniform(-2, 2, size=size) for size in (9, 30, 17)]
     index, shuffle = np.repeat([4, 0, 2], [9, 30, 17]), rng.permutation(56)
@@ -67,9 +67,9 @@ def test_gibbs_policy_of_prompts_with_different_counts_leaves_out_each_sample(be
     assert ratios.tolist() == pytest.approx(expected[shuffle].tolist())
 
 
-def test_gain_and_its_standard_error_against_repeated_draws():
-    """Rewards from 0 to 1; some prompts are far better than others. J* = beta log E exp(r / beta) is known.
-    The standard deviation of 100 gains has a standard error of 1 / sqrt(200) = 7%."""
+def test_gain_and_its_standard_error_match_repeated_draws():
+    """Rewards are uniform from 0 to 1, plus a constant per prompt, so J* = beta log E exp(r / beta) is known.
+    The standard deviation of 100 gains has a relative standard error of 1 / sqrt(200) = 7%."""
     rng, beta, prompts = np.random.default_rng(2), 0.2, ["a", "b", "c", "d"] * 100
     better, gains = np.arange(400) % 4 / 2, []
     for _ in range(100):
@@ -85,7 +85,7 @@ def test_gain_and_its_standard_error_against_repeated_draws():
 
 @pytest.mark.parametrize("unit", [1.0, 1e4])
 def test_gain_and_its_standard_error_by_hand_in_any_unit(unit):
-    """Two prompts in uneven order, so that the samples of each must be found again; J* from sums over its samples."""
+    """The two prompts are in random order, so their samples must be grouped. J* comes from sums over the samples."""
     rng = np.random.default_rng(4)
     prompts = rng.choice(["a", "b"], p=[0.6, 0.4], size=600).tolist()
     scores = unit * (rng.uniform(size=600) + (np.array(prompts) == "b"))
@@ -100,7 +100,7 @@ def test_gain_and_its_standard_error_by_hand_in_any_unit(unit):
     share = (j_after - j_before) / (best["J"] - j_before)
     squares = 0.0
     for of in own:
-        moves = beta * np.exp(scores[of] / beta) / np.exp(scores[of] / beta).mean()  # of J*, by each sample
+        moves = beta * np.exp(scores[of] / beta) / np.exp(scores[of] / beta).mean()  # each sample's effect on J*
         mixed = (1 - share) * scores[of] + share * moves
         squares += ((mixed - mixed.mean()) ** 2).sum()
     values = (scores_after - beta * kls).reshape(250, 2)
@@ -111,13 +111,13 @@ def test_gain_and_its_standard_error_by_hand_in_any_unit(unit):
 
 
 def binary(n_best: int, n: int, n_prompts: int = 1) -> Evaluation:
-    """Of each prompt's n completions n_best score 1, the others 0: at a small beta these carry the limit."""
+    """n_best of each prompt's n completions score 1, the others 0. At a small beta, these determine the limit."""
     prompts = [f"prompt {i % n_prompts}" for i in range(n * n_prompts)]
     return judged([float(i < n_best * n_prompts) for i in range(n * n_prompts)], prompts=prompts)
 
 
 def two_valued(high: float) -> Evaluation:
-    """At beta 1, J* is log cosh(high / 2) above J_ref: about high / 4 standard deviations of high / 2."""
+    """At beta 1, J* - J_ref is log cosh(high / 2), about high / 4 standard deviations of high / 2 each."""
     return judged([0.0, high] * 10_000)
 
 
@@ -145,8 +145,8 @@ FEW, HANDFUL, DEAR = "too few of these samples", "a handful of texts", "hardly a
         (judged([0.0, 1.0] * 500), 0.0, "the KL coefficient is 0"),
     ],
 )
-def test_gain_is_unknown_beyond_each_limit_and_known_within_it(before, beta, why):
-    unit, prompts = 1e4, [prompt for prompt, *_ in before.samples]  # the limits hold in any unit
+def test_gain_is_unknown_beyond_each_threshold_and_known_within_it(before, beta, why):
+    unit, prompts = 1e4, [prompt for prompt, *_ in before.samples]  # the thresholds hold in any unit
     scores = [unit * score for *_, score in before.samples]
     before = judged(scores, prompts=prompts, noise=before.noise)
     result = limit.gain(before, before, beta * unit)
@@ -155,13 +155,13 @@ def test_gain_is_unknown_beyond_each_limit_and_known_within_it(before, beta, why
     else:
         assert result["gain"] is None and why in result["why"] and "gain_se" not in result
     assert ("J" in result) == (beta > 0) and json.dumps(result)
-    if why == FEW:  # twice as many as would do
+    if why == FEW:  # twice the number needed
         effective, least = result["limit"]["effective_samples"], max(100, 5 * len(set(prompts)))
         assert 1 <= result["samples_needed"] * effective / (2 * len(scores) * least) < 2
 
 
-def test_noise_is_half_the_variance_of_the_second_score_minus_the_first_over_the_variance_of_all():
-    """Scores 0 and 2 have variance 1. The second time every other one is 0.4 higher: 0.04 / 2."""
+def test_noise_is_half_the_variance_of_score_changes_over_the_variance_of_scores():
+    """Scores of 0 and 2 have variance 1. The second time, every other score is 0.4 higher, so the noise is 0.04 / 2."""
     calls = []
 
     def again(batch):
@@ -175,7 +175,7 @@ def test_noise_is_half_the_variance_of_the_second_score_minus_the_first_over_the
 
 
 def counted(text: str) -> float:
-    """A number between 0 and 1 for each text, about evenly distributed."""
+    """Return a number between 0 and 1 for a text, roughly uniformly distributed."""
     return zlib.crc32(text.encode()) / 2**32
 
 
@@ -184,7 +184,7 @@ def each(texts: list[str]) -> torch.Tensor:
 
 
 class Calls:
-    """A reward with a state: how often it was called, which texts it has seen, and their mean so far."""
+    """A reward with a state: the number of calls, the texts seen so far, and a running mean."""
 
     def __init__(self, score):
         self.score, self.n, self.seen, self.mean = score, 0, set(), 0.0
@@ -202,7 +202,7 @@ def running_mean(state, texts):
 
 
 def by_eights(texts):
-    """z-scores within groups of eight, as for GRPO."""
+    """Return z-scores within groups of eight, as in GRPO."""
     groups = each(texts).reshape(-1, 8)
     return ((groups - groups.mean(1, keepdim=True)) / groups.std(1, keepdim=True)).flatten()
 
@@ -213,7 +213,7 @@ def noisy(deviation, seed=0):
 
 
 def first_and_second(reward, n=200) -> Evaluation:
-    """A policy whose n different texts a reward has scored, and then been checked with."""
+    """Return the Evaluation of n different texts that a reward has scored and then been checked on."""
     texts = [str(i) for i in range(n)]
     before = evaluation([("", text, score) for text, score in zip(texts, torch.as_tensor(reward(texts)).tolist())])
     check_reward(as_rewards(reward), before)
@@ -235,7 +235,7 @@ DRIFT, COMPANY = (
         (
             noisy(0.3),
             None,
-        ),  # half of the variance is chance: those with the best first scores are worse the second time
+        ),  # half of the variance is noise, so the texts with the best first scores do worse the second time
         (Calls(lambda state, texts: each(texts) + 0.02 * state.n), f"{DRIFT} 0.02 higher"),
         (Calls(lambda state, texts: each(texts) - 0.05 * state.n), f"{DRIFT} 0.05 lower"),
         (Calls(lambda state, texts: [text not in state.seen for text in texts]), f"{DRIFT} 1 lower"),
@@ -250,7 +250,7 @@ DRIFT, COMPANY = (
         (lambda texts: each(texts) / each(texts).sum(), DRIFT),
     ],
 )
-def test_a_reward_that_drifts_or_compares_its_texts_is_told_from_one_with_noise(reward, said):
+def test_a_reward_that_drifts_or_compares_its_texts_is_distinguished_from_a_noisy_one(reward, said):
     before = first_and_second(reward)
     result = limit.gain(before, before, 0.3)
     if said is None:
@@ -269,11 +269,11 @@ def test_a_reward_that_drifts_or_compares_its_texts_is_told_from_one_with_noise(
         (lambda scores: scores - 0.04, "64 texts score 0.04 lower (standard error "),
         (lambda scores: 2 * scores - scores.mean(), "64 texts score 0.29 higher or lower now"),
         (lambda scores: scores.flip(0), "higher or lower now"),
-        (lambda scores: scores + 0.25 * (scores > 0.95), "higher or lower now"),  # a few of the texts only
+        (lambda scores: scores + 0.25 * (scores > 0.95), "higher or lower now"),  # only a few of the texts
     ],
 )
-def test_a_reward_that_is_another_after_training_leaves_the_gain_unknown(change, said):
-    """Its state moves on with the training steps, and not with the calls that judge."""
+def test_the_gain_is_unknown_if_the_reward_changed_during_training(change, said):
+    """The reward's state changes with training steps, not with the calls of the evaluation."""
     before = first_and_second(each)
     after = dataclasses.replace(before, unsteady=change_since(as_rewards(lambda texts: change(each(texts))), before))
     assert said in after.unsteady and bool(said) == bool(after.unsteady)
@@ -284,7 +284,7 @@ def test_a_reward_that_is_another_after_training_leaves_the_gain_unknown(change,
         assert verdict(results, PPOConfig()) == f"gain unknown: {after.unsteady}"
 
 
-def test_noise_is_not_taken_for_a_change_after_training():
+def test_noise_is_not_mistaken_for_a_change_after_training():
     for seed in range(20):
         before = first_and_second(noisy(0.035, seed))  # 1.5% of the variance
         assert before.unsteady == change_since(as_rewards(noisy(0.035, -1 - seed)), before) == ""
@@ -292,7 +292,7 @@ def test_noise_is_not_taken_for_a_change_after_training():
 
 @pytest.mark.parametrize(("good", "first"), [(19, 9), (21, 0)])
 def test_the_frontier_by_hand(good, first):
-    """`good` of 1,000 score 1e4, the others 0. At the lowest betas the limit rests on these only: on 20 at least."""
+    """`good` of 1,000 texts score 1e4, the others 0. At the lowest betas, the limit needs at least 20 of these."""
     scores = np.array([1e4] * good + [0.0] * (1000 - good))
     points = limit.frontier(*judged(scores.tolist()).rewards())
     assert len(points) == 22 - first
@@ -302,14 +302,14 @@ def test_the_frontier_by_hand(good, first):
         assert points[power - first] == pytest.approx(expected)
 
 
-def test_the_frontier_needs_five_effective_samples_of_each_prompt():
+def test_the_frontier_needs_five_effective_samples_per_prompt():
     for best, there in ((4, False), (6, True)):
         points = limit.frontier(*binary(best, 40, 10).rewards())
         assert (points[0]["beta"] < 0.1) == there and points[-1]["beta"] > 4
 
 
-def test_best_of_n_by_trying_all_choices_within_a_prompt():
-    """Two prompts of eight samples; the price of the best of two is log 2 - 1/2."""
+def test_best_of_n_matches_all_combinations_within_a_prompt():
+    """Two prompts have eight samples each. The best of two has a KL of log 2 - 1/2."""
     rng = np.random.default_rng(0)
     first, second = rng.uniform(size=8).round(1), 10 + rng.uniform(size=8).round(1)
     before = judged(np.stack([first, second], 1).ravel().tolist(), prompts=["a", "b"] * 8)
@@ -323,7 +323,7 @@ def test_best_of_n_by_trying_all_choices_within_a_prompt():
     assert limit.best_of_n(*before.rewards(), 2, {"gain": None})["gain"] is None
 
 
-def test_the_yardsticks_are_of_the_policy_before():
+def test_gain_frontier_and_best_of_n_are_measured_on_the_policy_before_training():
     before = judged([0.1, 0.6, 0.3, 0.9, 0.2, 0.5, 0.8] * 20, prompts=["a", "b"] * 70)
     results = Results(before, judged([0.4] * 140, [0.25] * 140, ["a", "b"] * 70))
     results.measure(0.5)
@@ -332,19 +332,19 @@ def test_the_yardsticks_are_of_the_policy_before():
     assert [each["n"] for each in results.best_of_n] == [2, 3, 4, 8]
     few = Results(judged([0.1] * 7, prompts=["a"] * 4 + ["b"] * 3), judged([0.2] * 16, prompts=["a", "b"] * 8))
     few.measure(0.2)
-    assert [each["n"] for each in few.best_of_n] == [2, 3]  # b has three
+    assert [each["n"] for each in few.best_of_n] == [2, 3]  # prompt b has three samples
 
 
 @functools.cache
 def normal(unit):
-    """Normally distributed rewards before training, whose frontier is R = sqrt(2 KL), and this frontier."""
+    """Return an evaluation with normally distributed rewards, whose frontier is R = sqrt(2 KL), and its frontier."""
     scores = [unit * NormalDist().inv_cdf((i + 0.5) / 2000) for i in range(2000)]
     before = judged(scores, unique=0.8)
     return before, limit.frontier(*before.rewards())
 
 
 def verdict_on(reward, kl, beta=1.0, unit=1.0, noise=0.0, unique=0.7, **settings):
-    """Of a run from `normal` rewards to this reward and KL."""
+    """Return the verdict on a run that starts from `normal` rewards and ends at this reward and KL."""
     after = judged([unit * (reward + noise), unit * (reward - noise)] * 1000, [kl] * 2000, unique=unique)
     before, frontier = normal(unit)
     found = limit.gain(before, after, unit * beta)
@@ -353,39 +353,39 @@ def verdict_on(reward, kl, beta=1.0, unit=1.0, noise=0.0, unique=0.7, **settings
 
 @pytest.mark.parametrize(
     ("reward", "kl", "sentence"),
-    [  # if J = R - KL, the limit is R 1 at KL 1/2
+    [  # with J = R - KL, the limit has R 1 at KL 1/2
         (0.86, 0.5, "good: 72% of what is possible"),
         (0.84, 0.5, "short: 68% of what is possible; go on with more --episodes"),
         (1.0, 0.74, "short: 52% of what is possible; go on with more --episodes"),
         (1.0, 0.76, "wasted KL: KL 0.76 where 0.5 is worth it; try a lower --lr"),
-        (0.15, 0.1, "wasted KL: KL 0.1 where 0.5 is worth it; try a lower --lr"),  # it buys 0.45
-        (0.21, 0.1, "short: 22% of what is possible; go on with more --episodes"),  # half of that, but for luck
+        (0.15, 0.1, "wasted KL: KL 0.1 where 0.5 is worth it; try a lower --lr"),  # 0.1 can buy 0.45
+        (0.21, 0.1, "short: 22% of what is possible; go on with more --episodes"),  # half of 0.45, within two errors
         (1.3, 1.1, "hacked: KL 1.1 where 0.5 is worth it; try a lower --lr"),
         (1.3, 0.9, "good: 80% of what is possible"),
-        (1.9, 1.1, "hacked: KL 1.1 where 0.5 is worth it; try a higher --init_kl_coef"),  # more than R = sqrt(2 KL)
+        (1.9, 1.1, "hacked: KL 1.1 where 0.5 is worth it; try a higher --init_kl_coef"),  # above R = sqrt(2 KL)
         (0.05, 0.004, "unmoved: KL 0.004 where 0.5 is worth it; try a higher --lr"),
         (0.05, 0.006, "short: 9% of what is possible; go on with more --episodes"),
     ],
 )
-def test_the_verdict_tells_the_kind_of_a_run_in_any_unit(reward, kl, sentence):
+def test_the_verdict_is_the_same_in_any_unit_of_the_reward(reward, kl, sentence):
     assert [verdict_on(reward, kl, unit=unit) for unit in (1.0, 1e-3, 1e4)] == [sentence] * 3
 
 
-def test_the_verdict_looks_at_unique_texts_minibatches_and_the_number_of_samples():
-    assert verdict_on(0.95, 1.1, unique=0.39).startswith("hacked")  # half as many texts, whatever they earn
+def test_the_verdict_depends_on_unique_texts_minibatch_size_and_number_of_samples():
+    assert verdict_on(0.95, 1.1, unique=0.39).startswith("hacked")  # over half of the unique texts are gone
     assert verdict_on(0.95, 1.1, unique=0.41).startswith("wasted KL")
     assert verdict_on(0.95, 0.9, unique=0.39).startswith("wasted KL")
     small = dict(batch_size=64, minibatch_size=8)
     assert verdict_on(0.9, 1.0, **small).endswith("try --minibatch_size 64")
-    # a standard error of 0.1 in J, of 1/2: 2000 * (2 * 0.2 / 0.15)^2 and more
+    # J has a standard error of 0.1, a fifth of the possible gain: over 2000 * (2 * 0.2 / 0.15)^2 samples
     assert verdict_on(0.9, 0.5, noise=4.5).endswith("--eval_only with --eval_samples 16384 would")
     assert verdict_on(0.9, 0.5, noise=2.5).startswith("good")
     assert verdict_on(0.2, 0.5, noise=4.5).startswith("wasted")  # 0.7 is far from -0.6
     assert verdict_on(0.9, 0.5, beta=0.0).startswith("gain unknown: the KL coefficient is 0")
 
 
-def test_a_gain_above_1_by_more_than_three_errors_is_impossible():
-    """A standard error of 0.04 in J - J_ref, of 1/2."""
+def test_a_gain_more_than_three_standard_errors_above_1_is_impossible():
+    """J - J_ref has a standard error of 0.04, and at most 1/2 is possible."""
     assert verdict_on(1.11, 0.5, noise=1.8).startswith("good")
     assert verdict_on(1.3, 0.5, noise=1.8).startswith("impossible: 160% of what is possible, over 3 standard errors (")
     assert "the reward isn't the same before and after" in verdict_on(1.3, 0.5, noise=1.8)
@@ -396,9 +396,9 @@ def cells(table: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(("unit", "digits"), [(1, 3), (1e4, 0)])
-def test_the_tables_show_rewards_with_the_decimals_of_their_spread_before_training(unit, digits):
-    """0.4 units before training; afterwards all are equal."""
-    found = evaluated(unit)
+def test_the_spread_before_training_sets_the_decimals_of_rewards_in_tables(unit, digits):
+    """The spread is 0.4 units before training. Afterwards all rewards are equal."""
+    found = example_results(unit)
     found.after.samples = found.after.samples[:1] * 2
 
     def of_rewards(*values, digits=digits):
@@ -419,19 +419,19 @@ def test_the_tables_show_rewards_with_the_decimals_of_their_spread_before_traini
 
 
 def test_distinct_n_by_hand():
-    """a, b, a, b, c: three of five. ab, ba, ab: two of three, and no pair across texts."""
+    """a, b, a, b, c: three of five differ. ab, ba, ab: two of three differ, and no pair spans two texts."""
     assert distinct(["abab", "c"], 1) == pytest.approx(3 / 5)
     assert distinct(["abab", "c"], 2) == pytest.approx(2 / 3)
     assert distinct(["a", ""], 2) == 0
 
 
-def test_results_are_written_readably_and_read_again(tmp_path):
+def test_results_are_written_as_readable_json_and_read_back(tmp_path):
     path = tmp_path / "evaluation.json"
     assert Results.read(path) is None
     found = Results(judged([0.25, 0.5], prompts=["感觉", "衣服"], noise=0.1))
     found.write(path)
     assert "感觉" in path.read_text(encoding="utf-8") and Results.read(path) == found
-    found = dataclasses.replace(evaluated(), steps=3, alarms=[{"step": 1}])
+    found = dataclasses.replace(example_results(), steps=3, alarms=[{"step": 1}])
     found.write(path)
     assert Results.read(path) == found
     content = json.loads(path.read_text(encoding="utf-8"))

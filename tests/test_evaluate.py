@@ -1,4 +1,4 @@
-"""`evaluate` on a policy that has moved: every figure recounted from plain forward passes of the library's GPT-2."""
+"""`evaluate` on a changed policy: every figure is recomputed with plain forward passes of the library's GPT-2."""
 
 import copy
 import math
@@ -17,11 +17,11 @@ from support.run.text_trainer import TextPPOTrainer
 from tests.helpers import FORBIDDEN, SEP, VOCAB, as_rewards, load_gpt2, plain_gpt2
 
 PROMPTS, N, GEN_LEN, TEMPERATURE = ["刚收到货,感觉", "衣服", "这本书很不错"], 61, 4, 0.7
-SEED = 20_170_707  # of every evaluation, in earlier versions too
+SEED = 20_170_707  # of every evaluation, also in earlier versions
 
 
 def score(texts: list[str]) -> list[float]:
-    """Another number between -1 and 2 for every text."""
+    """Return a different number between -1 and 2 for every text."""
     return [zlib.crc32(text.encode()) % 3000 / 1000 - 1 for text in texts]
 
 
@@ -30,7 +30,7 @@ def queries_of(tokenizer) -> list[torch.Tensor]:
 
 
 class Judged:
-    """The judgement of a policy that ends many of its texts at once, and what it was made with."""
+    """The evaluation of a policy that ends many texts early, and everything that it was made with."""
 
     def __init__(self, folder, **changes):
         self.reference, self.tokenizer = load_gpt2(folder)
@@ -61,7 +61,7 @@ def judged(gpt2_folder) -> Judged:
 
 @pytest.fixture(scope="module")
 def recount(judged) -> SimpleNamespace:
-    """The draws of a judgement once more, token after token: the completions and how likely they were."""
+    """The evaluation's samples, computed again token by token, with their KL and reference log-probabilities."""
     models = [plain_gpt2(model) for model in (judged.model, judged.reference)]
     found = SimpleNamespace(responses=[], kls=[], ref_logprobs=[])
     for i in range(N):
@@ -81,7 +81,7 @@ def recount(judged) -> SimpleNamespace:
     return found
 
 
-def test_completions_are_the_evaluations_draws_with_the_prompts_in_turn_and_their_scores(judged, recount):
+def test_completions_scores_and_lengths_match_sampling_token_by_token(judged, recount):
     assert judged.result.n == N == len(judged.completions)
     assert judged.prompts == (PROMPTS * 21)[:N]
     written = ["".join(VOCAB[token] for token in response if token != SEP) for response in recount.responses]
@@ -90,7 +90,7 @@ def test_completions_are_the_evaluations_draws_with_the_prompts_in_turn_and_thei
     assert judged.scores == pytest.approx(expected, abs=1e-6)
     assert judged.result.reward == pytest.approx(np.mean(expected), abs=1e-6)
     assert judged.result.reward_ci95 == pytest.approx(1.96 * np.std(expected, ddof=1) / math.sqrt(N), rel=1e-5)
-    # Some completions end with the last token that they may have
+    # Some completions end with the last token that is allowed
     ended = [response[-1] == SEP for response in recount.responses]
     lengths = [len(response) for response in recount.responses]
     assert 0 < sum(ended) < N and sum(lengths) < N * GEN_LEN
@@ -100,14 +100,14 @@ def test_completions_are_the_evaluations_draws_with_the_prompts_in_turn_and_thei
 
 
 def test_the_kl_is_summed_over_vocabulary_and_tokens(judged, recount):
-    """In float32, whose rounding of a log-probability of about 10 is 1e-6, over 4 tokens."""
+    """float32 rounds a log-probability near 10 by about 1e-6, and a text has up to 4 tokens."""
     assert judged.result.kls == pytest.approx(recount.kls, abs=1e-4) and min(recount.kls) > 0.01
     assert judged.result.kl == pytest.approx(sum(recount.kls) / N, abs=1e-5)
     expected = sum(recount.ref_logprobs) / len(recount.ref_logprobs)
     assert judged.result.ref_logprob == pytest.approx(expected, abs=1e-5)
 
 
-def test_equal_completions_of_two_prompts_are_two(judged):
+def test_equal_completions_of_different_prompts_count_as_different_texts(judged):
     counts = Counter(zip(judged.prompts, judged.completions))
     assert len(set(judged.completions)) < len(counts) < N
     assert judged.result.unique == pytest.approx(len(counts) / N)
@@ -117,7 +117,7 @@ def test_equal_completions_of_two_prompts_are_two(judged):
     assert all(texts.pop(text) == count for text, count in commonest)
 
 
-def test_an_evaluation_is_the_same_for_every_seed_and_after_every_step(judged, gpt2_folder):
+def test_an_evaluation_does_not_depend_on_the_seed_or_the_step(judged, gpt2_folder):
     other = Judged(gpt2_folder, seed=12)
     queries = [encode_prompt(other.tokenizer, PROMPTS[0])] * 4
     other.trainer.step(queries, other.trainer.generate(queries), [0.0] * 4)
@@ -128,8 +128,8 @@ def test_an_evaluation_is_the_same_for_every_seed_and_after_every_step(judged, g
     )
 
 
-def test_in_bfloat16_both_policies_are_rounded(gpt2_folder):
-    """The reference judged against itself has moved nowhere, though the judged one comes in float32."""
+def test_bfloat16_rounds_both_the_policy_and_the_reference(gpt2_folder):
+    """The reference has KL 0 to itself, although the evaluated copy comes in float32."""
     judged = Judged(gpt2_folder, dtype="bfloat16")
     itself = evaluate(judged.trainer, judged.reference, as_rewards(score), PROMPTS, queries_of(judged.tokenizer))
     assert itself.kls == pytest.approx([0.0] * N, abs=1e-6)

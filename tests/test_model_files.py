@@ -48,12 +48,12 @@ def plain(folder):
 
 
 def same_logits(one, other) -> bool:
-    """Whether logits agree up to float32's rounding: sums of some hundred products, relative to the largest logit."""
+    """Check that logits agree up to float32 rounding: sums of about 100 products, relative to the largest logit."""
     return (logits(one) - logits(other)).abs().max() <= 200 * torch.finfo(torch.float32).eps * logits(one).abs().max()
 
 
 def into(*names):
-    """A change that leaves the files of a folder only in folders below it."""
+    """Return a change that moves a folder's files into subfolders."""
 
     def move(folder):
         files = [path for path in folder.iterdir() if path.suffix != ".py"]
@@ -77,7 +77,7 @@ TOKENIZER_CODE = {"auto_map": {"AutoTokenizer": ["evil.C", "evil.C"]}}
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 28270510\n"
 PAGE = b"<!doctype html>\n<html>\n" + b" " * 2000
 ADAPTER = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "uer/gpt2"})
-GPT2_FOLDERS = {  # name: (the change to the folder, part of the line; None if it opens all the same)
+GPT2_FOLDERS = {  # name: (the change to the folder, part of the error, or None if it still opens)
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "weights cut off": (lambda f: (f / BIN).write_bytes((f / BIN).read_bytes()[:-200]), "can't be loaded"),
     "half of the weights": (without_last_block, "lack transformer.h.1.attn.c_attn.bias"),
@@ -111,7 +111,7 @@ CASES = [("gpt2", *case) for case in GPT2_FOLDERS.values()] + [("bert", *case) f
 
 
 @pytest.mark.parametrize(("kind", "change", "line"), CASES, ids=[*GPT2_FOLDERS, *CLASSIFIER_FOLDERS])
-def test_a_bad_model_folder_is_one_line_and_runs_no_code(
+def test_a_bad_model_folder_is_a_one_line_error_and_runs_no_code(
     gpt2_folder, classifier_folder, tmp_path, monkeypatch, kind, change, line
 ):
     good = gpt2_folder if kind == "gpt2" else classifier_folder
@@ -127,7 +127,7 @@ def test_a_bad_model_folder_is_one_line_and_runs_no_code(
     assert os.listdir(tmp_path) == ["model"] and not (folder / "__pycache__").exists()
 
 
-def test_a_published_gpt2_opens_quietly_in_float32_with_a_value_head_at_zero(tmp_path, capfd):
+def test_a_published_gpt2_loads_silently_in_float32_with_a_zero_value_head(tmp_path, capfd):
     folder, verbosity = write_gpt2(tmp_path / "gpt2"), get_verbosity()
     edit(folder, dtype="bfloat16")
     model, _ = load_gpt2(folder)
@@ -139,7 +139,7 @@ def test_a_published_gpt2_opens_quietly_in_float32_with_a_value_head_at_zero(tmp
     assert model.config._attn_implementation == "eager" and model.lm_head.weight is model.transformer.wte.weight
 
 
-def test_an_apple_gpu_gets_attention_without_sdpa_and_full_memory_is_no_fault_of_the_files(gpt2_folder):
+def test_apple_gpus_use_eager_attention_and_out_of_memory_does_not_blame_the_files(gpt2_folder):
     config = models.load_gpt2_config(gpt2_folder)
     for device, kind in ("cpu", "sdpa"), ("mps", "eager"):
         model = models.load_weights(GPT2LMHeadModel, gpt2_folder, copy.deepcopy(config), device)
@@ -153,7 +153,7 @@ UNUSUAL += [{"use_cache": False, "bos_token_id": 50256, "eos_token_id": 50256, "
 
 
 @pytest.mark.parametrize("change", UNUSUAL, ids=["gelu", "untied", "special tokens"])
-def test_logits_are_those_of_plain_transformers_before_and_after_saving(tmp_path, change):
+def test_logits_match_plain_transformers_before_and_after_saving(tmp_path, change):
     folder = write_gpt2(tmp_path / "gpt2", tie_word_embeddings=change.get("tie_word_embeddings", True))
     edit(folder, **change)
     model, tokenizer = load_gpt2(folder)
@@ -167,7 +167,7 @@ def test_logits_are_those_of_plain_transformers_before_and_after_saving(tmp_path
 
 
 def as_tokenizer_json(folder, named=None):
-    """Replace vocab.txt by a tokenizer.json, without the files and fields that name a class if `named` is None."""
+    """Replace vocab.txt by a tokenizer.json. `named` is the tokenizer class to write, or None to name no class."""
     BertTokenizer.from_pretrained(folder).save_pretrained(folder)
     edit(folder, tokenizer_class=None)
     edit(folder, "tokenizer_config.json", tokenizer_class=named)
@@ -189,7 +189,7 @@ BERT_S = {
 
 
 @pytest.mark.parametrize("change", BERT_S.values(), ids=BERT_S)
-def test_a_wordpiece_vocabulary_is_bert_s_whatever_class_is_named(tmp_path, change):
+def test_a_wordpiece_vocabulary_gets_a_bert_tokenizer_whatever_class_is_named(tmp_path, change):
     folder = write_gpt2(tmp_path / "gpt2")
     change(folder)
     tokenizer = load_gpt2(folder)[1]
@@ -201,7 +201,7 @@ def test_a_wordpiece_vocabulary_is_bert_s_whatever_class_is_named(tmp_path, chan
 
 
 def test_characters_are_joined_if_the_tokenizer_has_no_decoder(tmp_path):
-    """As one of whole characters, which `tokenizers` makes without a decoder."""
+    """The `tokenizers` library makes such a tokenizer if its tokens are whole characters."""
     folder = write_gpt2(tmp_path / "gpt2")
     as_tokenizer_json(folder, "PreTrainedTokenizerFast")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
@@ -230,7 +230,7 @@ UNUSED = {
 
 
 @pytest.mark.parametrize("change", UNUSED.values(), ids=UNUSED)
-def test_empty_and_unused_tokens_that_the_model_lacks_are_left_out(tmp_path, change):
+def test_empty_and_unused_tokens_that_the_model_lacks_are_removed(tmp_path, change):
     folder = write_gpt2(tmp_path / "gpt2")
     change(folder)
     trainer = TextPPOTrainer.from_pretrained(folder, PPOConfig(device="cpu", gen_len=8))
@@ -286,7 +286,7 @@ OWN = {  # name: (the change to a folder of a model with 45 tokens, the tokens t
 
 
 @pytest.mark.parametrize(("change", "start", "end"), OWN.values(), ids=OWN)
-def test_texts_start_and_end_with_the_tokens_that_the_folder_names(tmp_path, capfd, change, start, end):
+def test_texts_start_and_end_with_the_tokens_named_in_the_folder(tmp_path, capfd, change, start, end):
     folder = write_gpt2(tmp_path / "gpt2", vocab_size=45)
     change(folder)
     trainer = TextPPOTrainer.from_pretrained(folder, PPOConfig(device="cpu", gen_len=16))
@@ -322,15 +322,15 @@ def saved(policy, tmp_path):
     return model, tokenizer, tmp_path / "saved"
 
 
-def test_a_saved_folder_opens_in_plain_transformers_with_the_settings_of_the_run(saved, capfd):
-    """Neither the library's top-k of 50 nor its greedy search; [CLS] starts, [SEP] ends and [PAD] pads."""
+def test_plain_transformers_opens_a_saved_folder_with_the_runs_settings(saved, capfd):
+    """It doesn't use the library's top-k of 50 or greedy search. [CLS] starts, [SEP] ends and [PAD] pads a text."""
     model, _, folder = saved
     capfd.readouterr()
     assert same_logits(model, plain(folder)) and capfd.readouterr().out == ""
-    assert not getattr(model.config, "task_specific_params", None)  # a loop of one's own goes on with this model
+    assert not getattr(model.config, "task_specific_params", None)  # your own loop keeps using this model
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["GPT2LMHeadModel"]
-    assert config["task_specific_params"]["text-generation"] == {"max_new_tokens": 9, "temperature": 0.7}  # 4.57 reads
+    assert config["task_specific_params"]["text-generation"] == {"max_new_tokens": 9, "temperature": 0.7}  # for 4.57
     settings = json.loads((folder / "generation_config.json").read_text())
     del settings["transformers_version"]
     expected = {"do_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "max_new_tokens": 9}
@@ -338,8 +338,8 @@ def test_a_saved_folder_opens_in_plain_transformers_with_the_settings_of_the_run
     assert settings == expected
 
 
-def test_a_batch_of_prompts_is_completed_as_each_alone(saved):
-    """In plain transformers, from prompts of different lengths, and with the names by which other programs ask."""
+def test_a_batch_of_prompts_gives_the_same_completions_as_single_prompts(saved):
+    """Plain transformers completes prompts of different lengths. Other programs find the names of special tokens."""
     _, _, folder = saved
     tokenizer, model = AutoTokenizer.from_pretrained(folder), plain(folder)
 
@@ -355,7 +355,7 @@ def test_a_batch_of_prompts_is_completed_as_each_alone(saved):
     assert [names[f"{name}_token"] for name in ("bos", "eos", "pad")] == ["[CLS]", "[SEP]", "[PAD]"]
 
 
-def test_the_umask_decides_who_may_read_a_run(policy, tmp_path, without_pictures):
+def test_the_files_of_a_run_get_the_permissions_of_the_umask(policy, tmp_path, without_pictures):
     before = os.umask(0o027)
     try:
         assert tiny_run(tmp_path / "run", policy) == 0
@@ -366,7 +366,7 @@ def test_the_umask_decides_who_may_read_a_run(policy, tmp_path, without_pictures
     assert [path for path in files if path.stat().st_mode & 0o777 != 0o640] == []
 
 
-def test_the_pipeline_samples_from_a_prompt_as_training_does(saved):
+def test_the_pipeline_samples_from_a_prompt_like_training(saved):
     model, tokenizer, folder = saved
     generator = pipeline("text-generation", model=str(folder))
     seen = []
@@ -381,7 +381,7 @@ def test_the_pipeline_samples_from_a_prompt_as_training_does(saved):
 
 
 def test_a_saved_tokenizer_encodes_and_decodes_like_the_original(saved, tmp_path):
-    """In plain transformers and here, saved once or twice, for any sequence of tokens."""
+    """This holds in plain transformers and in this program, saved once or twice, for any sequence of tokens."""
     _, tokenizer, folder = saved
     models.save_tokenizer(models.load_tokenizer(folder), tmp_path / "twice")
     shutil.copy(folder / "config.json", tmp_path / "twice")
@@ -410,7 +410,7 @@ def test_a_byte_level_tokenizer_starts_and_ends_texts_with_its_own_token(tmp_pat
     assert trainer.decode(queries[1:], [good[1][:-2]])[0] in (
         "刚收到货,感觉很不",
         "刚收到货,感觉很",
-    )  # half a character
+    )  # cut inside a character
     stats = trainer.step(queries[:1] * 3, [good[0], good[0][:-1], good[1][:2]], [0.1, 0.5, 0.9])
     assert stats["tokens/ended_share"] == pytest.approx(1 / 3)
 
@@ -419,16 +419,16 @@ def test_a_byte_level_tokenizer_starts_and_ends_texts_with_its_own_token(tmp_pat
     assert again.encode(prompts)[0].tolist() == queries[0].tolist()
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").encode(prompts[0]) == queries[0].tolist()
 
-    edit(tmp_path / "gpt2", "tokenizer_config.json", bos_token="a")  # which starts texts, and doesn't end them
+    edit(tmp_path / "gpt2", "tokenizer_config.json", bos_token="a")  # starts texts, but doesn't end them
     other = models.load_tokenizer(tmp_path / "gpt2")
     assert [other.cls_token, other.sep_token, other.pad_token] == ["a", plain.eos_token, plain.eos_token]
 
 
-def test_rows_that_pad_the_embeddings_are_never_sampled(tmp_path):
+def test_padding_rows_of_the_embeddings_are_never_sampled(tmp_path):
     trainer = TextPPOTrainer.from_pretrained(write_gpt2(tmp_path / "gpt2", vocab_size=64), PPOConfig(device="cpu"))
     with torch.no_grad():
         embeddings = trainer.model.transformer.wte.weight
-        embeddings[50] = embeddings[5] * 9  # otherwise a likely token
+        embeddings[50] = embeddings[5] * 9  # would be a likely token
     assert torch.cat(trainer.generate([[2, 5, 6]] * 64)).max() < 43
     trainer.save(tmp_path / "saved")
     suppressed = json.loads((tmp_path / "saved" / "generation_config.json").read_text())["suppress_tokens"]
@@ -445,15 +445,15 @@ def test_decoded_tokens_are_joined_as_people_write_them():
         assert models.clean_text(decoded) == text == models.clean_text(text)
 
 
-def test_a_prompt_starts_a_text_and_does_not_end_it(policy):
+def test_an_encoded_prompt_has_a_start_token_but_no_end_token(policy):
     ids = models.encode_prompt(policy[1], "刚收到,goods")
     assert ids.dtype == torch.int64 and ids.tolist() == [2, 5, 6, 7, 9, 41, 42]
     sequences = [ids, torch.tensor([14, 3]), torch.tensor([41, 3, 0, 0]), torch.tensor([3])]
     assert models.decode(policy[1], sequences) == ["刚收到,goods", "错", "good", ""]
 
 
-def test_a_prompt_that_the_model_would_see_as_another_is_rejected(gpt2_folder, tmp_path):
-    """With a tokenizer that keeps capitals, which its vocabulary lacks, as the article's does."""
+def test_a_prompt_with_unknown_or_special_tokens_is_rejected(gpt2_folder, tmp_path):
+    """Like the article's tokenizer, this one keeps capital letters, which aren't in its vocabulary."""
     folder = shutil.copytree(gpt2_folder, tmp_path / "model")
     edit(folder, "tokenizer_config.json", do_lower_case=False)
     tokenizer = models.load_tokenizer(folder)

@@ -1,4 +1,4 @@
-"""A whole run, and everything that it wrote recounted by a second implementation: plain `transformers` and NumPy."""
+"""A whole run, whose output is recomputed by a second implementation: plain `transformers` and NumPy."""
 
 import json
 import math
@@ -30,12 +30,13 @@ JUDGES_SEED = 20_170_707
 
 
 def how_far_apart(dtype: str, spread: float) -> float:
-    """How far two right ways to a logit may be apart, if the logits of a token have a standard deviation of `spread`.
+    """Return the largest difference between two correct computations of a logit.
 
-    A pass rounds a number about 25 times: 11 times in each of two blocks, then in the embedding, the norm and the
-    projection. Each time it moves by up to `unit` of its size, by a third of that squared in the mean square. Products
-    in bfloat16 are summed in float32; in float32 a sum of up to 384 terms is rounded as often. Two ways have twice as
-    many errors; of some thousand that are independent, the largest is within 4 standard deviations.
+    The logits of a token have a standard deviation of `spread`. A forward pass rounds a number about 25 times: 11 times
+    in each of two blocks, then in the embedding, the norm and the projection. One rounding changes it by up to `unit`
+    of its size, with a mean square of a third of unit^2. Products in bfloat16 are summed in float32. In float32, a sum
+    of up to 384 terms is rounded 384 times. Two computations have twice as many errors, and the largest of a few
+    thousand independent errors is within 4 standard deviations.
     """
     unit, roundings = {"float32": (2**-24, 25 * 384), "bfloat16": (2**-8, 25)}[dtype]
     return 4 * math.sqrt(2 * roundings / 3) * unit * spread
@@ -43,13 +44,13 @@ def how_far_apart(dtype: str, spread: float) -> float:
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def run(request, tmp_path_factory, demo):
-    """The run, and the models that it used, in plain `transformers`."""
+    """A run, and the models that it used, loaded in plain `transformers`."""
     runs_dir = tmp_path_factory.mktemp("runs")
     settings, flags = SETTINGS | {"episodes": EPISODES[request.param], "dtype": request.param}, []
     for name, value in {**settings, "runs_dir": runs_dir}.items():
         flags += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
     with pytest.MonkeyPatch.context() as patched:
-        leave_pictures_empty(patched)  # the picture has tests of its own
+        leave_pictures_empty(patched)  # the picture has its own tests
         assert main(flags) == 0
     folder = runs_dir / "run"
     metrics = [{name: float(value) for name, value in row.items()} for row in rows(folder)]
@@ -74,7 +75,7 @@ def with_weights(folder, file) -> GPT2LMHeadModel:
     gpt2 = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
     weights = {name: tensor for name, tensor in load_file(file).items() if not name.startswith("v_head")}
     missing, unknown = gpt2.load_state_dict(weights, strict=False)
-    assert not unknown and set(missing) < {"lm_head.weight", "transformer.wte.weight"}  # which are one
+    assert not unknown and set(missing) < {"lm_head.weight", "transformer.wte.weight"}  # tied weights
     return gpt2
 
 
@@ -83,12 +84,12 @@ def of_step(run, step) -> list[tuple[str, str]]:
 
 
 def tokens_of(run, completion) -> list[int]:
-    """A token is a character; a text that is shorter than it might be has been ended."""
+    """Return the tokens of a completion: one per character, and [SEP] if it is shorter than gen_len."""
     return [run.vocab.index(character) for character in completion] + [SEP] * (len(completion) < GEN_LEN)
 
 
 def logprobs_of(run, gpt2, texts) -> list[torch.Tensor]:
-    """For each text, the log-probabilities (T, V) from which its tokens were drawn."""
+    """Return, for each text, the log-probabilities (T, V) from which its tokens were sampled."""
     prompts = [[CLS, *map(run.vocab.index, prompt)] for prompt, _ in texts]
     completions = [tokens_of(run, completion) for _, completion in texts]
     whole = [torch.tensor(prompt + completion) for prompt, completion in zip(prompts, completions)]
@@ -100,7 +101,7 @@ def logprobs_of(run, gpt2, texts) -> list[torch.Tensor]:
 
 
 def draws_missed_by(run, gpt2, texts, seed, step) -> float:
-    """How far a random number lies, at most, outside the interval between 0 and 1 of the token that it decided."""
+    """Return the largest distance of a random number from its token's interval of cumulative probabilities."""
     farthest = 0.0
     for i, ((_, completion), logprobs) in enumerate(zip(texts, logprobs_of(run, gpt2, texts))):
         philox = np.random.Philox(key=[seed, step], counter=[0, 0, 0, i])
@@ -112,7 +113,7 @@ def draws_missed_by(run, gpt2, texts, seed, step) -> float:
     return farthest
 
 
-def test_all_prompts_take_their_turn_each_time_in_a_new_order(run):
+def test_prompts_take_turns_in_a_new_random_order_each_round(run):
     turns = [np.random.default_rng([SEED, turn]).permutation(3) for turn in range(14)]
     n = run.steps * BATCH
     assert run.steps == len(run.checkpoints) == math.ceil(run.settings["episodes"] / BATCH)
@@ -120,10 +121,10 @@ def test_all_prompts_take_their_turn_each_time_in_a_new_order(run):
     assert [sample["step"] for sample in run.samples] == [1 + i // BATCH for i in range(n)]
 
 
-def test_each_token_is_the_one_that_its_draw_decides(run):
-    """Under the policy that the checkpoint of the step before holds.
+def test_each_token_is_the_one_that_its_random_number_selects(run):
+    """The policy of a step is in the checkpoint of the step before.
 
-    If all logits move by at most d, a cumulative probability moves by at most tanh(d) / 2, and by less than d / 2.
+    If all logits change by at most d, a cumulative probability changes by at most tanh(d) / 2, which is below d / 2.
     """
     for step, policy in zip(range(1, run.steps + 1), run.policies):
         assert draws_missed_by(run, policy, of_step(run, step), SEED, step) < run.close / 2
@@ -134,8 +135,8 @@ def test_each_token_is_the_one_that_its_draw_decides(run):
         assert draws_missed_by(run, judged, texts, JUDGES_SEED, 0) < run.close / 2
 
 
-def test_kl_and_entropy_follow_from_the_samples(run):
-    """In a mean over some hundred tokens, errors of single tokens cancel; ten tokens' errors add up to a KL."""
+def test_kl_and_entropy_match_the_samples(run):
+    """Errors of single tokens cancel in a mean over about 100 tokens. The KL of a text adds up those of ten tokens."""
     for step, (row, policy) in enumerate(zip(run.metrics, run.policies), 1):
         texts = of_step(run, step)
         tokens = [tokens_of(run, completion) for _, completion in texts]
@@ -149,9 +150,9 @@ def test_kl_and_entropy_follow_from_the_samples(run):
 
 @pytest.mark.parametrize("run", ["float32"], indirect=True)
 def test_a_second_implementation_learns_the_same_from_the_samples(run):
-    """The first two steps: every column of metrics.csv, and the weights of both checkpoints.
+    """Checks every column of metrics.csv and the weights of the checkpoint for the first two steps.
 
-    The tolerances are those of test_step_reference.py times the steps: an error goes on into what comes after it.
+    The tolerances are those of test_step_reference.py times the number of steps, because errors add up.
     """
     start = load_policy(run.demo[0], load_gpt2_config(run.demo[0]))
     reference = Reference(PPOConfig(**run.settings), start, start)

@@ -1,4 +1,4 @@
-"""What a run says before training, and the KL coefficient for a budget."""
+"""The KL coefficient for a KL budget, and the warnings before training."""
 
 import math
 
@@ -14,17 +14,17 @@ ONE = torch.zeros(1000, dtype=torch.int64)
 
 
 def gaussian(n=1000, deviation=1.0):
-    """The quantiles of a normal distribution, whose KL* is deviation^2 / (2 beta^2)."""
+    """Return quantiles of a normal distribution, whose KL* is deviation^2 / (2 beta^2)."""
     return deviation * torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)
 
 
 @pytest.mark.parametrize(("unit", "budget"), [(0.001, 0.05), (1.0, 0.4), (10_000.0, 1.0)])
-def test_the_coefficient_for_a_budget_is_known_for_normal_rewards(unit, budget):
+def test_the_coefficient_for_a_budget_matches_the_formula_for_normal_rewards(unit, budget):
     assert kl_coef_for(gaussian() * unit, ONE, budget) == pytest.approx(unit / math.sqrt(2 * budget), rel=0.03)
 
 
-def test_the_coefficient_for_a_budget_is_known_for_two_rewards():
-    """The policy that writes the better of two equally likely texts with probability p: KL log 2 - entropy(p)."""
+def test_the_coefficient_for_a_budget_matches_the_formula_for_two_rewards():
+    """A policy that writes the better of two equally likely texts with probability p has KL log 2 - entropy(p)."""
     p = 0.9
     budget = math.log(2) + p * math.log(p) + (1 - p) * math.log(1 - p)
     scores = torch.tensor([0.0, 1.0] * 500, dtype=torch.float64)
@@ -32,7 +32,7 @@ def test_the_coefficient_for_a_budget_is_known_for_two_rewards():
 
 
 def test_the_budget_is_a_mean_over_prompts():
-    """One of two prompts has nothing to choose, so the other goes twice as far."""
+    """One of two prompts has only equal scores, so the other can use twice the KL."""
     scores = torch.cat([gaussian(), torch.full((1000,), 3.0)]).double()
     prompt_index = torch.cat([ONE, ONE + 1])
     assert kl_coef_for(scores, prompt_index, 0.2) == pytest.approx(kl_coef_for(gaussian(), ONE, 0.4), rel=1e-3)
@@ -45,7 +45,7 @@ def test_the_budget_is_a_mean_over_prompts():
         ([0.0, 1.0] * 500, 0.7, "--kl_budget 0.7 is more than these scores can use: .* at most 0.69 nats away"),
     ],
 )
-def test_a_budget_that_no_coefficient_meets_is_refused(scores, budget, said):
+def test_a_budget_that_no_coefficient_meets_is_rejected(scores, budget, said):
     with pytest.raises(UserError, match=said):
         kl_coef_for(torch.tensor(scores, dtype=torch.float64), ONE, budget)
     kl_coef_for(torch.tensor([0.0] * 990 + [1.0] * 10, dtype=torch.float64), ONE, 0.4)
@@ -56,11 +56,11 @@ def lines(scores, kl_coef, prompts=("好",), noise=0.0) -> list[str]:
     return prospect(evaluation(samples, noise=noise), list(prompts), kl_coef)
 
 
-def test_what_is_possible_is_told_in_the_unit_of_the_scores():
+def test_the_best_possible_reward_is_printed_in_the_unit_of_the_scores():
     """R* is mean + deviation^2 / beta."""
     told = "at a KL coefficient of 100 the best possible policy gets a reward of 599 at KL 0.5; the reference gets 500"
     assert lines((500 + gaussian(deviation=100)).tolist(), 100.0) == [told]
-    assert len(lines(gaussian(10_000).tolist(), 0.513)) == 1  # at KL 1.9, which is not far
+    assert len(lines(gaussian(10_000).tolist(), 0.513)) == 1  # KL 1.9 isn't far away
 
 
 @pytest.mark.parametrize(
@@ -72,14 +72,14 @@ def test_what_is_possible_is_told_in_the_unit_of_the_scores():
         (gaussian().tolist(), 1.0, {"noise": 0.87}, "87% of the rewards' variance is chance"),
     ],
 )
-def test_a_coefficient_or_rewards_that_nobody_wants_are_warned_of(scores, kl_coef, before, said):
+def test_unsuitable_kl_coefficients_and_noisy_rewards_cause_a_warning(scores, kl_coef, before, said):
     *_, last = lines(scores, kl_coef, **before)
     assert last.startswith("warning: ") and said in last
 
 
 @pytest.mark.parametrize(("unit", "share", "flat"), [(1.0, 0.008, False), (1000.0, 0.006, True)])
-def test_prompts_that_teach_nothing_are_warned_of(unit, share, flat):
-    """The second prompt's scores have a share of the standard deviation of all: 0.7 of the first's."""
+def test_prompts_with_nothing_to_learn_cause_a_warning(unit, share, flat):
+    """All scores together have 0.7 of the first prompt's standard deviation. The second prompt has `share` of it."""
     first = (unit * gaussian(500)).tolist()
     second = (unit * share * gaussian(500)).tolist()
     *_, last = lines([score for pair in zip(first, second) for score in pair], unit, prompts=("好", "坏"))

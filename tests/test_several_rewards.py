@@ -1,4 +1,4 @@
-"""Several rewards with weights, judges, rewards that know more than the text, and a person as the reward."""
+"""Several weighted rewards, judges, rewards that get other columns of the prompts, and a person as the reward."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def pair(policy, tmp_path, without_pictures):
     return tmp_path / "run"
 
 
-def test_the_weighted_sum_is_the_reward_and_each_part_is_a_column_and_a_row(pair):
+def test_the_reward_is_the_weighted_sum_and_each_part_is_logged_and_reported(pair):
     logged = samples(pair)
     texts = [sample["prompt"] + sample["completion"] for sample in logged]
     total = 2 * np.array(variety(texts)) - 0.5 * np.array(length(texts))
@@ -65,21 +65,21 @@ def test_the_weighted_sum_is_the_reward_and_each_part_is_a_column_and_a_row(pair
         assert "| my:length | -0.5" in page.read_text(encoding="utf-8")
 
 
-def test_a_judge_changes_nothing_in_training(policy, tmp_path, without_pictures):
+def test_a_judge_does_not_affect_training(policy, tmp_path, without_pictures):
     for name, functions, weights in (
-        ("alone", {"variety": variety}, None),
+        ("single", {"variety": variety}, None),
         ("judged", {"length": length, "variety": variety}, [0, 1]),
     ):
         assert tiny_run(tmp_path / name, policy, Rewards(functions, weights)) == 0
-    alone, judged = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("alone", "judged"))
-    assert alone.keys() == judged.keys() and all(torch.equal(alone[name], judged[name]) for name in alone)
-    assert [row["env/reward_mean"] for row in rows(tmp_path / "alone")] == [
+    single, judged = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("single", "judged"))
+    assert single.keys() == judged.keys() and all(torch.equal(single[name], judged[name]) for name in single)
+    assert [row["env/reward_mean"] for row in rows(tmp_path / "single")] == [
         row["env/reward_mean"] for row in rows(tmp_path / "judged")
     ]
 
 
 def results(rewards, judge, weight=0.0) -> Results:
-    """A run judged on rewards, and on those of a second reward, [before, after] each."""
+    """Return the results of a run with the scores of a first and a second reward, [before, after] each."""
     parts = [[{"name": "first", "weight": 1.0, "scores": a}, {"name": "second", "weight": weight, "scores": b}]
              for a, b in zip(rewards, judge)]  # fmt: skip
     before, after = ([("p", f"t{i}", score) for i, score in enumerate(scores)] for scores in rewards)
@@ -99,12 +99,12 @@ HALF, MOST = [0.0, 1.0] * 200, [0.0, 1.0, 1.0, 1.0] * 100
     [
         ((HALF, MOST), (MOST, HALF), 0.0, True),
         ((HALF, MOST), (HALF, HALF), 0.0, False),
-        ((HALF, MOST), (HALF, [0.0, 1.0] * 180 + [0.0, 0.0] * 20), 0.0, False),  # 0.05, at an error of 0.035
-        ((HALF, MOST), (MOST, HALF), 0.5, False),  # a part of the reward is no judge of it
-        ((MOST, HALF), (MOST, HALF), 0.0, False),  # nothing was won at its cost
+        ((HALF, MOST), (HALF, [0.0, 1.0] * 180 + [0.0, 0.0] * 20), 0.0, False),  # 0.05, standard error 0.035
+        ((HALF, MOST), (MOST, HALF), 0.5, False),  # a part of the reward isn't a judge
+        ((MOST, HALF), (MOST, HALF), 0.0, False),  # the reward didn't rise
     ],
 )
-def test_a_judge_that_falls_by_more_than_its_error_while_the_reward_rises_is_told(rewards, judge, weight, hacked):
+def test_the_verdict_is_hacked_if_the_reward_rises_and_a_judge_falls(rewards, judge, weight, hacked):
     found = results(rewards, judge, weight)
     told = verdict(found, PPOConfig())
     assert ("but the judge second fell" in told) == hacked
@@ -119,8 +119,8 @@ def write_prompts(path, records):
     return PPOConfig(prompts_file=str(path))
 
 
-def test_a_reward_gets_the_columns_of_the_prompt_that_each_text_continues(policy, tmp_path, without_pictures):
-    """In training, in judging, and when texts are scored again, of which the better half comes in another order."""
+def test_a_reward_gets_the_columns_of_each_texts_prompt(policy, tmp_path, without_pictures):
+    """This holds in training, in evaluation, and when the better half of the texts is scored in another order."""
     calls = []
 
     def score(texts, answer, *, prompt, missing=7):
@@ -134,18 +134,18 @@ def test_a_reward_gets_the_columns_of_the_prompt_that_each_text_continues(policy
     assert tiny_run(tmp_path / "run", policy, Rewards({"score": score}, columns=columns), eval_samples=80) == 0
     assert {64, 32, 8} <= set(calls)
     decorated = Rewards({"score": lambda *args, **options: variety(*args, **options)}, columns=columns)
-    assert decorated.score(["a"], [0]).tolist() == [[pytest.approx(0.1)]]  # which names no column
+    assert decorated.score(["a"], [0]).tolist() == [[pytest.approx(0.1)]]  # it names no column
     with pytest.raises(UserError, match="--reward score takes 'answer' as a parameter; .*--prompts_file"):
         Rewards({"score": score})
 
 
-def test_each_process_hands_on_its_own_share_of_the_columns(monkeypatch):
+def test_each_process_passes_on_its_own_share_of_the_columns(monkeypatch):
     monkeypatch.setattr(processes, "rows_of_rank", lambda n: slice(1, 3))
     scores = score_texts(lambda texts, of: [float(text == a) for text, a in zip(texts, of)], [*"abc"], {"of": [*"xbc"]})
     assert scores.tolist() == [0, 1, 1]
 
 
-def test_a_prompts_file_of_json_lines_has_columns(tmp_path):
+def test_a_prompts_file_in_json_lines_can_have_other_columns(tmp_path):
     path = tmp_path / "prompts.jsonl"
     config = write_prompts(path, [{"prompt": "一加一", "answer": 2}, {"answer": [4], "prompt": "二加二"}])
     assert read_prompts(config) == {"prompt": ["一加一", "二加二"], "answer": [2, [4]]}
@@ -173,15 +173,15 @@ def test_a_prompts_file_of_json_lines_has_columns(tmp_path):
         ({"reward": "a:b"}, "--reward must be list"),
     ],
 )
-def test_rewards_that_cannot_work_are_refused(settings, said):
+def test_invalid_reward_settings_are_rejected(settings, said):
     with pytest.raises(UserError, match=said):
         check(PPOConfig(**settings))
 
 
-def test_the_program_trains_on_a_reward_of_ones_own_and_a_model_with_the_classifier_as_judge(
+def test_a_run_with_your_own_reward_a_reward_model_and_the_classifier_as_judge(
     tmp_path, demo, monkeypatch, capsys, without_pictures
 ):
-    """It goes on only if its code is named again; a model needs no naming."""
+    """To resume, the rewards must be named again, because one of them is code."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "own_words.py").write_text("def score(texts):\n    return [len(set(text)) / 10 for text in texts]\n")
     model = str(demo[1])
@@ -207,7 +207,7 @@ def test_the_program_trains_on_a_reward_of_ones_own_and_a_model_with_the_classif
 
 @pytest.fixture
 def typed(monkeypatch):
-    """Sets what a person types, line by line. Returns the questions that were asked."""
+    """A function that sets the lines that a person types. It returns the questions that were asked."""
     asked = []
 
     def type_in(*lines):
@@ -226,7 +226,7 @@ def typed(monkeypatch):
     return type_in
 
 
-def test_a_person_gives_each_text_a_score_once_and_no_score_is_lost(tmp_path, typed, capsys):
+def test_a_person_scores_each_text_only_once_and_no_score_is_lost(tmp_path, typed, capsys):
     path = tmp_path / "scores.jsonl"
     asked = typed("0.5", "good", "nan", "１")
     human = HumanReward(path)
@@ -236,14 +236,14 @@ def test_a_person_gives_each_text_a_score_once_and_no_score_is_lost(tmp_path, ty
     typed("-2")
     with pytest.raises(RewardError, match=f"the scores given so far are in {path}"):
         score_texts(human, ["书", "衣服"])
-    path.write_bytes(path.read_bytes() + '{"text": "苹'.encode()[:-1])  # a kill
+    path.write_bytes(path.read_bytes() + '{"text": "苹'.encode()[:-1])  # killed while writing
     asked = typed("3")
     assert score_texts(HumanReward(path), ["书", "苹", "好"]).tolist() == [-2, 3, 0.5] and len(asked) == 7
     assert "has the scores of 3 texts" in capsys.readouterr().out
     assert score_texts(HumanReward(path), ["苹"]).tolist() == [3]
 
 
-def test_a_run_of_a_person_asks_for_no_text_twice(policy, tmp_path, typed, monkeypatch, without_pictures):
+def test_a_human_reward_is_never_asked_about_a_text_twice(policy, tmp_path, typed, monkeypatch, without_pictures):
     monkeypatch.chdir(tmp_path)
     draw = random.Random(1)
     asked = typed(*(str(draw.random()) for _ in range(200)))

@@ -1,4 +1,4 @@
-"""What is computed in another way because it is faster: fixed products, chunks of the vocabulary, the reused trunk."""
+"""Faster implementations give the same results: fixed matrix products, logits in chunks, the shared trunk."""
 
 import copy
 import dataclasses
@@ -18,15 +18,15 @@ from tests.helpers import PROMPTS
 @pytest.mark.parametrize("reorder", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 5, 200])
-def test_a_fixed_product_is_that_of_linear(reorder, bias, rows):
+def test_a_fixed_product_matches_torch_linear(reorder, bias, rows):
     weight, states = torch.randn(24, 16), torch.randn(rows, 2, 16)
     bias = torch.randn(24) if bias else None
     found = products.FixedProduct(weight, bias, reorder)(states)
     assert torch.allclose(found, torch.nn.functional.linear(states, weight, bias), rtol=1e-5, atol=1e-5)
 
 
-def test_without_onednn_a_product_stays_with_linear(monkeypatch):
-    """As on a Mac, and as in a torch without these private operators."""
+def test_without_onednn_a_fixed_product_uses_torch_linear(monkeypatch):
+    """This is the case on a Mac, and in a torch version without these private operators."""
 
     def missing(*_):
         raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_reorder_linear_weight'")
@@ -42,8 +42,8 @@ def frozen_head(vocab, hidden):
 
 
 @pytest.mark.parametrize("tokens_at_once", [1, 4, 100])
-def test_functions_of_chunks_and_their_gradients_are_those_of_all_logits(monkeypatch, tokens_at_once):
-    """Two outputs per token, weighted differently, of restricted logits at a temperature that isn't 1."""
+def test_functions_of_logits_and_their_gradients_are_the_same_in_chunks(monkeypatch, tokens_at_once):
+    """Each token has two outputs with different weights. The logits are restricted, and the temperature isn't 1."""
     monkeypatch.setattr(vocabulary, "LOGITS", 30 * tokens_at_once)
     head, states = frozen_head(30, 8), torch.randn(3, 5, 8, requires_grad=True)
     labels, weights = torch.randint(2, 30, (3, 5)), torch.randn(2, 3, 5)
@@ -60,7 +60,7 @@ def test_functions_of_chunks_and_their_gradients_are_those_of_all_logits(monkeyp
     assert torch.allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-4)
 
 
-def test_the_logits_of_a_batch_are_never_in_memory_at_once(monkeypatch):
+def test_the_logits_of_a_batch_are_never_all_in_memory(monkeypatch):
     monkeypatch.setattr(vocabulary, "LOGITS", 30 * 4)
     seen = []
 
@@ -80,8 +80,8 @@ def plain_trainer(policy, **changes) -> PPOTrainer:
     return PPOTrainer(config, model, copy.deepcopy(model), policy[1])
 
 
-def test_sampling_hands_the_trunk_to_the_step(policy):
-    """Prompts of three lengths, of which each process sends only its own through the model again."""
+def test_the_step_reuses_the_trunks_hidden_states_from_sampling(policy):
+    """They match the hidden states of a new forward pass, for prompts of three lengths."""
     trainer = plain_trainer(policy)
     queries = [encode_prompt(policy[1], prompt) for prompt in PROMPTS * 2]
     completions = trainer.generate(queries)
@@ -92,7 +92,7 @@ def test_sampling_hands_the_trunk_to_the_step(policy):
     assert torch.allclose(handed.hidden_states[real], computed.hidden_states[real], rtol=1e-4, atol=1e-5)
 
 
-def test_only_a_model_with_the_policys_trunk_hands_it_over(policy):
+def test_hidden_states_are_only_reused_from_a_model_with_the_policys_trunk(policy):
     trainer, other = plain_trainer(policy), copy.deepcopy(policy[0])
     with torch.no_grad():
         other.transformer.h[0].mlp.c_fc.weight += 1
@@ -103,7 +103,7 @@ def test_only_a_model_with_the_policys_trunk_hands_it_over(policy):
     assert plain_trainer(policy, frozen_share=0.0).generate(queries).hidden_states is None
 
 
-def test_frozen_weights_are_in_memory_once(policy):
+def test_frozen_weights_are_only_stored_once(policy):
     trainer = plain_trainer(policy)
     engine = trainer.engine
     trainer.step(trainer.generate([encode_prompt(policy[1], PROMPTS[0])] * 6), torch.rand(6))
@@ -114,8 +114,8 @@ def test_frozen_weights_are_in_memory_once(policy):
     assert fixed.weight.data_ptr() == trainer.model.transformer.h[0].mlp.c_fc.weight.data_ptr()
 
 
-def test_a_foreign_model_is_judged_through_its_own_blocks(policy):
-    """The KL of a model that doesn't share the trunk, against a sum over the vocabulary of two plain passes."""
+def test_a_model_with_another_trunk_is_evaluated_with_its_own_blocks(policy):
+    """Its KL matches a sum over the vocabulary, computed from two plain forward passes."""
     trainer, other = plain_trainer(policy), copy.deepcopy(policy[0])
     with torch.no_grad():
         other.transformer.h[0].mlp.c_fc.weight += 0.3 * torch.randn_like(other.transformer.h[0].mlp.c_fc.weight)
@@ -131,7 +131,7 @@ def test_a_foreign_model_is_judged_through_its_own_blocks(policy):
         assert kl[i].item() == pytest.approx(expected.item(), rel=1e-3, abs=1e-4)
 
 
-def test_each_distinct_text_is_scored_once(classifier_folder):
+def test_each_distinct_text_is_only_scored_once(classifier_folder):
     reward = SentimentReward(classifier_folder, torch.device("cpu"))
     seen = []
     reward.pipeline.preprocess = lambda text, _own=reward.pipeline.preprocess, **options: (
