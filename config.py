@@ -2,7 +2,7 @@
 
     python train_ppo.py --lr 3e-5 --prompts "刚收到货,感觉" "这部电影很"
 
-Change a default here, or set it by name on the command line (--detach_value False). A new field becomes a flag, too.
+Change a default here, or set it by name on the command line (--detach_value False). A new field also becomes a flag.
 Presets override these defaults: with --preset demo, `lr` is the demo's. Flags override both.
 """
 
@@ -25,7 +25,7 @@ class PPOConfig:
     """All settings of a run; `support.run.settings.check` rejects invalid values."""
 
     def __init__(self, preset: str = "default", **given):
-        """Take values that aren't given from the preset, or else from the defaults below."""
+        """Use the given values, then the preset's, then the defaults below. Lowers minibatch_size to batch_size."""
         values = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(self)}
         if unknown := sorted(given.keys() - values.keys()):
             raise TypeError(f"PPOConfig has no field {unknown[0]!r}{did_you_mean(unknown[0])}")
@@ -38,17 +38,17 @@ class PPOConfig:
 
     preset: str = option(
         "default",
-        "Set of defaults: 'default' (the article's task with the settings that worked best here), 'thorough' (the same "
-        "with eight times the completions, in batches that fill a GPU), 'article' (the article's own settings) or "
-        "'demo' (tiny models, built on the spot).",
+        "Set of defaults: 'default' (the article's task with the settings that worked best here), 'thorough' (eight "
+        "times the completions, in large batches for a GPU, with lr and epochs to match), 'article' (the article's "
+        "hyperparameters) or 'demo' (tiny models, built on the spot).",
         group="models",
     )
 
     model_name: str = option("uer/gpt2-chinese-cluecorpussmall", "GPT-2 to train: a hub id, a local folder, or 'demo'.")
     reference: str | None = option(
         None,
-        "Original model, from which KL and gain are measured, if --model_name was itself trained from it: a hub id, a "
-        "local folder, or 'demo'. By default it is --model_name.",
+        "The model from which KL and gain are measured: a hub id, a local folder, or 'demo'. By default --model_name; "
+        "if that is itself a fine-tuned model, you can give the model that it was fine-tuned from.",
     )
     reward_model_name: str = option(
         "uer/roberta-base-finetuned-jd-binary-chinese",
@@ -60,12 +60,12 @@ class PPOConfig:
     )
     reward: list[str] = option(
         [],
-        "One or several rewards; PPO maximises their weighted sum. Each is module:function (your function from a list "
-        "of texts to as many numbers), 'classifier', another model's hub id or folder, or 'human' (you type scores).",
+        "One or several rewards; PPO maximises their weighted sum. Each is module:function (yours; takes a list of "
+        "texts, returns a number for each), 'classifier', a model's hub id or folder, or 'human' (you type scores).",
     )
     reward_weights: list[float] = option(
         [],
-        "A weight for each --reward, by default 1. A reward of weight 0 is a judge: it is only logged and evaluated.",
+        "A weight for each --reward, by default 1. A reward of weight 0 is a judge: it is reported but not trained on.",
     )
 
     prompts: list[str] = option(["刚收到货,感觉"], "Prompts to complete, used in turn.", group="prompts and sampling")
@@ -85,7 +85,8 @@ class PPOConfig:
     batch_size: int = option(128, "Completions sampled and scored per step.", at_least=1)
     minibatch_size: int = option(
         128,
-        "Completions per optimiser step (article: 1; many small noisy steps waste KL, see docs/settings.md).",
+        "Completions per optimiser step (article: 1, whose many noisy steps cost KL but bring no reward; see "
+        "docs/settings.md).",
         at_least=1,
     )
     ppo_epochs: int = option(4, "Passes over each batch.", at_least=1)
@@ -98,8 +99,8 @@ class PPOConfig:
     )
     lam: float = option(
         1.0,
-        "Lambda of generalised advantage estimation, 0 to 1 (Schulman et al. 2016; article: 0.95). The values explain "
-        "little of the reward here, so a smaller lambda cuts off signal; in the demo they explain more.",
+        "Lambda of generalised advantage estimation, 0 to 1 (Schulman et al. 2016; article: 0.95). Below 1, early "
+        "tokens rely on the value head to predict the score, which it does poorly here; it does better in the demo.",
         at_least=0,
         at_most=1,
     )
@@ -108,14 +109,14 @@ class PPOConfig:
     )
     cliprange_value: float = option(
         0.2,
-        "Values are clipped to the old value plus or minus this, in units in which the first batch's scores have a "
-        "standard deviation of 0.4 (about what the article's scores have without scaling).",
+        "Values are clipped to the old value plus or minus this. Scores are rescaled so that those of the first batch "
+        "have a standard deviation of 0.4 (about that of the article's raw scores), and values with them.",
         above=0,
     )
     vf_coef: float = option(
         0.1,
-        "Weight of the value loss (the article's). It only matters with --detach_value False; otherwise this loss "
-        "trains only the value head, and Adam cancels its weight.",
+        "Weight of the value loss (the article's). It matters with --detach_value False. Otherwise this loss trains "
+        "only the value head, where Adam cancels the weight; it then only counts in the norm for --max_grad_norm.",
         at_least=0,
     )
     detach_value: bool = option(
@@ -126,29 +127,31 @@ class PPOConfig:
 
     frozen_share: float = option(
         2 / 3,
-        "Share of the blocks, counted from the bottom, that are frozen, and the embeddings with them. This halves the "
-        "work with no less gain, for 6 blocks and for 12 (article: 0, which trains everything; see docs/settings.md).",
+        "Share of the transformer blocks to freeze, from the bottom up, together with the embeddings. 2/3 halves the "
+        "work for the same gain, in models with 6 blocks and with 12 (article: 0; see docs/settings.md).",
         at_least=0,
         at_most=1,
     )
 
     init_kl_coef: float = option(
         0.2,
-        "KL coefficient, in reward per nat; beta of the evaluation.",
+        "KL coefficient, in reward per nat; also the beta in J = R - beta * KL, by which a run is evaluated.",
         at_least=0,
         group="KL to the reference (Ziegler et al. 2019, section 2.2)",
     )
     kl_budget: float = option(
         0.0,
-        "Choose --init_kl_coef before training, for any reward, so that the best possible policy is this far from the "
-        "reference, in nats per completion (0.4 in the article's task); 0 to keep --init_kl_coef.",
+        "Choose --init_kl_coef before training, for a reward in any unit: the value at which the best possible policy "
+        "has this KL to the reference, in nats per completion. 0.4 suits the article's task; 0 keeps --init_kl_coef.",
         at_least=0,
     )
     kl_controller: Literal["adaptive", "fixed"] = option(
         "fixed", "'fixed' keeps the coefficient, 'adaptive' steers it towards --target (article: adaptive)."
     )
     target: float = option(6.0, "KL per completion that the adaptive controller aims at, in nats.", above=0)
-    horizon: int = option(10_000, "Completions over which the adaptive controller corrects its error.", at_least=1)
+    horizon: int = option(
+        10_000, "Completions in which a KL 10% above --target raises the coefficient by about 10%.", at_least=1
+    )
 
     lr: float = option(
         4e-5,
@@ -170,21 +173,21 @@ class PPOConfig:
     )
     average_power: float = option(
         3.0,
-        "The saved policy is an average of the weights after each step. Step t weighs about t to this power, so the "
-        "first steps fade in runs of any length; 1e9 saves the last weights (as the article does).",
+        "The saved policy is a weighted average of the weights of all steps. Step t counts in proportion to about t to "
+        "this power, so early steps hardly count; 1e9 saves the last weights (as the article does).",
         at_least=0,
     )
     max_grad_norm: float = option(1.0, "Gradients with a larger norm are scaled down to this norm.", above=0)
     micro_batch_size: int = option(
         0,
-        "Completions that go through a model at once, which limits memory and changes nothing else. 0 takes as many as "
-        "fit in an eighth of a CUDA GPU's memory; on other devices in 128 MiB, but at least 32 if these fit in 2 GiB.",
+        "Completions per forward pass, which limits memory and changes nothing else. 0: as many as fit in an eighth of "
+        "a CUDA GPU's memory, or in 128 MiB on other devices (but at least 32, if those fit in 2 GiB).",
         at_least=0,
     )
 
     seed: int = option(
         1,
-        "Decides every random draw; on a CPU the same seed gives the same run to the bit.",
+        "Seeds all random draws; on a CPU, the same seed repeats a run bit for bit.",
         at_least=0,
         at_most=2**63 - 1,
         group="run and logging",
@@ -197,47 +200,47 @@ class PPOConfig:
     )
     run_name: str | None = option(None, "Name of the run's folder in --runs_dir; by default the current time.")
     runs_dir: str = option("runs", "Folder that contains the runs.")
-    log_samples_every: int = option(10, "Print a few completions every this many steps; 0 for never.", at_least=0)
+    log_samples_every: int = option(10, "Steps between printouts of a few completions; 0 for never.", at_least=0)
     stop_on_alarm: bool = option(
         False,
-        "End the run, with its checkpoint, model and report, at the first warning that means collapse or reward "
-        "hacking ('far away', 'narrow' or 'alike', see docs/experiments.md).",
+        "End the run, with its checkpoint, model and report, at the first warning of collapse or reward hacking: the "
+        "alarms 'far away', 'narrow' and 'alike' of docs/experiments.md.",
     )
     track: Literal["none", "wandb", "swanlab", "trackio"] = option(
         "none",
         "Also log the run to this package, which must be installed: settings, every column of metrics.csv, samples and "
         "results. --resume continues the same tracked run.",
     )
-    save_every: int = option(50, "Write a checkpoint every this many steps; 0 for never.", at_least=0)
+    save_every: int = option(50, "Steps between checkpoints; 0 for never.", at_least=0)
     save_every_minutes: float = option(
         10.0, "Also write a checkpoint if the last one is this old, in minutes; 0 for never.", at_least=0
     )
     keep_checkpoints: int = option(2, "Checkpoints to keep; older ones are removed.", at_least=1)
     process_timeout: float = option(
         600.0,
-        "Seconds that a process waits for the others before the run ends; allow for a slow reward or download.",
+        "Seconds that a process waits for the others before the run fails; allow for a slow reward or download.",
         above=0,
         at_most=10**6,
     )
     eval_samples: int = option(
         1024, "Completions for evaluating the policy, before and after training; at least 2.", at_least=2
     )
-    resume: str | None = option(None, "Continue this run folder, or 'latest', with its own settings.")
+    resume: str | None = option(None, "Continue this run folder, or 'latest', with the settings saved in it.")
     eval_only: str | None = option(None, "Evaluate the saved model of this run folder again, without training.")
-    complete: str | None = option(None, "Complete --prompts with this run's model, untrained and trained.")
+    complete: str | None = option(None, "Complete --prompts with this run's model, before and after training.")
     n: int = option(5, "Completions per prompt that --complete shows.", at_least=1)
 
 
 PRESETS = {
     "default": {},
-    "thorough": dict(  # one pass at three times the lr learns as much as four, with a third less work
+    "thorough": dict(  # one epoch at 3 times the default lr learns as much as 4 at the default, in 2/3 of the time
         episodes=163_840,
         batch_size=1024,
         ppo_epochs=1,
         lr=1.2e-4,
         eval_samples=8192,
     ),
-    "article": dict(  # but here, too, advantages are whitened over the batch, not within one sequence
+    "article": dict(  # except that advantages are still whitened over the batch
         prompts=["刚收到货，感觉", "这部电影很", "说实话，真的很", "这次购物总的来说体验很"],  # with full-width commas
         minibatch_size=1,
         lam=0.95,
@@ -261,7 +264,7 @@ PRESETS = {
     ),
 }
 
-# Names that other programs use for a setting, or a sentence if there is no such setting here
+# A setting, or a sentence if we have no such setting -> its names in other programs
 OTHER_NAMES = {
     "model_name": "model model_path model_name_or_path sft_model_path pretrain actor_model",
     "reward_model_name": "reward_model reward_model_path rm_path",
@@ -294,7 +297,7 @@ OTHER_NAMES = {
     "resume": "resume_from_checkpoint",
     "--ppo_epochs are passes over each batch, --episodes the length of the run": "epochs num_epochs num_train_epochs",
     "there is no entropy bonus; docs/changing_ppo.md shows how to add one": "ent_coef entropy_coef entropy_coeff",
-    "there is no early stopping; a lower --lr or fewer --ppo_epochs move less": "target_kl early_stopping",
+    "there is no early stopping; lower --lr or --ppo_epochs instead": "target_kl early_stopping",
     "Adam's learning rate is constant": "lr_scheduler_type scheduler warmup_steps warmup_ratio",
     "texts are drawn from the whole distribution, which is what PPO trains": "top_k top_p do_sample min_length",
     "LoRA isn't supported; --frozen_share decides what trains": "lora use_lora lora_r lora_rank peft use_peft",
@@ -303,7 +306,7 @@ OTHER_NAMES = {
 
 
 def did_you_mean(name: str, dashes: str = "") -> str:
-    """Return a hint for an error about an unknown setting: its name here, or an empty string."""
+    """Return what to append to an unknown-setting error: the likely name, why there is none, or an empty string."""
     found = [meant for meant, names in OTHER_NAMES.items() if name in names.split()]
     found += difflib.get_close_matches(name, [field.name for field in fields(PPOConfig)], cutoff=0.75)
     if not found:

@@ -17,7 +17,7 @@ from support.compute.vocabulary import per_token
 
 
 class ValueHead(nn.Module):
-    """A value for each token: the reward still to come. Starts at zero."""
+    """Predicts a value for each token: the reward still to come. Starts at zero."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -91,7 +91,7 @@ class GPT2HeadWithValueModel(GPT2PreTrainedModel):
         if attention_mask is not None:
             positions = position_ids(attention_mask)[:, -input_ids.shape[1] :]
             bias = attention_bias(attention_mask, attention_mask.shape[1], input_ids.shape[1], self.lm_head.weight)
-        # Versions of the library differ in the cache's name, not in its place
+        # The cache's name depends on the version of the library, its position doesn't
         output = self.transformer(input_ids, cache, attention_mask=bias, position_ids=positions, use_cache=use_cache)
         hidden_states = output.last_hidden_state[:, -logits_to_keep:]
         return CausalLMOutputWithValue(self.lm_head(hidden_states), self.v_head(hidden_states), cache)
@@ -114,13 +114,13 @@ def special_ids(tokenizer) -> set[int]:
 
 
 def restriction(tokenizer, vocab_size: int, device="cpu") -> torch.Tensor:
-    """The term added to logits so that some tokens are never sampled: (vocab,) float32, 0 or -inf."""
+    """Return the term added to logits so that some tokens are never sampled: (vocab,) float32, 0 or -inf."""
     ids = torch.tensor(never_sampled_ids(tokenizer, vocab_size), dtype=torch.int64)
     return torch.zeros(vocab_size).index_fill(0, ids, float("-inf")).to(device)
 
 
 def completion_uniforms(seed: int, step: int, indices: Iterable[int], gen_len: int) -> torch.Tensor:
-    """Uniform numbers in [0, 1), (indices, gen_len) float32, which depend only on (seed, step, index).
+    """Return uniform numbers in [0, 1), (indices, gen_len) float32, which depend only on (seed, step, index).
 
     Philox is a counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): the key
     is (seed, step), and the completion's index is part of the counter, so a batch may be split in any way.
@@ -133,12 +133,12 @@ def completion_uniforms(seed: int, step: int, indices: Iterable[int], gen_len: i
 
 
 def completion_mask(responses: torch.Tensor, sep_token_id: int) -> torch.Tensor:
-    """True at a completion's tokens up to and including its first [SEP], (n, T) bool."""
+    """Return True at a completion's tokens up to and including its first [SEP], (n, T) bool."""
     ended = (responses == sep_token_id).long().cumsum(-1)
     return (ended == 0) | ((ended == 1) & (responses == sep_token_id))
 
 
-ASK_EVERY = 8  # tokens between two checks whether all completions have ended: each check waits for the GPU
+ASK_EVERY = 8  # tokens between checks whether all completions have ended; each check waits for the GPU
 
 
 @torch.no_grad()
@@ -198,7 +198,7 @@ class SharedPrompts(nn.Module):
         self.detach_value = detach_value
 
     def trunk(self, prompts, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states of prompts (prompts, P, hidden) and of completions ids (n, T) without their last tokens,
+        """Return hidden states of prompts (prompts, P, hidden) and of completions ids (n, T) without their last tokens,
         (n, T - 1, hidden), after the frozen blocks; if nothing is frozen, the embeddings. Policy and reference share
         this trunk and have a branch each above it, like the hydra of trlX (Havrilla et al. 2023)."""
         gpt2, ids = self.model.transformer, ids[:, :-1]
@@ -208,9 +208,9 @@ class SharedPrompts(nn.Module):
         return run_blocks(gpt2.h[: self.model.n_frozen], prompts, prompt_states, states)
 
     def forward(self, completions) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states below the output projection (n, T, hidden) and values (n, T); those at t have seen the prompt
-        and the tokens before t, so the last token isn't read. Completions that have been through the trunk only go
-        through the branch."""
+        """Return hidden states below the output projection (n, T, hidden) and values (n, T); those at t have seen the
+        prompt and the tokens before t, so the last token isn't read. Completions that have been through the trunk only
+        go through the branch."""
         gpt2, prompts = self.model.transformer, completions.prompts
         prompt_states, states = prompts.hidden_states, completions.hidden_states
         if states is None:

@@ -34,14 +34,14 @@ from support.run.compare import (
 from support.run.streams import hold_streams
 
 PANELS = [  # (title, columns drawn as lines, y axis)
-    ("KL to the reference", ["objective/kl"], "nats a completion"),
-    ("KL coefficient", ["objective/kl_coef"], "reward a nat"),
+    ("KL to the reference", ["objective/kl"], "nats per completion"),
+    ("KL coefficient", ["objective/kl_coef"], "reward per nat"),
     ("policy loss", ["ppo/loss/policy"], ""),
     ("value loss", ["ppo/loss/value"], ""),
-    ("entropy", ["objective/entropy"], "nats a token"),
+    ("entropy", ["objective/entropy"], "nats per token"),
     ("clip fraction", ["ppo/policy/clipfrac", "ppo/val/clipfrac"], "share of tokens"),
     ("completion length", ["tokens/completion_length"], "tokens"),
-    ("time", ["time/sample", "time/score", "time/ppo"], "seconds a step"),
+    ("time", ["time/sample", "time/score", "time/ppo"], "seconds per step"),
 ]
 CHINESE_FONTS = ["Noto Sans CJK SC", "Source Han Sans SC", "Microsoft YaHei", "PingFang SC", "WenQuanYi Micro Hei"]
 CHINESE_FONTS += ["WenQuanYi Zen Hei", "Source Han Sans CN", "SimHei", "Hiragino Sans GB", "Heiti TC"]
@@ -67,13 +67,13 @@ CHINESE = {  # the words of the pictures, with --lang zh
     "reward": "奖励",
     "share of completions": "续写所占比例",
     "KL to the reference": "与参考模型的 KL 散度",
-    "nats a completion": "nat / 条",
+    "nats per completion": "nat / 条",
     "KL coefficient": "KL 系数",
-    "reward a nat": "奖励 / nat",
+    "reward per nat": "奖励 / nat",
     "policy loss": "策略损失",
     "value loss": "价值损失",
     "entropy": "熵",
-    "nats a token": "nat / token",
+    "nats per token": "nat / token",
     "clip fraction": "截断比例",
     "policy/clipfrac": "策略",
     "val/clipfrac": "价值",
@@ -84,7 +84,7 @@ CHINESE = {  # the words of the pictures, with --lang zh
     "sample": "采样",
     "score": "打分",
     "ppo": "PPO 更新",
-    "seconds a step": "秒 / 步",
+    "seconds per step": "秒 / 步",
     "rewards against KL": "各奖励与 KL 散度",
     "rise in SD before training": "升幅（以训练前的标准差为单位）",
     "what PPO maximises": "PPO 优化的奖励",
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def newest_run(runs_dir: Path) -> Path:
-    """Returns the run in `runs_dir` that wrote metrics last, of those with a step."""
+    """Return the run in `runs_dir` that wrote metrics last, of those with a step."""
     written = [path for path in runs_dir.glob("*/metrics.csv") if not lacks_steps(path.parent)]
     newest = max(written, key=lambda path: path.stat().st_mtime, default=None)
     if not newest:
@@ -136,7 +136,7 @@ def draw(paths: list[Path], out: Path, by=(), only: str = "", against: str = "",
     if out.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"cannot write {out}: the name of a picture must end in .png, .pdf or .svg")
     from matplotlib import colormaps, rc_context
-    from matplotlib.figure import Figure  # and not pyplot, which may need a display
+    from matplotlib.figure import Figure  # not pyplot, which may need a display
 
     empty = [path for path in paths if lacks_steps(path)]
     if 0 < len(empty) < len(paths):
@@ -188,7 +188,7 @@ def chinese_fonts(needed: bool) -> list[str]:
 
     listed = {font.fname for font in font_manager.fontManager.ttflist}
     if not set(CHINESE_FONTS) & set(font_manager.get_font_names()):
-        for path in set(font_manager.findSystemFonts()) - listed:  # installed after matplotlib's first start
+        for path in set(font_manager.findSystemFonts()) - listed:  # installed after matplotlib built its list of fonts
             with contextlib.suppress(OSError, RuntimeError):
                 font_manager.fontManager.addfont(path)
     fonts = [name for name in CHINESE_FONTS if name in font_manager.get_font_names()]
@@ -210,7 +210,7 @@ def put_into_chinese(fig) -> None:
 
 
 def name_and_ends(curve: Curve, drawn: list[Curve]) -> str:
-    """Returns a curve's label with both ends of its smoothed reward, as "lr 0.0001: reward 0.55 to 0.93"."""
+    """Return a curve's label with both ends of its smoothed reward, as "lr 0.0001: reward 0.55 to 0.93"."""
     line, digits = smooth(curve.metrics["env/reward_mean"]).mean(0), reward_decimals(drawn)
     return f"{curve.label}: reward {line[0]:.{digits}f} to {line[-1]:.{digits}f}"
 
@@ -260,7 +260,7 @@ def draw_all(fig, drawn: list[Curve]) -> None:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Returns the running mean over a tenth of the run, (..., steps). It begins with the first step alone."""
+    """Return the running mean over a tenth of the run, (..., steps). It starts with only the first step."""
     half = max(1, values.shape[-1] // 20)
     reach = [min(half, i) for i in range(values.shape[-1])]
     return np.stack([values[..., i - r : i + r + 1].mean(-1) for i, r in enumerate(reach)], -1)
@@ -288,7 +288,7 @@ def draw_reward(axes, drawn: list[Curve]) -> None:
 
 
 def shared(drawn: list[Curve], of_run) -> list[tuple[np.ndarray, str]]:
-    """Returns each set of points (n, 2) that `of_run` finds, with its curve's colour; black if several share it."""
+    """Return each set of points (n, 2) that `of_run` finds, with its curve's colour; black if several share it."""
     found = {}
     for curve in drawn:
         for points in filter(None, map(of_run, curve.runs)):
@@ -321,7 +321,7 @@ def draw_plane(axes, drawn: list[Curve]) -> None:
 
 
 def judges(curve: Curve) -> list[dict]:
-    """Returns the judges of a curve, which PPO doesn't maximise, with their scores before training."""
+    """Return the judges of a curve, which PPO doesn't maximise, with their scores before training."""
     return [part for each in judged(curve.runs[0], "before") for part in each.get("parts", []) if part["weight"] == 0]
 
 
@@ -357,7 +357,7 @@ def draw_histogram(axes, drawn: list[Curve]) -> None:
 
 
 def judged(run: Run, when: str) -> list[dict]:
-    """Returns a run's evaluation "before" or "after" training, in a list that is empty if there is none yet."""
+    """Return a run's evaluation "before" or "after" training, in a list that is empty if there is none yet."""
     return [run.evaluation[when]] if run.evaluation.get(when) else []
 
 

@@ -1,23 +1,23 @@
 """Proximal policy optimisation for a language model: the mathematics first, then the trainer that uses it.
 
-It departs from textbook PPO or from the article's code in these points (docs/settings.md says what each is worth):
+These points differ from textbook PPO, the article's code or both (docs/settings.md says what each is worth):
 
  1. An action is one token. The score arrives at a completion's last token and is credited to all of its tokens.
- 2. Each token pays a KL penalty. Without it, the policy would give up its language for happy words.
- 3. Advantages are whitened over the whole batch. Within one completion, nothing shows which completion was better.
- 4. Lambda is 1. The values explain little of a single score at the end, so a smaller lambda cuts off signal. (It is
-    0.95 in the demo, whose values explain more.)
- 5. A minibatch has 128 completions, by default a whole batch. Many optimiser steps on a few completions waste KL.
+ 2. Each token pays a KL penalty. Without it, the policy would end up repeating a few positive words.
+ 3. Advantages are whitened over the whole batch. Within a completion, that would erase how good it is as a whole.
+ 4. Lambda is 1. Otherwise early tokens would rely on the value head to predict the final score, which it does poorly.
+    (It is 0.95 in the demo, where the value head does better.)
+ 5. A minibatch has 128 completions, by default a whole batch. Many noisy optimiser steps cost KL but bring no reward.
  6. The value head has its own learning rate, and its gradient doesn't reach the transformer, which it would disturb
     if there were many small minibatches.
  7. The lower blocks are frozen and shared by policy and reference: half the work for the same gain.
- 8. Old log-probabilities are recomputed with the same forward pass as the new ones, so the first ratio is exactly 1.
- 9. The KL coefficient is fixed. The KL stays below the usual target of 6 nats, so adapting would only lower it.
+ 8. Old log-probabilities come from the same code as the new ones, not from sampling, so each ratio starts at exactly 1.
+ 9. The KL coefficient is fixed. KL stays far below the usual target of 6 nats, so a controller would only lower beta.
 10. The saved policy is an average of the weights over the steps, which removes the noise of single steps.
 11. Adam's epsilon is 1e-5. With 1e-8, weights whose gradient is only rounding error move as fast as all others.
 12. An optimiser step is skipped and counted if its gradient isn't finite.
-13. Scores are measured from each batch's mean, in a unit set by the first batch. So scores from 0 to 1, from 0 to
-    10,000 and from 80 to 90 train alike, and the value head doesn't have to follow a rising mean.
+13. Scores are centred on each batch's mean and scaled by the first batch's standard deviation. So scores from 0 to 1,
+    from 0 to 10,000 and from 80 to 90 train alike if kl_coef is scaled with them, and values needn't follow the mean.
 
 Shapes: n completions, T tokens (completions are right-padded to the longest), V vocabulary entries. A mask is True
 or 1 at a completion's real tokens, including its final [SEP], and 0 at the padding. Logits and values at t depend on
@@ -70,7 +70,7 @@ def kl_from_logits(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tens
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return the mean of the unmasked entries, a scalar. Both arguments have one shape; masked entries may be NaN."""
+    """Return the mean of the entries whose mask is 1, a scalar. Both have the same shape; other entries may be NaN."""
     return values.where(mask.bool(), 0).sum() / mask.sum()
 
 
@@ -109,8 +109,8 @@ SPREAD = 0.4  # about the spread of the article's scores, for which cliprange_va
 
 def pick_reward_unit(scores: torch.Tensor, kl_coef: float) -> float:
     """Return the unit in which the scores (n,) of the first batch have a standard deviation of SPREAD (Ziegler, section
-    2.1, scales its reward model similarly). If the scores barely differ (std below kl_coef / 100, or below 1e-7 of
-    their mean, which is float32's rounding), use the KL coefficient as their spread."""
+    2.1, scales its reward model similarly). If the scores barely differ (std below kl_coef / 100, or below float32's
+    rounding, 1e-7 of the mean), their std would amplify noise, so use kl_coef instead, or 1 if that is 0, too."""
     scores = scores.double().cpu()
     spread, rounding = scores.std(correction=0).item(), 1e-7 * scores.mean().abs().item()
     return (spread if spread > max(kl_coef / 100, rounding) else kl_coef) / SPREAD or 1.0
@@ -179,7 +179,7 @@ def policy_loss(
 def value_loss(
     values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, cliprange_value: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute half the mean squared error, the larger one of clipped and unclipped values (Ziegler's code, `loss`).
+    """Compute half the mean squared error; each token's is the larger of clipped and unclipped (Ziegler, `loss`).
 
         clipped values = clip(values, old_values - cliprange_value, old_values + cliprange_value)
         loss           = 0.5 * mean max((values - returns)^2, (clipped values - returns)^2)
@@ -204,7 +204,7 @@ class AdaptiveKLController:
         error = clip(current_kl / target - 1, -0.2, 0.2)
         value = value * (1 + error * n_completions / horizon)
 
-    `current_kl` is in nats per completion; `n_completions` counts them since the last update.
+    `current_kl` is in nats per completion; `n_completions` is the number of completions since the last update.
     """
 
     def __init__(self, init_kl_coef: float, target: float, horizon: int):
@@ -231,12 +231,12 @@ class FixedKLController:
 def polynomial_average(averages: list[torch.Tensor], weights: list[torch.Tensor], step: int, power: float) -> None:
     """Update polynomial-decay averages in place (Shamir & Zhang 2013, arXiv:1212.1824, section 4).
 
-    The weights after step t (1-based) have a weight of about t^power in the average; power 0 is the plain mean.
+    Step t (1-based) counts in proportion to about t^power; power 0 is the plain mean.
 
         average[t] = (1 - share) * average[t - 1] + share * weights[t],   share = (power + 1) / (power + t)
     """
     share = (power + 1) / (power + step)
-    torch._foreach_lerp_(averages, weights, share)  # private, but torch's Adam relies on such functions, too
+    torch._foreach_lerp_(averages, weights, share)  # private; torch's own Adam uses such functions
 
 
 # ----------------------------------------------------------------------------------------------
@@ -287,10 +287,10 @@ def ppo_loss(config, logprobs: torch.Tensor, values: torch.Tensor, batch: Experi
 
 class PPOTrainer:
     """Trains a policy, one batch of completions at a time. For a loop of your own, TextPPOTrainer
-    (support/run/text_trainer.py) is easier: it adds conversions and checks.
+    (support.text_trainer) is easier: it adds conversions and checks.
 
-    config: a PPOConfig. model: the policy, a GPT2HeadWithValueModel with float32 weights. ref_model: the policy before
-    training, in any dtype; the trainer may change it. tokenizer: provides the special tokens. Dropout is off.
+    config: a PPOConfig. model: the policy, a GPT2HeadWithValueModel with float32 weights. ref_model: the model from
+    which KL is measured, usually the untrained policy, in any dtype; the trainer may modify it. Dropout is off.
     """
 
     def __init__(self, config, model, ref_model, tokenizer):
@@ -298,7 +298,7 @@ class PPOTrainer:
         self.engine = Engine(config, model, ref_model, tokenizer)
         self.n_steps = 0
         self.n_drawn = 0  # completions since the last step
-        # A value v stands for a score of reward_mean + v * reward_unit (mean of the last step, unit of the first)
+        # A value v means a score of reward_mean (of the latest step) + v * reward_unit (of the first step)
         self.reward_mean, self.reward_unit = 0.0, None
         if config.kl_controller == "adaptive":
             self.kl_controller = AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
@@ -319,9 +319,9 @@ class PPOTrainer:
     def generate(self, query_tensors: list[torch.Tensor], model=None, seed=None, step=None) -> Completions:
         """Complete each query, a 1-d int64 tensor on the CPU.
 
-        The random numbers of completion i depend only on (seed, step, i). By default, the policy samples with the run's
-        seed and step, and i counts the completions since the last step, so n calls with one query each give the same
-        completions as one call with n queries.
+        The random numbers of completion i depend only on (seed, step, i). Defaults: the policy, the run's seed, and the
+        coming step; then i goes on counting from earlier calls, so n calls with one query each give the same
+        completions as one call with n queries. With `step`, i starts at 0.
         """
         model = self.model if model is None else model
         seed = self.config.seed if seed is None else seed
@@ -336,23 +336,23 @@ class PPOTrainer:
         """Take one PPO step on a batch. Returns its statistics as floats.
 
         scores: a finite number for each completion, (n,) float32. Optimiser steps without a finite gradient are skipped
-        and counted in `ppo/skipped`. Raises FloatingPointError after MAX_SKIPPED skipped steps in a row.
+        and counted in `ppo/skipped`. Raises FloatingPointError after 10 of them in a row (MAX_SKIPPED in the engine).
         """
         config, engine, mask, n = self.config, self.engine, completions.mask, len(scores)
         mean = self.reward_mean = scores.double().mean().item()
         if self.reward_unit is None:
             self.reward_unit = pick_reward_unit(scores, config.init_kl_coef)
             self.model.v_head.count_from_(mean, self.reward_unit)
-        unit, scores = self.reward_unit, to_device((scores.double() - mean).float(), engine.device)
+        unit, centred = self.reward_unit, to_device((scores.double() - mean).float(), engine.device)
 
-        # 1. Log-probabilities and values of policy and reference before this step's update
-        completions = engine.share_trunk(completions)  # through the frozen blocks, once for both (point 7)
+        # 1. The policy's log-probabilities and values and the reference's log-probabilities, before this step's update
+        completions = engine.share_trunk(completions)  # runs the frozen blocks once for both models (point 7)
         logprobs, entropy, values = self.forward_pass(completions, self.model, logprobs_and_entropy)
         ref_logprobs, _ = self.forward_pass(completions, self.ref_model, logprobs_from_logits)
 
         # 2. Rewards in the trainer's unit: the KL penalty, plus the score (minus the mean) at the last token
         kl_coef = self.kl_controller.value / unit
-        token_rewards, kl_penalties = compute_rewards(scores / unit, logprobs, ref_logprobs, mask, kl_coef)
+        token_rewards, kl_penalties = compute_rewards(centred / unit, logprobs, ref_logprobs, mask, kl_coef)
 
         # 3. Advantages, whitened over the whole batch
         advantages, returns = compute_advantages(values, token_rewards, mask, config.gamma, config.lam)
@@ -370,11 +370,11 @@ class PPOTrainer:
                     engine.backward(weight * loss)
                     for name, value in statistics.items():
                         means[name] = means.get(name, 0) + weight * value.detach()
-                updates.append(means | engine.clip_and_step())  # which skips a gradient that isn't finite
+                updates.append(means | engine.clip_and_step())  # skips a gradient that isn't finite
         self.n_steps, self.n_drawn = self.n_steps + 1, 0
         polynomial_average(engine.averages, engine.weights, self.n_steps, config.average_power)
 
-        # 5. Statistics, named as in TRL; all except the losses in the unit of the scores
+        # 5. Statistics, named as in TRL. Rewards, returns and values are in the scores' unit, KL and entropy in nats
         kl = (logprobs - ref_logprobs).where(mask, 0).sum(-1)
         ended = (completions.ids == engine.sep_token_id) & mask
         stats = engine.fetch(
@@ -399,11 +399,11 @@ class PPOTrainer:
 
     @torch.no_grad()
     def forward_pass(self, completions: Completions, model, function) -> torch.Tensor:
-        """Return function(logits, ids) at the completions' tokens, one or several (n, T), and the values: (k, n, T)."""
+        """Return what function(logits, ids) gives at each token, one or several (n, T), and the values: (k, n, T)."""
         computed, passes = [], self.engine.passes(model)
         for part in self.engine.parts(completions):
-            found, values = self.engine.forward(part, function, passes)
-            computed.append(torch.cat([found.view(-1, *values.shape), values[None]]))
+            results, values = self.engine.forward(part, function, passes)
+            computed.append(torch.cat([results.view(-1, *values.shape), values[None]]))
         return self.engine.gather(computed, len(completions.ids))
 
     def minibatches(self, n: int, epoch: int) -> tuple[torch.Tensor, ...]:

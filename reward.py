@@ -1,5 +1,5 @@
-"""The reward: text -> number. The article's sentiment classifier, a reward model, a function of yours, a person, or a
-weighted sum of these."""
+"""The reward: text -> number. It can be the article's sentiment classifier, a reward model, your own function, a
+person, or a weighted sum of these."""
 
 import inspect
 import json
@@ -45,7 +45,8 @@ class Rewards:
         self.wanted = {name: wanted_columns(name, function, self.columns) for name, function in functions.items()}
 
     def score(self, texts: list[str], prompt_index) -> torch.Tensor:
-        """The scores of texts by each function, (len(texts), k) float32. prompt_index: which prompt each continues."""
+        """Return the scores of texts by each function, (len(texts), k) float32. prompt_index: which prompt each
+        continues."""
         parts = []
         for name, function in self.functions.items():
             columns = {column: [self.columns[column][i] for i in prompt_index] for column in self.wanted[name]}
@@ -80,9 +81,9 @@ class SentimentReward:
     ):
         config, self.positive_label, tokenizer = read_classifier_folder(folder, positive_label)
         model = load_weights(AutoModelForSequenceClassification, folder, config, device)
-        if hasattr(model, "score"):  # a decoder's head, which reads the last token before this padding
+        if hasattr(model, "score"):  # a decoder: its head reads the last token before the padding
             model.config.pad_token_id, tokenizer.padding_side = tokenizer.pad_token_id, "right"
-        # Rounded first, so that a run may go on in another dtype
+        # Rounded, so that a run can be resumed in another dtype
         self.weights_hash = hash_of({name: weight.bfloat16() for name, weight in model.named_parameters()})
         model = model.to(device=device, dtype=dtype)  # under torchrun the pipeline doesn't move it
         with quiet_transformers():
@@ -102,7 +103,7 @@ class SentimentReward:
         if is_bert(self.pipeline.tokenizer):
             texts = [clean_text(text) for text in texts]
         distinct, scores = sorted(set(texts), key=lambda text: (len(text), text)), {}
-        with quiet_transformers():  # on a GPU it advises against calling it more than ten times
+        with quiet_transformers():  # on a GPU, it warns if it is called more than ten times
             results = self.pipeline(distinct, **self.options)
         for text, result in zip(distinct, results):
             scores[text] = next(entry["score"] for entry in result if str(entry["label"]) == self.positive_label)
@@ -110,16 +111,16 @@ class SentimentReward:
 
 
 def read_classifier_folder(folder: Path, positive_label: str | None):
-    """A classifier's config, happy label and tokenizer, before any weights. Raises UserError if that label is unclear,
-    or if the tokenizer doesn't fit."""
+    """Return a classifier's config, happy label and tokenizer, before any weights. Raises UserError if that label is
+    unclear, or if the tokenizer doesn't fit."""
     config = read_model_config(folder)
     label = find_positive_label([str(label) for label in config.id2label.values()], positive_label)
     return config, label, open_tokenizer(folder, config)
 
 
 def most_tokens(model, tokenizer) -> int:
-    """How many tokens of a text a classifier takes: one for each of its positions. The RoBERTa family, which counts on
-    from its padding, has two positions that no token takes."""
+    """Return how many tokens of a text a classifier takes: one for each of its positions. The RoBERTa family, which
+    counts on from its padding, has two positions that no token takes."""
     tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
     padding = getattr(tables[0], "padding_idx", None) if tables else None
     positions = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
@@ -127,7 +128,7 @@ def most_tokens(model, tokenizer) -> int:
 
 
 def find_positive_label(labels: list[str], wanted: str | None) -> str:
-    """The label that counts as happy: `wanted`, the only one, or the one that reads like "positive".
+    """Return the label that counts as happy: `wanted`, the only one, or the one that reads like "positive".
 
     Raises UserError, with all labels, if `wanted` isn't among them, or if not exactly one reads so.
     """
@@ -168,7 +169,7 @@ class HumanReward:
 
 
 def ask(question: str, path: Path) -> float:
-    """A number that a person types. Raises RewardError at the end of the input."""
+    """Return a number that a person types. Raises RewardError at the end of the input."""
     while True:
         try:
             answer = input(question)
@@ -206,7 +207,7 @@ def import_function(spec: str) -> Callable:
 
 
 def wanted_columns(name: str, function: Callable, columns: dict[str, list]) -> list[str]:
-    """The columns of the prompts that a reward function has parameters for, besides the first one, the texts.
+    """Return the columns of the prompts that a reward function has parameters for, besides the first one, the texts.
 
     Raises UserError if there is no column for a parameter without a default.
     """
@@ -223,7 +224,7 @@ def wanted_columns(name: str, function: Callable, columns: dict[str, list]) -> l
 
 
 def score_texts(reward: Callable, texts: list[str], columns: dict[str, list] | None = None) -> torch.Tensor:
-    """The rewards of some texts, (len(texts),) float32, from any callable that returns a number for each.
+    """Return the rewards of some texts, (len(texts),) float32, from any callable that returns a number for each.
 
     columns: more arguments by name, each with an entry per text. Each process scores its own share. Raises RewardError
     on every rank if that fails on any rank.
@@ -236,7 +237,7 @@ def score_texts(reward: Callable, texts: list[str], columns: dict[str, list] | N
 
 
 def checked_scores(reward: Callable, texts: list[str], columns: dict[str, list]) -> torch.Tensor:
-    """The rewards of some texts, (len(texts),) float32. KeyboardInterrupt passes.
+    """Return the rewards of some texts, (len(texts),) float32. KeyboardInterrupt passes.
 
     Raises RewardError if the callable raises, even SystemExit, or doesn't return one finite number for each text.
     """
@@ -251,7 +252,8 @@ def checked_scores(reward: Callable, texts: list[str], columns: dict[str, list])
 
 
 def read_scores(returned, texts: list[str]) -> torch.Tensor:
-    """What a reward function returned, as (len(texts),) float32. Raises RewardError with the text that is to blame."""
+    """Return what a reward function returned, as (len(texts),) float32. Raises RewardError with the text that is to
+    blame."""
     if (scores := listed(returned)) is None:
         kind = type(returned).__name__
         raise RewardError(f"the reward function returned a {kind}, not a list of numbers, for {texts[0]!r}")
@@ -265,7 +267,8 @@ def read_scores(returned, texts: list[str]) -> torch.Tensor:
 
 
 def failed_call(texts: list[str], error: BaseException) -> RewardError:
-    """The error to raise when a reward function raised one: which and where, with its traceback and the texts."""
+    """Return the error to raise when a reward function raised one: which and where, with its traceback and the
+    texts."""
     whole = "".join(traceback.format_exception(error)).encode(errors="backslashreplace").decode()
     whole += f"\nIt was called with these texts:\n{json.dumps(texts, ensure_ascii=False, indent=1)}\n"
     if is_out_of_memory(error):

@@ -1,13 +1,13 @@
 """Train a Chinese GPT-2 with PPO towards texts that a reward likes.
 
-    python train_ppo.py                                  the article's job, on a GPU
+    python train_ppo.py                                  the article's run, on a GPU
     python train_ppo.py --preset article                 the same with the article's own settings
-    python train_ppo.py --preset demo                    tiny models made on the spot, a minute or two on a laptop
+    python train_ppo.py --preset demo                    tiny models, a minute or two on a laptop
     python train_ppo.py --model_name DIR --reward_model_name DIR --lr 2e-5 --prompts "衣服" "这本书"
     python train_ppo.py --reward my_reward:score         your own function of texts
     python train_ppo.py --reward my_reward:score classifier --reward_weights 1 0     with the classifier as a judge
-    python train_ppo.py --resume runs/NAME               go on after a stop
-    python train_ppo.py --eval_only runs/NAME            judge a saved model again
+    python train_ppo.py --resume runs/NAME               continue after a stop
+    python train_ppo.py --eval_only runs/NAME            evaluate a saved model again
     python train_ppo.py --complete runs/NAME --prompts "这家店" "昨天"     its model on any prompts, before and after
     torchrun --nproc-per-node 8 train_ppo.py             on eight GPUs; --batch_size stays that of all together
     python train_ppo.py --help                           every hyperparameter; config.py explains them
@@ -32,11 +32,11 @@ from support.run.streams import hold_streams
 
 
 def train(trainer, reward, prompts: list[str], queries: list, folder) -> int:
-    """Train a policy, judge it before and after, and return the exit code. On several processes all of them run this.
+    """Train a policy, evaluate it before and after, and return the exit code. Every process runs this.
 
     trainer: a PPOTrainer. reward: Rewards. queries: the encoded prompts. folder: a RunFolder.
     """
-    # Imported here, since --help and what is refused at once need no torch
+    # Imported here because --help and early errors don't need torch
     from support.common.figures import decimals
     from support.models.pretrained import decode
     from support.run.evaluation import Results, change_since, check_reward, evaluate
@@ -48,7 +48,7 @@ def train(trainer, reward, prompts: list[str], queries: list, folder) -> int:
     from support.run.tracking import Tracker, numbers
     from support.run.warnings import Alarms, prospect
 
-    # 1. How good the policy is before training, measured once
+    # 1. Evaluate the policy before training, once per run
     config, tokenizer, last_step = trainer.config, trainer.tokenizer, folder.last_step
     results = folder.read_results()
     if results is None:
@@ -57,7 +57,7 @@ def train(trainer, reward, prompts: list[str], queries: list, folder) -> int:
             check_reward(reward, results.before)
         folder.write_results(results)
 
-    # 2. What can be expected, and at which price
+    # 2. Say what is possible at this KL coefficient
     if results.before.unsteady:
         print(f"warning: {results.before.unsteady}")
     if config.kl_budget and trainer.n_steps == 0:
@@ -113,10 +113,10 @@ def train(trainer, reward, prompts: list[str], queries: list, folder) -> int:
             print(f"ended by that warning; go on with: python train_ppo.py {flags} --stop_on_alarm False")
         elif trainer.n_steps < last_step:
             print(f"stopped after step {trainer.n_steps}; go on with: python train_ppo.py {flags}")
-            return 128 + stopped  # a shell's code for what ended by this signal
+            return 128 + stopped  # the exit code of a process that this signal ended
         stop.release()
 
-        # 4. The trained model, how good it is now, and the pictures; --resume makes what is missing of them
+        # 4. Save and evaluate the trained model, and draw the pictures; --resume does whatever is missing
         folder.save_model(prompts[0])
         with failures_explained(folder.path, lambda: "evaluation"):
             results.after = evaluate(trainer, trainer.policy_for_saving, reward, prompts, queries)
@@ -144,7 +144,7 @@ def finish(run_dir: Path, config: PPOConfig, results, prompts: list[str], keep: 
 
 
 def draw_prompts(n_prompts: int, seed: int, step: int, batch_size: int) -> list[int]:
-    """Which prompt each completion of a step continues: all in turn, each pass over them in a new order."""
+    """Return which prompt each completion of a step continues: all in turn, each pass over them in a new order."""
     import numpy as np
 
     positions = range((step - 1) * batch_size, step * batch_size)
@@ -157,7 +157,7 @@ def draw_prompts(n_prompts: int, seed: int, step: int, batch_size: int) -> list[
 def judge_again(
     trainer, reward, prompts: list[str], queries: list, run_dir: Path, inputs: dict[str, str], argv: list[str]
 ) -> int:
-    """Judge the saved model of a run without training, and return the exit code. trainer, reward: as for `train`."""
+    """Evaluate the saved model of a run without training, and return the exit code. trainer, reward: as for `train`."""
     from support.run.evaluation import Results, change_since, check_reward, evaluate
     from support.run.run_folder import (
         compare_inputs,
@@ -187,7 +187,7 @@ def judge_again(
 
 
 def saved_policy(run_dir: Path, policy):
-    """A copy of the policy with the weights of a run's saved model, which only rank 0 needs to have."""
+    """Return a copy of the policy with the weights of a run's saved model, which only rank 0 needs to have."""
     from support.models.pretrained import load_gpt2_config, load_policy
 
     weights = processes.broadcast_from_rank_0(

@@ -13,7 +13,7 @@ def import_libraries() -> None:
     if "support.run.run_folder" in sys.modules:
         return
     gc.disable()
-    import support.run.run_folder  # noqa: F401  (which imports all that a run needs)
+    import support.run.run_folder  # noqa: F401  (imports everything that a run needs)
 
     gc.freeze()
     gc.enable()

@@ -136,7 +136,7 @@ def test_the_comparison_table_by_hand():
         each.metrics[STD] = 0.4 + number - 0.399 * (each.metrics["step"] > 1)
     runs[2].metrics["time/step"][0] = 99  # a slow first step doesn't change the median
     header, _, *rows, _, _, _, _, _, first, _, second = cells(comparison(runs, curves(runs)))
-    assert header == ",runs,episodes,R,KL,J,gain,standard error,SD,error of judging,unique,seconds a step".split(",")
+    assert header == ",runs,episodes,R,KL,J,gain,standard error,SD,error of judging,unique,seconds per step".split(",")
     assert rows == [
         ["lr 0.0001", "2", "256", "0.800", "0.400", "0.740", "0.70", "0.100", "0.14", "0.03", "95.0%", "0.50"],
         ["lr 0.5", "1", "1,280", "0.900", "0.500", "0.825", "-", "-", "-", "-", "90.0%", "2.00"],

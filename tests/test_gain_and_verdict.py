@@ -355,16 +355,16 @@ def verdict_on(reward, kl, beta=1.0, unit=1.0, noise=0.0, unique=0.7, **settings
     ("reward", "kl", "sentence"),
     [  # with J = R - KL, the limit has R 1 at KL 1/2
         (0.86, 0.5, "good: 72% of what is possible"),
-        (0.84, 0.5, "short: 68% of what is possible; go on with more --episodes"),
-        (1.0, 0.74, "short: 52% of what is possible; go on with more --episodes"),
-        (1.0, 0.76, "wasted KL: KL 0.76 where 0.5 is worth it; try a lower --lr"),
-        (0.15, 0.1, "wasted KL: KL 0.1 where 0.5 is worth it; try a lower --lr"),  # 0.1 can buy 0.45
-        (0.21, 0.1, "short: 22% of what is possible; go on with more --episodes"),  # half of 0.45, within two errors
-        (1.3, 1.1, "hacked: KL 1.1 where 0.5 is worth it; try a lower --lr"),
+        (0.84, 0.5, "short: 68% of what is possible; continue with more --episodes"),
+        (1.0, 0.74, "short: 52% of what is possible; continue with more --episodes"),
+        (1.0, 0.76, "wasted KL: KL 0.76, and 0.5 at the limit; try a lower --lr"),
+        (0.15, 0.1, "wasted KL: KL 0.1, and 0.5 at the limit; try a lower --lr"),  # 0.1 can buy 0.45
+        (0.21, 0.1, "short: 22% of what is possible; continue with more --episodes"),  # half of 0.45, within two errors
+        (1.3, 1.1, "hacked: KL 1.1, and 0.5 at the limit; try a lower --lr"),
         (1.3, 0.9, "good: 80% of what is possible"),
-        (1.9, 1.1, "hacked: KL 1.1 where 0.5 is worth it; try a higher --init_kl_coef"),  # above R = sqrt(2 KL)
-        (0.05, 0.004, "unmoved: KL 0.004 where 0.5 is worth it; try a higher --lr"),
-        (0.05, 0.006, "short: 9% of what is possible; go on with more --episodes"),
+        (1.9, 1.1, "hacked: KL 1.1, and 0.5 at the limit; try a higher --init_kl_coef"),  # above R = sqrt(2 KL)
+        (0.05, 0.004, "unmoved: KL 0.004, and 0.5 at the limit; try a higher --lr"),
+        (0.05, 0.006, "short: 9% of what is possible; continue with more --episodes"),
     ],
 )
 def test_the_verdict_is_the_same_in_any_unit_of_the_reward(reward, kl, sentence):

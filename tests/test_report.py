@@ -48,7 +48,7 @@ def test_a_report_shows_the_results_of_the_run_and_how_it_was_made(tmp_path, mon
         r"    python train_ppo.py --lr 2e-4\n# Title  # from step 1",
         "    (unknown)  # judged again",
         r"- step 2: too \<b>fast",
-        "3 steps in 01:05, without loading and judging; 8.60 s a step in the median.",
+        "3 steps in 01:05, without loading and evaluating; 8.60 s per step in the median.",
     ):
         assert line in lines
     assert "a gain of 0.46 with 2, 0.70 with 3." in report and "1,500 completions before training" in report

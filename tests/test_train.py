@@ -84,7 +84,7 @@ def test_a_run_prints_each_step_with_its_time_and_completions_every_few_steps(po
     steps = [line for line in out.splitlines() if line.startswith("step ")]
     for line, row, left in zip(steps, rows(tmp_path / "run"), ("00:18", "00:09", "00:00"), strict=True):
         assert [float(row[f"time/{part}"]) for part in ("sample", "score", "ppo", "step")] == [2, 3, 4, 9]
-        assert line.startswith(f"step {row['step']}/3 ") and line.endswith(f"  9.00 s a step, {left} left")
+        assert line.startswith(f"step {row['step']}/3 ") and line.endswith(f"  9.00 s per step, {left} left")
         words = line.split()
         for name, column in (("reward", "env/reward_mean"), ("KL", "objective/kl")):
             assert float(words[words.index(name) + 1]) == pytest.approx(float(row[column]), abs=0.006)

@@ -1,4 +1,4 @@
-"""What a person runs beside training; each says at its head what it is for."""
+"""Programs that people run beside training; the first lines of each say what it is for."""
 
 import contextlib
 import sys

@@ -46,8 +46,8 @@ def main(argv: list[str]) -> None:
 
 
 def measure(config: PPOConfig) -> dict:
-    """Medians of a few steps: seconds of a step and of its phases, completions and tokens a second, the arithmetic
-    needed, its share of the ceiling, and the peak memory in GiB (on a CPU that of the process so far)."""
+    """Return medians of a few steps: seconds of a step and of its phases, completions and tokens a second, the
+    arithmetic needed, its share of the ceiling, and the peak memory in GiB (on a CPU that of the process so far)."""
     policy, tokenizer, reward, prompts, queries, reference = load(config)
     trainer = PPOTrainer(config, policy, reference, tokenizer)
     device = trainer.engine.device
@@ -80,7 +80,7 @@ def measure(config: PPOConfig) -> dict:
         texts = [prompts[i] + text for i, text in zip(drawn, decode(tokenizer, responses))]
         trainer.step(completions, reward.score(texts, drawn) @ reward.weights)
         synchronize()
-        seconds["update"] -= seconds["logprobs"]  # both are part of PPOTrainer.step
+        seconds["update"] -= seconds["logprobs"]  # both belong to PPOTrainer.step
         steps.append({**seconds, "step": time.perf_counter() - started})
     median = {name: statistics.median(step[name] for step in steps[1:]) for name in steps[0]}
     step = median.pop("step")
@@ -105,7 +105,7 @@ def measure(config: PPOConfig) -> dict:
 
 
 def peak_memory(device: torch.device) -> float:
-    """In bytes; NaN on Windows, whose Python doesn't tell."""
+    """Return bytes; NaN on Windows, whose Python can't measure it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":
@@ -116,8 +116,8 @@ def peak_memory(device: torch.device) -> float:
 
 
 def multiply_adds(policy, bert, config: PPOConfig, n_prompt: list[int], n_response: list[int], n_text: list[int]):
-    """The multiply-adds that one step needs. bert: the classifier, or None. Tokens of each prompt, of each response
-    (its [SEP] included) and of each text that the classifier scores."""
+    """Return the multiply-adds that one step needs. bert: the classifier, or None. Tokens of each prompt, of each
+    response (its [SEP] included) and of each text that the classifier scores."""
 
     def blocks(layers: int, width: int, inner: int, tokens: int, context: float) -> float:
         """Four width x width matrices, two width x inner, and attention."""
@@ -144,7 +144,7 @@ def multiply_adds(policy, bert, config: PPOConfig, n_prompt: list[int], n_respon
 
 
 def best_matrix_product(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of the fastest of some matrix products, two operations per multiply-add."""
+    """Return operations a second of the fastest of some matrix products, two operations per multiply-add."""
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     best = 0.0
     for n in (8192, 4096) if device.type == "cuda" else (2048, 1024):

@@ -18,12 +18,12 @@ from ppo import PPOTrainer
 from support.models.pretrained import decode
 from support.run.load import load
 
-WARM_UP = 3  # ordinary steps before: policy, reference and values differ, and a quarter of the batch is still unhappy
+WARM_UP = 3  # ordinary steps first, so that policy and reference differ; a quarter of the batch is still unhappy
 
 
 @dataclass
 class Step:
-    """A PPO step with everything between: float32 tensors (n,) and (n, T) on the CPU, named as on the page.
+    """A PPO step with all intermediate values: float32 tensors (n,) and (n, T) on the CPU, named as on the page.
 
     tokens: those of each completion, as text. Rewards and values are in the unit of the scores, of which the trainer's
     is `unit`. logprobs, values and ratios: at the start of each epoch and, last, after the step. stats: what
@@ -48,12 +48,12 @@ class Step:
 
 
 def demo_config() -> PPOConfig:
-    """The demo's settings, with the lambda of the preset `default`."""
+    """Return the demo's settings, with the lambda of the preset `default`."""
     return PPOConfig(preset="demo", lam=1.0, seed=7, device="cpu")
 
 
 def take_step(config: PPOConfig) -> Step:
-    """Take WARM_UP ordinary steps, then one with everything between written down."""
+    """Take WARM_UP ordinary steps, then one whose intermediate values are recorded."""
     policy, tokenizer, reward, (prompt,), queries, reference = load(config)
     trainer = PPOTrainer(config, policy, reference, tokenizer)
     queries = queries * config.batch_size
@@ -89,8 +89,8 @@ def take_step(config: PPOConfig) -> Step:
 
 
 def happy_and_unhappy(step: Step, cliprange: float) -> dict[str, int]:
-    """The shortest completion with a score above 0.9 that the step made more probable, and the shortest with one below
-    0.1 that it made less probable; if there are any, of those with a token that the last epoch clipped."""
+    """Return the shortest completion with a score above 0.9 that the step made more probable, and the shortest with one
+    below 0.1 that it made less probable; if there are any, of those with a token that the last epoch clipped."""
     products, last = step.ratios[-1].prod(1), step.ratios[-2]
 
     def shortest(chosen, clipped):
@@ -103,7 +103,7 @@ def happy_and_unhappy(step: Step, cliprange: float) -> dict[str, int]:
 
 
 def columns(step: Step) -> dict[str, torch.Tensor]:
-    """The columns of the page's tables of tokens, (n, T) each."""
+    """Return the columns of the page's tables of tokens, (n, T) each."""
     of_epochs = {f"ratio {k}": ratios for k, ratios in enumerate(step.ratios[:-1], 1)}
     return {
         "log pi_old": step.logprobs[0], "log pi_ref": step.ref_logprobs, "penalty": step.penalties,
@@ -114,7 +114,7 @@ def columns(step: Step) -> dict[str, torch.Tensor]:
 
 
 def of_batch(step: Step, config: PPOConfig) -> dict[str, float]:
-    """The numbers of the page that are about the whole batch. Losses are in the trainer's unit."""
+    """Return the numbers of the page that are about the whole batch. Losses are in the trainer's unit."""
     mask, scores, n = step.mask, step.scores, len(step.scores)
     log_ratios, products = (step.logprobs[0] - step.ref_logprobs).where(mask, 0).sum(1), step.ratios[-1].prod(1)
     happy, unhappy, ratios = scores > 0.9, scores < 0.1, step.ratios[-1]

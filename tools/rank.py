@@ -5,7 +5,7 @@
     python -m tools.rank --simulate 300 --judge DIR --out rankings.jsonl         a classifier ranks in your place
 
 Each ranking is on disk at once, as a line {"prompt": ..., "texts": [completions, best first], "ties": [[i, j], ...]}
-with how it came about. The same command goes on where it stopped; no set of completions is shown twice.
+with how it came about. The same command continues; no set of completions is shown twice.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from tools import exits_on_user_error
 
 HINT = "100 make a usable reward model, 300 a good one, see docs/reward_model.md"
 HELP = "best first, as 3 1 4 2, or 3 1=4 2 for a tie; s to skip, u to undo, q to stop > "
-BLOCK = 32  # sets that are drawn at once
+BLOCK = 32  # sets sampled at once
 CLOSE = 0.05  # difference in score below which --judge calls two completions a tie
 
 

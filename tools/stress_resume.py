@@ -1,4 +1,4 @@
-"""Kill a demo run with SIGKILL at random moments, resume it each time, and compare the end with an uninterrupted run.
+"""Kill a demo run with SIGKILL at random moments, resume it each time, and compare with an uninterrupted run.
 
     python -m tools.stress_resume [--seed 1] [--kills 25]
 

@@ -103,9 +103,9 @@ def load_base(folder: Path, device, seed: int):
             folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
         )
     tokenizer.model_max_length = most_tokens(model, tokenizer)
-    if device.type == "cpu":  # faster there for short texts
+    if device.type == "cpu":  # faster on a CPU for short texts
         model.set_attn_implementation("eager")
-    return model.to(device), tokenizer  # in eval mode, so without dropout, which a few hundred rankings can't afford
+    return model.to(device), tokenizer  # in eval mode, so without dropout, which hurts with only a few hundred rankings
 
 
 def fit(model, tokenizer, training: list[Ranking], held_out: list[Ranking], args) -> list[tuple[float, float, bool]]:

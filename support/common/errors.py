@@ -7,7 +7,7 @@ STEERING = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u
 
 
 class UserError(ValueError):
-    """A mistake that the user can fix: one line on stderr, exit code 2, no traceback."""
+    """An error that the user can fix: one line on stderr, exit code 2, no traceback."""
 
     def __init__(self, message: str):
         super().__init__(escaped(message))
@@ -22,16 +22,16 @@ class RewardError(UserError):
 
 
 def escaped(text: str) -> str:
-    """A text with its STEERING characters as escape codes: names and files may come from a stranger."""
+    """Return a text with its STEERING characters as escape codes: names and files may come from a stranger."""
     return STEERING.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def first_line(error: BaseException) -> str:
-    """An exception's type and message as one line of at most 200 characters."""
+    """Return an exception's type and message as one line of at most 200 characters."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200].removesuffix(": ")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether GPU or main memory ran out, in the words of torch, cuBLAS, cuDNN, NumPy, Python or C++."""
+    """Return whether GPU or main memory ran out, in the words of torch, cuBLAS, cuDNN, NumPy, Python or C++."""
     names = r"MemoryError|out.of.memory|not enough memory|cannot allocate memory|ALLOC_FAILED|bad_alloc"
     return re.search(names, f"{type(error).__name__}: {error}", re.IGNORECASE) is not None

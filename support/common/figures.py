@@ -8,17 +8,17 @@ from support.common.errors import escaped
 
 
 def decimals(spread: float, digits: int = 2) -> int:
-    """Returns how many decimals tell numbers of this standard deviation apart: 2 for 0.38, none for 3,800."""
+    """Return how many decimals tell numbers of this standard deviation apart: 2 for 0.38, none for 3,800."""
     return max(0, digits - 1 - math.floor(math.log10(spread))) if 0 < spread < math.inf else digits
 
 
 def in_markdown(text: str) -> str:
-    """Returns a text on one line, escaped so that Markdown shows it as it is. The underscores of a_name need no \\."""
+    """Return a text on one line, escaped so that Markdown shows it as it is. The underscores of a_name need no \\."""
     return re.sub(r"([\\`*\[<|~&]|(?<![a-zA-Z0-9])_|_(?![a-zA-Z0-9]))", r"\\\1", escaped(" ".join(text.split())))
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Returns a Markdown table of texts, escaped by `in_markdown`, with columns that line up in a terminal too."""
+    """Return a Markdown table of texts, escaped by `in_markdown`, with columns that line up in a terminal too."""
 
     def width(text: str) -> int:  # a Chinese character takes two columns
         return sum(1 + (east_asian_width(character) in "WF") for character in text)

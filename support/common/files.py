@@ -51,7 +51,7 @@ def whole_lines(path: Path) -> list[str]:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """Read a file of JSON objects, one a line, that `append_line` goes on with; [] if there is no such file. A last
+    """Read a file of JSON objects, one per line, that `append_line` writes to; [] if it doesn't exist. A last
     line that a kill has cut short is removed from the file. Raises UserError if another line is damaged."""
     if not path.exists():
         return []
@@ -79,7 +79,7 @@ def append_line(path: Path, record: dict) -> None:
 
 
 def read_json(path: Path, remedy: str, missing: dict | None = None) -> dict:
-    """Read a JSON object; `missing`, if that is given and there is no such file. Raises UserError if it is damaged."""
+    """Read a JSON object; `missing`, if given, for a file that doesn't exist. Raises UserError if it is damaged."""
     if missing is not None and not path.exists():
         return missing
     with damaged(path, remedy):
@@ -103,7 +103,7 @@ def whole(path: Path):
             yield partial
             for written in (*partial.rglob("*"), partial):
                 flush(written)
-            if partial.is_dir() and path.is_dir():  # a folder cannot take another's place
+            if partial.is_dir() and path.is_dir():  # a folder can't replace another one
                 remove(path)
             partial.replace(path)
             flush(path.parent)
@@ -112,7 +112,7 @@ def whole(path: Path):
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace a text file at one stroke: a reader sees the old one or the new one."""
+    """Replace a text file atomically: a reader sees the old one or the new one."""
     with whole(path) as partial:
         partial.write_text(text, encoding="utf-8", newline="")
 
@@ -144,7 +144,7 @@ def disk_errors(path: Path):
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         if not isinstance(error, OSError) and "os error" not in reason and "inline_container" not in reason:
-            raise  # neither safetensors' words for an error of the system nor torch's
+            raise  # safetensors and torch use their own words for system errors
         place = next(parent for parent in (path, *path.parents) if os.path.exists(parent))
         free = shutil.disk_usage(place).free / 2**20
         raise UserError(f"{path} cannot be written: {reason} ({free:.0f} MiB are free)")

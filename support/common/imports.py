@@ -1,4 +1,4 @@
-"""Import a module as its source is now, even if this process has imported it before: in a notebook, say, or a sweep."""
+"""Import a module from its current source, even if this process (a notebook, for example) has imported it before."""
 
 import importlib
 import importlib.util
@@ -7,7 +7,7 @@ import sysconfig
 from pathlib import Path
 
 OURS = {"config", "gpt2_value_head", "plot_rewards", "ppo", "reward", "support", "tests", "tools", "train_ppo"}
-EXECUTED: dict[Path, dict[str, bytes]] = {}  # by folder, what its files were when its modules were executed
+EXECUTED: dict[Path, dict[str, bytes]] = {}  # by folder: its files when its modules were last executed
 
 
 def import_as_it_is_now(name: str):
@@ -28,7 +28,7 @@ def import_as_it_is_now(name: str):
     if any(executed.get(file) != now[file] for file in loaded.values()):
         for other, file in loaded.items():
             del sys.modules[other]
-            # Python takes a .pyc for current if size and second are the same
+            # Python considers a .pyc current if the source's size and second are unchanged
             Path(importlib.util.cache_from_source(file)).unlink(missing_ok=True)
         module = importlib.import_module(name)
     EXECUTED[folder] = now

@@ -52,7 +52,8 @@ class Prompts:
         return (self.one_hot.to(tensor.dtype) @ tensor.flatten(1)).unflatten(1, tensor.shape[1:])
 
     def mask_with(self, n_tokens: int) -> torch.Tensor | None:
-        """Attention mask (n, P + n_tokens) of each completion's prompt and n_tokens of the completion, or None."""
+        """Return attention mask (n, P + n_tokens) of each completion's prompt and n_tokens of the completion, or
+        None."""
         if self.mask is None:
             return None
         mask = self.mask[self.rows]
@@ -77,7 +78,7 @@ class Completions:
         return Completions(self.prompts.select(rows), *select_rows(rows, self.ids, self.mask, self.hidden_states))
 
     def token_lists(self) -> list[list[int]]:
-        """The ids of each completion without padding."""
+        """Return the ids of each completion without padding."""
         return [ids[:length] for ids, length in zip(self.ids.tolist(), self.mask.sum(-1).tolist())]
 
 
@@ -89,7 +90,8 @@ def select_rows(rows: torch.Tensor | slice, *tensors: torch.Tensor | None) -> li
 
 
 def to_device(tensor: torch.Tensor, device) -> torch.Tensor:
-    """A CPU tensor on a device, without waiting for a CUDA GPU. For an Apple GPU it waits (pytorch issue 189690)."""
+    """Return a CPU tensor on a device, without waiting for a CUDA GPU. For an Apple GPU it waits (pytorch issue
+    189690)."""
     return tensor.to(device, non_blocking=str(device).startswith("cuda"))
 
 
@@ -98,14 +100,16 @@ def to_device(tensor: torch.Tensor, device) -> torch.Tensor:
 
 
 def listed(values) -> list | None:
-    """The entries of a list, tuple, tensor, array, series or generator. None for anything else, such as a dict."""
+    """Return the entries of a list, tuple, tensor, array, series or generator. None for anything else, such as a
+    dict."""
     values = values.tolist() if hasattr(values, "tolist") else values
     ordered = isinstance(values, Iterable) and not isinstance(values, (str, bytes, Mapping, Set))
     return list(values) if ordered else None
 
 
 def to_float32(values: list) -> tuple[torch.Tensor, list[tuple[int, str]]]:
-    """Numbers of any library as a tensor (n,) float32, and (index, text) of each that isn't a finite number there."""
+    """Return numbers of any library as a tensor (n,) float32, and (index, text) of each that isn't a finite number
+    there."""
     floats = []
     for value in values:
         if hasattr(value, "item") and math.prod(value.shape) == 1:
@@ -116,7 +120,7 @@ def to_float32(values: list) -> tuple[torch.Tensor, list[tuple[int, str]]]:
 
 
 def to_ids(values) -> torch.Tensor | None:
-    """Token ids in a list, a 1-d tensor or a 1-d array as int64 on the CPU. None if they aren't integers."""
+    """Return token ids in a list, a 1-d tensor or a 1-d array as int64 on the CPU. None if they aren't integers."""
     try:
         ids = torch.as_tensor(values, device="cpu")
     except Exception:  # torch raises many kinds for texts, None or lists of unequal lengths
@@ -126,5 +130,5 @@ def to_ids(values) -> torch.Tensor | None:
 
 
 def shown(value) -> str:
-    """A value of any type and size in a few words on one line."""
+    """Return a value of any type and size in a few words on one line."""
     return " ".join(reprlib.repr(value).split())

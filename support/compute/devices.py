@@ -1,4 +1,4 @@
-"""What this machine computes with: library versions, device and dtype."""
+"""Library versions, device and dtype."""
 
 import ctypes
 import functools
@@ -30,7 +30,7 @@ def check_versions() -> None:
 
 
 def environment(device) -> dict[str, str]:
-    """What a run computes with, by name."""
+    """Return what a run computes with, by name."""
     found = {"Python": platform.python_version()}
     found |= {name: metadata.version(name) for name in ("torch", "transformers", "numpy")}
     found |= {"code": code_hash(), "system": platform.platform(), "device": str(device)}
@@ -42,7 +42,7 @@ def environment(device) -> dict[str, str]:
     return found
 
 
-@functools.cache  # an edit after the import isn't what runs
+@functools.cache  # a file edited after the import isn't what runs
 def code_hash() -> str:
     """12 digits of a SHA-256 of the project's files that decide a run, except for config.py, whose values are saved."""
     top = [ROOT / name for name in ("gpt2_value_head.py", "ppo.py", "reward.py", "train_ppo.py")]
@@ -58,7 +58,7 @@ def in_one_line(environment: dict[str, str]) -> str:
 
 
 def pick_device(device: str):
-    """The torch.device of a --device value. 'auto' is a CUDA GPU, else an Apple GPU, else the CPU.
+    """Return the torch.device of a --device value. 'auto' is a CUDA GPU, else an Apple GPU, else the CPU.
 
     'auto' warns if torch can't use this machine's NVIDIA GPU. Under torchrun each process takes a GPU of its own.
     Raises UserError, with torch's own reason, if torch can't compute on that, or on a device that was named.
@@ -87,7 +87,8 @@ def pick_device(device: str):
 
 
 def pick_dtype(dtype: str, device):
-    """The torch.dtype of a --dtype value. 'auto' is bfloat16 if the device computes it natively, else float32."""
+    """Return the torch.dtype of a --dtype value. 'auto' is bfloat16 if the device computes it natively, else
+    float32."""
     import torch
 
     if dtype != "auto":

@@ -98,10 +98,10 @@ class Engine:
     # --- splitting a batch
 
     def micro_batch_size(self, n_prompt: int, n_tokens: int, drawing: bool = False) -> int:
-        """How many completions of n_tokens tokens, after prompts of n_prompt, go through a model at once. By default as
-        many as fit into an eighth of a GPU's memory; elsewhere into 128 MiB, but at least 32 if 2 GiB allow it.
-        Training keeps some 17 numbers per token and unit of width in each trained block, and six copies of the logits
-        if the projection is trained; drawing keeps keys and values."""
+        """Return how many completions of n_tokens tokens, after prompts of n_prompt, go through a model at once. By
+        default as many as fit into an eighth of a GPU's memory; elsewhere into 128 MiB, but at least 32 if 2 GiB allow
+        it. Training keeps some 17 numbers per token and unit of width in each trained block, and six copies of the
+        logits if the projection is trained; drawing keeps keys and values."""
         more = 4 if drawing else 1
         if self.config.micro_batch_size:
             return more * self.config.micro_batch_size
@@ -115,12 +115,12 @@ class Engine:
         return max(1, min(2**31 // kept, max(32 * more, 2**27 // kept)))
 
     def own_rows(self, n: int, size: int) -> list[slice]:
-        """The rows, out of n, that this process sends through a model, `size` at a time."""
+        """Return the rows, out of n, that this process sends through a model, `size` at a time."""
         mine = range(n)[processes.rows_of_rank(n)] if self.world_size > 1 else range(n)
         return [slice(first, min(first + size, mine.stop)) for first in range(mine.start, mine.stop, size)]
 
     def parts(self, completions: Completions, batch=None) -> list:
-        """The micro-batches of this process: of completions, or of a batch of them that has more about each."""
+        """Return the micro-batches of this process: of completions, or of a batch of them that has more about each."""
         n_completions, n_tokens = completions.ids.shape
         size = self.micro_batch_size(completions.prompts.ids.shape[1], n_tokens)
         return [(batch or completions).select(rows) for rows in self.own_rows(n_completions, size)]
@@ -147,16 +147,16 @@ class Engine:
             torch._foreach_copy_(self.copied_weights, self.weights)  # private; torch's Adam has used it since 2.1
 
     def copy_of(self, model):
-        """A computing copy of a model that isn't the policy."""
+        """Return a computing copy of a model that isn't the policy."""
         return computing_copy(model, self.dtype, self.compute_model if self.shares_trunk(model) else None)
 
     def shares_trunk(self, model) -> bool:
-        """Whether a model's frozen weights are those of the policy."""
+        """Return whether a model's frozen weights are those of the policy."""
         ours, theirs = frozen_part(self.model), frozen_part(model)
         return bool(ours and theirs) and theirs[0].weight.data_ptr() == ours[0].weight.data_ptr()
 
     def passes(self, model) -> SharedPrompts:
-        """What `forward` takes to send completions through `model`."""
+        """Return what `forward` takes to send completions through `model`."""
         if model is self.ref_model:
             return self.reference
         if model is not self.model:
@@ -203,8 +203,8 @@ class Engine:
             weight.grad = None
 
     def micro_batches(self, batch) -> Iterator[tuple]:
-        """The micro-batches of this process, each with its share of the batch's tokens: the sum of their losses, times
-        these weights, is the mean over all tokens. batch: an Experience."""
+        """Return the micro-batches of this process, each with its share of the batch's tokens: the sum of their losses,
+        times these weights, is the mean over all tokens. batch: an Experience."""
         n_tokens, parts = batch.mask.sum(), self.parts(batch.completions, batch)
         for part in parts:
             last = self.world_size == 1 or part is parts[-1]  # processes exchange gradients in its backward pass
@@ -253,7 +253,7 @@ class Engine:
     # --- checkpoints
 
     def state_dict(self) -> dict:
-        """The engine's part of a checkpoint: weights by name, the optimiser's state, and the skipped steps."""
+        """Return the engine's part of a checkpoint: weights by name, the optimiser's state, and the skipped steps."""
         return {
             "policy": {name: weight.detach().contiguous() for name, weight in self.model.named_parameters()},
             "average": {name: weight.detach().contiguous() for name, weight in self.averaged.named_parameters()},

@@ -17,7 +17,7 @@ from support.common.errors import UserError, first_line
 
 
 def below_torchrun() -> bool:
-    """Whether torchrun has started this process, even if it is the only one."""
+    """Return whether torchrun has started this process, even if it is the only one."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
@@ -72,7 +72,7 @@ def world_size() -> int:
 
 
 def rows_of_rank(n: int) -> slice:
-    """The rows, out of n, that this process computes. The parts are contiguous and differ by at most one row."""
+    """Return the rows, out of n, that this process computes. The parts are contiguous and differ by at most one row."""
     return slice(n * rank() // world_size(), n * (rank() + 1) // world_size())
 
 

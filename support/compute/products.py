@@ -38,7 +38,7 @@ class FixedProduct(nn.Module):
 
 
 def in_own_order(weight: torch.Tensor) -> torch.Tensor | None:
-    """A weight (out, in) in oneDNN's order, or None if this torch or processor can't do that."""
+    """Return a weight (out, in) in oneDNN's order, or None if this torch or processor can't do that."""
     try:  # private; torch.compile has used both since torch 2.0
         ordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), FEW_ROWS)
         torch.ops.mkldnn._linear_pointwise(weight[:1].contiguous(), ordered, None, "none", [], "")
@@ -67,8 +67,8 @@ class Projection(nn.Module):
 
 
 def computing_copy(model, dtype: torch.dtype, other=None):
-    """A copy of a GPT2HeadWithValueModel that computes in `dtype`; its value head stays in float32. Weights that are of
-    this dtype already are shared with the model. other: a computing copy whose frozen part is taken over."""
+    """Return a copy of a GPT2HeadWithValueModel that computes in `dtype`; its value head stays in float32. Weights that
+    are of this dtype already are shared with the model. other: a computing copy whose frozen part is taken over."""
     shared = {id(weight): weight for weight in model.parameters()} if model.dtype == dtype else {}
     if other is not None:
         shared |= {id(own): theirs for own, theirs in zip(frozen_part(model), frozen_part(other))}
@@ -81,13 +81,13 @@ def computing_copy(model, dtype: torch.dtype, other=None):
 
 
 def frozen_part(model) -> list[nn.Module]:
-    """The modules of a model that `freeze` has frozen."""
+    """Return the modules of a model that `freeze` has frozen."""
     gpt2 = model.transformer
     return [gpt2.wte, gpt2.wpe, model.lm_head, *gpt2.h[: model.n_frozen]] if model.n_frozen else []
 
 
 def frozen_weights(model) -> list[nn.Parameter]:
-    """The weights of a model that get no gradient."""
+    """Return the weights of a model that get no gradient."""
     return [weight for weight in model.parameters() if not weight.requires_grad]
 
 
@@ -102,7 +102,7 @@ def share_frozen(model, other) -> bool:
 
 
 def drawing_copy(computing):
-    """A copy of a computing copy for drawing completions with the weights as they are now."""
+    """Return a copy of a computing copy for drawing completions with the weights as they are now."""
     shared = {id(weight): weight for weight in computing.parameters()}
     drawing = copy.deepcopy(computing, shared | {id(module): module for module in frozen_part(computing)})
     fix_products(drawing.transformer.h[computing.n_frozen :])

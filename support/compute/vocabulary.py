@@ -14,7 +14,7 @@ LOGITS_ON_GPU = 2**26
 
 
 def restrict_logits(logits: torch.Tensor, restriction: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The logits of the distribution that is sampled, logits / temperature + restriction, in float32 or better.
+    """Return the logits of the distribution that is sampled, logits / temperature + restriction, in float32 or better.
 
     logits (..., vocab), restriction (vocab,). Sampling, policy, reference and update all use it, or PPO's ratios
     and the KL would compare different things. One pass over memory, including the cast.

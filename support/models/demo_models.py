@@ -1,4 +1,4 @@
-"""Makes the demo's two tiny models, for machines that can't download any.
+"""Builds the demo's two tiny models without downloading anything.
 
 A small grammar writes happy, unhappy and mixed shop reviews. A Chinese GPT-2 learns to write them and a BERT
 classifier learns to tell happy from unhappy, in under a minute on two CPU cores. They are kept in the user's cache.

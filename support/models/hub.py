@@ -13,7 +13,7 @@ VALUE_HEAD = "value_head.safetensors"  # only models trained here have one
 VOCABULARIES = ({"vocab.txt"}, {"tokenizer.json"}, {"vocab.json", "merges.txt"})
 SMALL = rf"[\w.-]+\.(json|txt)|{VALUE_HEAD}"
 WEIGHTS = (r"model(-\d+-of-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.bin")
-STAND_INS = {  # what a file begins with that a download left in the place of the real one
+STAND_INS = {  # first bytes of files that a failed download leaves instead of the real one
     b"version https://git-lfs": "a git-lfs pointer, not the file itself: run `git lfs pull` in that folder, or use",
     b"<!doctype html": "a web page, not the file itself: use",
 }
@@ -67,7 +67,7 @@ def from_cache_or_hub(name: str, flag: str, check: Callable[[Path], object]) -> 
     folder = fetch("config.json")
     for file in sorted(names):
         if re.fullmatch(SMALL, file):
-            fetch(file, revision=folder.name)  # the same commit, even if the model changes meanwhile
+            fetch(file, revision=folder.name)  # the same commit, even if the model is updated meanwhile
     check(folder)
     for file in wanted_weights(names):
         fetch(file, revision=folder.name)
@@ -92,7 +92,7 @@ def check_folder(folder: Path) -> None:
         remedy = "merge it with peft's merge_and_unload(), save model and tokenizer in a new folder, and use that"
         raise UserError(f"{folder} contains a {kind} adapter for {base}, which isn't a whole model: {remedy}{alone}")
     below = [path.parent for kind in ("*", "snapshots/*") for path in folder.glob(f"{kind}/config.json")]
-    if "config.json" not in names or folder / "model" in below:  # a run's folder has both
+    if "config.json" not in names or folder / "model" in below:  # a run's folder contains both
         newest = max(below, key=lambda path: [int(digits) for digits in re.findall(r"\d+", path.name)], default=None)
         problem = "its config.json has a run's settings" if "config.json" in names else "it has no config.json"
         raise UserError(f"no model in {folder}: {problem}" + (f"; did you mean {newest}?" if newest else ""))
@@ -107,7 +107,9 @@ def check_folder(folder: Path) -> None:
 def second_weights(folder: Path) -> str:
     """Return a hint if torch's .bin weights are in the folder too, but safetensors come first; otherwise ""."""
     wanted = wanted_weights({path.name for path in folder.iterdir()})
-    other = wanted_weights({path.name for path in folder.glob("*.bin") if path.stat().st_size > 1000})  # no pointer
+    other = wanted_weights(
+        {path.name for path in folder.glob("*.bin") if path.stat().st_size > 1000}
+    )  # not a git-lfs pointer
     return f"; or remove {', '.join(wanted)} to load {other[0]} instead" if other and wanted != other else ""
 
 
@@ -128,7 +130,7 @@ def explain(error: Exception, name: str, flag: str) -> str:
     hub, cache, text = constants.ENDPOINT, constants.HF_HUB_CACHE, first_line(error)
     elsewhere = f"set HF_ENDPOINT to a mirror of the Hub, or {flag} PATH to a local folder"
     slow = "if it is only slow, set HF_HUB_ETAG_TIMEOUT=60 and HF_HUB_DOWNLOAD_TIMEOUT=60"
-    advice = {  # by exception or HTTP status; the first that fits is used
+    advice = {  # by exception or HTTP status; the first match is used
         "GatedRepoError 403": f"{hub} refuses access; accept the terms at {hub}/{name} and set HF_TOKEN to your token",
         "RepositoryNotFoundError 401 404": f"{hub} has no such model; check the name; if it is private, set HF_TOKEN",
         "TimeoutException": f"{hub} doesn't answer; {elsewhere}; {slow}",

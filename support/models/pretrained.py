@@ -100,7 +100,7 @@ def remove_unused_tokens(tokenizer, folder: Path, vocab_size: int) -> None:
     beyond = {token for token, i in vocab.items() if i >= vocab_size}
     words = {token for token in beyond.difference(added) if not re.fullmatch(r"\s*|\[unused\d+\]", token)}
     n = max(vocab.values()) + 1
-    if words or vocab_size > 1.1 * n + 128:  # rows may fill up a round number
+    if words or vocab_size > 1.1 * n + 128:  # padded to a round number
         sizes = f"{n} tokens, but the model has {vocab_size}; they don't belong together"
         advice = "download both again, or, if you added words, call resize_token_embeddings and save both"
         raise UserError(f"the tokenizer in {folder} has {sizes}: {advice}")
@@ -166,7 +166,7 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
-    settings["padding_side"] = "left"  # prompts of a batch have to end where their completions begin
+    settings["padding_side"] = "left"  # the prompts of a batch must end at the same position
     path.write_text(json.dumps(settings, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
@@ -244,7 +244,7 @@ def read_model_config(folder: Path):
     check_folder(folder)
     with loading(folder / "config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    vars(config).pop("auto_map", None)  # names code in the folder or on the Hub, as an attention kernel does
+    vars(config).pop("auto_map", None)  # names code in the folder or on the Hub, such as an attention kernel
     config._attn_implementation = None
     return config
 
@@ -257,7 +257,7 @@ def load_weights(model_class, folder: Path, config, device) -> nn.Module:
     if missing := sorted(name for name in info["missing_keys"] if not name.startswith("v_head.")):
         raise UserError(f"{folder} isn't a trained model: its weights lack {missing[0]}; download all of it again")
     for weight in model.parameters():
-        weight.data = weight.data.clone()  # a mapped file would stay in memory beside the weights that it became
+        weight.data = weight.data.clone()  # a memory-mapped file would stay in memory next to the weights
     if torch.device(device).type == "mps":  # SDPA has been wrong there, see pytorch 181133, 184180, 195910
         model.set_attn_implementation("eager")
     return model
@@ -273,14 +273,14 @@ def loading(what, hint: str = ""):
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        shapes = "mismatched_sizes" in str(error)  # the library's message tells how to ignore this
+        shapes = "mismatched_sizes" in str(error)  # the library's message explains how to ignore this
         reason = "config.json describes other shapes" if shapes else first_line(error)
         raise UserError(f"{what} can't be loaded ({reason}); download it again, or choose another model{hint}")
 
 
 @contextlib.contextmanager
 def quiet_transformers():
-    """Silence the library's warnings and progress bars; this program reports what matters of them."""
+    """Silence the library's warnings and progress bars; this program reports what matters."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

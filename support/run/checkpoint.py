@@ -96,7 +96,7 @@ def read_checkpoint(path: Path) -> tuple[dict, dict, dict, dict]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints below a folder, oldest first; what has another name is the user's own."""
+    """Return the checkpoints below a folder, oldest first; what has another name is the user's own."""
     return sorted([path for path in folder.glob("step-*") if path.name[len("step-") :].isdecimal()], key=step_of)
 
 
@@ -105,7 +105,7 @@ def step_of(path: Path) -> int:
 
 
 def random_state() -> dict:
-    """The global generators of Python, NumPy and torch, which a reward function may draw from."""
+    """Return the global generators of Python, NumPy and torch, which a reward function may draw from."""
     name, keys, *rest = np.random.get_state()
     return {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest], "torch": torch.get_rng_state()}
 

@@ -23,12 +23,16 @@ SILENT |= {"keep_checkpoints", "process_timeout", "eval_samples"}
 LIMIT = {"model_name", "reward_model_name", "positive_label", "reward", "reward_weights", "prompts", "prompts_file"}
 LIMIT |= {"gen_len", "temperature", "init_kl_coef"}
 FORMATS = {"R": None, "KL": ".3f", "J": None, "gain": ".2f", "standard error": ".3f", "SD": ".2f"}
-FORMATS |= {"error of judging": ".2f", "unique": ".1%", "seconds a step": ".2f"}  # None: one decimal more than rewards
+FORMATS |= {
+    "error of judging": ".2f",
+    "unique": ".1%",
+    "seconds per step": ".2f",
+}  # None: one decimal more than rewards
 LEGEND = """R, KL, J, gain and unique: means over the trained models of a row, as they were judged. Standard error: of
 the mean gain, by chance in seeds and samples. SD: the standard deviation of the row's gains. Error of judging: the
-standard error of one run's gain by judging alone, which more --eval_samples reduce."""
+standard error of one run's gain that comes only from judging; more --eval_samples reduce it."""
 PAIRS = """Two gains are told apart if their difference is more than twice its standard error. Of twenty pairs that are
-equally good, chance alone tells about one apart."""
+equally good, chance tells about one apart."""
 ONE_SEED = """Each row is one run, and another seed moves its gain by some hundredths: no two rows can be told apart.
 Train at least three seeds of each."""
 
@@ -43,8 +47,8 @@ class Run:
     settings: dict
 
     def figures(self) -> dict[str, float]:
-        """Returns what the table shows of a run, as far as it is known."""
-        found = {"seconds a step": np.median(self.metrics["time/step"])}
+        """Return what the table shows of a run, as far as it is known."""
+        found = {"seconds per step": np.median(self.metrics["time/step"])}
         if after := self.evaluation.get("after"):
             J = after["reward"] - self.settings["init_kl_coef"] * after["kl"]
             found |= {"R": after["reward"], "KL": after["kl"], "J": J, "unique": after["unique"]}
@@ -54,7 +58,7 @@ class Run:
 
 
 def known_gain(run: Run) -> dict:
-    """Returns a run's gain with its standard error and its limit, {} if it is unknown."""
+    """Return a run's gain with its standard error and its limit, {} if it is unknown."""
     gain = run.evaluation.get("gain") or {"gain": None}  # null until the run is judged after training
     return {} if gain["gain"] is None else gain
 
@@ -75,14 +79,14 @@ def read_run(path: Path) -> Run:
 
 
 def read_starts(run_dir: Path) -> list[dict]:
-    """Returns the lines of environment.jsonl. Raises UserError if one is damaged."""
+    """Return the lines of environment.jsonl. Raises UserError if one is damaged."""
     path = run_dir / STARTS
     with damaged(path, MEND_LINE):
         return [json.loads(line) for line in whole_lines(path)] if path.exists() else []
 
 
 def read_rows(path: Path) -> list[tuple[str, dict[str, float]]]:
-    """Returns the whole lines of a metrics.csv, each with its numbers by column; the first, the header, has none."""
+    """Return the whole lines of a metrics.csv, each with its numbers by column; the first, the header, has none."""
     rows, names = [], []
     for number, line in enumerate(whole_lines(path), 1):
         with damaged(f"line {number} of {path}", MEND_LINE):
@@ -93,13 +97,13 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, float]]]:
 
 
 def lacks_steps(run: Path) -> bool:
-    """Returns whether a run has a metrics.csv without a step, as a failed try leaves it. Doesn't read the numbers."""
+    """Return whether a run has a metrics.csv without a step, as a failed try leaves it. Doesn't read the numbers."""
     path = run / "metrics.csv"
     return path.is_file() and len(whole_lines(path)) < 2
 
 
 def read_metrics(run: Path) -> dict[str, np.ndarray]:
-    """Returns the columns of a run's metrics.csv, (steps,) float64 each, without a half-written last line."""
+    """Return the columns of a run's metrics.csv, (steps,) float64 each, without a half-written last line."""
     path = run / "metrics.csv"
     if not path.is_file():
         raise UserError(f"{run} has no metrics.csv; give the folder of a run")
@@ -123,7 +127,8 @@ class Curve:
 
     @functools.cached_property
     def metrics(self) -> dict[str, np.ndarray]:
-        """The columns that all its runs have, up to the last step that all have reached: (runs, steps) float64 each."""
+        """Return the columns that all its runs have, up to the last step that all have reached: (runs, steps) float64
+        each."""
         n = min(len(run.metrics["step"]) for run in self.runs)
         names = [name for name in self.runs[0].metrics if all(name in run.metrics for run in self.runs)]
         metrics = {name: np.stack([run.metrics[name][:n] for run in self.runs]) for name in names}
@@ -133,7 +138,7 @@ class Curve:
 
 
 def curves(runs: list[Run], by: list[str] | None = None) -> list[Curve]:
-    """Returns a curve for each combination of the settings `by`, in the order of the runs; by default of all settings
+    """Return a curve for each combination of the settings `by`, in the order of the runs; by default of all settings
     that differ, except for the seed. Runs with the same settings and seed are curves of their own then.
 
     Raises UserError if no run has a setting of `by`.
@@ -156,19 +161,19 @@ def curves(runs: list[Run], by: list[str] | None = None) -> list[Curve]:
 
 
 def differences(runs: list[Run]) -> list[str]:
-    """Returns the settings in which runs differ."""
+    """Return the settings in which runs differ."""
     names = dict.fromkeys(name for run in runs for name in run.settings if name not in SILENT | NOT_COMPARED)
     return [name for name in names if len({str(run.settings.get(name)) for run in runs}) > 1]
 
 
 def short(value) -> str:
-    """Returns a setting's value in at most 24 characters: the end of a path."""
+    """Return a setting's value in at most 24 characters: the end of a path."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return text if len(text) <= 24 else f"…{text[-23:]}"
 
 
 def reward_decimals(drawn: list[Curve]) -> int:
-    """Returns how many decimals tell rewards apart, by the smallest standard deviation of a first step."""
+    """Return how many decimals tell rewards apart, by the smallest standard deviation of a first step."""
     return decimals(min(run.metrics["env/reward_std"][0] for curve in drawn for run in curve.runs))
 
 
@@ -190,7 +195,7 @@ def spreads(drawn: list[Curve]) -> list[float | None]:
 
 
 def pairs(drawn: list[Curve], figures: list[dict], spread: list[float | None]) -> str:
-    """Returns a table of the differences in gain between curves, and how many seeds would tell the others apart."""
+    """Return a table of the differences in gain between curves, and how many seeds would tell the others apart."""
     rows, known = [], [i for i, each in enumerate(spread) if each is not None]
     for a, b in itertools.combinations(known, 2):
         difference = figures[a]["gain"] - figures[b]["gain"]
@@ -204,7 +209,7 @@ def pairs(drawn: list[Curve], figures: list[dict], spread: list[float | None]) -
 
 
 def comparison(runs: list[Run], drawn: list[Curve]) -> str:
-    """Returns the figures of curves as a Markdown table, what can be told apart, and what else a reader has to know.
+    """Return the figures of curves as a Markdown table, what can be told apart, and what else a reader has to know.
     "-" is an unknown figure."""
     in_rewards, rows, figures, spread = f".{reward_decimals(drawn) + 1}f", [], [], spreads(drawn)
     for curve, deviation in zip(drawn, spread):

@@ -23,7 +23,7 @@ from support.models.pretrained import decode
 from support.run.limit import LITTLE, NOISY, best_of_n, frontier, gain, variance_within
 
 SEED = 20_170_707  # of every evaluation, whatever the run's seed: all policies are judged on the same draws
-STEADY = "a score must depend on its text alone, not on earlier calls or on the other texts of a call"
+STEADY = "a score must depend only on its text, not on earlier calls or on the other texts of a call"
 TWICE = 64  # texts that are scored a second time
 SURE = 3  # standard errors beyond which a shift of the scores isn't chance
 COMPANY = 0.1  # standard deviations that the better half loses among themselves; with z-scores or ranks it is 0.8
@@ -192,7 +192,7 @@ def check_reward(reward: Rewards, before: Evaluation) -> None:
     scores, _ = before.rewards()
     changes = score_changes(reward, before, list(range(min(TWICE, before.n))))
     before.noise = noise(changes, scores)
-    # The better ones by their second score: by the first, which they are compared with, they would lose by chance alone
+    # The better ones by their second score: by the first, which they are compared with, they would lose by chance
     better = (scores[: len(changes)] + changes).argsort(descending=True, stable=True)[: len(changes) // 2]
     of_better = score_changes(reward, before, better.tolist())
     (shift, error), (their_shift, their_error) = mean_and_error(changes), mean_and_error(of_better)

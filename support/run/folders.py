@@ -26,7 +26,7 @@ def new_run_folder(config: PPOConfig) -> Path:
 
 
 def is_finished(run_dir: Path, config: PPOConfig) -> bool:
-    """Whether a run has done all steps of its config and written everything that the end of a run writes."""
+    """Return whether a run has done all steps of its config and written everything that the end of a run writes."""
     evaluation = read_json(run_dir / "evaluation.json", "remove it: --resume makes it again", missing={})
     steps = evaluation.get("steps") or 0
     return steps >= total_steps(config) and all((run_dir / name).exists() for name in FINAL)
@@ -47,7 +47,7 @@ def find_run_folder(config: PPOConfig, name: str) -> Path:
 
 
 def is_run_folder(path: Path) -> bool:
-    """Whether a folder has a config.json, and not that of a model, such as the run's own."""
+    """Return whether a folder has a config.json, and not that of a model, such as the run's own."""
     file = path / "config.json"
     return file.is_file() and "model_type" not in read_json(file, "a run cannot go on without its settings")
 

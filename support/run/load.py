@@ -1,4 +1,4 @@
-"""Loads everything that a run needs, in the order of what it costs to look at."""
+"""Loads everything that a run needs, the cheapest checks first."""
 
 import copy
 import sys

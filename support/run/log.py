@@ -37,7 +37,7 @@ def progress(row: dict, last_step: int) -> str:
     step, took = row["step"], row["time/step"]
     reward = f"{row['env/reward_mean']:.{decimals(row['env/reward_std']) + 1}f}"
     left = tqdm.format_interval((last_step - step) * took)
-    return f"step {step}/{last_step}  reward {reward}  KL {row['objective/kl']:.2f}  {took:.2f} s a step, {left} left"
+    return f"step {step}/{last_step}  reward {reward}  KL {row['objective/kl']:.2f}  {took:.2f} s per step, {left} left"
 
 
 class RunLog:
@@ -82,5 +82,5 @@ class RunLog:
 
     def close(self) -> None:
         for file in (self.metrics, self.samples):
-            with contextlib.suppress(OSError):  # a full disk, which has ended the run
+            with contextlib.suppress(OSError):  # the disk is full, and the run has ended because of it
                 file.close()

@@ -1,4 +1,4 @@
-"""report.md: what a run was and what came of it, for whoever opens its folder, on GitHub as it is."""
+"""Writes report.md: the settings and results of a run, for anyone who opens its folder."""
 
 import math
 from pathlib import Path
@@ -16,20 +16,22 @@ from support.run.settings import changes, load_config, total_steps
 
 
 def run_report(run_dir: Path, results: Results) -> str:
-    """Return the report of a run that has been judged, in Markdown. Raises UserError if a file there is damaged."""
+    """Return the report of a finished run, in Markdown. Raises UserError if a file there is damaged."""
     starts, inputs = read_starts(run_dir), read_json(run_dir / "inputs.json", "remove it: it is made again", missing={})
     parts = [f"# {in_markdown(run_dir.resolve().name)}", f"**{results.verdict}**"]
     if (run_dir / "rewards.png").exists():
         parts.append("![curves of the run](rewards.png)")
-    n = f"{results.after.n:,} completions before training and as many after it"
-    limit = "The limit is the best policy that this KL coefficient allows, and the gain the share of the way there"
-    judged = f"Judged on {n}, of the same random draws. {limit}; KL is in nats per completion."
+    n = f"{results.after.n:,} completions before and after training"
+    limit = "The limit is the best possible policy at this KL coefficient, and the gain is the share of the way there"
+    judged = f"Evaluated on {n}, with the same random numbers. {limit}. KL is in nats per completion."
     parts += ["## Results", judged, results_table(results)]
     if gains := [f"{best['gain']:.2f} with {best['n']}" for best in results.best_of_n if best["gain"] is not None]:
-        drafts = "Without any training, the best of several drafts by the original model has a gain of"
+        drafts = "Without training, the best of several drafts by the original model has a gain of"
         parts.append(f"{drafts} {', '.join(gains)}.")
     if results.by_prompt:
-        about = "Best first. J gained is what training has added to reward - beta KL. A gain of - is unknown, usually"
+        about = (
+            "Best first. J gained is what training has added to J = reward - beta KL. A gain of - is unknown, usually"
+        )
         parts += [
             "## By prompt",
             f"{about} because a prompt needs `--eval_samples` of its own.",
@@ -37,7 +39,7 @@ def run_report(run_dir: Path, results: Results) -> str:
         ]
     if results.alarms:
         warnings = [f"- step {alarm['step']}: {in_markdown(alarm['says'])}" for alarm in results.alarms]
-        parts += ["## Warnings while it trained", "\n".join(warnings)]
+        parts += ["## Warnings during training", "\n".join(warnings)]
     config = load_config(run_dir / "config.json")
     if (results.steps or math.inf) < total_steps(config):
         parts.append(f"`--stop_on_alarm` ended the run after step {results.steps} of {total_steps(config)}.")
@@ -50,8 +52,8 @@ def run_report(run_dir: Path, results: Results) -> str:
     parts += ["## How it was made", "\n".join(commands)]
     if (run_dir / "metrics.csv").exists():
         seconds = read_metrics(run_dir)["time/step"]
-        took = f"{len(seconds):,} steps in {tqdm.format_interval(sum(seconds))}, without loading and judging"
-        parts.append(f"{took}; {np.median(seconds):.2f} s a step in the median.")
+        took = f"{len(seconds):,} steps in {tqdm.format_interval(sum(seconds))}, without loading and evaluating"
+        parts.append(f"{took}; {np.median(seconds):.2f} s per step in the median.")
     if changed := [[name, str(here), str(preset)] for name, (preset, here) in changes(config).items()]:
         parts.append(f"Settings that differ from the preset {config.preset}:")
         parts.append(table(["setting", "here", "preset"], changed))

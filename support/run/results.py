@@ -1,4 +1,4 @@
-"""What came of a run, in words and tables."""
+"""The results of a run in words and tables."""
 
 import math
 import statistics
@@ -12,8 +12,8 @@ FAR = 2  # at most 0.83: more reward than the limit's at this distance means tha
 CLOSE = 1.5  # and at most 0.95
 UNSURE = 0.15  # standard error of the gain above which a good run and a short one look alike
 SHOWN = 5  # completions in the before/after table
-JUDGED = 2  # standard errors by which a judge must fall
-MANY = 20  # prompts above which the table by prompt has only the best and the worst
+JUDGED = 2  # a judge has fallen if it is this many standard errors lower
+MANY = 20  # with more prompts, the table by prompt shows only the best and the worst
 
 
 def verdict(results: Results, config) -> str:
@@ -28,10 +28,10 @@ def verdict(results: Results, config) -> str:
         return f"hacked: {rise}, more than {JUDGED} standard errors; try {dearer}, or a better reward"
     if (share := result["gain"]) is None:
         needed = result.get("samples_needed")
-        more = f"; judge again, with --eval_only and --eval_samples {needed}" if needed else ""
+        more = f"; evaluate again with --eval_only and --eval_samples {needed}" if needed else ""
         return f"gain unknown: {result['why']}{more}"
     kl, limit, error = after.kl, result["limit"], result["gain_se"]
-    got, spent = f"{share:.0%} of what is possible", f"KL {kl:.2g} where {limit['kl']:.2g} is worth it"
+    got, spent = f"{share:.0%} of what is possible", f"KL {kl:.2g}, and {limit['kl']:.2g} at the limit"
     calmer = "a lower --lr" if config.minibatch_size == config.batch_size else f"--minibatch_size {config.batch_size}"
     collapsed = after.unique < before.unique / 2
     if kl < UNMOVED * limit["kl"]:
@@ -52,10 +52,10 @@ def verdict(results: Results, config) -> str:
     luck = 2 * error * (limit["J"] - result["J_before"])
     if kl > CLOSE * limit["kl"] or bought + luck < 0.5 * (buyable - result["J_before"]):
         return f"wasted KL: {spent}; try {calmer}"
-    return f"short: {got}; go on with more --episodes"
+    return f"short: {got}; continue with more --episodes"
 
 
-ROWS = {  # of the table of results: what, and its format; None for the rewards' own
+ROWS = {  # rows of the results table with their formats; None for the format of rewards
     "reward": ("mean reward", None),
     "reward_ci95": ("95% interval, plus or minus", None),
     "kl": ("KL to the reference, nats", ".3f"),
@@ -64,7 +64,7 @@ ROWS = {  # of the table of results: what, and its format; None for the rewards'
     "unique": ("unique completions", ".1%"),
     "length": ("mean length, tokens", ".1f"),
     "ended": ("ended by {end_token}", ".1%"),
-    "ref_logprob": ("log-probability a token, reference", ".2f"),
+    "ref_logprob": ("log-probability per token, reference", ".2f"),
 }
 
 
@@ -101,7 +101,7 @@ def rewards_table(results: Results) -> str:
 
 
 def prompts_table(results: Results) -> str:
-    """Return how each prompt fared as a Markdown table, best first; of many, the best and the worst."""
+    """Return the result of each prompt as a Markdown table, best first; if there are many, the best and the worst."""
     form = f".{decimals(statistics.pstdev(score for *_, score in results.before.samples), 3)}f"
     rows = []
     for each in results.by_prompt:
@@ -114,7 +114,7 @@ def prompts_table(results: Results) -> str:
 
 
 def before_after_table(before: list, after: list, shown: int = SHOWN) -> str:
-    """Return the first samples before and after training, of the same random draws, as a Markdown table."""
+    """Return the first samples before and after training, from the same random numbers, as a Markdown table."""
     form = f".{decimals(statistics.pstdev(score for *_, score in before))}f"
     pairs = zip(before[:shown], after)
     rows = [[prompt, old, f"{was:{form}}", new, f"{now:{form}}"] for (prompt, old, was), (_, new, now) in pairs]

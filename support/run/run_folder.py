@@ -47,7 +47,7 @@ class RunFolder:
 
     def __init__(self, path: Path, trainer, log: RunLog | None):
         self.path, self.config, self.trainer, self.log = path, trainer.config, trainer, log
-        self.logged = log.rows if log else []  # the rows of metrics.csv up to the trainer's step
+        self.logged = log.rows if log else []  # rows of metrics.csv up to the trainer's step
         self.last_step, self.saved_at = total_steps(trainer.config), time.monotonic()
 
     @classmethod
@@ -142,7 +142,7 @@ class RunFolder:
     def save_checkpoint(self) -> None:
         if self.log:
             with disk_errors(self.path):
-                self.log.sync()  # a checkpoint counts on the log up to its step
+                self.log.sync()  # the log must be complete up to the checkpoint's step
             save_checkpoint(self.trainer, self.path / "checkpoints", self.config.keep_checkpoints)
         self.saved_at = time.monotonic()
 
@@ -195,13 +195,13 @@ def read_results(path: Path) -> Results | None:
 
 
 def compare_inputs(path: Path, inputs: dict[str, str]) -> None:
-    """Raise UserError if a run has judged or trained a model with other models, prompts or reward than these."""
+    """Raise UserError if the run was started with other models, prompts or rewards than these."""
     file, judged = path / "inputs.json", path / "evaluation.json"
     before = processes.broadcast_from_rank_0(
         lambda: read_json(file, "remove it: it is made again", missing={}) if judged.exists() else {}
     )
     for name, now in inputs.items():
-        # The demo's models are made anew, and may differ in the last digits on another machine
+        # The demo's models are built on each machine and may differ in the last digits
         if before.get(name, now) != now and not name.endswith(" demo"):
             what = f"{name} is {now} and was {before[name]}"
             way = f"put it back, start a new run, or remove {file} to go on with what is there now"

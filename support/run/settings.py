@@ -1,4 +1,4 @@
-"""Read settings from the command line or a config.json into a PPOConfig, and refuse those that can't work."""
+"""Read settings from the command line or a config.json into a PPOConfig, and reject invalid values."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ from support.common.errors import UserError
 from support.common.files import MEND_LINE, damaged, read_json, read_text, write_whole
 from support.compute.devices import check_versions
 
-# Settings of one start or one folder, which say nothing about how a run trains: never listed as changes
+# Settings of one start or one folder that don't affect training; never listed as changes
 NOT_COMPARED = {"preset", "run_name", "runs_dir", "track", "resume", "eval_only", "complete", "n"}
 LIMITS = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le}
 
@@ -73,7 +73,7 @@ def true_or_false(word: str) -> bool:
 
 
 def check(config: PPOConfig) -> None:
-    """Raise UserError, with the flag and what is allowed, for a value that can't work."""
+    """Raise UserError, with the flag and what is allowed, if a value is invalid."""
     check_versions()
     kinds = get_type_hints(PPOConfig)
     for field in fields(PPOConfig):
@@ -115,7 +115,7 @@ def reward_models(config: PPOConfig) -> dict[str, tuple[str, str, str | None]]:
 
 
 def check_rewards(config: PPOConfig) -> None:
-    """Raise UserError if a reward is of no known kind or named twice, or if the weights don't fit."""
+    """Raise UserError if a reward is of an unknown kind or given twice, or if the number of weights is wrong."""
     for name, (flag, *_) in reward_models(config).items():
         if flag == "--reward" and "/" not in name and not Path(name).expanduser().is_dir():
             kinds = "module:function, classifier, human, or a model's folder or hub id (owner/model)"
@@ -129,7 +129,7 @@ def check_rewards(config: PPOConfig) -> None:
 
 
 def has_type(value, kind) -> bool:
-    """Whether a value is of an annotated type. An int is also a float; a bool is neither."""
+    """Return whether a value is of an annotated type. An int is also a float; a bool is neither."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if get_origin(kind) is list:

@@ -22,7 +22,7 @@ class StopSignal:
 
     def receive(self, number, frame) -> None:
         again, self.received = self.received, number
-        if processes.below_torchrun():  # which repeats what the terminal has sent already
+        if processes.below_torchrun():  # torchrun sends again what the terminal has already sent
             return
         if again:
             os._exit(128 + number)

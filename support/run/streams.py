@@ -1,4 +1,4 @@
-"""stdout and stderr of a run: each line is shown as it comes, and a reader that goes away ends nothing."""
+"""stdout and stderr of a run: lines appear at once, and a closed pipe or terminal doesn't end the run."""
 
 import io
 import os
@@ -6,7 +6,7 @@ import sys
 
 
 class LastingStream(io.TextIOWrapper):
-    """Discards what is printed after `| head -1`, a killed `tee` or a closed terminal has broken the stream."""
+    """Discards output after the stream was broken by `| head -1`, a killed `tee` or a closed terminal."""
 
     def write(self, text: str) -> int:
         try:

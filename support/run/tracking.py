@@ -15,13 +15,13 @@ from support.common.errors import UserError, first_line
 from support.common.files import read_json, write_whole
 from support.compute import processes
 
-PROJECT = "ppo-chinese-gpt2"  # unless WANDB_PROJECT, SWANLAB_PROJECT or TRACKIO_PROJECT names another
+PROJECT = "ppo-chinese-gpt2"  # unless WANDB_PROJECT, SWANLAB_PROJECT or TRACKIO_PROJECT is set
 
 
 def check_installed(package: str) -> None:
     """Raise UserError if the package isn't installed."""
     spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:  # a folder of its name, such as wandb leaves, has no origin
+    if spec is None or spec.origin is None:  # a folder with that name, such as wandb's logs, has no origin
         raise UserError(f"--track {package} needs the package {package}: pip install {package}, or --track none")
 
 
@@ -37,7 +37,7 @@ class Tracker:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        """Report a run that `finish` hasn't ended as failed. trackio shows no such states."""
+        """Report a run as failed unless `finish` has ended it. trackio has no such state."""
         why = first_line(error) if error else "stopped before its end"
         failed = {"wandb": {"exit_code": 1}, "swanlab": {"state": "crashed", "error": why}, "trackio": {}}
         self.end(**failed.get(self.package, {}))
@@ -66,7 +66,7 @@ class Tracker:
             self.attempt(lambda: self.module.log(values | self.table(samples), step=step))
 
     def finish(self, results: dict[str, float]) -> None:
-        """Log the results of a run that came to its end."""
+        """Log the results of a finished run."""
         self.log(results)
         self.end()
 
@@ -84,7 +84,7 @@ class Tracker:
         return {"samples": self.module.Table(columns=columns, data=samples)} if samples else {}
 
     def attempt(self, call: Callable) -> None:
-        """Call a package. If it raises, say so once, and do without it from here on."""
+        """Call a package. If it raises, say so once and stop using it."""
         try:
             call()
         except Exception as error:
@@ -93,7 +93,7 @@ class Tracker:
 
 
 def numbers(value, name: str) -> dict[str, float]:
-    """The numbers of a JSON value, or of a dataclass, outside its lists, by their path."""
+    """Return the numbers of a JSON value, or of a dataclass, outside its lists, by their path."""
     value = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
     if isinstance(value, dict):
         return {path: x for key, part in value.items() for path, x in numbers(part, f"{name}/{key}").items()}

@@ -13,9 +13,9 @@ TOO_FAST, CLIPPED = 0.01, 0.1  # approxkl and clipfrac
 STILL = 3e-5  # approxkl of the first step
 FAR, BEYOND = 2.0, 1.5  # KL in nats, and as a multiple of the limit's
 NARROW, ALIKE = 0.5, 0.4  # entropy and unique texts, as shares of the first step's: texts of four tokens come near
-COLLAPSE = {"far away", "narrow", "alike"}  # alarms that mean hacking or collapse: more steps make it worse
+COLLAPSE = {"far away", "narrow", "alike"}  # alarms that mean reward hacking or collapse
 MISLED = 10  # steps in a row with an explained variance below -0.01; a value head that has learned nothing has 0
-QUARTER = 10  # steps in a quarter of a run from which on a plateau can be told
+QUARTER = 10  # a plateau is only reported if a quarter of the run has this many steps
 DEARER = "a higher --init_kl_coef or --kl_budget 0.4 keeps the texts closer to the language"
 
 
