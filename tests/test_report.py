@@ -51,7 +51,7 @@ def test_a_report_shows_the_results_of_the_run_and_how_it_was_made(tmp_path, mon
         "3 steps in 01:05, without loading and evaluating; 8.60 s per step in the median.",
     ):
         assert line in lines
-    assert "a gain of 0.46 with 2, 0.70 with 3." in report and "1,500 completions before training" in report
+    assert "a gain of 0.46 with 2, 0.70 with 3." in report and "1,500 completions before and after training" in report
     shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
     for row in (
         ["lr", "0.0002", "0.0001"],

@@ -52,8 +52,7 @@ class Prompts:
         return (self.one_hot.to(tensor.dtype) @ tensor.flatten(1)).unflatten(1, tensor.shape[1:])
 
     def mask_with(self, n_tokens: int) -> torch.Tensor | None:
-        """Return attention mask (n, P + n_tokens) of each completion's prompt and n_tokens of the completion, or
-        None."""
+        """Return the attention mask (n, P + n_tokens) of prompts and n_tokens of their completions, or None."""
         if self.mask is None:
             return None
         mask = self.mask[self.rows]
@@ -90,8 +89,7 @@ def select_rows(rows: torch.Tensor | slice, *tensors: torch.Tensor | None) -> li
 
 
 def to_device(tensor: torch.Tensor, device) -> torch.Tensor:
-    """Return a CPU tensor on a device, without waiting for a CUDA GPU. For an Apple GPU it waits (pytorch issue
-    189690)."""
+    """Move a CPU tensor, without waiting for a CUDA GPU. For an Apple GPU it waits (pytorch issue 189690)."""
     return tensor.to(device, non_blocking=str(device).startswith("cuda"))
 
 
@@ -100,16 +98,14 @@ def to_device(tensor: torch.Tensor, device) -> torch.Tensor:
 
 
 def listed(values) -> list | None:
-    """Return the entries of a list, tuple, tensor, array, series or generator. None for anything else, such as a
-    dict."""
+    """Return the entries of a list, tuple, tensor, array, series or generator; None for anything else."""
     values = values.tolist() if hasattr(values, "tolist") else values
     ordered = isinstance(values, Iterable) and not isinstance(values, (str, bytes, Mapping, Set))
     return list(values) if ordered else None
 
 
 def to_float32(values: list) -> tuple[torch.Tensor, list[tuple[int, str]]]:
-    """Return numbers of any library as a tensor (n,) float32, and (index, text) of each that isn't a finite number
-    there."""
+    """Convert numbers of any library to (n,) float32; also return (index, text) of each that isn't finite there."""
     floats = []
     for value in values:
         if hasattr(value, "item") and math.prod(value.shape) == 1:

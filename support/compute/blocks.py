@@ -8,8 +8,7 @@ import torch
 
 
 def attention_bias(mask: torch.Tensor | None, n_keys: int, seq: int, like: torch.Tensor) -> torch.Tensor:
-    """Return additive attention mask of the last `seq` of n_keys tokens: 0 at visible keys, else the dtype's lowest
-    number.
+    """Return the additive attention mask of the last `seq` of n_keys tokens: 0 if visible, else the lowest number.
 
     mask (batch, n_keys) is 0 at the padding, or None. Returns (batch, 1, seq, n_keys), or (1, 1, seq, n_keys) without
     padding, in the dtype of `like`. The library uses a 4-d mask unchanged; of a 2-d one it would ask the GPU at every
@@ -30,7 +29,7 @@ def position_ids(mask: torch.Tensor) -> torch.Tensor:
 
 
 def embed_prompts(gpt2, prompts) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return embeddings of the distinct prompts (p, P, hidden), and the position of the last token of each (p,)."""
+    """Return the embeddings of the distinct prompts (p, P, hidden), and the position of the last token of each (p,)."""
     positions = position_ids(torch.ones_like(prompts.ids) if prompts.mask is None else prompts.mask)
     return gpt2.wte(prompts.ids) + gpt2.wpe(positions), positions[:, -1]
 
