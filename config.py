@@ -85,7 +85,7 @@ class PPOConfig:
     batch_size: int = option(128, "Completions sampled and scored per step.", at_least=1)
     minibatch_size: int = option(
         128,
-        "Completions per optimiser step (article: 1, whose many noisy steps cost KL but bring no reward; see "
+        "Completions per optimiser step (article: 1, whose many noisy steps cost KL but bring little reward; see "
         "docs/settings.md).",
         at_least=1,
     )

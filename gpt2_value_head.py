@@ -133,7 +133,7 @@ def completion_uniforms(seed: int, step: int, indices: Iterable[int], gen_len: i
 
 
 def completion_mask(responses: torch.Tensor, sep_token_id: int) -> torch.Tensor:
-    """Return True at a completion's tokens up to and including its first [SEP], (n, T) bool."""
+    """Return a mask (n, T) bool, True at a completion's tokens up to and including its first [SEP]."""
     ended = (responses == sep_token_id).long().cumsum(-1)
     return (ended == 0) | ((ended == 1) & (responses == sep_token_id))
 

@@ -7,7 +7,7 @@ These points differ from textbook PPO, the article's code or both (docs/settings
  3. Advantages are whitened over the whole batch. Within a completion, that would erase how good it is as a whole.
  4. Lambda is 1. Otherwise early tokens would rely on the value head to predict the final score, which it does poorly.
     (It is 0.95 in the demo, where the value head does better.)
- 5. A minibatch has 128 completions, by default a whole batch. Many noisy optimiser steps cost KL but bring no reward.
+ 5. A minibatch has 128 completions, by default a whole batch. Many noisy optimiser steps cost KL but bring little.
  6. The value head has its own learning rate, and its gradient doesn't reach the transformer, which it would disturb
     if there were many small minibatches.
  7. The lower blocks are frozen and shared by policy and reference: half the work for the same gain.

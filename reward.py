@@ -45,8 +45,7 @@ class Rewards:
         self.wanted = {name: wanted_columns(name, function, self.columns) for name, function in functions.items()}
 
     def score(self, texts: list[str], prompt_index) -> torch.Tensor:
-        """Return the scores of texts by each function, (len(texts), k) float32. prompt_index: which prompt each
-        continues."""
+        """Score texts with each function, (len(texts), k) float32. prompt_index: the prompt of each text."""
         parts = []
         for name, function in self.functions.items():
             columns = {column: [self.columns[column][i] for i in prompt_index] for column in self.wanted[name]}
@@ -252,8 +251,7 @@ def checked_scores(reward: Callable, texts: list[str], columns: dict[str, list])
 
 
 def read_scores(returned, texts: list[str]) -> torch.Tensor:
-    """Return what a reward function returned, as (len(texts),) float32. Raises RewardError with the text that is to
-    blame."""
+    """Convert what a reward function returned to (len(texts),) float32. Raises RewardError with the text to blame."""
     if (scores := listed(returned)) is None:
         kind = type(returned).__name__
         raise RewardError(f"the reward function returned a {kind}, not a list of numbers, for {texts[0]!r}")
@@ -267,8 +265,7 @@ def read_scores(returned, texts: list[str]) -> torch.Tensor:
 
 
 def failed_call(texts: list[str], error: BaseException) -> RewardError:
-    """Return the error to raise when a reward function raised one: which and where, with its traceback and the
-    texts."""
+    """Return the error to raise if a reward function raised one: its type and line, its traceback and the texts."""
     whole = "".join(traceback.format_exception(error)).encode(errors="backslashreplace").decode()
     whole += f"\nIt was called with these texts:\n{json.dumps(texts, ensure_ascii=False, indent=1)}\n"
     if is_out_of_memory(error):

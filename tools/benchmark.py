@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
 
 
 def measure(config: PPOConfig) -> dict:
-    """Return medians of a few steps: seconds of a step and of its phases, completions and tokens a second, the
+    """Return medians of a few steps: seconds of a step and of its phases, completions and tokens per second, the
     arithmetic needed, its share of the ceiling, and the peak memory in GiB (on a CPU that of the process so far)."""
     policy, tokenizer, reward, prompts, queries, reference = load(config)
     trainer = PPOTrainer(config, policy, reference, tokenizer)
@@ -144,7 +144,7 @@ def multiply_adds(policy, bert, config: PPOConfig, n_prompt: list[int], n_respon
 
 
 def best_matrix_product(device: torch.device, dtype: torch.dtype) -> float:
-    """Return operations a second of the fastest of some matrix products, two operations per multiply-add."""
+    """Return the operations per second of the fastest of some matrix products, two operations per multiply-add."""
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     best = 0.0
     for n in (8192, 4096) if device.type == "cuda" else (2048, 1024):

@@ -87,8 +87,7 @@ def pick_device(device: str):
 
 
 def pick_dtype(dtype: str, device):
-    """Return the torch.dtype of a --dtype value. 'auto' is bfloat16 if the device computes it natively, else
-    float32."""
+    """Return the torch.dtype of a --dtype value. 'auto' is bfloat16 if the device supports it, else float32."""
     import torch
 
     if dtype != "auto":

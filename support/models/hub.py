@@ -107,9 +107,8 @@ def check_folder(folder: Path) -> None:
 def second_weights(folder: Path) -> str:
     """Return a hint if torch's .bin weights are in the folder too, but safetensors come first; otherwise ""."""
     wanted = wanted_weights({path.name for path in folder.iterdir()})
-    other = wanted_weights(
-        {path.name for path in folder.glob("*.bin") if path.stat().st_size > 1000}
-    )  # not a git-lfs pointer
+    # A smaller file is a git-lfs pointer
+    other = wanted_weights({path.name for path in folder.glob("*.bin") if path.stat().st_size > 1000})
     return f"; or remove {', '.join(wanted)} to load {other[0]} instead" if other and wanted != other else ""
 
 

@@ -22,12 +22,9 @@ SILENT = {"seed", "device", "micro_batch_size", "log_samples_every", "save_every
 SILENT |= {"keep_checkpoints", "process_timeout", "eval_samples"}
 LIMIT = {"model_name", "reward_model_name", "positive_label", "reward", "reward_weights", "prompts", "prompts_file"}
 LIMIT |= {"gen_len", "temperature", "init_kl_coef"}
+# None: one decimal more than rewards
 FORMATS = {"R": None, "KL": ".3f", "J": None, "gain": ".2f", "standard error": ".3f", "SD": ".2f"}
-FORMATS |= {
-    "error of judging": ".2f",
-    "unique": ".1%",
-    "seconds per step": ".2f",
-}  # None: one decimal more than rewards
+FORMATS |= {"error of judging": ".2f", "unique": ".1%", "seconds per step": ".2f"}
 LEGEND = """R, KL, J, gain and unique: means over the trained models of a row, as they were judged. Standard error: of
 the mean gain, by chance in seeds and samples. SD: the standard deviation of the row's gains. Error of judging: the
 standard error of one run's gain that comes only from judging; more --eval_samples reduce it."""
@@ -127,8 +124,7 @@ class Curve:
 
     @functools.cached_property
     def metrics(self) -> dict[str, np.ndarray]:
-        """Return the columns that all its runs have, up to the last step that all have reached: (runs, steps) float64
-        each."""
+        """The columns that all its runs have, up to the last step that all have reached: (runs, steps) float64 each."""
         n = min(len(run.metrics["step"]) for run in self.runs)
         names = [name for name in self.runs[0].metrics if all(name in run.metrics for run in self.runs)]
         metrics = {name: np.stack([run.metrics[name][:n] for run in self.runs]) for name in names}
