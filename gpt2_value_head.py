@@ -26,12 +26,12 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.summary.bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(batch, seq, hidden) -> (batch, seq), in the dtype of the head's own weights."""
+        """Map hidden states (batch, seq, hidden) to values (batch, seq), in the dtype of the head's weights."""
         return self.summary(hidden_states.to(self.summary.weight.dtype)).squeeze(-1)
 
     @torch.no_grad()
     def count_from_(self, mean: float, unit: float) -> None:
-        """Count learned values from `mean`, in `unit`; a head that is still zero stays at zero."""
+        """Convert learned values v to (v - mean) / unit; a head that is still zero stays at zero."""
         if self.summary.weight.any() or self.summary.bias.any():
             self.summary.weight /= unit
             self.summary.bias.sub_(mean).div_(unit)
@@ -46,8 +46,8 @@ class CausalLMOutputWithValue(NamedTuple):
 
 
 class GPT2HeadWithValueModel(GPT2PreTrainedModel):
-    """GPT-2 with a value head and a language-model head, whose weights are the embeddings' unless the config says
-    otherwise."""
+    """GPT-2 with a value head and a language-model head, which shares the weights of the embeddings unless the config
+    says otherwise."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
 
@@ -66,7 +66,7 @@ class GPT2HeadWithValueModel(GPT2PreTrainedModel):
             nn.init.zeros_(module.weight)
 
     def freeze(self, share: float) -> None:
-        """Freeze the lower `share` of the blocks, the embeddings and the output projection; a share of 0, nothing."""
+        """Freeze the lower `share` of the blocks, the embeddings and the output projection, or nothing if it is 0."""
         self.n_frozen = round(share * len(self.transformer.h))
         if self.n_frozen:
             embeddings = (self.transformer.wte, self.transformer.wpe, self.lm_head)
@@ -81,10 +81,10 @@ class GPT2HeadWithValueModel(GPT2PreTrainedModel):
         use_cache: bool = False,
         logits_to_keep: int = 0,
     ) -> CausalLMOutputWithValue:
-        """Compute logits and values at the last `logits_to_keep` positions of `input_ids`, or at all if that is 0.
+        """Compute logits and values at the last `logits_to_keep` positions of `input_ids`, or at all positions if 0.
 
-        input_ids (batch, seq) int64. attention_mask (batch, past + seq) with 0 at the padding, which may be left or
-        right, or None without padding; positions count real tokens only.
+        input_ids (batch, seq) int64. attention_mask (batch, past + seq): 0 at the padding, which may be on the left or
+        right; None if there is no padding. Positions count only real tokens.
         """
         cache = DynamicCache() if use_cache and past_key_values is None else past_key_values
         positions = bias = None
@@ -102,14 +102,14 @@ class GPT2HeadWithValueModel(GPT2PreTrainedModel):
 
 
 def never_sampled_ids(tokenizer, vocab_size: int) -> list[int]:
-    """All special tokens except [SEP], which ends a text, and ids that aren't the tokenizer's, which pad the
-    embeddings."""
+    """Return the ids of all special tokens except [SEP], which ends a text, and the ids that the tokenizer doesn't have
+    (they pad the embeddings)."""
     padding = set(range(vocab_size)).difference(tokenizer.get_vocab().values())
     return sorted(special_ids(tokenizer).union(padding) - {tokenizer.sep_token_id})
 
 
 def special_ids(tokenizer) -> set[int]:
-    """Ids of all special tokens, including those that have no role, such as [CLS] if texts start with [BOS]."""
+    """Return the ids of all special tokens, including those without a role, such as [CLS] if texts start with [BOS]."""
     return {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
 
 
@@ -133,12 +133,12 @@ def completion_uniforms(seed: int, step: int, indices: Iterable[int], gen_len: i
 
 
 def completion_mask(responses: torch.Tensor, sep_token_id: int) -> torch.Tensor:
-    """Return a mask (n, T) bool, True at a completion's tokens up to and including its first [SEP]."""
+    """Return the mask of completions, (n, T) bool: True up to and including the first [SEP]."""
     ended = (responses == sep_token_id).long().cumsum(-1)
     return (ended == 0) | ((ended == 1) & (responses == sep_token_id))
 
 
-ASK_EVERY = 8  # tokens between checks whether all completions have ended; each check waits for the GPU
+ASK_EVERY = 8  # tokens between checks for the end of all completions; each check waits for the GPU
 
 
 @torch.no_grad()
@@ -156,7 +156,7 @@ def sample(
 
     prompts: `Prompts` of n completions; each distinct one goes through the model once. uniforms (n, gen_len): token t
     of completion i is the first whose cumulative probability exceeds uniforms[i, t] (inversion of the distribution
-    function). All on one device. Raises FloatingPointError if logits are NaN.
+    function). All tensors are on one device. Raises FloatingPointError if logits are NaN.
     """
     precise = torch.float32 if uniforms.device.type == "mps" else torch.float64
 
@@ -189,8 +189,8 @@ def sample(
 
 
 class SharedPrompts(nn.Module):
-    """A GPT2HeadWithValueModel on `Completions` (support/compute/batches.py). detach_value: no gradient from the value
-    head to the transformer."""
+    """Runs a GPT2HeadWithValueModel on `Completions` (support/compute/batches.py). detach_value: stop the gradient from
+    the value head to the transformer."""
 
     def __init__(self, model: GPT2HeadWithValueModel, detach_value: bool = False):
         super().__init__()
@@ -198,9 +198,9 @@ class SharedPrompts(nn.Module):
         self.detach_value = detach_value
 
     def trunk(self, prompts, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return hidden states of prompts (prompts, P, hidden) and of completions ids (n, T) without their last tokens,
-        (n, T - 1, hidden), after the frozen blocks; if nothing is frozen, the embeddings. Policy and reference share
-        this trunk and have a branch each above it, like the hydra of trlX (Havrilla et al. 2023)."""
+        """Return hidden states after the frozen blocks (embeddings if nothing is frozen): of the prompts, (prompts, P,
+        hidden), and of completions `ids` (n, T) without their last tokens, (n, T - 1, hidden). Policy and reference
+        share this trunk, and each has its own branch above it, like the hydra of trlX (Havrilla et al. 2023)."""
         gpt2, ids = self.model.transformer, ids[:, :-1]
         prompt_states, last = embed_prompts(gpt2, prompts)
         after = torch.arange(1, ids.shape[1] + 1, device=ids.device)
@@ -208,9 +208,9 @@ class SharedPrompts(nn.Module):
         return run_blocks(gpt2.h[: self.model.n_frozen], prompts, prompt_states, states)
 
     def forward(self, completions) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return hidden states below the output projection (n, T, hidden) and values (n, T); those at t have seen the
-        prompt and the tokens before t, so the last token isn't read. Completions that have been through the trunk only
-        go through the branch."""
+        """Return hidden states below the output projection (n, T, hidden) and values (n, T). Position t has seen the
+        prompt and the tokens before t, so the last token isn't read. Completions whose hidden states after the trunk
+        are known only go through the branch."""
         gpt2, prompts = self.model.transformer, completions.prompts
         prompt_states, states = prompts.hidden_states, completions.hidden_states
         if states is None:

@@ -1,9 +1,9 @@
-"""Draw the curves of a run, or of several over each other, and compare these in a table.
+"""Plot the curves of a run, or of several runs in the same panels with a table that compares them.
 
-python plot_rewards.py                              the newest run below runs/, into its folder as rewards.png
-python plot_rewards.py runs/lr-*                    several, into compare.png and compare.md here
+python plot_rewards.py                              the newest run below runs/, to rewards.png in its folder
+python plot_rewards.py runs/lr-*                    several, to compare.png and compare.md here
 python plot_rewards.py runs/lr-* --only reward --out reward.pdf    one panel for a report, as .png, .pdf or .svg
-python plot_rewards.py runs/lr-* --against lr       the gain of the trained models against a setting, into gain.png
+python plot_rewards.py runs/lr-* --against lr       the gain of the trained models against a setting, to gain.png
 python plot_rewards.py --lang zh                    with Chinese words in the picture
 """
 
@@ -101,9 +101,9 @@ def main(argv: list[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders (default: the newest in runs/)")
-    parser.add_argument("--by", default="", metavar="NAME[,NAME]", help="settings that tell curves apart, as lr,seed")
+    parser.add_argument("--by", default="", metavar="NAME[,NAME]", help="settings that separate curves, e.g. lr,seed")
     parser.add_argument("--only", choices=BIG, help="draw only this panel, 16 cm wide")
-    parser.add_argument("--against", metavar="NAME", help="draw the gain against this setting, a number, 16 cm wide")
+    parser.add_argument("--against", metavar="NAME", help="draw the gain against this numeric setting, 16 cm wide")
     parser.add_argument("--lang", choices=("en", "zh"), default="en", help="language of the words in the picture")
     parser.add_argument("--out", type=Path, help="picture to write, as .png, .pdf or .svg (default: see above)")
     args = parser.parse_args(argv)
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def newest_run(runs_dir: Path) -> Path:
-    """Return the run in `runs_dir` that wrote metrics last, of those with a step."""
+    """Return the run in `runs_dir` with the newest metrics.csv that has a step. Raises UserError if there is none."""
     written = [path for path in runs_dir.glob("*/metrics.csv") if not lacks_steps(path.parent)]
     newest = max(written, key=lambda path: path.stat().st_mtime, default=None)
     if not newest:
@@ -131,8 +131,9 @@ def newest_run(runs_dir: Path) -> Path:
 
 
 def draw(paths: list[Path], out: Path, by=(), only: str = "", against: str = "", lang: str = "en") -> list[Path]:
-    """Draw the runs over each other into `out`; print the table of several, and write it to TABLE. Returns the files.
-    Raises UserError if the runs, `by`, `against` or `out` can't be used, or if `lang` is "zh" without a font for it."""
+    """Draw runs into one picture, `out`. If there are several, print their table and write it to TABLE. Returns the
+    files written. Raises UserError if the runs, `by`, `against` or `out` can't be used, or if `lang` is "zh" but no
+    font is installed for it."""
     if out.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"cannot write {out}: the name of a picture must end in .png, .pdf or .svg")
     from matplotlib import colormaps, rc_context
@@ -147,10 +148,10 @@ def draw(paths: list[Path], out: Path, by=(), only: str = "", against: str = "",
     if against:
         known = [run for run in runs if known_gain(run) and type(run.settings.get(against)) in (int, float)]
         if len({run.settings[against] for run in known}) < 2:
-            raise UserError(f"--against {against} needs runs with known gains and different numbers as {against}")
+            raise UserError(f"--against {against} needs runs with known gains and different numbers for {against}")
         drawn = curves(known, [name for name in by or differences(known) if name != against])
     if only == "judges" and not any(map(judges, drawn)):
-        raise UserError("--only judges needs a run with a judge, a reward of weight 0, that has been judged once")
+        raise UserError("--only judges needs a run with a judge (a reward of weight 0) that has been evaluated")
     palette = colormaps["tab10" if len(drawn) <= 10 else "turbo"].resampled(max(10, len(drawn)))
     for number, curve in enumerate(drawn):
         curve.colour = palette(number)
@@ -182,8 +183,8 @@ def draw(paths: list[Path], out: Path, by=(), only: str = "", against: str = "",
 
 
 def chinese_fonts(needed: bool) -> list[str]:
-    """Return the installed fonts that have Chinese characters, the best first. Raises UserError if one is needed and
-    there is none."""
+    """Return the installed fonts that have Chinese characters, best first. Raises UserError if one is needed but
+    none is installed."""
     from matplotlib import font_manager
 
     listed = {font.fname for font in font_manager.fontManager.ttflist}
@@ -199,7 +200,7 @@ def chinese_fonts(needed: bool) -> list[str]:
 
 
 def put_into_chinese(fig) -> None:
-    """Replace the words of a figure by those in CHINESE. The names of settings and runs stay."""
+    """Translate the words of a figure with CHINESE. Names of settings and runs stay as they are."""
     from matplotlib.text import Text
 
     for text in fig.findobj(Text):
@@ -210,16 +211,16 @@ def put_into_chinese(fig) -> None:
 
 
 def name_and_ends(curve: Curve, drawn: list[Curve]) -> str:
-    """Return a curve's label with both ends of its smoothed reward, as "lr 0.0001: reward 0.55 to 0.93"."""
+    """Return a curve's label with its first and last smoothed reward, such as "lr 0.0001: reward 0.55 to 0.93"."""
     line, digits = smooth(curve.metrics["env/reward_mean"]).mean(0), reward_decimals(drawn)
     return f"{curve.label}: reward {line[0]:.{digits}f} to {line[-1]:.{digits}f}"
 
 
 def add_names(fig, drawn: list[Curve], names: list[str]) -> None:
-    """Add a legend of the curves above the panels, for which the figure grows."""
+    """Add a legend of the curves above the panels, and make the figure taller to fit it."""
     from matplotlib import lines, rcParams
 
-    letters = int(fig.get_figwidth() * 72 / rcParams["font.size"] / 0.55)  # on a line
+    letters = int(fig.get_figwidth() * 72 / rcParams["font.size"] / 0.55)  # per line
     names = [textwrap.fill(name, letters - 6) for name in names]
     handles = [lines.Line2D([], [], color=curve.colour, linewidth=3, label=name) for curve, name in zip(drawn, names)]
     columns = max(1, min(4, letters // (6 + max(map(len, names)))))
@@ -229,14 +230,14 @@ def add_names(fig, drawn: list[Curve], names: list[str]) -> None:
 
 
 def add_key(axes) -> None:
-    """Add a legend that says once what each kind of mark means."""
+    """Add a legend with one entry for each kind of mark."""
     kinds = {label: handle for handle, label in zip(*axes.get_legend_handles_labels())}
     if kinds:
         axes.legend(kinds.values(), kinds, loc="best", fontsize="small")
 
 
 def draw_all(fig, drawn: list[Curve]) -> None:
-    """Draw the reward on top, the plane and the histogram below it, and PANELS in rows of four, step by step."""
+    """Draw the reward at the top, the plane and the histogram below it, then PANELS against steps, four per row."""
     several = dict.fromkeys(name for curve in drawn for name in curve.metrics if name.startswith("reward/"))
     panels = PANELS + [(short(name.removeprefix("reward/")), [name], "mean reward") for name in several]
     titles = [title for title, *_ in panels] + ["."] * (-len(panels) % 4)
@@ -260,14 +261,14 @@ def draw_all(fig, drawn: list[Curve]) -> None:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Return the running mean over a tenth of the run, (..., steps). It starts with only the first step."""
+    """Return the running mean over a tenth of the run, (..., steps). It starts at the value of the first step."""
     half = max(1, values.shape[-1] // 20)
     reach = [min(half, i) for i in range(values.shape[-1])]
     return np.stack([values[..., i - r : i + r + 1].mean(-1) for i, r in enumerate(reach)], -1)
 
 
 def draw_reward(axes, drawn: list[Curve]) -> None:
-    """Draw the mean reward of each step and smoothed, a band about it, and marks at the steps that raised an alarm."""
+    """Draw each step's mean reward, its running mean with a band, and marks at the steps that raised an alarm."""
     for curve in drawn:
         episodes, reward = curve.metrics["episodes"][0], curve.metrics["env/reward_mean"]
         line, width = smooth(reward).mean(0), None
@@ -288,7 +289,7 @@ def draw_reward(axes, drawn: list[Curve]) -> None:
 
 
 def shared(drawn: list[Curve], of_run) -> list[tuple[np.ndarray, str]]:
-    """Return each set of points (n, 2) that `of_run` finds, with its curve's colour; black if several share it."""
+    """Return the distinct sets of points (n, 2) that `of_run` gives, with the curve's colour, or black if shared."""
     found = {}
     for curve in drawn:
         for points in filter(None, map(of_run, curve.runs)):
@@ -299,7 +300,7 @@ def shared(drawn: list[Curve], of_run) -> list[tuple[np.ndarray, str]]:
 
 
 def draw_plane(axes, drawn: list[Curve]) -> None:
-    """Draw paths in the plane of KL and reward, one dot a step, below the frontier that no policy can cross."""
+    """Draw reward against KL, one dot per step, and the frontier that no policy can cross."""
     for curve in drawn:
         kl, reward = (curve.metrics[name].mean(0) for name in ("objective/kl", "env/reward_mean"))
         axes.plot(kl, reward, ".", color=curve.colour, alpha=0.4, markeredgewidth=0, label="a step")
@@ -321,12 +322,12 @@ def draw_plane(axes, drawn: list[Curve]) -> None:
 
 
 def judges(curve: Curve) -> list[dict]:
-    """Return the judges of a curve, which PPO doesn't maximise, with their scores before training."""
+    """Return a curve's judges, the rewards that PPO doesn't maximise, with their scores before training."""
     return [part for each in judged(curve.runs[0], "before") for part in each.get("parts", []) if part["weight"] == 0]
 
 
 def draw_judges(axes, drawn: list[Curve]) -> None:
-    """Draw how far the reward that PPO maximises and the judges rise with KL, in standard deviations of the scores
+    """Draw how much the reward that PPO maximises and the judges rise with KL, in standard deviations of the scores
     before training."""
     for curve in filter(judges, drawn):
         scores = [reward for *_, reward in curve.runs[0].evaluation["before"]["samples"]]
@@ -357,7 +358,7 @@ def draw_histogram(axes, drawn: list[Curve]) -> None:
 
 
 def judged(run: Run, when: str) -> list[dict]:
-    """Return a run's evaluation "before" or "after" training, in a list that is empty if there is none yet."""
+    """Return a list with a run's evaluation "before" or "after" training, empty if there is none yet."""
     return [run.evaluation[when]] if run.evaluation.get(when) else []
 
 

@@ -34,8 +34,8 @@ from support.models.pretrained import (
 class Rewards:
     """The rewards of a run. PPO maximises their weighted sum; a reward of weight 0 is a judge, which is only measured.
 
-    functions: by name, each from a list of texts to as many numbers. weights: (k,) float32, in their order, by default
-    1 for each. columns: lists with one entry per prompt; a function gets those that it has parameters for. Raises
+    functions: by name, each from a list of texts to as many numbers. weights: (k,) float32, in the same order, by
+    default 1 each. columns: lists with one entry per prompt; a function gets those that it has parameters for. Raises
     UserError if a function needs a column that isn't there.
     """
 
@@ -45,7 +45,7 @@ class Rewards:
         self.wanted = {name: wanted_columns(name, function, self.columns) for name, function in functions.items()}
 
     def score(self, texts: list[str], prompt_index) -> torch.Tensor:
-        """Score texts with each function, (len(texts), k) float32. prompt_index: the prompt of each text."""
+        """Score texts with each function, (len(texts), k) float32. prompt_index: the index of each text's prompt."""
         parts = []
         for name, function in self.functions.items():
             columns = {column: [self.columns[column][i] for i in prompt_index] for column in self.wanted[name]}
@@ -53,12 +53,12 @@ class Rewards:
         return torch.stack(parts, 1)
 
     def named(self, parts: torch.Tensor) -> list[dict]:
-        """If there are several, {"name", "weight", "scores"} of each. parts: (n, k), from `score`."""
+        """Return {"name", "weight", "scores"} of each reward, [] if there is only one. parts: (n, k), from `score`."""
         each = zip(self.functions, self.weights.tolist(), parts.T.tolist())
         return [dict(zip(("name", "weight", "scores"), one)) for one in each] if len(self.functions) > 1 else []
 
     def means(self, parts: torch.Tensor) -> dict[str, float]:
-        """If there are several, the mean score by each as a column of metrics.csv. parts: (n, k), from `score`."""
+        """Return each reward's mean score by its column in metrics.csv, {} if there is only one. parts: see `named`."""
         return {f"reward/{part['name']}": fmean(part["scores"]) for part in self.named(parts)}
 
 
@@ -97,7 +97,7 @@ class SentimentReward:
         fix_classifier(model)
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
-        """P(positive), or a reward model's output, (len(texts),) float32. Scores each distinct text once, the
+        """Return P(positive), or a reward model's output, (len(texts),) float32. Scores each distinct text once, the
         shortest first to reduce padding."""
         if is_bert(self.pipeline.tokenizer):
             texts = [clean_text(text) for text in texts]
@@ -110,16 +110,16 @@ class SentimentReward:
 
 
 def read_classifier_folder(folder: Path, positive_label: str | None):
-    """Return a classifier's config, happy label and tokenizer, before any weights. Raises UserError if that label is
-    unclear, or if the tokenizer doesn't fit."""
+    """Return a classifier's config, happy label and tokenizer without loading weights. Raises UserError if the label
+    is unclear, or if the tokenizer doesn't fit."""
     config = read_model_config(folder)
     label = find_positive_label([str(label) for label in config.id2label.values()], positive_label)
     return config, label, open_tokenizer(folder, config)
 
 
 def most_tokens(model, tokenizer) -> int:
-    """Return how many tokens of a text a classifier takes: one for each of its positions. The RoBERTa family, which
-    counts on from its padding, has two positions that no token takes."""
+    """Return how many tokens of a text a classifier can read: as many as it has positions. Models of the RoBERTa family
+    number positions from padding_idx + 1, so they can't use the first two."""
     tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
     padding = getattr(tables[0], "padding_idx", None) if tables else None
     positions = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
@@ -127,9 +127,9 @@ def most_tokens(model, tokenizer) -> int:
 
 
 def find_positive_label(labels: list[str], wanted: str | None) -> str:
-    """Return the label that counts as happy: `wanted`, the only one, or the one that reads like "positive".
+    """Return the label that counts as happy: `wanted`, the only label, or the only one that means "positive".
 
-    Raises UserError, with all labels, if `wanted` isn't among them, or if not exactly one reads so.
+    Raises UserError, with all labels, if `wanted` isn't one of them, or if it isn't clear which one is positive.
     """
     names = ", ".join(repr(label) for label in labels)
     if wanted is not None:
@@ -149,7 +149,7 @@ def find_positive_label(labels: list[str], wanted: str | None) -> str:
 
 
 class HumanReward:
-    """A person as the reward: shows each text and reads a number. A file keeps the scores, so that no text is asked for
+    """A person as the reward: shows each text and reads a number. Scores are kept in a file, so that no text is shown
     twice, in this run or in another one from the same folder."""
 
     def __init__(self, path: Path = Path("human_scores.jsonl")):
@@ -168,7 +168,7 @@ class HumanReward:
 
 
 def ask(question: str, path: Path) -> float:
-    """Return a number that a person types. Raises RewardError at the end of the input."""
+    """Ask a person for a number and return it. Raises RewardError at the end of the input."""
     while True:
         try:
             answer = input(question)
@@ -184,10 +184,10 @@ def ask(question: str, path: Path) -> float:
 
 
 def import_function(spec: str) -> Callable:
-    """Import the function that 'module:function' names, from the working directory or Python's path, as its file and
-    those next to it are now.
+    """Import the function named by 'module:function' from the working directory or Python's path, using the current
+    content of its file and of those next to it.
 
-    Gradient mode and default dtype, which some scripts set, are put back. Raises UserError if there is no function.
+    Restores gradient mode and default dtype, which some scripts set. Raises UserError if there is no such function.
     """
     module, _, name = spec.partition(":")
     if os.getcwd() not in sys.path:
@@ -206,7 +206,7 @@ def import_function(spec: str) -> Callable:
 
 
 def wanted_columns(name: str, function: Callable, columns: dict[str, list]) -> list[str]:
-    """Return the columns of the prompts that a reward function has parameters for, besides the first one, the texts.
+    """Return the prompt columns that a reward function has parameters for (its first parameter takes the texts).
 
     Raises UserError if there is no column for a parameter without a default.
     """
@@ -225,8 +225,8 @@ def wanted_columns(name: str, function: Callable, columns: dict[str, list]) -> l
 def score_texts(reward: Callable, texts: list[str], columns: dict[str, list] | None = None) -> torch.Tensor:
     """Return the rewards of some texts, (len(texts),) float32, from any callable that returns a number for each.
 
-    columns: more arguments by name, each with an entry per text. Each process scores its own share. Raises RewardError
-    on every rank if that fails on any rank.
+    columns: more arguments by name, each with one entry per text. Each process scores its own share. Raises RewardError
+    on every rank if scoring fails on any rank.
     """
     scores = torch.zeros(len(texts))
     mine = processes.rows_of_rank(len(texts))
@@ -236,9 +236,9 @@ def score_texts(reward: Callable, texts: list[str], columns: dict[str, list] | N
 
 
 def checked_scores(reward: Callable, texts: list[str], columns: dict[str, list]) -> torch.Tensor:
-    """Return the rewards of some texts, (len(texts),) float32. KeyboardInterrupt passes.
+    """Return the rewards of some texts, (len(texts),) float32. KeyboardInterrupt isn't caught.
 
-    Raises RewardError if the callable raises, even SystemExit, or doesn't return one finite number for each text.
+    Raises RewardError if the callable raises (even SystemExit) or doesn't return one finite number for each text.
     """
     if not texts:
         return torch.zeros(0)
@@ -251,7 +251,8 @@ def checked_scores(reward: Callable, texts: list[str], columns: dict[str, list])
 
 
 def read_scores(returned, texts: list[str]) -> torch.Tensor:
-    """Convert what a reward function returned to (len(texts),) float32. Raises RewardError with the text to blame."""
+    """Convert what a reward function returned to (len(texts),) float32. Raises RewardError, with the text that caused
+    it, if that isn't one finite number per text."""
     if (scores := listed(returned)) is None:
         kind = type(returned).__name__
         raise RewardError(f"the reward function returned a {kind}, not a list of numbers, for {texts[0]!r}")
@@ -265,7 +266,7 @@ def read_scores(returned, texts: list[str]) -> torch.Tensor:
 
 
 def failed_call(texts: list[str], error: BaseException) -> RewardError:
-    """Return the error to raise if a reward function raised one: its type and line, its traceback and the texts."""
+    """Return the RewardError for an exception in a reward function: its type and line, traceback and texts."""
     whole = "".join(traceback.format_exception(error)).encode(errors="backslashreplace").decode()
     whole += f"\nIt was called with these texts:\n{json.dumps(texts, ensure_ascii=False, indent=1)}\n"
     if is_out_of_memory(error):

@@ -6,13 +6,13 @@
     python train_ppo.py --model_name DIR --reward_model_name DIR --lr 2e-5 --prompts "衣服" "这本书"
     python train_ppo.py --reward my_reward:score         your own function of texts
     python train_ppo.py --reward my_reward:score classifier --reward_weights 1 0     with the classifier as a judge
-    python train_ppo.py --resume runs/NAME               continue after a stop
+    python train_ppo.py --resume runs/NAME               continue a stopped run
     python train_ppo.py --eval_only runs/NAME            evaluate a saved model again
-    python train_ppo.py --complete runs/NAME --prompts "这家店" "昨天"     its model on any prompts, before and after
-    torchrun --nproc-per-node 8 train_ppo.py             on eight GPUs; --batch_size stays that of all together
+    python train_ppo.py --complete runs/NAME --prompts "这家店" "昨天"     complete prompts, before and after
+    torchrun --nproc-per-node 8 train_ppo.py             on eight GPUs; --batch_size is still the total
     python train_ppo.py --help                           every hyperparameter; config.py explains them
 
-A run writes its own folder runs/NAME; `python plot_rewards.py` draws it.
+Each run writes to its own folder, runs/NAME; `python plot_rewards.py` plots its curves.
 """
 
 import copy
@@ -128,7 +128,7 @@ def train(trainer, reward, prompts: list[str], queries: list, folder) -> int:
 
 
 def finish(run_dir: Path, config: PPOConfig, results, prompts: list[str], keep: bool = True) -> None:
-    """Measure the gain of a run, print what came of it and, to keep it, write it to the run's folder."""
+    """Compute the gain of a run, print the results and, if `keep`, write them to the run's folder."""
     from plot_rewards import draw
     from support.run.results import before_after_table, results_table, verdict
     from support.run.run_folder import write_ending
@@ -144,7 +144,7 @@ def finish(run_dir: Path, config: PPOConfig, results, prompts: list[str], keep: 
 
 
 def draw_prompts(n_prompts: int, seed: int, step: int, batch_size: int) -> list[int]:
-    """Return which prompt each completion of a step continues: all in turn, each pass over them in a new order."""
+    """Return the index of each completion's prompt in a step. Prompts take turns, in a new order for each pass."""
     import numpy as np
 
     positions = range((step - 1) * batch_size, step * batch_size)
@@ -199,14 +199,14 @@ def saved_policy(run_dir: Path, policy):
 
 
 def complete(trainer, reward, prompts: list[str], queries: list, run_dir: Path, inputs: dict[str, str]) -> int:
-    """Print completions by the model of a run before training and now, of the same draws, with their rewards, and
-    return the exit code. The run may be at work; nothing in its folder changes. trainer, reward: as for `train`."""
+    """Print completions by a run's model before training and now, with the same random numbers, and their rewards.
+    Returns the exit code. The run may still be training; its folder isn't changed. trainer, reward: as for `train`."""
     from support.run.checkpoint import load_checkpoint
     from support.run.evaluation import sample_and_score
     from support.run.results import before_after_table
     from support.run.run_folder import compare_inputs
 
-    del inputs["the hash of the prompts"]  # which may be any
+    del inputs["the hash of the prompts"]  # any prompts are allowed
     compare_inputs(run_dir, inputs)
     config = trainer.config
     config.eval_samples = config.n * len(prompts)
@@ -231,7 +231,7 @@ def complete(trainer, reward, prompts: list[str], queries: list, run_dir: Path, 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program; the exit code."""
+    """Run the program and return the exit code."""
     config = run_dir = mode = None
     argv = sys.argv[1:] if argv is None else argv
     try:

@@ -1,14 +1,14 @@
-"""What keeps a run safe and comfortable: where models come from and how they are saved, demo models, evaluation, run
-folder, checkpoints, several processes. The algorithm is in the files above this folder."""
+"""Everything around the algorithm: loading and saving models, demo models, evaluation, run folder, checkpoints, several
+processes. The algorithm itself is in the files above this folder."""
 
 import gc
 import sys
 
 
 def import_libraries() -> None:
-    """Import torch and transformers without the garbage collector, which takes a fifth of a short run's seconds.
+    """Import torch and transformers with the garbage collector off; it would take a fifth of a short run's time.
 
-    A second run in the same process imports nothing and freezes nothing: frozen objects are never collected.
+    Does nothing in a second run of the same process, because frozen objects are never collected.
     """
     if "support.run.run_folder" in sys.modules:
         return

@@ -1,4 +1,4 @@
-"""`from support.text_trainer import TextPPOTrainer`, as README promises it."""
+"""Provides `from support.text_trainer import TextPPOTrainer`, the import in the README."""
 
 from support.run.text_trainer import TextPPOTrainer
 

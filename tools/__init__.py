@@ -1,4 +1,4 @@
-"""Programs that people run beside training; the first lines of each say what it is for."""
+"""Command-line tools besides train_ppo.py; the docstring of each says what it is for."""
 
 import contextlib
 import sys

@@ -1,12 +1,12 @@
-"""How long a training step takes, and how close that is to what the machine can do.
+"""Measure how long a training step takes, and how close that is to what the machine can do.
 
     python -m tools.benchmark --model_name DIR --reward_model_name DIR [--batch_size N --gen_len N --dtype ... any flag]
 
-Runs the step of train_ppo.py once to warm up, then a few times, and prints medians. The arithmetic counted is what a
+Runs the step of train_ppo.py once to warm up, then a few times, and prints medians. It counts the arithmetic that a
 step needs, not what it does: one prefill per distinct prompt, the vocabulary projection only at completion positions,
-no padding, no recomputation. A backward pass counts as two forward passes through what is trained, and as one through
-the projection if it is frozen. Frozen blocks count once when sampling and once after. The ceiling is the best matrix
-product of this machine in the same dtype, measured in the same run. The last line is JSON.
+no padding, no recomputation. A backward pass counts as two forward passes through the trained weights, and as one
+through the projection if that is frozen. Frozen blocks count once for sampling and once after it. The ceiling is the
+fastest matrix product of this machine in the same dtype, measured in the same run. The last line is JSON.
 """
 
 import json
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     print(f"{'step':10} {step:8.3f} s")
     print(f"{result['completions_per_second']:.1f} completions/s, {result['tokens_per_second']:.0f} tokens/s")
     print(
-        f"{result['multiply_adds'] / 1e9:.0f} G multiply-adds needed a step: {result['rate_tflops']:.3f} TFLOP/s of "
+        f"{result['multiply_adds'] / 1e9:.0f} G multiply-adds needed per step: {result['rate_tflops']:.3f} TFLOP/s of "
         f"{result['ceiling_tflops']:.3f}, {result['ceiling_share']:.0%} of the ceiling"
     )
     print(f"peak memory {result['peak_memory_gb']:.2f} GiB on {result['device']} in {result['dtype']}")
@@ -105,7 +105,7 @@ def measure(config: PPOConfig) -> dict:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Return bytes; NaN on Windows, whose Python can't measure it."""
+    """Return the peak memory in bytes, or NaN on Windows, where Python can't measure it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":
@@ -116,11 +116,11 @@ def peak_memory(device: torch.device) -> float:
 
 
 def multiply_adds(policy, bert, config: PPOConfig, n_prompt: list[int], n_response: list[int], n_text: list[int]):
-    """Return the multiply-adds that one step needs. bert: the classifier, or None. Tokens of each prompt, of each
-    response (its [SEP] included) and of each text that the classifier scores."""
+    """Return the multiply-adds that one step needs. bert: the classifier, or None. n_prompt, n_response, n_text:
+    the tokens of each prompt, of each response (including [SEP]) and of each text that the classifier scores."""
 
     def blocks(layers: int, width: int, inner: int, tokens: int, context: float) -> float:
-        """Four width x width matrices, two width x inner, and attention."""
+        """Count four width x width matrices, two width x inner matrices, and attention."""
         return layers * tokens * (4 * width**2 + 2 * width * inner + 2 * width * context)
 
     gpt2 = policy.config
@@ -144,7 +144,7 @@ def multiply_adds(policy, bert, config: PPOConfig, n_prompt: list[int], n_respon
 
 
 def best_matrix_product(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the operations per second of the fastest of some matrix products, two operations per multiply-add."""
+    """Return the operations per second of the fastest of a few matrix products, two per multiply-add."""
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     best = 0.0
     for n in (8192, 4096) if device.type == "cuda" else (2048, 1024):

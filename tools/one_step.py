@@ -2,8 +2,8 @@
 
     python -m tools.one_step
 
-Every number comes from the trainer or from a function of ppo.py. On another machine the demo's models, and with them
-the texts and numbers, may be others; what docs/one_step.md says of its numbers is checked in tests/test_one_step.py.
+Every number comes from the trainer or from a function of ppo.py. On another machine the demo's models may
+differ, and so may the texts and numbers. tests/test_one_step.py checks what docs/one_step.md says about its numbers.
 """
 
 import argparse
@@ -25,8 +25,8 @@ WARM_UP = 3  # ordinary steps first, so that policy and reference differ; a quar
 class Step:
     """A PPO step with all intermediate values: float32 tensors (n,) and (n, T) on the CPU, named as on the page.
 
-    tokens: those of each completion, as text. Rewards and values are in the unit of the scores, of which the trainer's
-    is `unit`. logprobs, values and ratios: at the start of each epoch and, last, after the step. stats: what
+    tokens: the tokens of each completion, as text. Rewards and values are in the unit of the scores; the trainer's unit
+    is `unit` times that. logprobs, values and ratios: at the start of each epoch and, last, after the step. stats: what
     `PPOTrainer.step` returned.
     """
 
@@ -66,7 +66,7 @@ def take_step(config: PPOConfig) -> Step:
 
     zero_grad, seen = trainer.engine.zero_grad, []
 
-    def zero_grad_watched():  # at the start of each optimiser step, of which an epoch has one
+    def zero_grad_watched():  # called at the start of each optimiser step; an epoch has only one
         seen.append(trainer.forward_pass(batch, trainer.model, ppo.logprobs_from_logits))
         zero_grad()
 
@@ -89,8 +89,8 @@ def take_step(config: PPOConfig) -> Step:
 
 
 def happy_and_unhappy(step: Step, cliprange: float) -> dict[str, int]:
-    """Return the shortest completion with a score above 0.9 that the step made more probable, and the shortest with one
-    below 0.1 that it made less probable; if there are any, of those with a token that the last epoch clipped."""
+    """Return the row of the shortest completion with a score above 0.9 that the step made more probable, and of the
+    shortest with a score below 0.1 that it made less probable. Prefers those where the last epoch clipped a token."""
     products, last = step.ratios[-1].prod(1), step.ratios[-2]
 
     def shortest(chosen, clipped):
@@ -103,7 +103,7 @@ def happy_and_unhappy(step: Step, cliprange: float) -> dict[str, int]:
 
 
 def columns(step: Step) -> dict[str, torch.Tensor]:
-    """Return the columns of the page's tables of tokens, (n, T) each."""
+    """Return the columns of the page's token tables, (n, T) each."""
     of_epochs = {f"ratio {k}": ratios for k, ratios in enumerate(step.ratios[:-1], 1)}
     return {
         "log pi_old": step.logprobs[0], "log pi_ref": step.ref_logprobs, "penalty": step.penalties,
@@ -114,7 +114,7 @@ def columns(step: Step) -> dict[str, torch.Tensor]:
 
 
 def of_batch(step: Step, config: PPOConfig) -> dict[str, float]:
-    """Return the numbers of the page that are about the whole batch. Losses are in the trainer's unit."""
+    """Return the page's numbers about the whole batch. Losses are in the trainer's unit."""
     mask, scores, n = step.mask, step.scores, len(step.scores)
     log_ratios, products = (step.logprobs[0] - step.ref_logprobs).where(mask, 0).sum(1), step.ratios[-1].prod(1)
     happy, unhappy, ratios = scores > 0.9, scores < 0.1, step.ratios[-1]

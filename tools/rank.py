@@ -2,10 +2,10 @@
 
     python -m tools.rank --model_name uer/gpt2-chinese-cluecorpussmall --prompts "刚收到货,感觉" --out rankings.jsonl
     python -m tools.rank --run runs/NAME --out rankings.jsonl            completions of a run's trained model
-    python -m tools.rank --simulate 300 --judge DIR --out rankings.jsonl         a classifier ranks in your place
+    python -m tools.rank --simulate 300 --judge DIR --out rankings.jsonl         a classifier ranks instead of you
 
-Each ranking is on disk at once, as a line {"prompt": ..., "texts": [completions, best first], "ties": [[i, j], ...]}
-with how it came about. The same command continues; no set of completions is shown twice.
+Each ranking is saved at once, as a line {"prompt": ..., "texts": [completions, best first], "ties": [[i, j], ...]} that
+also says where it came from. To continue, run the same command again; no set of completions is shown twice.
 """
 
 import argparse
@@ -37,10 +37,10 @@ def main(argv: list[str] | None = None) -> None:
     raw, defaults = argparse.RawDescriptionHelpFormatter, PPOConfig()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--model_name", default=defaults.model_name, help="GPT-2: a hub id, a folder, or 'demo'")
-    parser.add_argument("--run", type=Path, help="a run's folder: take its trained model, prompts and gen_len")
+    parser.add_argument("--run", type=Path, help="a run's folder: use its trained model, prompts and gen_len")
     parser.add_argument("--prompts", nargs="+", help="prompts, taken in turn (default: the run's or the article's)")
     parser.add_argument("--n", type=int, choices=range(2, 10), default=4, help="completions in a set (default: 4)")
-    parser.add_argument("--out", type=Path, default=Path("rankings.jsonl"), help="the file of rankings")
+    parser.add_argument("--out", type=Path, default=Path("rankings.jsonl"), help="file to write")
     parser.add_argument("--seed", type=int, default=1, help="decides which completions are drawn (default: 1)")
     parser.add_argument("--simulate", type=int, default=0, help="let --judge rank until there are this many rankings")
     parser.add_argument("--judge", default=defaults.reward_model_name, help="classifier: a hub id, a folder, or 'demo'")
@@ -81,7 +81,7 @@ def progress(records: list[dict], path: Path) -> str:
 
 
 def load_sets(model: str, prompts: list[str], n: int, seed: int, config: PPOConfig):
-    """Return a function from the number of a set to its different completions, which are always the same."""
+    """Return a function from a set's number to its distinct completions; a number always gives the same ones."""
     from support.run.text_trainer import TextPPOTrainer
 
     config = PPOConfig(gen_len=config.gen_len, temperature=config.temperature)
@@ -101,7 +101,7 @@ def load_sets(model: str, prompts: list[str], n: int, seed: int, config: PPOConf
 
 
 def load_judge(name: str):
-    """Return a function that answers as `ask` does, by a classifier's scores."""
+    """Return a function that answers like `ask`, but ranks by a classifier's scores."""
     from reward import SentimentReward, read_classifier_folder
     from support.models.hub import model_folder
 
@@ -118,7 +118,7 @@ def load_judge(name: str):
 
 
 def ask(prompt: str, texts: list[str]):
-    """Show completions and read what a person types: a ranking, see `parse_ranking`, or "s", "u" or "q"."""
+    """Show completions and read what a person types: a ranking (see `parse_ranking`), "s", "u" or "q"."""
     print(f"\n{prompt}", *(f"  {number}  {text}" for number, text in enumerate(texts, 1)), sep="\n")
     while True:
         try:
@@ -132,13 +132,13 @@ def ask(prompt: str, texts: list[str]):
 
 def parse_ranking(answer: str, n: int) -> tuple[list[int], list[list[int]]]:
     """Read "3 1=4 2" as an order, [2, 0, 3, 1], and the pairs of its places that are tied, [[1, 2]]. Raises ValueError
-    unless each number from 1 to n is there once."""
+    unless each number from 1 to n occurs exactly once."""
     compact = re.sub(r"[\s,>]", "", answer)
     found = re.findall(r"\d(?:=\d)*", compact)
     groups = [[int(number) - 1 for number in group.split("=")] for group in found]
     order = sum(groups, [])
     if sorted(order) != list(range(n)) or "".join(found) != compact:
-        raise ValueError(f"name each number from 1 to {n} once, the best first")
+        raise ValueError(f"name each number from 1 to {n} once, best first")
     ranks = [rank for rank, group in enumerate(groups) for _ in group]
     return order, [[i, j] for i, j in itertools.combinations(range(n), 2) if ranks[i] == ranks[j]]
 
@@ -156,16 +156,16 @@ class Ranking:
 
 
 def read_rankings(path: Path) -> list[Ranking]:
-    """Read a file of `main`, or one as the article's: a line for each ranking, its texts best first between tabs.
+    """Read a file written by `main`, or one in the article's format: one ranking per line, tab-separated, best first.
 
-    A last line that was cut short and rankings that are all ties are left out; one line says so. Raises UserError, with
-    the line, if a ranking can't be used.
+    An incomplete last line and rankings that have only ties are left out, and a message says so. Raises UserError, with
+    the line number, if a ranking can't be used.
     """
     lines = [line for line in read_text(path, "save it as UTF-8").replace("\r\n", "\n").split("\n") if line.strip()]
     rankings, prompts = [], set()
     for number, line in enumerate(lines, 1):
         if number == len(lines) and line.startswith("{") and not line.rstrip().endswith("}"):
-            print(f"the last line of {path} was cut short, and is left out")
+            print(f"the last line of {path} was cut short and is left out")
             continue
         with damaged(f"line {number} of {path}", MEND_LINE):
             record = json.loads(line) if line.startswith("{") else {"prompt": "", "texts": line.split("\t")}
@@ -174,18 +174,18 @@ def read_rankings(path: Path) -> list[Ranking]:
                 rankings.append(read_ranking(record, prompts))
     useful = [ranking for ranking in rankings if ranking.better]
     if len(useful) < len(rankings):
-        print(f"{len(rankings) - len(useful)} of {len(rankings)} rankings have only ties, and are left out")
+        print(f"{len(rankings) - len(useful)} of {len(rankings)} rankings have only ties and are left out")
     return useful
 
 
 def read_ranking(record: dict, prompts: set[str]) -> Ranking:
-    """Check a ranking of a file. prompts: all that the file has so far. Raises ValueError, KeyError or TypeError."""
+    """Check a ranking from a file. prompts: those of the file so far. Raises ValueError, KeyError or TypeError."""
     texts, n = record["texts"], len(record["texts"])
     if n < 2 or len(set(texts)) < n:
         raise ValueError("a ranking needs at least two texts, and each only once")
     for prompt in filter(None, prompts):
         if all(text.startswith(prompt) for text in texts):
-            raise ValueError(f"its texts begin with the prompt {prompt!r}, but texts are only what follows a prompt")
+            raise ValueError(f"its texts begin with the prompt {prompt!r}, but they must contain only what follows it")
     pairs, tied = list(itertools.combinations(range(n), 2)), {tuple(sorted(tie)) for tie in record.get("ties", [])}
     if not tied <= set(pairs):
         raise ValueError(f"ties must be pairs of places from 0 to {n - 1}")

@@ -1,4 +1,4 @@
-"""Trains a Chinese GPT-2 and a sentiment classifier from scratch on reviews that people wrote.
+"""Train a Chinese GPT-2 and a sentiment classifier from scratch on reviews that people wrote.
 
     python -m tools.review_models online_shopping_10_cats.zip review_models
 
@@ -34,13 +34,13 @@ CLASSIFIER_SIZES = {"max_position_embeddings": LENGTH, "hidden_size": 256, "num_
 CLASSIFIER_SIZES |= {"num_attention_heads": 4, "intermediate_size": 1024}
 EPOCHS, LR = {"sentiment": 2, "gpt2": 3}, {"sentiment": 5e-4, "gpt2": 1.5e-3}
 BATCH, WARMUP, SEED = 64, 100, 1
-FEWEST, HELD_OUT = 100, 30  # reviews; one in so many is not trained on but evaluates the models
+FEWEST, HELD_OUT = 100, 30  # the fewest reviews that are enough; one review in HELD_OUT is held out
 
 
 @path_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("reviews", type=Path, help="a CSV file with columns label and review, or a zip with it inside")
+    parser.add_argument("reviews", type=Path, help="a CSV file with columns label and review, or a zip that has one")
     parser.add_argument("out", type=Path, help="folder to write")
     args = parser.parse_args(argv)
     if args.out.exists():
@@ -73,13 +73,13 @@ def unpack(path: Path) -> str:
         with zipfile.ZipFile(path) as archive:
             names = [name for name in archive.namelist() if name.endswith(".csv")]
             if len(names) != 1:
-                raise UserError(f"{path} contains {len(names)} .csv files; unpack it, and name one")
+                raise UserError(f"{path} contains {len(names)} .csv files; unpack it, and give one of them")
             return read_text(zipfile.Path(archive, names[0]), "save it as UTF-8")
     return read_text(path, "save it as UTF-8")
 
 
 def write_vocab(path: Path, texts: list[str]) -> None:
-    """Write BERT's special tokens and the texts' characters, one a line; ## marks those that continue a word."""
+    """Write BERT's special tokens and the texts' characters, one per line; ## marks those that continue a word."""
     normalize, split = BertNormalizer(lowercase=True).normalize_str, BertPreTokenizer().pre_tokenize_str
     words = {word for text in texts for word, _ in split(normalize(text))}
     pieces = {word[0] for word in words} | {f"##{character}" for word in words for character in word[1:]}
@@ -123,7 +123,7 @@ def fit(model, training: list, held_out: list, epochs: int, lr: float, draw: ran
 
 
 def batches(examples: list, draw: random.Random) -> list[tuple[torch.Tensor, ...]]:
-    """Return all examples once, similar lengths together: ids and mask (batch, time), labels (batch,), all int64."""
+    """Split all examples into batches of similar lengths: ids and mask (batch, time), labels (batch,), all int64."""
     ordered = sorted(examples, key=lambda example: len(example[0]) + draw.random())
     found = []
     for start in range(0, len(ordered), BATCH):

@@ -2,7 +2,7 @@
 
     python -m tools.stress_resume [--seed 1] [--kills 25]
 
-About every second kill waits for a checkpoint that is just being written. Prints `kills N, resumed N, differences 0`;
+About every second kill comes while a checkpoint is being written. Prints `kills N, resumed N, differences 0`;
 the exit code is 1 if anything differs.
 """
 
@@ -23,7 +23,7 @@ COMPARED = ("samples.jsonl", "model/model.safetensors", "model/value_head.safete
 
 
 def start(runs_dir: Path, name: str) -> subprocess.Popen:
-    """Start the run, or resume it if its folder is there. What it prints goes to a file."""
+    """Start the run, or resume it if its folder exists. Its output goes to a file."""
     run_dir = runs_dir / name
     resumed = (run_dir / "config.json").exists()
     flags = ["--resume", str(run_dir)] if resumed else [*FLAGS, "--runs_dir", str(runs_dir), "--run_name", name]
@@ -35,7 +35,7 @@ def start(runs_dir: Path, name: str) -> subprocess.Popen:
 
 
 def finish(runs_dir: Path, name: str) -> None:
-    """Start or resume the run and wait for its end."""
+    """Start or resume the run and wait until it ends."""
     if start(runs_dir, name).wait():
         sys.exit(f"the run failed:\n{(runs_dir / f'{name}.out').read_text()}")
 
@@ -46,8 +46,8 @@ def steps_logged(run_dir: Path) -> int:
 
 
 def kill_at_random(process: subprocess.Popen, run_dir: Path, draw: random.Random) -> bool:
-    """Kill after a random number of new steps, perhaps while a checkpoint is written. Return False if the run ended
-    before."""
+    """Kill after a random number of new steps, perhaps while a checkpoint is written. Returns False if the run ended
+    first."""
     first, wanted = steps_logged(run_dir), draw.randrange(5)
     waited, in_checkpoint = draw.uniform(0, 0.3), draw.random() < 0.5
     while process.poll() is None and steps_logged(run_dir) < first + wanted:

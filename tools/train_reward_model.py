@@ -4,8 +4,8 @@
     python train_ppo.py --reward_model_name reward_model --kl_budget 0.4
 
 The loss of a ranking is the mean over its pairs of -log sigmoid(r_better - r_worse), the negative log-likelihood of the
-model by Bradley and Terry (Ouyang et al. 2022, arXiv:2203.02155, equation 1). Rankings that are held out decide when to
-stop. The out folder has the model, its card and a picture of the loss.
+Bradley-Terry model (Ouyang et al. 2022, arXiv:2203.02155, equation 1). Training stops when the loss on held-out
+rankings doesn't fall any more. The output folder contains the model, its card and a picture of the loss.
 """
 
 import argparse
@@ -47,7 +47,7 @@ tags: [reward-model]
 # Reward model
 
 {base}, trained on {n} rankings of completions. It gives a text (a prompt with its completion) one number, its `logits`;
-only differences between numbers mean something. On held-out data: {told}.
+only differences between these numbers are meaningful. On held-out data: {told}.
 
 ![loss](loss.png)
 """
@@ -57,13 +57,13 @@ only differences between numbers mean something. On held-out data: {told}.
 def main(argv: list[str] | None = None) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument("rankings", type=Path, help="a file of tools.rank, or texts best first between tabs")
+    parser.add_argument("rankings", type=Path, help="a file from tools.rank, or tab-separated texts, best first")
     parser.add_argument("--base", required=True, help="encoder or GPT-2 to start from: a hub id, a folder, or 'demo'")
     parser.add_argument("--out", type=Path, default=Path("reward_model"), help="folder to write")
-    parser.add_argument("--epochs", type=int, default=4, help="passes over the rankings at most (default: 4)")
-    parser.add_argument("--lr", type=float, default=5e-5, help="AdamW's highest learning rate (default: 5e-5)")
+    parser.add_argument("--epochs", type=int, default=4, help="maximum number of passes over the rankings (default: 4)")
+    parser.add_argument("--lr", type=float, default=5e-5, help="peak learning rate of AdamW (default: 5e-5)")
     parser.add_argument("--batch_size", type=int, default=16, help="rankings per optimiser step (default: 16)")
-    parser.add_argument("--test", type=Path, help="measure the accuracy on this file, not on the rankings held out")
+    parser.add_argument("--test", type=Path, help="measure the accuracy on this file, not on held-out rankings")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
     if args.out.exists():
@@ -95,7 +95,7 @@ def load_base(folder: Path, device, seed: int):
     tokenizer = open_tokenizer(folder, config)
     config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
     tokenizer.padding_side = "right"
-    # A GPT-2 would add the embedding of token 0 for each 0 of BERT's token_type_ids; from init_kwargs they are saved
+    # A GPT-2 would add the embedding of token 0 for each 0 in BERT's token_type_ids; init_kwargs are saved
     tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names = ["input_ids", "attention_mask"]
     torch.manual_seed(seed)
     with loading(f"the weights in {folder}"), quiet_transformers():
@@ -109,8 +109,8 @@ def load_base(folder: Path, device, seed: int):
 
 
 def fit(model, tokenizer, training: list[Ranking], held_out: list[Ranking], args) -> list[tuple[float, float, bool]]:
-    """Train a model, and leave it with the weights that had the lowest held-out loss. Returns (epoch, loss, whether of
-    held-out rankings) of each step and epoch."""
+    """Train a model, and restore the weights that had the lowest held-out loss. Returns (epoch, loss, whether this is
+    the held-out loss) of each step and epoch."""
     steps = args.epochs * -(-len(training) // args.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
@@ -151,7 +151,7 @@ def ranking_losses(model, tokenizer, rankings: list[Ranking]) -> list[torch.Tens
 
 
 def accuracy_of(reward, rankings: list[Ranking]) -> str:
-    """Return the share of pairs that a reward puts in the right order, as a mean over rankings with its error."""
+    """Return the share of pairs that a reward orders correctly: the mean over rankings, and its standard error."""
     scores, shares = reward([text for ranking in rankings for text in ranking.texts]), []
     for of_ranking, ranking in zip(scores.split([len(ranking.texts) for ranking in rankings]), rankings):
         shares.append(statistics.fmean(float(of_ranking[i] > of_ranking[j]) for i, j in ranking.better))
@@ -165,7 +165,7 @@ def draw_losses(losses: list[tuple[float, float, bool]], path: Path) -> None:
     axes = (fig := Figure(figsize=(6.3, 3.3), layout="constrained")).add_subplot()
     for held_out, style, label in ((False, ".", "a step"), (True, "o-", "held-out rankings")):
         axes.plot(*zip(*[(epoch, loss) for epoch, loss, kind in losses if kind == held_out]), style, label=label)
-    axes.set(xlabel="epoch", ylabel="loss, nats a pair", ylim=(0, None))
+    axes.set(xlabel="epoch", ylabel="loss, nats per pair", ylim=(0, None))
     axes.legend()
     fig.savefig(path, dpi=150)
 

@@ -2,7 +2,7 @@
 
 import re
 
-# Control characters, line breaks, changes of direction, and halves of characters
+# Control characters, line breaks, changes of writing direction, and unpaired surrogates
 STEERING = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -14,7 +14,7 @@ class UserError(ValueError):
 
 
 class RewardError(UserError):
-    """A reward function failed. `traceback` has its traceback and the texts, for error.log."""
+    """An error in a reward function. `traceback` has its traceback and the texts, for error.log."""
 
     def __init__(self, message: str, traceback: str = ""):
         super().__init__(message)
@@ -22,7 +22,7 @@ class RewardError(UserError):
 
 
 def escaped(text: str) -> str:
-    """Return a text with its STEERING characters as escape codes: names and files may come from a stranger."""
+    """Replace the STEERING characters of a text with escape codes: names and files may come from a stranger."""
     return STEERING.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
@@ -32,6 +32,6 @@ def first_line(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether GPU or main memory ran out, in the words of torch, cuBLAS, cuDNN, NumPy, Python or C++."""
+    """Return whether an error of torch, cuBLAS, cuDNN, NumPy, Python or C++ says that GPU or main memory ran out."""
     names = r"MemoryError|out.of.memory|not enough memory|cannot allocate memory|ALLOC_FAILED|bad_alloc"
     return re.search(names, f"{type(error).__name__}: {error}", re.IGNORECASE) is not None

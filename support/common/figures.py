@@ -1,4 +1,4 @@
-"""Numbers, texts and tables for people."""
+"""Format numbers, texts and tables for people."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from support.common.errors import escaped
 
 
 def decimals(spread: float, digits: int = 2) -> int:
-    """Return how many decimals tell numbers of this standard deviation apart: 2 for 0.38, none for 3,800."""
+    """Return how many decimals numbers with this standard deviation need: 2 for 0.38, none for 3,800."""
     return max(0, digits - 1 - math.floor(math.log10(spread))) if 0 < spread < math.inf else digits
 
 

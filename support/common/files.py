@@ -1,4 +1,4 @@
-"""Read and write files: written whole and flushed or not at all, with the path in every error."""
+"""Read and write files. A file is written completely and flushed, or not at all; every error names the path."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ MEND_LINE = "mend that line, or remove it"
 
 @contextlib.contextmanager
 def path_errors():
-    """Raise UserError if the system refuses a path inside, such as one without permission."""
+    """Raise UserError if the block can't use a path, for example because of missing permission."""
     try:
         yield
     except OSError as error:
@@ -26,7 +26,7 @@ def path_errors():
 
 @contextlib.contextmanager
 def damaged(name, remedy: str):
-    """Raise UserError if the block cannot read the file `name`, or raises because it contains something else."""
+    """Raise UserError if the block cannot read the file `name`, or fails because its content is wrong."""
     try:
         yield
     except Exception as error:
@@ -38,13 +38,13 @@ def damaged(name, remedy: str):
 
 
 def read_text(path: Path, remedy: str, name: str = "") -> str:
-    """Read a UTF-8 text file, with or without a byte order mark. Raises UserError, which calls the file `name`."""
+    """Read a UTF-8 text file, with or without a byte order mark. Raises UserError, calling the file `name`."""
     with damaged(name or path, remedy):
         return path.read_bytes().decode("utf-8-sig")
 
 
 def whole_lines(path: Path) -> list[str]:
-    """Read the lines of a log, without a last one that a kill has cut short. Texts may contain U+2028."""
+    """Read the lines of a log, without a last line that a kill cut short. Texts may contain U+2028."""
     with damaged(path, MEND_LINE):
         content = path.read_bytes()
         return content[: content.rfind(b"\n") + 1].decode("utf-8-sig").split("\n")[:-1]
@@ -52,16 +52,16 @@ def whole_lines(path: Path) -> list[str]:
 
 def read_lines(path: Path) -> list[dict]:
     """Read a file of JSON objects, one per line, that `append_line` writes to; [] if it doesn't exist. A last
-    line that a kill has cut short is removed from the file. Raises UserError if another line is damaged."""
+    line that a kill cut short is removed from the file. Raises UserError if another line is damaged."""
     if not path.exists():
         return []
     content = path.read_bytes()
     if last := content[content.rfind(b"\n") + 1 :]:
         try:
             json.loads(last)
-            path.write_bytes(content + b"\n")  # an editor left it out
+            path.write_bytes(content + b"\n")  # an editor left out the line break
         except ValueError:
-            print(f"the last line of {path} was cut short, and is removed")
+            print(f"the last line of {path} was cut short and is removed")
             os.truncate(path, len(content) - len(last))
     records = []
     for number, line in enumerate(whole_lines(path), 1):
@@ -79,7 +79,7 @@ def append_line(path: Path, record: dict) -> None:
 
 
 def read_json(path: Path, remedy: str, missing: dict | None = None) -> dict:
-    """Read a JSON object; `missing`, if given, for a file that doesn't exist. Raises UserError if it is damaged."""
+    """Read a JSON object. If the file doesn't exist, returns `missing` if given. Raises UserError if it is damaged."""
     if missing is not None and not path.exists():
         return missing
     with damaged(path, remedy):
@@ -91,10 +91,10 @@ def read_json(path: Path, remedy: str, missing: dict | None = None) -> dict:
 
 @contextlib.contextmanager
 def whole(path: Path):
-    """Give the block a path beside `path` to write a file or a folder to; flush that, and put it in place.
+    """Give the block a path next to `path` to write a file or a folder to; then flush it and move it into place.
 
-    An error leaves only the old one. A kill leaves the old or the new one (neither, if it comes between removing an
-    old folder and renaming the new one), and a .partial- beside it that the next attempt removes.
+    After an error, only the old one is left. After a kill, the old or the new one is left (neither, if the kill came
+    between removing an old folder and renaming the new one), perhaps with a .partial- that the next attempt removes.
     """
     partial = path.with_name(f".partial-{path.name}")
     with disk_errors(path):
@@ -118,7 +118,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
+    """Remove a file or a folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

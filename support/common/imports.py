@@ -11,9 +11,9 @@ EXECUTED: dict[Path, dict[str, bytes]] = {}  # by folder: its files when its mod
 
 
 def import_as_it_is_now(name: str):
-    """Import a module. If its file or another module's from its folder may have been edited after it was executed, all
-    modules from there are executed again; otherwise they keep their state. This program's own are never executed
-    again."""
+    """Import a module. If its file, or that of another module from its folder, may have been edited since it was
+    executed, all modules from there are executed again; otherwise they keep their state. This program's own modules are
+    never executed again."""
     imported_before = name in sys.modules
     importlib.invalidate_caches()
     module = importlib.import_module(name)

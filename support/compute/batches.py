@@ -1,4 +1,4 @@
-"""Prompts and completions as the models take them. Shapes: n completions, T tokens, P tokens of the longest prompt."""
+"""Prompts and completions as input for the models. Shapes: n completions, T tokens, P tokens of the longest prompt."""
 
 import math
 import reprlib
@@ -94,7 +94,7 @@ def to_device(tensor: torch.Tensor, device) -> torch.Tensor:
 
 
 # ----------------------------------------------------------------------------------------------
-# Numbers and token ids in any form that users hand over: lists, tensors, arrays, series, Decimals
+# Numbers and token ids in any form that users may pass: lists, tensors, arrays, series, Decimals
 
 
 def listed(values) -> list | None:
@@ -105,7 +105,7 @@ def listed(values) -> list | None:
 
 
 def to_float32(values: list) -> tuple[torch.Tensor, list[tuple[int, str]]]:
-    """Convert numbers of any library to (n,) float32; also return (index, text) of each that isn't finite there."""
+    """Convert numbers of any library to (n,) float32. Also returns (index, text) of each that isn't finite then."""
     floats = []
     for value in values:
         if hasattr(value, "item") and math.prod(value.shape) == 1:
@@ -116,7 +116,7 @@ def to_float32(values: list) -> tuple[torch.Tensor, list[tuple[int, str]]]:
 
 
 def to_ids(values) -> torch.Tensor | None:
-    """Return token ids in a list, a 1-d tensor or a 1-d array as int64 on the CPU. None if they aren't integers."""
+    """Convert token ids in a list, 1-d tensor or 1-d array to int64 on the CPU; None if they aren't integers."""
     try:
         ids = torch.as_tensor(values, device="cpu")
     except Exception:  # torch raises many kinds for texts, None or lists of unequal lengths

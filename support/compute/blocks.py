@@ -1,18 +1,19 @@
 """GPT-2's blocks on prompts and completions: whole completions in one pass, or one token of each at a time.
 
-The library's layers compute, in the order of its own block. Only the attention is done here, so that completions share
-the keys and values of their prompt. Shapes: p distinct prompts of P tokens, n completions of S tokens, head size d.
+The library's layers are called in the same order as in its own block. Only the attention is written here, so that
+completions share the keys and values of their prompt. Shapes: p distinct prompts of P tokens, n completions of S
+tokens, head size d.
 """
 
 import torch
 
 
 def attention_bias(mask: torch.Tensor | None, n_keys: int, seq: int, like: torch.Tensor) -> torch.Tensor:
-    """Return the additive attention mask of the last `seq` of n_keys tokens: 0 if visible, else the lowest number.
+    """Return the additive attention mask of the last `seq` of n_keys tokens: 0 if visible, else the dtype's minimum.
 
     mask (batch, n_keys) is 0 at the padding, or None. Returns (batch, 1, seq, n_keys), or (1, 1, seq, n_keys) without
-    padding, in the dtype of `like`. The library uses a 4-d mask unchanged; of a 2-d one it would ask the GPU at every
-    token whether it hides anything. In memory a row is a multiple of 8 numbers long, or CUDA's kernels would copy it.
+    padding, in the dtype of `like`. The library uses a 4-d mask unchanged; with a 2-d one it would wait for the GPU
+    at every token. In memory, rows are padded to a multiple of 8 numbers; otherwise CUDA's kernels would copy them.
     """
     lowest = torch.finfo(like.dtype).min
     wide = torch.full((seq, -(-n_keys // 8) * 8), lowest, dtype=like.dtype, device=like.device)
@@ -35,16 +36,16 @@ def embed_prompts(gpt2, prompts) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def run_block(block, states: torch.Tensor, attend) -> torch.Tensor:
-    """One GPT-2 block: (rows, hidden) -> the same shape. `attend` maps queries, keys and values, (rows, 3, heads, d),
-    to the attention's output, (rows, hidden)."""
+    """Run one GPT-2 block on states (rows, hidden). `attend` maps queries, keys and values, (rows, 3, heads, d), to the
+    attention's output, (rows, hidden)."""
     heads = block.attn.num_heads
     states = states + block.attn.c_proj(attend(block.attn.c_attn(block.ln_1(states)).unflatten(-1, (3, heads, -1))))
     return states + block.mlp(block.ln_2(states))
 
 
 def attention(block, queries, keys, values, bias: torch.Tensor | None) -> torch.Tensor:
-    """softmax(scale queries keys^T + bias) values. (n, heads, seq, d), keys and values (n, heads, n_keys, d), bias that
-    of `attention_bias` or None -> (n, seq, hidden)."""
+    """Return softmax(scale queries keys^T + bias) values, (n, seq, hidden). queries (n, heads, seq, d), keys and values
+    (n, heads, n_keys, d), bias from `attention_bias` or None."""
     config = block.attn.config
     scale = queries.shape[-1] ** -0.5 if config.scale_attn_weights else 1.0
     if config.scale_attn_by_inverse_layer_idx:
@@ -60,7 +61,7 @@ def attention(block, queries, keys, values, bias: torch.Tensor | None) -> torch.
 
 def run_blocks(blocks, prompts, prompt_states: torch.Tensor, states: torch.Tensor, kept: list | None = None):
     """Run some blocks on the hidden states of the distinct prompts (p, P, hidden) and of the completions without their
-    last tokens (n, S, hidden). Returns both. kept: gets the prompts' keys and values per block, (p, heads, 2, P, d)."""
+    last tokens (n, S, hidden). Returns both. kept: list for each block's prompt keys and values (p, heads, 2, P, d)."""
     (p, n_prompt, _), (n, seq, _) = prompt_states.shape, states.shape
     bias = attention_bias(prompts.mask, n_prompt, n_prompt, states)
     completion_bias = attention_bias(prompts.mask_with(seq), n_prompt + seq, seq, states) if seq else None
@@ -86,10 +87,10 @@ def run_blocks(blocks, prompts, prompt_states: torch.Tensor, states: torch.Tenso
 
 
 class Texts:
-    """Texts that are read token by token: the prompts first, then up to n_tokens of each of n completions.
+    """Reads texts token by token: the prompts first, then up to n_tokens of each of n completions.
 
-    Keys and values lie in buffers of fixed length that are written in place. states (n, hidden): the blocks' output for
-    the last token. trunk_states (n, n_tokens, hidden): that of the frozen blocks for each token so far, 0 if
+    Keys and values are written in place into buffers of fixed length. states (n, hidden): the blocks' output for the
+    last token. trunk_states (n, n_tokens, hidden): the output of the frozen blocks for each token so far, 0 if
     nothing is frozen.
     """
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def check_versions() -> None:
-    """Raises UserError if torch or transformers isn't a version that requirements.txt allows. Imports neither."""
+    """Raise UserError if requirements.txt doesn't allow the version of torch or transformers. Imports neither."""
     from packaging.requirements import Requirement
     from packaging.version import Version
 
@@ -30,7 +30,7 @@ def check_versions() -> None:
 
 
 def environment(device) -> dict[str, str]:
-    """Return what a run computes with, by name."""
+    """Return the versions, code hash, system and device of a run, by name."""
     found = {"Python": platform.python_version()}
     found |= {name: metadata.version(name) for name in ("torch", "transformers", "numpy")}
     found |= {"code": code_hash(), "system": platform.platform(), "device": str(device)}
@@ -44,7 +44,7 @@ def environment(device) -> dict[str, str]:
 
 @functools.cache  # a file edited after the import isn't what runs
 def code_hash() -> str:
-    """12 digits of a SHA-256 of the project's files that decide a run, except for config.py, whose values are saved."""
+    """Return 12 digits of a SHA-256 of the files that affect a run, except for config.py, whose values are saved."""
     top = [ROOT / name for name in ("gpt2_value_head.py", "ppo.py", "reward.py", "train_ppo.py")]
     digest = hashlib.sha256()
     for file in sorted([*top, *ROOT.glob("support/**/*.py")]):
@@ -60,8 +60,8 @@ def in_one_line(environment: dict[str, str]) -> str:
 def pick_device(device: str):
     """Return the torch.device of a --device value. 'auto' is a CUDA GPU, else an Apple GPU, else the CPU.
 
-    'auto' warns if torch can't use this machine's NVIDIA GPU. Under torchrun each process takes a GPU of its own.
-    Raises UserError, with torch's own reason, if torch can't compute on that, or on a device that was named.
+    'auto' warns if torch can't use this machine's NVIDIA GPU. Under torchrun each process takes its own GPU. Raises
+    UserError, with torch's reason, if torch can't use that GPU or a device given by name.
     """
     import torch
 
@@ -73,7 +73,7 @@ def pick_device(device: str):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.ones(1, device=device).add(1).item()
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that is built without CUDA
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         reason = f"torch can't compute on {device} ({first_line(error)}); see https://pytorch.org/get-started/locally/"
         if several or not auto:
             raise UserError(f"--device {device}: {reason}, or try --device cpu")
@@ -81,7 +81,7 @@ def pick_device(device: str):
         device = "cpu"
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
-    # cuDNN's attention plans anew for every shape, and with a mask its gradients can be NaN (pytorch issue 196678)
+    # cuDNN's attention plans again for every shape, and with a mask its gradients can be NaN (pytorch issue 196678)
     torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device(device)
 
@@ -101,7 +101,7 @@ def pick_dtype(dtype: str, device):
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep large freed blocks. Otherwise each tensor of logits is paged in anew, a sixth of a CPU step."""
+    """Let glibc keep large freed blocks. Otherwise page faults for each tensor of logits take a sixth of a CPU step."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: never map a single block
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap

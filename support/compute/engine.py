@@ -1,10 +1,10 @@
-"""How a batch goes through a policy and its reference, and how a gradient gets into the policy's weights.
+"""Run batches through a policy and its reference, and apply gradients to the policy's weights.
 
 The engine knows nothing about PPO. Policy and reference share the first `config.frozen_share` of their blocks, unless
-these differ, as they may in a second round of training. In bfloat16 a copy of the policy computes, and its gradients
-move the float32 weights (Micikevicius et al. 2018, "Mixed precision training", arXiv:1710.03740). Work is split into
-micro-batches and over processes, which all call the same methods with the same whole batch and get the results of the
-whole batch. The update equals that of a single process up to rounding.
+these differ, as they may in a second round of training. In bfloat16 a copy of the policy does the arithmetic, and its
+gradients update the float32 weights (Micikevicius et al. 2018, "Mixed precision training", arXiv:1710.03740). Work is
+split into micro-batches and over processes. All processes call the same methods with the whole batch and get the
+results of the whole batch. The update equals that of a single process up to rounding.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from support.compute.products import (
 from support.compute.self_check import check_passes
 from support.compute.vocabulary import per_token
 
-MAX_SKIPPED = 10  # optimiser steps in a row without a finite gradient: then training has failed
+MAX_SKIPPED = 10  # training has failed after this many optimiser steps in a row without a finite gradient
 
 
 class Engine:
@@ -44,7 +44,7 @@ class Engine:
         self.restriction = restriction(tokenizer, model.config.vocab_size, self.device)
         self.world_size = processes.world_size()
 
-        # Models are in float32, with frozen weights in memory once; their copies compute
+        # Models are in float32 and share frozen weights; their copies do the arithmetic
         self.model, self.ref_model = model.eval(), ref_model.eval().requires_grad_(False)
         for one in (model, ref_model):
             one.freeze(config.frozen_share)
@@ -70,12 +70,12 @@ class Engine:
         self.averages = [weight for weight in self.averaged.parameters() if weight.requires_grad]
         self.trained_policy = SharedPrompts(self.compute_model, config.detach_value)
         check_passes(model, self.compute_model)
-        keep_freed_memory()  # from here on: what loading has freed goes back to the system
+        keep_freed_memory()  # from here on; memory freed while loading has gone back to the system
         if self.world_size > 1:
             self.trained_policy = DistributedDataParallel(self.trained_policy, gradient_as_bucket_view=True)
 
     def generate(self, queries: list[torch.Tensor], model, seed: int, step: int, first: int) -> Completions:
-        """Let `model` continue each query; completion i uses the random numbers of (seed, step, first + i)."""
+        """Continue each query with `model`; completion i uses the random numbers of (seed, step, first + i)."""
         gen_len = self.config.gen_len
         special = self.restriction, self.sep_token_id, self.pad_token_id
         prompts = Prompts.from_tensors(queries, self.pad_token_id, self.device)
@@ -99,8 +99,8 @@ class Engine:
 
     def micro_batch_size(self, n_prompt: int, n_tokens: int, drawing: bool = False) -> int:
         """Return how many completions of n_tokens tokens, after prompts of n_prompt, go through a model at once. By
-        default as many as fit into an eighth of a GPU's memory; elsewhere into 128 MiB, but at least 32 if 2 GiB allow
-        it. Training keeps some 17 numbers per token and unit of width in each trained block, and six copies of the
+        default as many as fit into an eighth of a GPU's memory; elsewhere into 128 MiB, but at least 32 if they fit in
+        2 GiB. Training keeps about 17 numbers per token and unit of width in each trained block, and six copies of the
         logits if the projection is trained; drawing keeps keys and values."""
         more = 4 if drawing else 1
         if self.config.micro_batch_size:
@@ -120,13 +120,13 @@ class Engine:
         return [slice(first, min(first + size, mine.stop)) for first in range(mine.start, mine.stop, size)]
 
     def parts(self, completions: Completions, batch=None) -> list:
-        """Return the micro-batches of this process: of completions, or of a batch of them that has more about each."""
+        """Return this process's micro-batches of `completions`, or of `batch`, which has more data for each of them."""
         n_completions, n_tokens = completions.ids.shape
         size = self.micro_batch_size(completions.prompts.ids.shape[1], n_tokens)
         return [(batch or completions).select(rows) for rows in self.own_rows(n_completions, size)]
 
     def gather(self, computed: list[torch.Tensor], n: int) -> torch.Tensor:
-        """Concatenate results (k, rows, ...) of the micro-batches of `parts`, of all processes: (k, n, ...)."""
+        """Concatenate results (k, rows, ...) of the micro-batches of `parts` over all processes, to (k, n, ...)."""
         computed = torch.cat(computed, dim=1)
         if self.world_size == 1:
             return computed
@@ -142,7 +142,7 @@ class Engine:
 
     @torch.no_grad()
     def take_over_weights(self) -> None:
-        """Copy the policy's weights into its computing copy, whose trained weights are its own unless it is float32."""
+        """Copy the policy's trained weights into its computing copy; a float32 copy shares them already."""
         if self.dtype != torch.float32:
             torch._foreach_copy_(self.copied_weights, self.weights)  # private; torch's Adam has used it since 2.1
 
@@ -151,12 +151,12 @@ class Engine:
         return computing_copy(model, self.dtype, self.compute_model if self.shares_trunk(model) else None)
 
     def shares_trunk(self, model) -> bool:
-        """Return whether a model's frozen weights are those of the policy."""
+        """Return whether a model shares its frozen weights with the policy."""
         ours, theirs = frozen_part(self.model), frozen_part(model)
         return bool(ours and theirs) and theirs[0].weight.data_ptr() == ours[0].weight.data_ptr()
 
     def passes(self, model) -> SharedPrompts:
-        """Return what `forward` takes to send completions through `model`."""
+        """Return the `passes` with which `forward` sends completions through `model`."""
         if model is self.ref_model:
             return self.reference
         if model is not self.model:
@@ -165,11 +165,11 @@ class Engine:
         return SharedPrompts(self.compute_model)
 
     def forward(self, completions: Completions, function, *passes) -> tuple[torch.Tensor, torch.Tensor]:
-        """function(logits, ids) at each token, (..., n, T), and values (n, T), both float32.
+        """Return function(logits, ids) at each token, (..., n, T), and values (n, T), both float32.
 
-        passes: see `passes`; by default the policy's, for training. With those of more than one model the function gets
-        the logits of each, restricted and in float32, before the ids; gradient and values are those of the first. It
-        gets some tokens at a time, (tokens, V) and (tokens,), see `per_token`.
+        passes: see `passes`; by default the policy's, for training. With several models, the function gets the logits
+        of each, restricted and in float32, before the ids; gradient and values come from the first model. It is called
+        for some tokens at a time, with logits (tokens, V) and ids (tokens,), see `per_token`.
         """
         passes = passes or (self.trained_policy,)
         (states, values), *others = (each(completions) for each in passes)
@@ -193,7 +193,7 @@ class Engine:
     # --- an optimiser step
 
     def zero_grad(self) -> None:
-        """Begin an optimiser step: clear the gradients, and take over the weights of the last step."""
+        """Begin an optimiser step: clear the gradients, and copy the weights of the last step."""
         self.take_over_weights()
         self.drop_gradients()
 
@@ -203,11 +203,11 @@ class Engine:
             weight.grad = None
 
     def micro_batches(self, batch) -> Iterator[tuple]:
-        """Return the micro-batches of this process, each with its share of the batch's tokens: the sum of their losses,
-        times these weights, is the mean over all tokens. batch: an Experience."""
+        """Yield this process's micro-batches, each with its share of the batch's tokens as its weight: the weighted sum
+        of their losses is the mean over all tokens. batch: an Experience."""
         n_tokens, parts = batch.mask.sum(), self.parts(batch.completions, batch)
         for part in parts:
-            last = self.world_size == 1 or part is parts[-1]  # processes exchange gradients in its backward pass
+            last = self.world_size == 1 or part is parts[-1]  # gradients are exchanged in its backward pass
             with contextlib.nullcontext() if last else self.trained_policy.no_sync():
                 yield part, self.world_size * part.mask.sum() / n_tokens  # DDP divides by the number of processes
 
@@ -225,23 +225,23 @@ class Engine:
         grad_norm = torch.nn.utils.clip_grad_norm_(self.weights, self.config.max_grad_norm)
         skipped = (~grad_norm.isfinite()).float()
         if fused := self.optimizer.defaults["fused"]:
-            self.optimizer.found_inf = skipped  # as GradScaler sets it: if 1, Adam does nothing, without a look at it
+            self.optimizer.found_inf = skipped  # as GradScaler sets it: if 1, Adam does nothing; no wait for the GPU
         if fused or not skipped:
             self.optimizer.step()
-        self.drop_gradients()  # while completions are drawn, their memory is needed elsewhere
+        self.drop_gradients()  # their memory is needed while completions are sampled
         return {"grad_norm": grad_norm, "skipped": skipped}
 
     # --- statistics
 
     def means(self, updates: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Average the statistics of several optimiser steps over steps and processes; `skipped` is summed."""
+        """Average the statistics of optimiser steps over steps and processes, except for `skipped`, which is summed."""
         table = torch.stack([torch.stack(list(update.values())) for update in updates])
         table = self.all_reduce_sum(table / self.world_size)
         self.skipped = table[:, list(updates[0]).index("skipped")]
         return {**dict(zip(updates[0], table.mean(0))), "skipped": self.skipped.sum()}
 
     def fetch(self, statistics: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Convert scalars to floats, in one transfer from the GPU; after `means`. Raises FloatingPointError after
+        """Convert scalars to floats, in one transfer from the GPU. Call `means` first. Raises FloatingPointError after
         MAX_SKIPPED skipped optimiser steps in a row."""
         fetched = torch.stack([*statistics.values(), *self.skipped]).tolist()
         for skipped in fetched[len(statistics) :]:
@@ -262,11 +262,11 @@ class Engine:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore what `state_dict` returned. Raises ValueError or RuntimeError if the weights are another model's."""
+        """Restore what `state_dict` returned. Raises ValueError or RuntimeError if the weights are of another model."""
         for model, weights in ((self.model, state["policy"]), (self.averaged, state["average"])):
             if weights.keys() != dict(model.named_parameters()).keys():
-                raise ValueError("its weights are not those of this model")
-            model.load_state_dict(weights, strict=False)  # tied weights are there under one name only
-        groups = self.optimizer.state_dict()["param_groups"]  # with this run's settings, fused if this device allows it
+                raise ValueError("its weights are of another model")
+            model.load_state_dict(weights, strict=False)  # tied weights are saved under only one name
+        groups = self.optimizer.state_dict()["param_groups"]  # with this run's settings; fused if this device allows it
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         self.skipped_in_a_row = state["skipped_in_a_row"]

@@ -1,8 +1,8 @@
 """The processes of a run under torchrun: how they start, what they exchange, and how they end.
 
-Every process holds the whole batch, computes its own rows of it with the models and gets the others' by a sum, so that
-all compute rewards, advantages and statistics of the whole batch. DistributedDataParallel averages the gradients.
-A process without others exchanges nothing.
+Every process holds the whole batch but runs only its own rows through the models. A sum over the processes then gives
+each of them all rows, so all compute rewards, advantages and statistics of the whole batch. DistributedDataParallel
+averages the gradients. A single process exchanges nothing.
 """
 
 import os
@@ -22,7 +22,7 @@ def below_torchrun() -> bool:
 
 
 def restart_count() -> int:
-    """How often torchrun --max-restarts has started the processes again because one of them had died."""
+    """Return how often torchrun --max-restarts has restarted the processes because one of them died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
@@ -37,12 +37,12 @@ def init_process_group() -> None:
     timeout = timedelta(seconds=PPOConfig.process_timeout)
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-        store = dist.PrefixStore(f"start-{restart_count()}", store)  # torch 2.13 keeps the addresses of dead ones
+        store = dist.PrefixStore(f"start-{restart_count()}", store)  # torch 2.13 keeps the addresses of dead processes
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except RuntimeError as error:
         hint = "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network interface between the machines"
         raise UserError(f"host {socket.gethostname()}: found no other process ({first_line(error)}); {hint}")
-    if dist.get_rank():  # libraries print, too
+    if dist.get_rank():  # because libraries print, too
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
@@ -58,7 +58,7 @@ def set_timeout(seconds: float) -> None:
 
 
 def process_group():
-    """torch.distributed if this process is one of several, else None. Imports nothing."""
+    """Return torch.distributed if this process is one of several, else None. Imports nothing."""
     dist = sys.modules.get("torch.distributed")
     return dist if dist and dist.is_available() and dist.is_initialized() else None
 
@@ -84,7 +84,7 @@ def all_reduce_sum(rows):
 
 
 def all_gather(value) -> list:
-    """Every process's value, in the order of ranks."""
+    """Return the values of all processes, in the order of ranks."""
     values = [value] * world_size()
     if process_group():
         process_group().all_gather_object(values, value)
@@ -92,7 +92,7 @@ def all_gather(value) -> list:
 
 
 def broadcast_from_rank_0(function: Callable):
-    """function() as rank 0 computed it, on every rank. Raises UserError or SystemExit on every rank if rank 0 does."""
+    """Return rank 0's result of function() on every rank. A UserError or SystemExit is raised on every rank, too."""
     outcome = [None, None]
     if rank() == 0:
         try:
@@ -108,8 +108,8 @@ def broadcast_from_rank_0(function: Callable):
 
 
 def on_all_ranks(function: Callable):
-    """function(), computed by every rank for itself. Raises the first UserError on every rank if any rank raises one,
-    with the name of the host if that isn't rank 0's."""
+    """Return function(), called on every rank. If any rank raises a UserError, raises the first one on every rank, with
+    the name of the host if that isn't rank 0's."""
     result = error = None
     try:
         result = function()
@@ -125,7 +125,7 @@ def on_all_ranks(function: Callable):
 
 
 def check_same(values: dict[str, str]) -> None:
-    """Raises UserError on every rank if any value differs from that of rank 0."""
+    """Raise UserError on every rank if any value differs from that of rank 0."""
     everyone = all_gather((values, socket.gethostname()))
     expected, first_host = everyone[0]
     for found, host in everyone:
@@ -145,14 +145,14 @@ def say_why(line: str) -> None:
 
 
 def lost_process(error: Exception) -> str | None:
-    """In words, that an exception means the loss of another process; None if it means anything else."""
+    """Return a message if an exception means that another process is lost, None if it means anything else."""
     if process_group() is None or not isinstance(error, RuntimeError) or not re.search("gloo|NCCL", str(error)):
         return None
     return f"another process or machine is gone, or was silent for --process_timeout ({first_line(error)})"
 
 
 def exit_process(code: int) -> None:
-    """End this process. One of several ends at once, since the group's threads may hang or abort its shutdown."""
+    """End this process: one of several without cleanup, since the group's threads may hang or abort during it."""
     if process_group():
         sys.stdout.flush()
         os._exit(code)

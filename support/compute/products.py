@@ -1,9 +1,9 @@
-"""Copies of a model that compute, in a dtype of their own, with fast matrix products on CPUs.
+"""Copies of a model that do its arithmetic, in their own dtype and with fast matrix products on CPUs.
 
-A library that multiplies by a weight matrix first copies it into an order of its own, at every call: for the 32 rows of
-a token of 32 completions this takes as long as the product. Weights that stay as they are don't need that. In bfloat16,
-oneDNN's order is made once and kept. In float32, which would need a second copy in memory, the matrix becomes the left
-factor, which MKL reads as it is. docs/speed.md has what each is worth.
+A library that multiplies by a weight matrix first copies it into its own memory layout, at every call. For 32 rows (one
+token of 32 completions) this takes as long as the product itself. If the weights don't change, it can be avoided. In
+bfloat16 they are converted to oneDNN's layout once. In float32 that would need a second copy in memory, so the matrix
+becomes the left factor, which MKL reads without copying. docs/speed.md says how much each of these saves.
 """
 
 import copy
@@ -11,13 +11,13 @@ import copy
 import torch
 from torch import nn
 
-FEW_ROWS = 128  # up to here a product in float32 is faster with the matrix on the left
+FEW_ROWS = 128  # up to so many rows, a float32 product is faster with the matrix on the left
 
 
 class FixedProduct(nn.Module):
-    """states weight^T + bias, with a weight (out, in) that doesn't change. No gradient reaches weight and bias.
+    """Computes states weight^T + bias, with a weight (out, in) that doesn't change. Weight and bias get no gradient.
 
-    reorder: keep the weight in oneDNN's order only, if this torch and processor can do that.
+    reorder: keep the weight only in oneDNN's layout, if this torch and processor can do that.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, reorder: bool):
@@ -27,7 +27,7 @@ class FixedProduct(nn.Module):
         self.weight = weight.detach() if self.ordered is None else weight.new_empty(0)  # T5 asks for its dtype
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """(..., in) -> (..., out)"""
+        """Map states (..., in) to (..., out)."""
         if self.ordered is not None:
             return torch.ops.mkldnn._linear_pointwise(states, self.ordered, self.bias, "none", [], "")
         if states.numel() > FEW_ROWS * states.shape[-1] or states.dtype != torch.float32:
@@ -38,7 +38,7 @@ class FixedProduct(nn.Module):
 
 
 def in_own_order(weight: torch.Tensor) -> torch.Tensor | None:
-    """Return a weight (out, in) in oneDNN's order, or None if this torch or processor can't do that."""
+    """Return a weight (out, in) in oneDNN's layout, or None if this torch or processor can't do that."""
     try:  # private; torch.compile has used both since torch 2.0
         ordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), FEW_ROWS)
         torch.ops.mkldnn._linear_pointwise(weight[:1].contiguous(), ordered, None, "none", [], "")
@@ -48,7 +48,7 @@ def in_own_order(weight: torch.Tensor) -> torch.Tensor | None:
 
 
 class Projection(nn.Module):
-    """The projection onto the vocabulary, and the way back of a gradient. weight (V, hidden)."""
+    """The projection onto the vocabulary, for hidden states and for gradients. weight (V, hidden)."""
 
     def __init__(self, weight: nn.Parameter):
         super().__init__()
@@ -58,17 +58,17 @@ class Projection(nn.Module):
             self.onto, self.back_from = FixedProduct(weight, None, reorder), FixedProduct(weight.t(), None, reorder)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """(..., hidden) -> (..., V)"""
+        """Map hidden states (..., hidden) to logits (..., V)."""
         return torch.nn.functional.linear(states, self.weight) if self.onto is None else self.onto(states)
 
     def back(self, gradient: torch.Tensor) -> torch.Tensor:
-        """(..., V) -> (..., hidden)"""
+        """Map a gradient of logits (..., V) to one of hidden states (..., hidden)."""
         return gradient @ self.weight if self.back_from is None else self.back_from(gradient)
 
 
 def computing_copy(model, dtype: torch.dtype, other=None):
     """Return a copy of a GPT2HeadWithValueModel that computes in `dtype`; its value head stays in float32. Weights that
-    are of this dtype already are shared with the model. other: a computing copy whose frozen part is taken over."""
+    already have this dtype are shared with the model. other: a computing copy whose frozen part is used."""
     shared = {id(weight): weight for weight in model.parameters()} if model.dtype == dtype else {}
     if other is not None:
         shared |= {id(own): theirs for own, theirs in zip(frozen_part(model), frozen_part(other))}
@@ -87,12 +87,12 @@ def frozen_part(model) -> list[nn.Module]:
 
 
 def frozen_weights(model) -> list[nn.Parameter]:
-    """Return the weights of a model that get no gradient."""
+    """Return the weights of a model that aren't trained."""
     return [weight for weight in model.parameters() if not weight.requires_grad]
 
 
 def share_frozen(model, other) -> bool:
-    """Let another model use the frozen weights of `model` if its own are equal, as far as its dtype can tell. Returns
+    """Let another model use the frozen weights of `model` if its own are equal after rounding to its dtype. Returns
     whether they are."""
     pairs = [pair for pair in zip(model.parameters(), other.parameters()) if not pair[0].requires_grad]
     if equal := all(weight.to(theirs.dtype).equal(theirs) for weight, theirs in pairs):
@@ -102,7 +102,7 @@ def share_frozen(model, other) -> bool:
 
 
 def drawing_copy(computing):
-    """Return a copy of a computing copy for drawing completions with the weights as they are now."""
+    """Return a copy of a computing copy for sampling completions with the current weights."""
     shared = {id(weight): weight for weight in computing.parameters()}
     drawing = copy.deepcopy(computing, shared | {id(module): module for module in frozen_part(computing)})
     fix_products(drawing.transformer.h[computing.n_frozen :])
@@ -110,13 +110,13 @@ def drawing_copy(computing):
 
 
 def fix_products(blocks) -> None:
-    """Replace the matrix products of some GPT-2 blocks by fixed ones, if they are on a CPU."""
+    """Replace the matrix products of some GPT-2 blocks with `FixedProduct`, if they are on a CPU."""
     for layer, name, part in products(blocks):
         setattr(layer, name, FixedProduct(part.weight.t().contiguous(), part.bias, part.weight.dtype != torch.float32))
 
 
 def fix_classifier(model) -> None:
-    """Replace the linear layers of a model that is never trained by fixed ones in oneDNN's order, if it is on a CPU."""
+    """Replace the linear layers of a model that is never trained with `FixedProduct`, if it is on a CPU."""
     for layer in list(model.modules()) if model.device.type == "cpu" else ():
         for name, part in layer.named_children():
             if type(part) is nn.Linear:
@@ -124,13 +124,13 @@ def fix_classifier(model) -> None:
 
 
 def products(blocks) -> list[tuple[nn.Module, str, nn.Module]]:
-    """(layer, name, part) of each matrix product in some GPT-2 blocks on a CPU: the library's Conv1D, (in, out)."""
+    """Return (layer, name, part) of each matrix product in GPT-2 blocks on a CPU: the library's Conv1D, (in, out)."""
     layers = [layer for block in blocks for layer in (block.attn, block.mlp)]
     named = [(layer, name, part) for layer in layers for name, part in layer.named_children() if hasattr(part, "nf")]
     return [(layer, name, part) for layer, name, part in named if part.weight.device.type == "cpu"]
 
 
 def store_transposed(blocks) -> None:
-    """Lay out the weights of some blocks on a CPU as `FixedProduct` needs them, so that it needs no copy."""
+    """Store the weights of some blocks on a CPU in the layout that `FixedProduct` needs, so that it makes no copy."""
     for _, _, part in products(blocks):
         part.weight.data = part.weight.data.t().contiguous().t()

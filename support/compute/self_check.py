@@ -1,4 +1,4 @@
-"""Checks that transformers still computes as this program expects: it drives the library's GPT-2 from outside."""
+"""Check that transformers still computes what this program expects, since it calls parts of the library's GPT-2."""
 
 import torch
 import transformers
@@ -12,12 +12,12 @@ from support.compute.products import drawing_copy
 
 @torch.no_grad()
 def check_passes(model, computing) -> None:
-    """Check that a GPT2HeadWithValueModel and its computing copy give the same logits in three ways.
+    """Check that a GPT2HeadWithValueModel and its computing copy give the same logits, computed in three ways.
 
-    Texts with two prompts go through the model whole, as the library does it; through the copy as completions that
-    share prompts; and through it token by token. Raises UserError if two ways differ by more than rounding: 1% of
-    the logits' size in float32 (TensorFloat-32 included), 9% in bfloat16. A lost mask makes 13% in an untrained model;
-    wrong positions make 32% in a trained one.
+    Texts with two prompts go through the model in the library's own way, through the copy as completions that share
+    prompts, and through the copy token by token. Raises UserError if two results differ by more than rounding: 1% of
+    the logits' size in float32 (including TensorFloat-32), 9% in bfloat16. For comparison: a lost mask changes the
+    logits of an untrained model by 13%, wrong positions those of a trained one by 32%.
     """
     ids = torch.arange(15, device=model.device) * 7919 % model.config.vocab_size
     queries, responses = [ids[:4], ids[:4], ids[4:6]], ids[6:].view(3, 3)

@@ -1,4 +1,4 @@
-"""Functions of each token's logits, computed for some tokens at a time: the logits of a batch are never in memory.
+"""Compute functions of each token's logits for some tokens at a time: the logits of a batch are never all in memory.
 
 A token's output depends only on its own logits. So the gradient of the hidden states can be computed together with the
 output, up to a factor that arrives in the backward pass, as Liger does for cross entropy (Hsu et al. 2024, "Liger
@@ -9,15 +9,15 @@ from collections.abc import Callable
 
 import torch
 
-LOGITS = 2_500_000  # at once on a CPU: 118 tokens of a vocabulary of 21,128
+LOGITS = 2_500_000  # computed at once on a CPU: 118 tokens with a vocabulary of 21,128
 LOGITS_ON_GPU = 2**26
 
 
 def restrict_logits(logits: torch.Tensor, restriction: torch.Tensor, temperature: float) -> torch.Tensor:
     """Return the logits of the distribution that is sampled, logits / temperature + restriction, in float32 or better.
 
-    logits (..., vocab), restriction (vocab,). Sampling, policy, reference and update all use it, or PPO's ratios
-    and the KL would compare different things. One pass over memory, including the cast.
+    logits (..., vocab), restriction (vocab,). Sampling, policy, reference and update must all use it; otherwise
+    PPO's ratios and the KL would compare different distributions. Takes one pass over memory, including the cast.
     """
     return torch.add(restriction, logits, alpha=1 / temperature)
 
@@ -30,11 +30,11 @@ def per_token(
     restriction: torch.Tensor,
     temperature: float,
 ) -> torch.Tensor:
-    """Return function(logits, labels) of each token, (..., n, T).
+    """Return function(logits, labels) for each token, (..., n, T).
 
-    heads: the `Projection` of one model or more. hidden_states: what they project, each (n, T, hidden). labels (n, T).
+    heads: the `Projection` of each model. hidden_states: what they project, each (n, T, hidden). labels (n, T).
     function: from the restricted logits (tokens, V) of each model and labels (tokens,) to (..., tokens); each token's
-    output must depend only on its own logits. Gradients reach the first model.
+    output must depend only on its own logits. Only the first model gets gradients.
     """
     if torch.is_grad_enabled() and heads[0].weight.requires_grad:  # the gradient of these weights needs all logits
         logits = [head(states) for head, states in zip(heads, hidden_states)]

@@ -1,4 +1,4 @@
-"""Finds the files of a model: in a local folder, the demo's, in the Hugging Face cache, or on the Hub."""
+"""Find the files of a model: in a local folder, among the demo models, in the Hugging Face cache, or on the Hub."""
 
 import os
 import re
@@ -22,7 +22,7 @@ HUB_ID = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
 
 @path_errors()
 def model_folder(name: str, flag: str, check: Callable[[Path], object] = lambda folder: None) -> Path:
-    """Return the local folder of a model: as given, the demo's, or from the Hub.
+    """Return the local folder of a model: the folder given, a demo model, or a download from the Hub.
 
     `check(folder)` may reject a model's small files before its weights are downloaded. Raises UserError if the model
     can't be found or downloaded.
@@ -45,19 +45,19 @@ def model_folder(name: str, flag: str, check: Callable[[Path], object] = lambda 
 
 
 def from_cache_or_hub(name: str, flag: str, check: Callable[[Path], object]) -> Path:
-    """Do what `model_folder` does for a Hub id. A model that is complete in the cache causes no request."""
+    """Do what `model_folder` does for a Hub id. If the cache has the whole model, nothing is requested."""
     import huggingface_hub as hub
     from huggingface_hub import constants
 
     def fetch(file: str, revision: str | None = None) -> Path:
-        # If the Hub hangs, this look gives up after one attempt; hf_hub_download would try for more than six minutes
+        # If the Hub hangs, this request gives up after one attempt; hf_hub_download would try for over six minutes
         hub.get_hf_file_metadata(hub.hf_hub_url(name, file, revision=revision), timeout=constants.HF_HUB_ETAG_TIMEOUT)
         return Path(hub.hf_hub_download(name, file, revision=revision)).parent
 
     cached = hub.try_to_load_from_cache(name, "config.json")
     if isinstance(cached, str) and is_complete(Path(cached).parent):
         return Path(cached).parent
-    constants.HF_HUB_DISABLE_XET = True  # Xet has other hosts, which mirrors lack, and other time-outs
+    constants.HF_HUB_DISABLE_XET = True  # Xet uses hosts that mirrors lack, and other time-outs
     info = hub.HfApi().model_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     names = {file.rfilename for file in info.siblings}
     if "config.json" not in names or not has_vocabulary(names) or not wanted_weights(names):
@@ -75,7 +75,7 @@ def from_cache_or_hub(name: str, flag: str, check: Callable[[Path], object]) -> 
 
 
 def is_complete(folder: Path) -> bool:
-    """Return whether a folder has all that loading needs: config, a vocabulary, and every shard of the weights."""
+    """Return whether a folder has all files that loading needs: config, vocabulary, and every shard of the weights."""
     names = {path.name for path in folder.iterdir() if path.exists()}
     weights = wanted_weights(names)
     shard = re.search(r"-of-(\d+)", weights[0]) if weights else None
@@ -83,7 +83,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise UserError if a folder contains an adapter, no model at all, or only stand-ins for files that it needs."""
+    """Raise UserError if a folder contains an adapter, no model at all, or a pointer or web page instead of a file."""
     names = {path.name for path in folder.glob("*")}
     if "adapter_config.json" in names:
         adapter = read_json(folder / "adapter_config.json", "download it again")
@@ -123,7 +123,7 @@ def wanted_weights(names: set[str]) -> list[str]:
 
 
 def explain(error: Exception, name: str, flag: str) -> str:
-    """Return the cause of an error of the Hub's client, and the remedy."""
+    """Say what caused an error of the Hub's client, and how to fix it."""
     from huggingface_hub import constants
 
     hub, cache, text = constants.ENDPOINT, constants.HF_HUB_CACHE, first_line(error)

@@ -1,4 +1,4 @@
-"""Writes the model card: README.md in a saved model's folder, which the Hub shows as the model's page."""
+"""Write the model card: README.md in a saved model's folder, which the Hub shows as the model's page."""
 
 import json
 import os
@@ -29,7 +29,7 @@ for _ in range(5):
 {base}, trained by proximal policy optimization towards a reward, with a penalty on the KL divergence from the original.
 It continues a prompt by up to {gen_len} tokens, sampled at temperature {temperature:g} (see `generation_config.json`).
 
-In code of your own, open the tokenizer with `AutoTokenizer`. `BertTokenizer` would append `[SEP]`, the end of a text,
+In your own code, open the tokenizer with `AutoTokenizer`. `BertTokenizer` would append `[SEP]`, the end of a text,
 to every prompt. Pipelines of transformers before 4.43 leave out the token that starts a text: call
 `model.generate(**tokenizer(prompt, return_tensors="pt"))` there.
 
@@ -41,7 +41,7 @@ Only further training needs `value_head.safetensors`.
 
 
 def write_card(folder: Path, config: PPOConfig, prompt: str) -> None:
-    """Write the card of a model, with `prompt` as the example and no results yet. Your own README.md isn't replaced."""
+    """Write the card of a model, with `prompt` as the example and no results yet. Keeps a README.md of your own."""
     own = read_card(folder)
     if own and RESULTS not in own:
         return
@@ -61,7 +61,7 @@ def write_card(folder: Path, config: PPOConfig, prompt: str) -> None:
 
 
 def write_results(folder: Path, config: PPOConfig, prompts: list[str], evaluation: str) -> None:
-    """Put into a model's card how it was trained and evaluated; the text above the results stays as it is."""
+    """Write into a model's card how it was trained and evaluated. The text above the results isn't changed."""
     above, found, _ = read_card(folder).partition(RESULTS)
     if not found:
         return
@@ -82,5 +82,5 @@ def read_card(folder: Path) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Return whether a model's name is one on the Hub, neither a local folder nor the demo."""
+    """Return whether a model's name is a Hub id, and not a local folder or the demo."""
     return name != "demo" and not os.path.isdir(os.path.expanduser(name)) and re.fullmatch(HUB_ID, name) is not None

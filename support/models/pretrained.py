@@ -1,4 +1,4 @@
-"""Opens and saves models and tokenizers in the Hugging Face file layout. No file of a model folder runs code."""
+"""Open and save models and tokenizers in the Hugging Face file layout. Code in a model folder never runs."""
 
 import contextlib
 import copy
@@ -31,7 +31,7 @@ from support.common.errors import UserError, first_line, is_out_of_memory
 from support.models.hub import VALUE_HEAD, check_folder, has_vocabulary, second_weights
 
 SPECIAL_TOKENS = re.compile(r"\[(PAD|UNK|CLS|SEP|MASK)\]")
-OWN_WORDS = ("RoFormer", "BertJapanese")  # tokenizers that split a text into words before they look into vocab.txt
+OWN_WORDS = ("RoFormer", "BertJapanese")  # tokenizers that split a text into words before they look up vocab.txt
 PAD_OR_UNKNOWN = re.compile(r"\W*(pad|unk)\w*\W*", re.IGNORECASE)
 SPACE_BETWEEN_CHARACTERS = re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])")
 
@@ -39,8 +39,8 @@ SPACE_BETWEEN_CHARACTERS = re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])")
 def load_tokenizer(folder: Path):
     """Return the tokenizer of a GPT-2's folder: BERT's (Chinese GPT-2 has it) or a byte-level BPE (other GPT-2).
 
-    cls_token starts a text and sep_token ends it. bos_token and eos_token take these roles if the folder names them,
-    except for a padding or unknown token. Raises UserError if the tokenizer is missing, broken, lacks such tokens or
+    cls_token starts a text and sep_token ends it. bos_token and eos_token take these roles if the folder names them and
+    they aren't the padding or unknown token. Raises UserError if the tokenizer is missing, broken, lacks such tokens or
     doesn't fit the model.
     """
     tokenizer = open_tokenizer(folder, read_model_config(folder))
@@ -62,8 +62,8 @@ def load_tokenizer(folder: Path):
 
 
 def open_tokenizer(folder: Path, config):
-    """Return the tokenizer of any model's folder, as its vocabulary says and not the class that the folder names, which
-    is often missing or wrong. Raises UserError if it is missing, broken or doesn't fit the model's config."""
+    """Return the tokenizer of any model's folder. Its vocabulary decides which kind, since the class that the folder
+    names is often missing or wrong. Raises UserError if it is missing, broken or doesn't fit the model's config."""
     names = {path.name for path in folder.iterdir()}
     if not has_vocabulary(names):
         raise UserError(f"no tokenizer in {folder}; it needs vocab.txt, tokenizer.json, or vocab.json and merges.txt")
@@ -72,7 +72,7 @@ def open_tokenizer(folder: Path, config):
         settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         named = settings.get("tokenizer_class") or getattr(config, "tokenizer_class", None) or ""
         if "auto_map" in settings:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # refuses a class of its own
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # rejects custom classes
         elif "tokenizer.json" in names and is_wordpiece(Tokenizer.from_file(str(folder / "tokenizer.json"))):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
             if named.startswith("Bert") and "model_input_names" not in settings:
@@ -171,7 +171,7 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
 
 
 def load_gpt2_config(folder: Path) -> GPT2Config:
-    """Return the GPT-2 config of a model folder. Raises UserError if it is of another architecture."""
+    """Return the GPT-2 config of a model folder. Raises UserError if the model has another architecture."""
     config = read_model_config(folder)
     if config.model_type != "gpt2":
         raise UserError(f"--model_name needs a GPT-2 model, but {folder} contains one of type '{config.model_type}'")
@@ -200,8 +200,8 @@ def load_policy(folder: Path, config: GPT2Config, device="cpu") -> GPT2HeadWithV
         with loading(folder / VALUE_HEAD):
             model.v_head.load_state_dict(load_file(folder / VALUE_HEAD))
     if config.tie_word_embeddings:
-        model.lm_head.weight = model.transformer.wte.weight  # early 5.x unties them if the checkpoint has both
-    if torch.device(device).type == "cpu":  # faster there than SDPA's kernels at these lengths, see docs/speed.md
+        model.lm_head.weight = model.transformer.wte.weight  # early 5.x versions untie them if the checkpoint has both
+    if torch.device(device).type == "cpu":  # faster than SDPA on a CPU at these lengths, see docs/speed.md
         model.set_attn_implementation("eager")
     return model.to(device).eval()
 
@@ -209,8 +209,8 @@ def load_policy(folder: Path, config: GPT2Config, device="cpu") -> GPT2HeadWithV
 def save_policy(
     model: GPT2HeadWithValueModel, tokenizer, folder: Path, temperature: float, gen_len: int, values=(0.0, 1.0)
 ) -> None:
-    """Write a folder that plain `transformers` opens as a GPT-2 and that opens here with its value head. The saved
-    value head counts in scores: mean + unit * value, with values = (mean, unit); the model itself stays as it is."""
+    """Save a model so that plain `transformers` opens it as a GPT-2, and this program with its value head. The saved
+    head predicts mean + unit * value, in the scores' unit, with values = (mean, unit). The model isn't changed."""
     with torch.device("meta"):
         gpt2 = GPT2LMHeadModel(copy.deepcopy(model.config))
     weights = {
@@ -234,7 +234,7 @@ def save_policy(
 
 
 def share_weights(folder: Path) -> None:
-    """Let those read the weights in a folder who can read its config; safetensors lets only their owner."""
+    """Make the weights in a folder readable for whoever can read its config; safetensors only lets their owner."""
     for path in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", path)
 

@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run needs to go on as if it had never stopped.
+"""Checkpoints: everything that a run needs to continue as if it had never stopped.
 
 runs/<name>/checkpoints/step-000050/
     policy.safetensors     policy and value head
@@ -27,10 +27,10 @@ REMEDY = "an older one is used, if there is one"
 
 
 def save_checkpoint(trainer, folder: Path, keep: int) -> Path:
-    """Write `folder`/step-NNNNNN for the trainer's present step, then remove older ones, so that `keep` stay.
+    """Write `folder`/step-NNNNNN for the trainer's current step, then remove older ones so that `keep` remain.
 
     If a valid checkpoint of this step already exists, keep it. Raises UserError if the disk is full or the folder
-    cannot be written; earlier checkpoints are then as they were.
+    cannot be written; earlier checkpoints are then unchanged.
     """
     final = folder / f"step-{trainer.n_steps:06d}"
     with contextlib.suppress(UserError):
@@ -62,9 +62,9 @@ def save_checkpoint(trainer, folder: Path, keep: int) -> Path:
 
 
 def load_checkpoint(trainer, folder: Path) -> None:
-    """Put the newest usable checkpoint below `folder` into the trainer; if there is none at all, leave it as it is.
+    """Load the newest usable checkpoint in `folder` into the trainer. If there is none at all, do nothing.
 
-    A damaged checkpoint is named and passed over. Raises UserError if all are damaged. Only rank 0 reads the folder.
+    A damaged checkpoint is skipped with a warning. Raises UserError if all are damaged. Only rank 0 reads the folder.
     """
     found = processes.broadcast_from_rank_0(lambda: checkpoints(folder))
     for path in reversed(found):
@@ -90,13 +90,13 @@ def read_checkpoint(path: Path) -> tuple[dict, dict, dict, dict]:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         for name in FILES:
             if sha256(path / name) != state["sha256"][name]:
-                raise ValueError(f"{name} is not what was written")
+                raise ValueError(f"{name} has changed since it was written")
         saved = torch.load(path / FILES[2], map_location="cpu", weights_only=True)  # runs no code
         return state, load_file(path / FILES[0]), load_file(path / FILES[1]), saved
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints below a folder, oldest first; what has another name is the user's own."""
+    """Return the checkpoints in a folder, oldest first; files with other names belong to the user."""
     return sorted([path for path in folder.glob("step-*") if path.name[len("step-") :].isdecimal()], key=step_of)
 
 

@@ -1,4 +1,4 @@
-"""What the command line asks for: the config, the run folder, and what to do there."""
+"""Read from the command line the config, the run folder, and what to do there."""
 
 import shlex
 from dataclasses import replace
@@ -53,7 +53,7 @@ def read_command_line(argv: list[str], description: str = "") -> tuple[PPOConfig
         if "reward" not in given:
             way = shlex.join(["python", "train_ppo.py", *argv, "--reward", *config.reward])
             raise UserError(f"{run_dir} has its own reward, whose code runs only if you name it: {way}")
-        from reward import import_function  # it needs torch, which --help does without
+        from reward import import_function  # needs torch, which --help doesn't need
 
         for name in own:
             import_function(name)  # before anything is downloaded
@@ -79,6 +79,6 @@ def saved_config(run_dir: Path, config: PPOConfig, given: set[str], allowed: set
             raise UserError(f"--episodes {new} is fewer than the {old} of {run_dir}; they can only be raised")
     taken = {name: getattr(config, name) for name in given & allowed}
     if "prompts" in given:
-        taken["prompts_file"] = config.prompts_file  # the run's own file gives way
+        taken["prompts_file"] = config.prompts_file  # instead of the run's own file
     check(config := replace(saved, **taken))
     return config

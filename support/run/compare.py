@@ -17,7 +17,7 @@ from support.run.settings import NOT_COMPARED
 
 STARTS = "environment.jsonl"  # a line for the start of the run, for each --resume and for each --eval_only
 
-# Settings that change nothing that a curve shows, apart from chance, and those that decide the limit
+# Settings that change a curve only by chance or not at all, and settings that decide the limit
 SILENT = {"seed", "device", "micro_batch_size", "log_samples_every", "save_every", "save_every_minutes"}
 SILENT |= {"keep_checkpoints", "process_timeout", "eval_samples"}
 LIMIT = {"model_name", "reward_model_name", "positive_label", "reward", "reward_weights", "prompts", "prompts_file"}
@@ -25,11 +25,11 @@ LIMIT |= {"gen_len", "temperature", "init_kl_coef"}
 # None: one decimal more than rewards
 FORMATS = {"R": None, "KL": ".3f", "J": None, "gain": ".2f", "standard error": ".3f", "SD": ".2f"}
 FORMATS |= {"error of judging": ".2f", "unique": ".1%", "seconds per step": ".2f"}
-LEGEND = """R, KL, J, gain and unique: means over the trained models of a row, as they were judged. Standard error: of
-the mean gain, by chance in seeds and samples. SD: the standard deviation of the row's gains. Error of judging: the
-standard error of one run's gain that comes only from judging; more --eval_samples reduce it."""
-PAIRS = """Two gains are told apart if their difference is more than twice its standard error. Of twenty pairs that are
-equally good, chance tells about one apart."""
+LEGEND = """R, KL, J, gain and unique: means over the evaluated models of a row. Standard error: that of the mean gain,
+from the randomness of seeds and samples. SD: the standard deviation of the row's gains. Error of judging: the
+standard error of one run's gain that comes only from the evaluation; more --eval_samples reduce it."""
+PAIRS = """Two gains are told apart if their difference is more than twice its standard error. Of twenty
+pairs that are equally good, about one is told apart by chance."""
 ONE_SEED = """Each row is one run, and another seed moves its gain by some hundredths: no two rows can be told apart.
 Train at least three seeds of each."""
 
@@ -44,7 +44,7 @@ class Run:
     settings: dict
 
     def figures(self) -> dict[str, float]:
-        """Return what the table shows of a run, as far as it is known."""
+        """Return a run's figures for the table, as far as they are known."""
         found = {"seconds per step": np.median(self.metrics["time/step"])}
         if after := self.evaluation.get("after"):
             J = after["reward"] - self.settings["init_kl_coef"] * after["kl"]
@@ -55,7 +55,7 @@ class Run:
 
 
 def known_gain(run: Run) -> dict:
-    """Return a run's gain with its standard error and its limit, {} if it is unknown."""
+    """Return a run's gain with its standard error and its limit, or {} if it is unknown."""
     gain = run.evaluation.get("gain") or {"gain": None}  # null until the run is judged after training
     return {} if gain["gain"] is None else gain
 
@@ -68,7 +68,7 @@ def read_run(path: Path) -> Run:
     if rewards := settings.get("reward"):  # a function's file may have changed
         rewards = [rewards] if isinstance(rewards, str) else rewards
         settings["reward"] = " ".join([*rewards, *(inputs[name] for name in inputs if "of --reward " in name)])
-    if evaluation.get("after"):  # --eval_only may have judged by others than the settings'
+    if evaluation.get("after"):  # --eval_only may have used another number of samples
         settings["eval_samples"] = evaluation["after"]["n"]
     if codes := dict.fromkeys(start["code"] for start in read_starts(path) if "code" in start):
         settings["code"] = ", ".join(codes)
@@ -94,7 +94,7 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, float]]]:
 
 
 def lacks_steps(run: Path) -> bool:
-    """Return whether a run has a metrics.csv without a step, as a failed try leaves it. Doesn't read the numbers."""
+    """Return whether a run has a metrics.csv without a step, as a failed start leaves it. Doesn't read the numbers."""
     path = run / "metrics.csv"
     return path.is_file() and len(whole_lines(path)) < 2
 
@@ -112,7 +112,7 @@ def read_metrics(run: Path) -> dict[str, np.ndarray]:
 
 @dataclass
 class Curve:
-    """Runs that are drawn as one. name: the settings that tell them from the others."""
+    """Runs that are drawn as one curve. name: the settings in which they differ from other curves."""
 
     name: str
     runs: list[Run]
@@ -124,7 +124,8 @@ class Curve:
 
     @functools.cached_property
     def metrics(self) -> dict[str, np.ndarray]:
-        """The columns that all its runs have, up to the last step that all have reached: (runs, steps) float64 each."""
+        """Return the columns that all its runs have, up to the last step that all have reached: (runs, steps) float64
+        each."""
         n = min(len(run.metrics["step"]) for run in self.runs)
         names = [name for name in self.runs[0].metrics if all(name in run.metrics for run in self.runs)]
         metrics = {name: np.stack([run.metrics[name][:n] for run in self.runs]) for name in names}
@@ -134,8 +135,8 @@ class Curve:
 
 
 def curves(runs: list[Run], by: list[str] | None = None) -> list[Curve]:
-    """Return a curve for each combination of the settings `by`, in the order of the runs; by default of all settings
-    that differ, except for the seed. Runs with the same settings and seed are curves of their own then.
+    """Return a curve for each combination of the settings `by`, in the order of the runs. By default these are all
+    settings that differ, except for the seed; runs with the same settings and seed then get a curve each.
 
     Raises UserError if no run has a setting of `by`.
     """
@@ -163,7 +164,7 @@ def differences(runs: list[Run]) -> list[str]:
 
 
 def short(value) -> str:
-    """Return a setting's value in at most 24 characters: the end of a path."""
+    """Return a setting's value in at most 24 characters; of a long path, only the end."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return text if len(text) <= 24 else f"…{text[-23:]}"
 
@@ -174,10 +175,10 @@ def reward_decimals(drawn: list[Curve]) -> int:
 
 
 def spreads(drawn: list[Curve]) -> list[float | None]:
-    """Returns, for each curve, the standard deviation that another run's gain would have, by its seed and by judging.
+    """Return for each curve the standard deviation of another run's gain, due to its seed and to the evaluation.
 
-    That is the SD of its gains, or of one run the SD within all curves; at least the error of judging. All are None if
-    no curve has several gains.
+    That is the SD of its gains or, if it is only one run, the SD within all curves, but at least the error of judging.
+    All are None if no curve has several gains.
     """
     known = [[known_gain(run) for run in curve.runs if known_gain(run)] for curve in drawn]
     gains = [[each["gain"] for each in of_curve] for of_curve in known]

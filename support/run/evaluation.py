@@ -1,7 +1,7 @@
-"""How good a policy is: rewards and KL of completions that are always drawn with the same random numbers.
+"""Evaluate a policy: rewards and KL of completions that are always sampled with the same random numbers.
 
-evaluation.json has the `Results` of a run: an `Evaluation` before and one after training, and what they are measured
-against.
+evaluation.json contains the `Results` of a run: an `Evaluation` before and one after training, and what they are
+compared with.
 """
 
 import dataclasses
@@ -22,19 +22,19 @@ from support.compute.batches import Completions
 from support.models.pretrained import decode
 from support.run.limit import LITTLE, NOISY, best_of_n, frontier, gain, variance_within
 
-SEED = 20_170_707  # of every evaluation, whatever the run's seed: all policies are judged on the same draws
+SEED = 20_170_707  # of every evaluation, whatever the run's seed: all policies get the same random numbers
 STEADY = "a score must depend only on its text, not on earlier calls or on the other texts of a call"
 TWICE = 64  # texts that are scored a second time
 SURE = 3  # standard errors beyond which a shift of the scores isn't chance
-COMPANY = 0.1  # standard deviations that the better half loses among themselves; with z-scores or ranks it is 0.8
+COMPANY = 0.1  # allowed drop of the better half if scored alone, in SDs of the scores; z-scores or ranks drop by 0.8
 
 
 @dataclass
 class Evaluation:
-    """A policy judged on n completions. `samples` has (prompt, completion, reward) and `kls` the KL of each; the others
-    are means over them, except for `commonest`, (text, count), and what `check_reward` or `change_since` found: `noise`
-    and, in words, in which way the reward is `unsteady`. `parts` has, if there are several rewards, {"name", "weight",
-    "scores"} of each."""
+    """A policy's results on n completions. `samples` has (prompt, completion, reward) and `kls` the KL of each. The
+    others are means over them, except for `commonest`, (text, count), and what `check_reward` or `change_since` found:
+    `noise`, and `unsteady`, which says how the reward changes. If there are several rewards, `parts` has {"name",
+    "weight", "scores"} of each."""
 
     n: int
     reward: float
@@ -61,7 +61,7 @@ class Evaluation:
         return rewards, torch.tensor([index[prompt] for prompt, *_ in self.samples])
 
     def of_prompt(self, prompt: str) -> "Evaluation":
-        """Return the part of it that continues `prompt`: n, reward, kl, samples and kls."""
+        """Return only the completions of `prompt`, with their n, reward, kl, samples and kls."""
         rows = [i for i, (continued, *_) in enumerate(self.samples) if continued == prompt]
         samples, kls = ([every[i] for i in rows] for every in (self.samples, self.kls))
         reward = sum(score for *_, score in samples) / len(rows)
@@ -70,8 +70,8 @@ class Evaluation:
 
 @dataclass
 class Results:
-    """What evaluation.json has. `gain`, `frontier` and `best_of_n`: see limit.py. `by_prompt`, best first, has how each
-    prompt fared if there are several; J is there what training has added to it. `rewards` has, if there are several,
+    """The content of evaluation.json. `gain`, `frontier` and `best_of_n`: see limit.py. `by_prompt` has the results of
+    each prompt if there are several, best first; its J is the increase in J. For several rewards, `rewards` has
     {"name", "weight", "before", "after", "error"} of each: mean scores, and the standard error of their difference."""
 
     before: Evaluation
@@ -98,7 +98,7 @@ class Results:
         self.rewards = [self.of_reward(*parts) for parts in zip(self.before.parts, self.after.parts)]
 
     def of_prompt(self, prompt: str, beta: float) -> dict:
-        """Return how much reward and J rose for a prompt, at which KL; and the gain, None if it is unknown."""
+        """Return a prompt's reward before and after, KL, increase in J, and gain, which is None if unknown."""
         before, after = self.before.of_prompt(prompt), self.after.of_prompt(prompt)
         found = {"prompt": prompt, "n": after.n, "before": before.reward, "after": after.reward, "kl": after.kl}
         share = gain(before, after, beta)
@@ -116,7 +116,7 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> "Results | None":
-        """Read an evaluation.json; None if there is none. Raises UserError if it is damaged."""
+        """Read an evaluation.json. Returns None if it doesn't exist. Raises UserError if it is damaged."""
         if not path.exists():
             return None
         remedy = "remove it: --resume makes it again"
@@ -129,7 +129,7 @@ class Results:
         write_whole(path, json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1) + "\n")
 
     def without_samples(self) -> dict:
-        """Return all numbers and the verdict, what matters most first."""
+        """Return all numbers and the verdict, the most important first."""
         found = {"verdict": self.verdict, "gain": self.gain} | dataclasses.asdict(self)
         for when in ("before", "after"):
             found[when] = {name: each for name, each in found[when].items() if name not in ("samples", "kls", "parts")}
@@ -137,7 +137,7 @@ class Results:
 
 
 def evaluate(trainer: PPOTrainer, model, reward: Rewards, prompts: list[str], queries: list) -> Evaluation:
-    """Judge `model` on `eval_samples` completions, the prompts in turn. queries: the encoded prompts.
+    """Evaluate `model` on `eval_samples` completions, with the prompts in turn. queries: the encoded prompts.
 
     `kl` is the mean of `kl_to_reference`: the same expectation as the sampled log-ratios, with less noise.
     """
@@ -168,13 +168,13 @@ def evaluate(trainer: PPOTrainer, model, reward: Rewards, prompts: list[str], qu
 
 
 def sample_and_score(trainer: PPOTrainer, model, reward: Rewards, prompts: list[str], queries: list[torch.Tensor]):
-    """Draw `eval_samples` completions, the prompts in turn. Returns the index of each one's prompt (n,) int64, the
-    Completions, their texts, and their scores by each reward (n, k) float32."""
+    """Sample `eval_samples` completions, with the prompts in turn. Returns the index of each one's prompt (n,) int64,
+    the Completions, their texts, and their scores by each reward (n, k) float32."""
     prompt_index = torch.arange(trainer.config.eval_samples) % len(prompts)
     completions = trainer.engine.generate([queries[i] for i in prompt_index], model, SEED, 0, 0)
     texts = decode(trainer.tokenizer, completions.token_lists())
     whole = [prompts[i] + text for i, text in zip(prompt_index, texts)]
-    # A function of yours, which may be slow, gets as many texts at once as in training, and shows its progress
+    # Your own function, which may be slow, gets as many texts at once as in training, and a progress bar
     models = all(isinstance(function, SentimentReward) for function in reward.functions.values())
     size = len(whole) if models else trainer.config.batch_size
     calls = tqdm(range(0, len(whole), size), "scoring", delay=5, mininterval=5, disable=processes.rank() > 0)
@@ -185,20 +185,20 @@ def sample_and_score(trainer: PPOTrainer, model, reward: Rewards, prompts: list[
 def check_reward(reward: Rewards, before: Evaluation) -> None:
     """Score the first TWICE texts again, and then the better half of them without the others.
 
-    Sets `noise`, the share of the rewards' variance that is chance: half the variance of the change from a text's first
-    score to its second. Sets `unsteady` if the second scores are higher or lower on the whole, or if the better half
-    scores less among themselves, as it does with z-scores or ranks within a call.
+    Sets `noise`, the share of the rewards' variance that is random: half the variance of the change from a text's first
+    score to its second. Sets `unsteady` if the second scores are higher or lower on average, or if the better half
+    scores lower on its own, as happens with z-scores or ranks within a call.
     """
     scores, _ = before.rewards()
     changes = score_changes(reward, before, list(range(min(TWICE, before.n))))
     before.noise = noise(changes, scores)
-    # The better ones by their second score: by the first, which they are compared with, they would lose by chance
+    # Choose by the second score; chosen by the first, which they are compared with, they would lose by chance
     better = (scores[: len(changes)] + changes).argsort(descending=True, stable=True)[: len(changes) // 2]
     of_better = score_changes(reward, before, better.tolist())
     (shift, error), (their_shift, their_error) = mean_and_error(changes), mean_and_error(of_better)
     loss = shift - their_shift
     if loss > max(SURE * math.hypot(error, their_error), COMPANY * scores.std(correction=0).item(), 2 * abs(shift)):
-        told = f"the better half of {len(changes)} texts scores {loss:.2g} less without the others"
+        told = f"the better half of {len(changes)} texts scores {loss:.2g} lower without the others"
         way = "return each text's own score, without z-scores or ranks, since PPO whitens the advantages itself"
         before.unsteady = f"a text's score depends on the other texts in its call: {told}; {way}"
     elif told := shifted(changes, scores):
@@ -206,8 +206,8 @@ def check_reward(reward: Rewards, before: Evaluation) -> None:
 
 
 def change_since(reward: Rewards, before: Evaluation) -> str:
-    """Score the first TWICE texts of an earlier evaluation again. Returns in words how the reward has changed, or an
-    empty text if it hasn't."""
+    """Score the first TWICE texts of an earlier evaluation again. Returns a message that says how the reward
+    has changed, or "" if it hasn't."""
     scores, _ = before.rewards()
     changes = score_changes(reward, before, list(range(min(TWICE, before.n))))
     told = shifted(changes, scores)
@@ -225,20 +225,20 @@ def score_changes(reward: Rewards, judged: Evaluation, rows: list[int]) -> torch
 
 
 def noise(changes: torch.Tensor, scores: torch.Tensor) -> float:
-    """Return half the variance of score changes over the variance of the scores, or 1 if all scores are equal."""
+    """Return half the variance of score changes divided by that of the scores; 1 if all scores are equal."""
     of_change = changes.var(correction=0).item() / 2
     return of_change / (scores.var(correction=0).item() or of_change) if of_change else 0.0
 
 
 def mean_and_error(values: torch.Tensor, prompt_index: torch.Tensor | None = None) -> tuple[float, float]:
-    """Return the mean of values (n,) and its standard error, for these prompts if `prompt_index` (n,) names them; the
-    mean of none is NaN."""
+    """Return the mean of values (n,) and its standard error, with fixed prompts if `prompt_index` (n,) is given. The
+    mean of no values is NaN."""
     variance = variance_within(values, torch.zeros(len(values)) if prompt_index is None else prompt_index)
     return values.mean().item(), math.sqrt(variance / max(1, len(values)))
 
 
 def shifted(changes: torch.Tensor, scores: torch.Tensor) -> str:
-    """Say by how much the mean of scores has changed, if that is neither chance nor next to nothing."""
+    """Say by how much the mean of scores has changed; return "" if the change is negligible or may be chance."""
     shift, error = mean_and_error(changes)
     if abs(shift) <= max(SURE * error, LITTLE * scores.std(correction=0).item()):
         return ""
@@ -248,8 +248,8 @@ def shifted(changes: torch.Tensor, scores: torch.Tensor) -> str:
 
 @torch.no_grad()
 def kl_to_reference(trainer: PPOTrainer, model, completions: Completions) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return how far `model` is from the reference along completions, on the CPU: the KL (n,) in nats, over the whole
-    vocabulary at each token and summed; and the reference's log-probabilities (n, T) of the tokens."""
+    """Return the KL from `model` to the reference, (n,) in nats, and the reference's log-probabilities of the tokens,
+    (n, T), both on the CPU. The KL is taken over the whole vocabulary at each token and summed over each completion."""
 
     def function(*logits_and_ids):
         *logits, ids = logits_and_ids  # one or two: the reference needs no second pass
@@ -264,6 +264,6 @@ def kl_to_reference(trainer: PPOTrainer, model, completions: Completions) -> tup
 
 
 def distinct(texts: list[str], n: int) -> float:
-    """Distinct-n: different n-grams of characters over all of them (Li et al. 2016, arXiv:1510.03055)."""
+    """Return distinct-n: different n-grams of characters divided by all (Li et al. 2016, arXiv:1510.03055)."""
     ngrams = [text[i : i + n] for text in texts for i in range(len(text) - n + 1)]
     return len(set(ngrams)) / max(1, len(ngrams))

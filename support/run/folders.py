@@ -1,4 +1,4 @@
-"""Which run folders there are: one that is free, an earlier one, a finished one. Needs no torch."""
+"""Find the folder of a new or an earlier run, and check whether a run is finished. Doesn't need torch."""
 
 import shlex
 from datetime import datetime
@@ -10,11 +10,11 @@ from support.common.errors import UserError
 from support.common.files import read_json
 from support.run.settings import own_rewards, total_steps
 
-FINAL = ("model", "rewards.png", "report.md")  # what the end of a run writes, the last of them last
+FINAL = ("model", "rewards.png", "report.md")  # written at the end of a run, in this order
 
 
 def new_run_folder(config: PPOConfig) -> Path:
-    """Return the folder of a new run, which isn't made yet: --run_name, which must be free, or else the time."""
+    """Return a folder for a new run without creating it: --run_name, which mustn't exist, or the current time."""
     runs = Path(config.runs_dir)
     if config.run_name is None:
         name = datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -47,7 +47,7 @@ def find_run_folder(config: PPOConfig, name: str) -> Path:
 
 
 def is_run_folder(path: Path) -> bool:
-    """Return whether a folder has a config.json, and not that of a model, such as the run's own."""
+    """Return whether a folder has the config.json of a run, and not of a model (such as the run's own)."""
     file = path / "config.json"
     return file.is_file() and "model_type" not in read_json(file, "a run cannot go on without its settings")
 

@@ -4,9 +4,9 @@ PPO maximises J = R - beta * KL: mean reward minus the KL coefficient times the 
 The best policy for that is the Gibbs policy, proportional to ref * exp(r / beta) (Ziegler et al. 2019, section 2;
 Korbak et al. 2022, arXiv:2205.11275). Its R*, KL* and J* can be estimated from rewards of the reference's samples:
 
-    gain = (J - J_ref) / (J* - J_ref)        1 is the limit, 0 is nothing, below 0 the run did harm
+    gain = (J - J_ref) / (J* - J_ref)        1 is the limit, 0 is no gain, below 0 the run did harm
 
-Everywhere: rewards (n,) are those of the reference's samples, prompt_index (n,) int64 says which prompt each continues.
+In all functions, rewards (n,) are those of the reference's samples, and prompt_index (n,) int64 has their prompts.
 """
 
 import math
@@ -18,10 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 from support.common.errors import UserError
 
 BETAS = [0.15 * 1.25**i for i in range(22)]  # of the frontier, up to 16, in standard deviations of the rewards
-FEW = 100  # effective samples that a limit needs, and for the jackknife 5 of each prompt
-FEWEST = 10  # rewards that differ from the others of their prompt: what rests on fewer is chance
+FEW = 100  # effective samples that a limit needs; for the jackknife also at least 5 per prompt
+FEWEST = 10  # rewards that differ from the others of their prompt; with fewer, a result may be chance
 LITTLE = 0.03  # possible gain in J, in standard deviations of the rewards: the noise of J with a thousand samples
-NOISY = 0.02  # share of the rewards' variance that is chance above which the limit is over a tenth too far away
+NOISY = 0.02  # random share of the rewards' variance; above it, the limit is over a tenth too far away
 
 
 def by_prompt(values: torch.Tensor, prompt_index: torch.Tensor) -> list[torch.Tensor]:
@@ -33,10 +33,10 @@ def gibbs_policy(rewards: torch.Tensor, prompt_index: torch.Tensor, beta: float)
     """Estimate R*, KL* and J* of the Gibbs policy.
 
     For each prompt's m samples, weights w_i proportional to exp(r_i / beta), R* = sum w_i r_i and
-    J* = beta log mean exp(r_i / beta), without their bias of order 1 / m: the jackknife (Quenouille 1956), which leaves
-    out one sample at a time, with a weight of 1/2 at most. Then means over the samples, and KL* = (R* - J*) / beta.
-    `ratios` (n,) float64, m w_i, are the Gibbs policy's probabilities over the reference's. `effective_samples`, on
-    which the estimate rests, is n / mean (m w_i)^2.
+    J* = beta log mean exp(r_i / beta). The jackknife (Quenouille 1956) removes their bias of order 1 / m: it leaves out
+    one sample at a time, with a weight of 1/2 at most. R* and J* are averaged over the samples; KL* = (R* - J*) / beta.
+    `ratios` (n,) float64, m w_i, are the Gibbs policy's probabilities divided by the reference's. `effective_samples`
+    is n / mean (m w_i)^2, the number of samples on which the estimate rests.
     """
     groups = by_prompt(torch.arange(len(rewards)), prompt_index)
     padded = pad_sequence([rewards[group].double() for group in groups], batch_first=True)  # (prompts, m)
@@ -74,7 +74,7 @@ def n_differing(rewards: torch.Tensor, prompt_index: torch.Tensor) -> int:
 
 
 def possible(before, beta: float) -> dict:
-    """Return beta, the limit and J_before; and as `why`, if it can't be told how far a run gets, the reason.
+    """Return beta, the limit and J_before; also `why`, a reason, if no gain can be measured.
 
     before: an Evaluation.
     """
@@ -100,7 +100,7 @@ def possible(before, beta: float) -> dict:
 
 
 def gain(before, after, beta: float) -> dict:
-    """Return the share of the possible gain that `after` got, with its standard error; None and why if unknown.
+    """Return the share of the possible gain that `after` got, with its standard error; if unknown, None and why.
 
     before, after: Evaluations. The standard error is that of (J - J_ref) / (J* - J_ref) to first order in the errors of
     all three, for these prompts. It covers only the sampling of the evaluation: runs with other seeds differ, too.
@@ -140,9 +140,9 @@ def frontier(rewards: torch.Tensor, prompt_index: torch.Tensor) -> list[dict]:
 def best_of_n(rewards: torch.Tensor, prompt_index: torch.Tensor, n: int, of_run: dict) -> dict:
     """Return what drawing n completions of the reference and keeping the best would give, without any training.
 
-    reward: the expected best of n different samples of a prompt, a mean over prompts. Of m rewards in ascending order,
-    the i-th is the best of C(i - 1, n - 1) of the C(m, n) choices. kl: log n - (n - 1) / n, an upper bound (Beirami et
-    al. 2024, arXiv:2401.01879). gain: as for a trained model, so a lower bound; None if the run's, `of_run`, is.
+    reward: the expected best of n different samples of a prompt, a mean over prompts. Among m rewards in ascending
+    order, the i-th is the best in C(i - 1, n - 1) of the C(m, n) choices. kl: log n - (n - 1) / n, an upper bound
+    (Beirami et al. 2024, arXiv:2401.01879). gain: as for a trained model, so a lower bound; None if `of_run` has none.
     """
     best = []
     for group in by_prompt(rewards, prompt_index):

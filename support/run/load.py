@@ -1,4 +1,4 @@
-"""Loads everything that a run needs, the cheapest checks first."""
+"""Load everything that a run needs, the cheapest checks first."""
 
 import copy
 import sys
@@ -53,7 +53,7 @@ def load_folders(
 ):
     """Return what `load` returns, from local folders; configs and prompts are checked before weights are read.
 
-    columns: of the prompts, see `read_prompts`. reward_folders: of the rewards that are models, by their name.
+    columns: the prompts and their columns, see `read_prompts`. reward_folders: folders of reward models, by name.
     """
     prompts = columns["prompt"]
     gpt2_config, tokenizer = read_policy_folder(policy_folder)
@@ -75,13 +75,13 @@ def load_folders(
         print(f"{policy_folder.name}: no value head in this checkpoint, starting one at zero")
     if not reference_folder:
         return policy, tokenizer, reward, prompts, queries, copy.deepcopy(policy)
-    print(f"the reference is {config.reference}: KL and gain count from it, and 'before' means it")
+    print(f"the reference is {config.reference}: KL and gain are measured from it, and 'before' is its result")
     return policy, tokenizer, reward, prompts, queries, load_policy(reference_folder, ref_config, device)
 
 
 def read_reference(folder: Path, gpt2_config, tokenizer):
-    """Return the GPT-2 config of a reference's folder. Raises UserError if no policy of this config and tokenizer can
-    have been trained from it."""
+    """Return the GPT-2 config of a reference's folder. Raises UserError if a policy with this config and tokenizer
+    can't have been trained from it."""
     ref_config, its_tokenizer = read_policy_folder(folder)
     names = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
     sizes = [(name, getattr(ref_config, name), getattr(gpt2_config, name)) for name in names]
@@ -97,9 +97,9 @@ def read_reference(folder: Path, gpt2_config, tokenizer):
 def input_hashes(
     config: PPOConfig, policy, tokenizer, reward: Rewards, prompts: list[str], queries: list, reference=None
 ) -> dict[str, str]:
-    """Return hashes, by name, of what decides a run besides its settings: models, prompts, your rewards' files.
+    """Return hashes, by name, of what affects a run besides its settings: models, prompts, your rewards' files.
 
-    Reward models' weights are rounded to bfloat16 first, so that a run may go on in another dtype.
+    Reward models' weights are rounded to bfloat16 first, so that a run can be resumed in another dtype.
     """
     models = {f"--model_name {config.model_name}": (hash_of(dict(policy.named_parameters())), tokenizer)}
     for name, (flag, model, _) in reward_models(config).items():
@@ -119,6 +119,6 @@ def input_hashes(
 
 
 def reward_files(config: PPOConfig) -> dict[Path, str]:
-    """Return the files of your own rewards' modules, which have been imported, each with one of the rewards in it."""
+    """Return the files of your own rewards' imported modules, each with the name of a reward in it."""
     files = {name: getattr(sys.modules[name.partition(":")[0]], "__file__", None) for name in own_rewards(config)}
     return {Path(file): name for name, file in files.items() if file}

@@ -1,4 +1,4 @@
-"""The log of a run: metrics.csv with a row per step, samples.jsonl with a line per completion, and what is printed."""
+"""The log of a run: metrics.csv with a row per step, samples.jsonl with a line per completion, and printed lines."""
 
 import contextlib
 import csv
@@ -41,10 +41,10 @@ def progress(row: dict, last_step: int) -> str:
 
 
 class RunLog:
-    """metrics.csv and samples.jsonl, without the steps after `last_step`, which are made again. `rows` are those that
-    are there at the start.
+    """Writes metrics.csv and samples.jsonl. Steps after `last_step` are removed first, since they are repeated. `rows`:
+    the rows that are kept.
 
-    Raises UserError, with the files as they were, if a line other than a last one that was cut short is damaged.
+    Raises UserError, before the files change, if a line is damaged, other than an incomplete last line.
     """
 
     def __init__(self, run_dir: Path, last_step: int):

@@ -1,4 +1,4 @@
-"""Writes report.md: the settings and results of a run, for anyone who opens its folder."""
+"""Write report.md: the settings and results of a run, for anyone who opens its folder."""
 
 import math
 from pathlib import Path

@@ -6,10 +6,10 @@ import statistics
 from support.common.figures import decimals, table
 from support.run.evaluation import SURE, Results
 
-GOOD = 0.7  # gain; with normal rewards a share x of KL* buys at most 2 sqrt(x) - x of it, so the shares of KL* below
-UNMOVED = 0.01  # buy at most 0.2 of the gain,
-FAR = 2  # at most 0.83: more reward than the limit's at this distance means that texts were found which no sample had,
-CLOSE = 1.5  # and at most 0.95
+GOOD = 0.7  # gain; if rewards are normally distributed, a KL of x KL* allows a gain of at most 2 sqrt(x) - x
+UNMOVED = 0.01  # KL / KL*, which allows a gain of at most 0.2
+FAR = 2  # KL / KL*, which allows at most 0.83: a reward above the limit's then comes from texts that no sample had
+CLOSE = 1.5  # KL / KL*, which allows at most 0.95
 UNSURE = 0.15  # standard error of the gain above which a good run and a short one look alike
 SHOWN = 5  # completions in the before/after table
 JUDGED = 2  # a judge has fallen if it is this many standard errors lower
@@ -17,7 +17,7 @@ MANY = 20  # with more prompts, the table by prompt shows only the best and the 
 
 
 def verdict(results: Results, config) -> str:
-    """Return what kind of run this was and the flag to change, in one sentence; the rewards' unit doesn't matter."""
+    """Return what kind of run this was and which flag to change, in one sentence. The rewards' unit has no effect."""
     before, after, result = results.before, results.after, results.gain
     judges = [each for each in results.rewards if each["weight"] == 0]
     fallen = [each for each in judges if each["after"] < each["before"] - JUDGED * each["error"]]

@@ -1,4 +1,4 @@
-"""The folder of a run, and all that is written into it.
+"""The folder of a run, and everything written into it.
 
 runs/<name>/
     config.json       the settings of the run
@@ -6,11 +6,11 @@ runs/<name>/
     environment.jsonl one line per start: its command and first step, versions, device, dtype, processes
     metrics.csv       one row per step
     samples.jsonl     one line per completion
-    evaluation.json   how good the policy was before and after, with all samples; without them, results.json
+    evaluation.json   the evaluation before and after, with all samples; results.json is the same without them
     inputs/           the file of your own reward and the prompts' file, as they were
     checkpoints/      see checkpoint.py
     error.log         the traceback of a reward function that failed, and its texts
-    model/  rewards.png  report.md      what the end of a run writes
+    model/  rewards.png  report.md      written at the end of a run
 
 Every process calls every function; only rank 0 reads and writes.
 """
@@ -43,7 +43,7 @@ from support.run.text_trainer import save_trained
 
 
 class RunFolder:
-    """The folder of a run that trains, locked as long as it is open: `with RunFolder.create(...)`, or `resume`."""
+    """The folder of a training run, locked while it is open: `with RunFolder.create(...)`, or `resume`."""
 
     def __init__(self, path: Path, trainer, log: RunLog | None):
         self.path, self.config, self.trainer, self.log = path, trainer.config, trainer, log
@@ -53,9 +53,9 @@ class RunFolder:
     @classmethod
     @contextlib.contextmanager
     def create(cls, path: Path, trainer, inputs: dict[str, str], argv: list[str]) -> Iterator["RunFolder"]:
-        """Make the folder of a new run. Without --run_name, runs of the same second take different names.
+        """Create the folder of a new run. Without --run_name, runs started in the same second get different names.
 
-        inputs: see `load.input_hashes`. argv: this start's command line. Raises UserError if that isn't possible.
+        inputs: see `load.input_hashes`. argv: the command line. Raises UserError if the folder can't be created.
         """
 
         def make() -> Path:
@@ -72,8 +72,8 @@ class RunFolder:
     @classmethod
     @contextlib.contextmanager
     def resume(cls, path: Path, trainer, inputs: dict[str, str], argv: list[str]) -> Iterator["RunFolder"]:
-        """Open the folder of an earlier run, and put its newest checkpoint into the trainer. Raises UserError, with all
-        files as they were, if the inputs are others, a file is damaged, or the run has lost its checkpoints."""
+        """Open the folder of an earlier run, and load its newest checkpoint into the trainer. Raises UserError, without
+        changing a file, if the inputs have changed, a file is damaged, or the run has lost its checkpoints."""
         with locked(path):
             compare_inputs(path, inputs)
             load_checkpoint(trainer, path / "checkpoints")
@@ -83,14 +83,14 @@ class RunFolder:
     @classmethod
     @contextlib.contextmanager
     def begin(cls, path: Path, trainer, inputs: dict[str, str], argv: list[str]) -> Iterator["RunFolder"]:
-        """Start the log, or go on with what was logged up to the trainer's step, and write down the settings."""
+        """Start the log, or continue the log up to the trainer's step, and save the settings."""
 
         def write() -> RunLog:
             with disk_errors(path):
                 log = RunLog(path, trainer.n_steps)
                 (path / "checkpoints").mkdir(exist_ok=True)
                 for leftover in [*path.glob(".partial-*"), *path.glob("checkpoints/.partial-*")]:
-                    remove(leftover)  # of a kill
+                    remove(leftover)  # left by a kill
             note_start(path, trainer, argv, trainer.n_steps + 1)
             write_whole(path / "inputs.json", json.dumps(inputs, ensure_ascii=False, indent=2) + "\n")
             for file in map(Path, filter(None, (*reward_files(trainer.config), trainer.config.prompts_file))):
@@ -98,7 +98,7 @@ class RunFolder:
                 with whole(path / "inputs" / f"{file.stem}-{hash_of(content)}{file.suffix}") as copied:
                     copied.parent.mkdir(exist_ok=True)
                     copied.write_bytes(content)
-            save_config(trainer.config, path / "config.json")  # last: what has it can be resumed
+            save_config(trainer.config, path / "config.json")  # last: a folder that has it can be resumed
             return log
 
         folder = cls(path, trainer, on_rank_0(write))
@@ -123,7 +123,7 @@ class RunFolder:
             results.write(self.path / "evaluation.json")
 
     def save_settings(self) -> None:
-        """Write the settings again, after the KL coefficient was chosen."""
+        """Save the settings again after the KL coefficient was chosen."""
         if self.log:
             save_config(self.config, self.path / "config.json")
 
@@ -134,7 +134,7 @@ class RunFolder:
             self.log.write(row, [{"step": row["step"], **dict(zip(names, sample))} for sample in samples])
 
     def checkpoint_due(self) -> bool:
-        """After the last step, after every `save_every` steps, and when the last is `save_every_minutes` old."""
+        """Return True after the last step, every `save_every` steps, and `save_every_minutes` after the last one."""
         step, every, minutes = self.trainer.n_steps, self.config.save_every, self.config.save_every_minutes
         old = minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
         return step == self.last_step or (every > 0 and step % every == 0) or old
@@ -147,14 +147,14 @@ class RunFolder:
         self.saved_at = time.monotonic()
 
     def save_model(self, example: str) -> None:
-        """Replace model/ by the policy that training ended with. example: a prompt for its card."""
+        """Save the trained policy in model/, replacing an earlier one. example: a prompt for its card."""
         if self.log:
             with whole(self.path / "model") as partial:
                 save_trained(self.trainer, partial, example)
 
     @contextlib.contextmanager
     def errors_explained(self):
-        """Raise UserError if training fails. If a reward does, save a checkpoint first."""
+        """Raise UserError if training fails. If a reward function fails, save a checkpoint first."""
         with disk_errors(self.path), failures_explained(self.path, lambda: f"step {self.trainer.n_steps + 1}"):
             try:
                 yield
@@ -164,7 +164,7 @@ class RunFolder:
 
 
 def on_rank_0(function: Callable):
-    """function() on rank 0, None on the others. Raises UserError on all if it raises one."""
+    """Return function() on rank 0, None on the other ranks. Raises UserError on all ranks if it raises one."""
     results = []
     processes.broadcast_from_rank_0(lambda: results.append(function()))
     return results[0] if results else None
@@ -190,7 +190,7 @@ def locked(path: Path):
 
 
 def read_results(path: Path) -> Results | None:
-    """Read a run's evaluation.json; None if there is none yet."""
+    """Read a run's evaluation.json. Returns None if it doesn't exist yet."""
     return processes.broadcast_from_rank_0(lambda: Results.read(path / "evaluation.json"))
 
 
@@ -209,7 +209,7 @@ def compare_inputs(path: Path, inputs: dict[str, str]) -> None:
 
 
 def note_start(path: Path, trainer, argv: list[str], step: int | None) -> None:
-    """Add a line to environment.jsonl; step: the first of this start, or None if it judges a saved model."""
+    """Add a line to environment.jsonl. step: the first step, or None if a saved model is evaluated."""
     engine = trainer.engine
     start = {"command": escaped(shlex.join(["python", "train_ppo.py", *argv])), "step": step}
     start |= {"parameters": trainer.model.num_parameters(), "parameters that train": engine.n_trained}
@@ -220,7 +220,7 @@ def note_start(path: Path, trainer, argv: list[str], step: int | None) -> None:
 
 @contextlib.contextmanager
 def failures_explained(path: Path, where: Callable[[], str]):
-    """Raise UserError, with where it happened, if a reward or the arithmetic fails. A reward's traceback is kept in
+    """Raise UserError, saying where it happened, if a reward or the arithmetic fails. A reward's traceback goes to
     error.log."""
     try:
         yield
@@ -237,7 +237,7 @@ def failures_explained(path: Path, where: Callable[[], str]):
 def write_ending(path: Path, config: PPOConfig, results: Results, prompts: list[str], draw) -> None:
     """Write evaluation.json, results.json, the picture, the model's card, and report.md. draw(out): draws the run."""
     with disk_errors(path / FINAL[-1]):
-        (path / FINAL[-1]).unlink(missing_ok=True)  # until it belongs to what is written here
+        (path / FINAL[-1]).unlink(missing_ok=True)  # the old report wouldn't match the new results
     results.write(path / "evaluation.json")
     write_whole(path / "results.json", json.dumps(results.without_samples(), ensure_ascii=False, indent=1) + "\n")
     if (path / "metrics.csv").exists():

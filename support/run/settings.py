@@ -40,7 +40,7 @@ def parse_args(
         name, kind = field.name, get_type_hints(PPOConfig)[field.name]
         if title := field.metadata.get("group"):
             group = parser.add_argument_group(title)
-        options = {"type": get_args(kind)[0] if get_args(kind) else kind}  # of `str | None`, str
+        options = {"type": get_args(kind)[0] if get_args(kind) else kind}  # for `str | None`, str
         if kind is bool:
             options = {"type": true_or_false, "nargs": "?", "const": True}
         elif get_origin(kind) is Literal:
@@ -103,7 +103,7 @@ def check_value(field: Field, kind, value) -> None:
 
 
 def own_rewards(config: PPOConfig) -> list[str]:
-    """Return the rewards that are code of yours, module:function."""
+    """Return the rewards that are your own code, module:function."""
     return [name for name in config.reward if re.fullmatch(r"[\w.]+:\w+", name)]
 
 
@@ -169,7 +169,7 @@ def total_steps(config: PPOConfig) -> int:
 
 
 def load_config(path: Path) -> PPOConfig:
-    """Read the settings that a run was started with. Settings that an older run lacks have their defaults.
+    """Read the settings that a run was started with. Settings that an older run lacks get their defaults.
 
     Raises UserError if the file is missing or damaged, or has a setting that this program doesn't know.
     """

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, and SIGHUP when the terminal goes away: the run stops after its step."""
+"""Stop a run after its current step on Ctrl-C, SIGTERM, or SIGHUP (when the terminal is closed)."""
 
 import contextlib
 import os
@@ -6,12 +6,12 @@ import signal
 
 from support.compute import processes
 
-STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows: two
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has two
 
 
 class StopSignal:
-    """The first of these signals asks the loop to stop after its step; a second one ends the process at once. A `with`
-    block restores the earlier handlers at its end."""
+    """The first of these signals asks the loop to stop after its current step; a second one ends the process at once.
+    A `with` block restores the earlier handlers at its end."""
 
     def __init__(self):
         self.received = 0
@@ -27,7 +27,7 @@ class StopSignal:
         if again:
             os._exit(128 + number)
         with contextlib.suppress(OSError):  # the terminal may be gone
-            os.write(2, b"\nstopping after this step; once more leaves at once\n")
+            os.write(2, b"\nstopping after this step; a second signal stops at once\n")
 
     def __enter__(self) -> "StopSignal":
         return self

@@ -23,11 +23,11 @@ class LastingStream(io.TextIOWrapper):
 
 
 def hold_streams() -> None:
-    """Make stdout and stderr line-buffered and lasting. Streams of a notebook, of Spyder or of an earlier call stay."""
+    """Make stdout and stderr line-buffered and lasting. Leaves streams of a notebook, Spyder or an earlier call."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if type(stream) is io.TextIOWrapper:
             options = {"errors": "backslashreplace", "line_buffering": True}  # for consoles without Chinese
             lasting = LastingStream(stream.buffer, stream.encoding, **options)
-            lasting.replaced = stream  # which would close the buffer when it is collected
+            lasting.replaced = stream  # keep it: it would close the buffer when collected
             setattr(sys, name, lasting)

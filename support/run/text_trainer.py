@@ -1,5 +1,5 @@
-"""PPOTrainer for a training loop of your own (README, "From Python"): it loads, encodes, decodes, saves, and takes
-lists, tensors and arrays of any library, which are converted and checked here and nowhere else."""
+"""PPOTrainer for your own training loop (README, "From Python"): it loads, encodes, decodes and saves. It takes lists,
+tensors and arrays of any library; they are only converted and checked here."""
 
 import copy
 import dataclasses
@@ -36,7 +36,7 @@ class TextPPOTrainer(PPOTrainer):
     @classmethod
     @path_errors()
     def from_pretrained(cls, name: str | Path, config: PPOConfig | None = None) -> "TextPPOTrainer":
-        """Load a hub id, a folder (such as one of `save`) or "demo". Doesn't use the config's prompts and rewards."""
+        """Load a hub id, a folder (for example from `save`) or "demo". Ignores the config's prompts and rewards."""
         config = PPOConfig() if config is None else config
         check(config)
         if config.kl_budget:
@@ -86,7 +86,7 @@ class TextPPOTrainer(PPOTrainer):
         query_tensors, response_tensors: lists of 1-d int64 tensors, or of lists of ids, of any lengths (a response
         includes its [SEP]). rewards: a finite score for each response, in a list, tensor or array. Raises ValueError,
         before anything changes, if the lists don't match, a score isn't finite or a response cannot have been sampled;
-        FloatingPointError as `PPOTrainer.step`.
+        FloatingPointError like `PPOTrainer.step`.
         """
         completions = self.collate(query_tensors, response_tensors)
         n = len(completions.ids)
@@ -98,7 +98,7 @@ class TextPPOTrainer(PPOTrainer):
         return super().step(completions, scores)
 
     def collate(self, query_tensors, response_tensors) -> Completions:
-        """Pad queries and their responses to one batch. Raises ValueError if they cannot be trained on."""
+        """Pad queries and their responses into one batch. Raises ValueError if they can't be used for training."""
         queries, responses = self.token_ids("query", query_tensors), self.token_ids("response", response_tensors)
         if not len(queries) == len(responses) > 0:
             raise ValueError(f"{len(queries)} queries need as many responses, not {len(responses)}")
@@ -117,7 +117,7 @@ class TextPPOTrainer(PPOTrainer):
         return Completions(Prompts.from_tensors(queries, pad, device), to_device(ids, device), to_device(mask, device))
 
     def token_ids(self, what: str, sequences) -> list[torch.Tensor]:
-        """Convert token ids, in tensors, arrays or lists, to 1-d int64 tensors on the CPU. what: name in errors"""
+        """Convert token ids, in tensors, arrays or lists, to 1-d int64 tensors on the CPU. what: name for errors."""
         if (found := listed(sequences)) is None:
             raise ValueError(f"a list with one {what} for each completion is needed, not {shown(sequences)}")
         for i, ids in enumerate(tensors := [to_ids(ids) for ids in found]):

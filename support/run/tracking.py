@@ -1,6 +1,6 @@
 """Show a run in wandb, swanlab or trackio: settings, every column of metrics.csv, samples and results.
 
-metrics.csv stays the truth: if a package raises, one line says so and the run goes on without it.
+metrics.csv has everything: if a package raises an error, a line says so and the run continues without it.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ def check_installed(package: str) -> None:
 
 
 class Tracker:
-    """A run in a package ("none" for no package). tracking.json keeps its id there, with which --resume goes on."""
+    """A run in a package ("none" for no package). tracking.json keeps its id there, so that --resume continues it."""
 
     def __init__(self, run_dir: Path, config: dict):
         self.package, self.module = config["track"], None
@@ -44,14 +44,14 @@ class Tracker:
 
     def start(self, run_dir: Path, config: dict) -> None:
         path = run_dir / "tracking.json"
-        ids = read_json(path, "remove it: the run is tracked anew", missing={})
+        ids = read_json(path, "remove it: the run is then tracked as a new one", missing={})
         known = self.package in ids
         run_id = ids.setdefault(self.package, secrets.token_hex(8))
         name = run_dir.resolve().name
         options = {
             "wandb": {"name": name, "id": run_id, "resume": "allow", "dir": str(run_dir)},
             "swanlab": {"experiment_name": name, "id": run_id, "resume": "allow", "logdir": str(run_dir / "swanlog")},
-            # It takes no id and resumes the newest run of a name
+            # trackio takes no id and resumes the newest run with this name
             "trackio": {"name": f"{name}-{run_id[:6]}", "resume": "allow" if known else "never"},
         }
         project = os.environ.get(f"{self.package.upper()}_PROJECT", PROJECT)
@@ -93,7 +93,7 @@ class Tracker:
 
 
 def numbers(value, name: str) -> dict[str, float]:
-    """Return the numbers of a JSON value, or of a dataclass, outside its lists, by their path."""
+    """Return the numbers in a JSON value or a dataclass, by their path; lists are left out."""
     value = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
     if isinstance(value, dict):
         return {path: x for key, part in value.items() for path, x in numbers(part, f"{name}/{key}").items()}

@@ -12,7 +12,7 @@ LAST = 5  # steps over which numbers that vary from batch to batch are averaged
 TOO_FAST, CLIPPED = 0.01, 0.1  # approxkl and clipfrac
 STILL = 3e-5  # approxkl of the first step
 FAR, BEYOND = 2.0, 1.5  # KL in nats, and as a multiple of the limit's
-NARROW, ALIKE = 0.5, 0.4  # entropy and unique texts, as shares of the first step's: texts of four tokens come near
+NARROW, ALIKE = 0.5, 0.4  # entropy and unique texts, as shares of the first step's; texts of four tokens come close
 COLLAPSE = {"far away", "narrow", "alike"}  # alarms that mean reward hacking or collapse
 MISLED = 10  # steps in a row with an explained variance below -0.01; a value head that has learned nothing has 0
 QUARTER = 10  # a plateau is only reported if a quarter of the run has this many steps
@@ -20,8 +20,8 @@ DEARER = "a higher --init_kl_coef or --kl_budget 0.4 keeps the texts closer to t
 
 
 def prospect(before, prompts: list[str], kl_coef: float) -> list[str]:
-    """Return lines about what is possible at this KL coefficient, and warnings; nothing if an unsteady reward doesn't
-    tell. before: an Evaluation."""
+    """Return lines about what is possible at this KL coefficient, and warnings; no lines if the reward is unsteady.
+    before: an Evaluation."""
     if before.unsteady:
         return []
     rewards, prompt_index = before.rewards()
@@ -36,12 +36,12 @@ def prospect(before, prompts: list[str], kl_coef: float) -> list[str]:
     little = 0.01 * rewards.std(correction=0).item()
     if flat := [i for i in prompt_index.unique() if rewards[prompt_index == i].std(correction=0) < little]:
         which = f"{len(flat)} of {len(prompts)} prompts, for example {before.samples[flat[0]][0]!r}"
-        lines.append(f"warning: whatever follows {which}, gets much the same score: they teach nothing")
+        lines.append(f"warning: all completions of {which}, get nearly the same score, so nothing can be learned there")
     return lines
 
 
 class Alarms:
-    """Looks at each step of a run. `found` lists what it has reported: {"step", "alarm", "says"}. `stop`: whether
+    """Watches each step of a run. `found` lists what it has reported: {"step", "alarm", "says"}. `stop`: whether
     --stop_on_alarm ends the run here."""
 
     def __init__(self, config, kl_limit: float | None):
@@ -52,7 +52,7 @@ class Alarms:
         self.stop_on_alarm, self.stop = config.stop_on_alarm, False
 
     def look(self, row: dict[str, float]) -> list[dict]:
-        """Take the next row of metrics.csv. Returns the alarms that it raises for the first time."""
+        """Check the next row of metrics.csv. Returns the alarms that it raises for the first time."""
         self.last = [*self.last[1 - LAST :], row]
         first = self.first = self.first or row
         fast, clipped = row["ppo/policy/approxkl"], row["ppo/policy/clipfrac"]
@@ -65,9 +65,9 @@ class Alarms:
             signs["no movement"] = f"the policy hardly moves (approxkl {fast:.1g}): a higher --lr"
         if fast > TOO_FAST or clipped > CLIPPED:
             seen = f"approxkl {fast:.2g}, clipfrac {clipped:.2g}"
-            signs["too fast"] = f"the policy moves too fast ({seen}): a lower --lr, or fewer optimiser steps a batch"
+            signs["too fast"] = f"the policy moves too fast ({seen}): a lower --lr, or fewer optimiser steps per batch"
         if kl > max(FAR, BEYOND * self.kl_limit):
-            signs["far away"] = f"KL is {kl:.2g} nats, and such a distance does not pay: {DEARER}"
+            signs["far away"] = f"KL is {kl:.2g} nats, too far from the reference: {DEARER}"
         if entropy < NARROW * first["objective/entropy"]:
             signs["narrow"] = f"entropy has fallen from {first['objective/entropy']:.2g} to {entropy:.2g}: {DEARER}"
         if unique < ALIKE * first["tokens/unique_share"]:
@@ -77,7 +77,7 @@ class Alarms:
             signs["bad values"] = f"explained variance was below 0 for {MISLED} steps: a lower --value_lr"
         self.rewards.append(row["env/reward_mean"])
         if steps := self.stalled(row):
-            signs["plateau"] = f"the reward hasn't risen for {steps} steps; further steps bring noise"
+            signs["plateau"] = f"the reward hasn't risen for {steps} steps; further steps only add noise"
         told = {alarm["alarm"] for alarm in self.found}
         new = [{"step": int(row["step"]), "alarm": name, "says": signs[name]} for name in signs if name not in told]
         self.found += new
@@ -85,7 +85,7 @@ class Alarms:
         return new
 
     def stalled(self, row: dict[str, float]) -> int:
-        """Return half the number of steps so far, if the reward rose before and on average no more since; else 0."""
+        """Return half the number of steps so far if the reward rose before that but not since, on average; else 0."""
         n = len(self.rewards) // 4
         if n < QUARTER:
             return 0
