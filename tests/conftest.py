@@ -1,4 +1,4 @@
-"""Fixtures: small models that the tests build themselves, without network, GPU or files from outside the repository."""
+"""Fixtures, such as small models that the tests build without a network connection, a GPU or downloaded files."""
 
 import os
 import signal
@@ -48,7 +48,7 @@ def demo() -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, demo) -> Path:
-    """A finished run of three steps on the demo models, with all checkpoints. Tests only change copies of it."""
+    """A finished run of three steps on the demo models, with all its checkpoints. Tests only change copies of it."""
     code, run_dir = small_run(tmp_path_factory.mktemp("runs"), "--save_every", "1", "--keep_checkpoints", "5")
     assert code == 0
     return run_dir
@@ -62,7 +62,7 @@ def without_pictures(monkeypatch):
 
 @pytest.fixture
 def figures(monkeypatch) -> list:
-    """The figures that are drawn, each with the options of `savefig`. The files on disk stay empty."""
+    """The list of drawn figures, each with its `savefig` options. The files on disk stay empty."""
     return draw_no_pixels(monkeypatch)
 
 
@@ -74,7 +74,7 @@ def in_tmp_path(tmp_path, monkeypatch):
 
 @pytest.fixture
 def signals_restored():
-    """Set Python's default signal handlers for the test, and restore the old ones afterwards."""
+    """Install Python's default signal handlers for the test, and restore the old ones afterwards."""
     defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     defaults[signal.SIGHUP] = signal.SIG_DFL
     handlers = {number: signal.signal(number, default) for number, default in defaults.items()}

@@ -1,4 +1,4 @@
-"""Helpers shared by several test files: small models, small runs, pages, and a trainer on a random model."""
+"""Helpers shared by several test files: small models and runs, a reference implementation of PPO, and doc pages."""
 
 import copy
 import csv
@@ -133,7 +133,7 @@ def as_rewards(reward) -> Rewards:
 
 
 def tiny_run(run_dir, policy, reward=count_characters, resume=False, inputs=None, **changes) -> int:
-    """Run three steps on a random model, in about 0.25 seconds. Returns the exit code; exceptions are not caught."""
+    """Run three steps on a random model, in about 0.25 seconds. Returns the exit code, and doesn't catch exceptions."""
     defaults = dict(
         episodes=24, batch_size=8, minibatch_size=8, ppo_epochs=1, gen_len=4, eval_samples=8, device="cpu",
         dtype="float32", save_every=1, log_samples_every=0, runs_dir=str(run_dir.parent), run_name=run_dir.name,
@@ -159,7 +159,7 @@ def change_json(path, **changes) -> None:
 
 
 def copy_run(run_dir: Path, folder: Path, **settings) -> Path:
-    """Copy a run and change these settings in the copy's config.json."""
+    """Copy a run, and change `settings` in the copy's config.json."""
     shutil.copytree(run_dir, folder)
     change_json(folder / "config.json", **settings)
     return folder
@@ -267,7 +267,7 @@ class Reference:
                         squares.append((logprobs[t] - old[i][0][t]).item() ** 2)
                         ratios.append(ratio.item())
                 policy_loss, value_loss = sum(policy_losses) / len(ratios), sum(value_losses) / len(ratios)
-                self.optimizer.zero_grad(set_to_none=False)  # if all values are clipped, a gradient of 0, not None
+                self.optimizer.zero_grad(set_to_none=False)  # the gradient is 0, not None, if all values are clipped
                 loss = policy_loss + c.vf_coef * value_loss
                 loss.backward()
                 norm = sum((p.grad**2).sum() for p in self.trained).sqrt().item()
@@ -304,7 +304,7 @@ class Reference:
         return {name: tensor.detach().clone() for name, tensor in named.items()}
 
     def average(self):
-        """Return the average of the weights after each of two steps, weighted like `polynomial_average`."""
+        """Average the weights after the first and after the second step, like `polynomial_average`."""
         share = (self.config.average_power + 1) / (self.config.average_power + 2)
         first, second = self.history
         return {name: (1 - share) * first[name] + share * second[name] for name in first}
@@ -317,7 +317,7 @@ def plain_gpt2(model):
 
 
 def write_bpe_gpt2(folder):
-    """Write a random GPT-2 with a freshly trained byte-level BPE tokenizer, in the file layout of English `gpt2`."""
+    """Write a random GPT-2 with a freshly trained byte-level BPE tokenizer, with the files of the English `gpt2`."""
     folder = write_gpt2(folder, vocab_size=300)
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(["刚收到货,感觉很不错", "this film was great, truly"] * 9, 299, 2, False, ["<|endoftext|>"])

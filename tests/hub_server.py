@@ -1,8 +1,8 @@
-"""A small model hub on loopback for the real client. Tests can make it misbehave.
+"""A small model hub on localhost, for the real Hub client. Tests can make it misbehave.
 
 Use it as `with Hub({"owner/model": folder}) as hub:`. hub.url is the HF_ENDPOINT, and hub.requests lists all requests.
-hub.fault = ("HEAD", "model.safetensors", 503) injects a fault. Instead of the status, use 'hang', 'stall', 'cut',
-'page' or 'xet'. hub.on_fault() is called at each fault. hub.uploaded has the uploads: {model: {path: bytes}}.
+hub.fault = ("HEAD", "model.safetensors", 503) injects a fault. Instead of an HTTP status, it can be 'hang', 'stall',
+'cut', 'page' or 'xet'. hub.on_fault() is called at each fault. hub.uploaded contains {model: {path: bytes}}.
 """
 
 import base64
@@ -29,7 +29,7 @@ class Hub:
         members["do_POST"] = lambda handler: self.take(handler)
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (BaseHTTPRequestHandler,), members))
         self.server.daemon_threads = True
-        self.server.handle_error = lambda *args: None  # clients that disconnected
+        self.server.handle_error = lambda *args: None  # ignore clients that disconnect
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
         return self
@@ -77,7 +77,7 @@ class Hub:
         self.send(handler, 404, b"{}", {"X-Error-Code": "RepoNotFound"})
 
     def take(self, handler) -> None:
-        """Handle the steps of an upload: create the model, answer for each file, and take the files from the commit."""
+        """Handle each request of an upload: create the model, say how to send each file, and store the files."""
         body = handler.rfile.read(int(handler.headers["Content-Length"]))
         self.requests.append(f"POST {handler.path}")
         if handler.headers.get("Authorization") is None:

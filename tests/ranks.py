@@ -1,6 +1,6 @@
-"""The processes of one run, with the environment that torchrun gives them, and rewards for such runs.
+"""Starts the processes of one run in the environment that torchrun gives them, and has rewards for such runs.
 
-The processes are forked from a server that has already imported the libraries, which saves seconds for each of them.
+The processes are forked from a server that has already imported the libraries, which saves seconds per process.
 """
 
 import multiprocessing
@@ -25,7 +25,7 @@ if multiprocessing.current_process().name == "MainProcess":
 
 class Ranks:
     """n processes that call function(rank, *arguments) in `folder` and print to the files RANK.out and RANK.err.
-    torchrun: torchrun's own agent starts them, and restarts them once if one dies."""
+    If `torchrun` is True, torchrun's own agent starts them, and restarts them once if one dies."""
 
     def __init__(self, folder: Path, function, *arguments, n=2, torchrun=False):
         self.folder, self.processes = folder, []
@@ -45,7 +45,7 @@ class Ranks:
         self.processes.append(process)
 
     def wait(self) -> list[int]:
-        """Wait for all processes and return their exit codes. A run that hangs is killed."""
+        """Wait for all processes and return their exit codes. Processes that hang are killed."""
         for process in self.processes:
             process.join(240)
             process.kill()
@@ -73,7 +73,7 @@ def print_to(descriptor: int) -> None:
 
 
 def launch(folder: Path, n: int, function, arguments) -> None:
-    """Do what `torchrun --standalone --nproc-per-node n --max-restarts 1` does with a script."""
+    """Start processes like `torchrun --standalone --nproc-per-node n --max-restarts 1`."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from support.compute import processes
@@ -113,7 +113,10 @@ shares = []
 
 
 def lengths(texts: list[str], happens) -> list[float]:
-    """A reward that calls happens() on rank 1 in step 5 of the first start, if rank 1's share of a batch is 8."""
+    """Score texts by their length, and call happens() on rank 1 in step 5 of the first attempt.
+
+    Only calls with 8 texts, a rank's share of a training batch, count as steps.
+    """
     shares.extend([texts] if len(texts) == SHARE else [])
     process = os.environ.get("RANK"), os.environ.get("TORCHELASTIC_RESTART_COUNT")
     if process == ("1", "0") and len(texts) == SHARE and len(shares) == STEP:

@@ -1,4 +1,4 @@
-"""The alarms that a run raises when training goes wrong, tested on rows of numbers."""
+"""The alarms that a run raises when training goes wrong, tested on made-up rows of metrics.csv."""
 
 import json
 
@@ -11,14 +11,14 @@ from support.run.command_line import read_command_line
 from support.run.warnings import Alarms
 from tests.helpers import checkpoints, rows, tiny_run
 
-# A step of a run with the default settings
+# One step of a healthy run with the default settings
 HEALTHY = {"env/reward_mean": 0.7, "env/reward_std": 0.35, "ppo/policy/approxkl": 9e-4, "ppo/policy/clipfrac": 0.01}
 HEALTHY |= {"objective/kl": 0.4, "objective/entropy": 2.0, "tokens/unique_share": 1.0}
 LARGE = {"env/reward_mean": -1e3}
 
 
 def told(*changes: dict, kl_limit=0.4, **config) -> list[tuple[int, str]]:
-    """Return steps and names of a run's alarms. Each step's row is healthy except for its `changes`."""
+    """Return the step and name of each alarm of a run. Each step's row is HEALTHY except for its `changes`."""
     alarms = Alarms(PPOConfig(**config), kl_limit)
     new = [alarms.look({"step": step, **HEALTHY, **change}) for step, change in enumerate(changes, 1)]
     assert [alarm for of_step in new for alarm in of_step] == alarms.found
@@ -35,7 +35,7 @@ def told(*changes: dict, kl_limit=0.4, **config) -> list[tuple[int, str]]:
         ({"ppo/policy/clipfrac": 0.099}, {"ppo/policy/clipfrac": 0.101}, "too fast"),
     ],
 )
-def test_the_first_step_raises_an_alarm_only_beyond_a_limit(within, beyond, alarm):
+def test_the_first_step_raises_an_alarm_only_beyond_a_threshold(within, beyond, alarm):
     assert told(within) == []
     assert told(beyond, beyond) == [(1, alarm)]
     if alarm != "too fast":
@@ -63,13 +63,13 @@ def test_ten_steps_of_negative_explained_variance_raise_an_alarm():
     assert told({}, *[bad] * 12) == [(11, "bad values")]
 
 
-def test_a_kl_of_more_than_one_and_a_half_times_the_limits_kl_raises_an_alarm():
+def test_a_kl_above_1_5_times_the_kl_at_the_limit_raises_an_alarm():
     assert told({}, *[{"objective/kl": 5.9}] * 9, kl_limit=4.0) == []
     assert told({}, *[{"objective/kl": 6.1}] * 9, kl_limit=4.0) == [(6, "far away")]
     assert told({}, *[{"objective/kl": 2.1}] * 9, kl_limit=None) == [(6, "far away")]
 
 
-def test_the_movement_alarm_needs_several_optimiser_steps_and_alarms_are_raised_once():
+def test_the_movement_alarm_needs_several_optimiser_steps_and_each_alarm_is_raised_once():
     """With one optimiser step per batch, the ratio is 1 by definition."""
     still = {"ppo/policy/approxkl": 0.0}
     assert told(still, ppo_epochs=1) == []
@@ -89,18 +89,19 @@ def rises(curve, n=240) -> list[int]:
 
 
 def test_the_plateau_alarm_needs_a_reward_that_rose_and_then_stopped_rising():
-    """A batch's mean has a standard error of 0.03. The second half of 80 steps isn't better than the quarter before."""
+    """It is raised if neither of the last two quarters of the run is better than the second. The mean reward of a batch
+    has a standard error of 0.03."""
     assert all(40 <= step <= 240 for step in rises(lambda t: 0.7 + 0.2 * (t > 5)))
     assert len(rises(lambda t: 0.7 + 0.2 * (t > 5))) == 5
     assert len(rises(lambda t: 0.7 + min(t, 60) / 300 - max(0, t - 60) / 600)) == 5  # rises, then falls
     assert rises(lambda t: 0.7 + 0.04 * np.log(t)) == []  # a healthy run
-    assert rises(lambda t: 0.7) == rises(lambda t: 0.7 + 0.2 * (t > 180)) == []  # never rose, or rose recently
+    assert rises(lambda t: 0.7) == rises(lambda t: 0.7 + 0.2 * (t > 180)) == []  # never rose, or only rose recently
     steps = [{"episodes": 128 * t, "env/reward_mean": 0.7 + 0.2 * (t > 5) - 1e-6 * t} for t in range(1, 81)]
     assert told(*steps[:39]) == [] and told(*steps) == [(40, "plateau")]
 
 
 def test_stop_on_alarm_ends_a_run_at_the_first_collapse_alarm(tmp_path, policy, monkeypatch, without_pictures, capsys):
-    """Too few texts are unique from the first step on. `--resume` doesn't train on unless the flag is turned off."""
+    """The first step already has too few unique texts. `--resume` only continues if the flag is turned off."""
     monkeypatch.setattr(warnings, "ALIKE", 2.0)
     run, settings = tmp_path / "run", dict(stop_on_alarm=True, save_every=0, save_every_minutes=0)
     assert tiny_run(run, policy, **settings) == 0
@@ -125,7 +126,7 @@ def test_stop_on_alarm_ignores_alarms_that_do_not_mean_collapse():
 
 
 def test_equal_completions_of_different_prompts_count_as_different_texts(tmp_path, policy, without_pictures):
-    """Completions have one token, so many of them are equal."""
+    """Completions are one token long, so many of them are equal."""
     assert tiny_run(tmp_path / "run", policy, gen_len=1, episodes=64, batch_size=64) == 0
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text("utf-8").splitlines()]
     texts = {(sample["prompt"], sample["completion"]) for sample in samples}

@@ -1,4 +1,4 @@
-"""docs/changing_ppo.md: each diff applies to the program as it is, and does what the page says."""
+"""docs/changing_ppo.md: each diff applies to the current program and does what the page says."""
 
 import importlib
 import shutil
@@ -22,8 +22,8 @@ OURS = {path.stem for path in ROOT.glob("*.py")} | {"support", "tests"}
 
 
 def loss_of_two_tokens(config) -> tuple[float, np.ndarray]:
-    """`ppo_loss` and its gradient. The first token has advantage 2 and one of three equal logits; the second, advantage
-    -1 and 3/4 of the probability; padding follows. The old probabilities were 1, and the values are right."""
+    """Return `ppo_loss` and its gradient. The first token has advantage 2 and probability 1/3, the second has advantage
+    -1 and probability 3/4, and the third is padding. The old probabilities are 1, and the values are exact."""
     logits = torch.tensor([[[0, 0, 0], [0, np.log(3), -np.inf], [0, 0, -np.inf]]], requires_grad=True)
     prompts, mask = Prompts(torch.tensor([[2]]), None, torch.tensor([0])), torch.tensor([[True, True, False]])
     completions, zeros = Completions(prompts, torch.tensor([[0, 1, 2]]), mask), torch.zeros(1, 3)
@@ -35,7 +35,7 @@ def loss_of_two_tokens(config) -> tuple[float, np.ndarray]:
 
 
 def entropy_bonus(gpt2_folder, *_):
-    """The first loss of a step, whose policy is the one that sampled, and where its gradient leads."""
+    """The bonus lowers the first loss by entropy_coef times the entropy. A large bonus raises the entropy."""
     losses, entropies = [], []
     for coef in ("0.5", "0.0", "100.0"):
         entropy_coef, seen = parse_args(["--entropy_coef", coef])[0].entropy_coef, []
@@ -53,7 +53,7 @@ def entropy_bonus(gpt2_folder, *_):
 def reinforce(*_):
     loss, gradient = loss_of_two_tokens(config := PPOConfig())
     assert loss == pytest.approx(-(2 * np.log(1 / 3) - np.log(3 / 4)) / 2, rel=1e-5)
-    expected = [[-2 / 3, 1 / 3, 1 / 3], [-1 / 8, 1 / 8, 0], [0, 0, 0]]  # -advantage (1 at the token - p) / 2 tokens
+    expected = [[-2 / 3, 1 / 3, 1 / 3], [-1 / 8, 1 / 8, 0], [0, 0, 0]]  # -advantage * (one-hot - p) / 2 tokens
     assert gradient == pytest.approx(np.array(expected), abs=1e-6)
     assert config.ppo_epochs == 1 and config.minibatch_size == config.batch_size
 
@@ -65,7 +65,7 @@ def group_relative(gpt2_folder, *_):
     queries = [torch.tensor([2, token]) for token in (9, 15, 9, 15, 15)]
     responses = trainer.generate(queries)
     assert trainer.step(queries, responses, [0, 5, 1, 5, 8])["ppo/loss/value"] == 0
-    trainer.step(queries, responses, [3, 7, 3, 7, 7])  # now only the KL tells a prompt's completions apart
+    trainer.step(queries, responses, [3, 7, 3, 7, 7])  # now completions of the same prompt differ only in their KL
     first, second = made[0], made[len(made) // 2]
     expected = [-1, -root, 1, -root, 2 * root]  # 0 and 1: mean 1/2, deviation 1/2; 5, 5 and 8: mean 6, deviation √2
     assert torch.allclose(first.advantages * first.mask, torch.tensor(expected)[:, None] * first.mask, atol=1e-4)
@@ -85,7 +85,7 @@ def linear_decay(gpt2_folder, run_dir, _):
 def statistic(gpt2_folder, run_dir, figures):
     queries, responses, scores = batch_of(trainer := make(policy := load_gpt2(gpt2_folder)), policy)
     responses = [response[:length] for length, response in enumerate(responses, 1)]
-    spread = np.repeat(scores, [len(response) for response in responses]).std()  # advantages are scores at first
+    spread = np.repeat(scores, [len(response) for response in responses]).std()  # at first, these are scores
     assert trainer.step(queries, responses, scores)["ppo/advantages/std"] == pytest.approx(spread, rel=1e-5)
     assert tiny_run(run_dir, policy) == 0
     (axes,) = [axes for axes in figures[0][0].axes if axes.get_title() == "spread of the advantages"]
@@ -93,7 +93,7 @@ def statistic(gpt2_folder, run_dir, figures):
 
 
 def apply(folder, *diffs: str) -> None:
-    """Copy the program to `folder` and change it."""
+    """Copy the program to `folder` and apply the diffs."""
     shutil.copytree(ROOT / "support", folder / "support")
     for path in [*ROOT.glob("*.py"), ROOT / "requirements.txt"]:
         shutil.copy(path, folder)
@@ -114,7 +114,7 @@ def test_a_change_does_what_the_page_says(name, gpt2_folder, tmp_path, figures, 
         sys.modules.update(own)
 
 
-def test_all_changes_of_the_chinese_page_apply_together(tmp_path):
+def test_all_diffs_of_the_chinese_page_apply_together(tmp_path):
     diffs = code_blocks(PAGES[1], "diff")  # test_pages.py compares them with the English ones
     assert len(diffs) == len(CHECKS)
     apply(tmp_path, *diffs)

@@ -38,8 +38,8 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_loaded_trainer_continues_like_the_saved_one(policy, tmp_path):
-    """The checkpoint may come from another device: an Apple GPU saves fused=False. The current device decides."""
+def test_a_trainer_loaded_from_a_checkpoint_continues_like_the_saved_one(policy, tmp_path):
+    """A checkpoint from an Apple GPU has fused=False, but the current device decides whether the optimizer is fused."""
     changes = dict(kl_controller="adaptive", target=0.01, horizon=20)
     trainer, batch = trained(policy, **changes)
     trainer.engine.skipped_in_a_row = 3
@@ -65,18 +65,18 @@ class Evil:
 
 
 DAMAGES = {
-    "cut weights": ("policy.safetensors", lambda file: os.truncate(file, 5000)),
-    "a changed byte": ("average.safetensors", lambda file: file.open("r+b").write(b"x")),
+    "truncated weights": ("policy.safetensors", lambda file: os.truncate(file, 5000)),
+    "one changed byte": ("average.safetensors", lambda file: file.open("r+b").write(b"x")),
     "a missing file": ("average.safetensors", lambda file: file.unlink()),
-    "a cut state": ("state.json", lambda file: file.write_text("{")),
+    "truncated state": ("state.json", lambda file: file.write_text("{")),
 }
 WITH_A_RIGHT_SUM = {
     "another shape": ("policy.safetensors", lambda file: save_file({"transformer.ln_f.bias": torch.zeros(33)}, file)),
     "another model": ("policy.safetensors", lambda file: save_file({"transformer.ln_f.bias": torch.zeros(32)}, file)),
-    "no generators": ("optimizer.pt", lambda file: torch.save(torch.load(file) | {"random": None}, file)),
-    "a stranger's weights": ("policy.safetensors", lambda file: file.write_bytes(pickle.dumps(Evil()))),
-    "a stranger's pickle": ("optimizer.pt", lambda file: file.write_bytes(pickle.dumps(Evil()))),
-    "a stranger's optimizer": ("optimizer.pt", lambda file: torch.save(Evil(), file)),
+    "no random state": ("optimizer.pt", lambda file: torch.save(torch.load(file) | {"random": None}, file)),
+    "malicious weights": ("policy.safetensors", lambda file: file.write_bytes(pickle.dumps(Evil()))),
+    "malicious pickle": ("optimizer.pt", lambda file: file.write_bytes(pickle.dumps(Evil()))),
+    "malicious optimizer": ("optimizer.pt", lambda file: torch.save(Evil(), file)),
 }
 
 
@@ -107,7 +107,7 @@ def two_checkpoints(two, tmp_path):
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("name", [*DAMAGES, *WITH_A_RIGHT_SUM])
 def test_a_damaged_checkpoint_is_reported_and_skipped(policy, two_checkpoints, name, capsys, monkeypatch):
-    """A checkpoint from a stranger can't run code."""
+    """A malicious checkpoint can't run code."""
     monkeypatch.chdir(two_checkpoints)
     damage(two_checkpoints / "step-000002", name)
     other = twin(policy)
@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint_is_reported_and_skipped(policy, two_checkpoints, n
 
 def test_loading_fails_and_changes_nothing_if_no_checkpoint_is_usable(policy, two_checkpoints, capsys):
     for path in two_checkpoints.iterdir():
-        damage(path, "cut weights")
+        damage(path, "truncated weights")
     before = contents(two_checkpoints)
     with pytest.raises(UserError, match=f"no usable checkpoint in {two_checkpoints}"):
         load_checkpoint(twin(policy), two_checkpoints)
@@ -134,9 +134,9 @@ def write_checkpoints(policy, folder, *steps, keep=99):
 
 
 def test_older_checkpoints_are_removed_and_damaged_newer_ones_replaced(policy, tmp_path):
-    """A damaged newer checkpoint exists after a resume that skipped it."""
+    """A resume that skips a damaged checkpoint leaves it in the folder until the run reaches that step again."""
     write_checkpoints(policy, tmp_path, 2, 3, 9)
-    damage(tmp_path / "step-000009", "cut weights")
+    damage(tmp_path / "step-000009", "truncated weights")
     trainer = write_checkpoints(policy, tmp_path, 4, keep=2)
     assert names(tmp_path) == [f"step-00000{step}" for step in (3, 4, 9)]
     write_checkpoints(policy, tmp_path, 5, keep=1)
@@ -145,7 +145,7 @@ def test_older_checkpoints_are_removed_and_damaged_newer_ones_replaced(policy, t
     assert names(tmp_path) == ["step-000005", "step-000009"] and trainer.n_steps == 9
 
 
-def test_checkpoints_are_ordered_by_number_and_valid_ones_and_your_own_are_kept(policy, tmp_path):
+def test_checkpoints_are_sorted_by_number_and_valid_or_renamed_ones_are_kept(policy, tmp_path):
     write_checkpoints(policy, tmp_path, 999_999, 1_000_000)
     inode = (tmp_path / "step-1000000").stat().st_ino
     own = ["step-000007-best", "mine"]

@@ -31,7 +31,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run_dir(folder, gpt2_folder, classifier_folder) -> Path:
-    """The folder `run` of a stopped run that has a model."""
+    """The folder `run` of an unfinished run that already has a model."""
     models = {"model_name": str(gpt2_folder), "reward_model_name": str(classifier_folder)}
     shutil.copytree(gpt2_folder, "run/model")
     save_config(PPOConfig(preset="demo", episodes=48, device="cpu", **models), Path("run", "config.json"))
@@ -66,7 +66,7 @@ def one_line(capsys, *argv) -> str:
         ("--resume latest --runs_dir nowhere", "no run in nowhere"),
     ],
 )
-def test_a_bad_flag_is_a_one_line_error_and_creates_no_files(flags, said, folder, capsys, monkeypatch):
+def test_a_bad_flag_gives_a_one_line_error_and_creates_no_files(flags, said, folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "swanlab", None)
     words = flags.split()
     assert said in one_line(capsys, *([] if "--preset" in words else ["--preset", "demo"]), *words)
@@ -86,13 +86,13 @@ def test_a_bad_flag_is_a_one_line_error_and_creates_no_files(flags, said, folder
         ("--resume run/checkpoints/step-000001", "with a run's settings; did you mean run?"),
     ],
 )
-def test_a_flag_that_does_not_fit_the_run_is_a_one_line_error_and_changes_nothing(flags, said, run_dir, capsys):
+def test_a_flag_that_does_not_fit_the_run_gives_a_one_line_error_and_changes_nothing(flags, said, run_dir, capsys):
     before = contents(run_dir.parent)
     assert said in one_line(capsys, *flags.split())
     assert contents(run_dir.parent) == before
 
 
-def test_eval_only_asks_to_resume_a_run_without_a_model(run_dir, capsys):
+def test_eval_only_says_to_resume_a_run_without_a_model(run_dir, capsys):
     shutil.rmtree(run_dir / "model")
     for reward, flags in (None, ""), ("own:score", " --reward own:score"):
         change_json(run_dir / "config.json", reward=reward)
@@ -101,7 +101,7 @@ def test_eval_only_asks_to_resume_a_run_without_a_model(run_dir, capsys):
 
 
 def test_settings_missing_from_an_older_run_get_their_defaults(run_dir, capsys):
-    """They are the preset's defaults, and one line lists those that affect training. Unknown settings are rejected."""
+    """The preset's defaults are used, and one line lists those that affect training. Unknown settings are rejected."""
     settings = read_json(run_dir / "config.json")
     older = {name: value for name, value in settings.items() if name not in ("adam_epsilon", "lam", "n")}
     (run_dir / "config.json").write_text(json.dumps(older))
@@ -113,7 +113,7 @@ def test_settings_missing_from_an_older_run_get_their_defaults(run_dir, capsys):
     assert "'mood'" in one_line(capsys, "--resume", run_dir)
 
 
-def test_a_folder_without_read_permission_is_a_one_line_error(folder, monkeypatch, capsys):
+def test_a_folder_without_read_permission_gives_a_one_line_error(folder, monkeypatch, capsys):
     def denied(path):
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -146,7 +146,7 @@ def test_a_reward_in_the_working_folder_does_not_shadow_the_programs_modules(fol
         assert import_function("my_own_reward:score")(["a", "b"]) == [0.5, 0.5]
     assert sys.path.count(str(folder)) == 1
     assert importlib.machinery.PathFinder.find_spec("reward", sys.path).origin == str(ROOT / "reward.py")
-    assert import_function("os.path:join")  # in a package
+    assert import_function("os.path:join")  # a module with a dotted name
 
 
 BROKEN = {"import sys; sys.exit()": "SystemExit", "import no_such_thing": "No module named 'no_such_thing'"}
@@ -154,13 +154,13 @@ BROKEN |= {"other = []": "no attribute 'score'", "class score(list): pass": "mus
 
 
 @pytest.mark.parametrize("module", BROKEN)
-def test_a_reward_that_cannot_be_imported_is_a_one_line_error(folder, module):
+def test_a_reward_that_cannot_be_imported_gives_a_one_line_error(folder, module):
     (folder / "broken.py").write_text(module)
     with pytest.raises(UserError, match=f"--reward broken:score .*{BROKEN[module]}"):
         import_function("broken:score")
 
 
-def test_the_code_of_a_runs_own_reward_only_runs_if_it_is_named_again(folder, run_dir, capsys):
+def test_a_runs_own_reward_code_is_only_executed_if_it_is_named_again(folder, run_dir, capsys):
     change_json(run_dir / "config.json", reward="strange:score")
     (folder / "strange.py").write_text("open('it_ran', 'w').close()\nscore = len\n")
     for flags in (["--resume"], ["--eval_only"], ["--complete"]):

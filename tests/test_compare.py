@@ -26,7 +26,7 @@ def labels(*runs, by=None) -> list[str]:
     return [curve.label for curve in curves(list(runs), by)]
 
 
-def test_runs_that_differ_only_in_the_seed_are_one_curve():
+def test_runs_that_differ_only_in_the_seed_form_one_curve():
     runs = [run(f"{lr} {seed}", lr=lr, seed=seed) for lr in (1.41e-5, 0.5) for seed in (1, 2, 3)]
     found = curves(runs)
     assert [curve.label for curve in found] == ["lr 1.41e-05, 3 runs", "lr 0.5, 3 runs"]
@@ -38,7 +38,7 @@ def test_runs_that_differ_only_in_the_seed_are_one_curve():
 
 
 def test_curves_that_would_have_the_same_label_show_the_names_of_their_runs():
-    """Two runs share a seed if somebody changed the program between them, and shortened values can look the same."""
+    """Runs share a seed if the program was changed between them, and shortened values can look the same."""
     assert labels(run("old"), run("new")) == ["old", "new"]
     assert labels(run("a"), run("b"), run("c", lr=0.5)) == ["lr 0.0001 (a)", "lr 0.0001 (b)", "lr 0.5"]
     far = "x" * 30
@@ -60,14 +60,14 @@ def test_a_curve_ends_where_its_shortest_run_ends():
     first, second = run("a", [128, 256, 384]), run("b", [128, 256], seed=2)
     first.metrics["more"] = first.metrics["step"]
     (curve,) = curves([first, second])
-    assert "more" not in curve.metrics and MEAN in curve.metrics  # a column of both runs
+    assert "more" not in curve.metrics and MEAN in curve.metrics  # only columns that both runs have
     assert curve.metrics["episodes"].tolist() == [[128, 256]] * 2
     (curve,) = curves([run("a", [128]), run("b", [100], batch_size=100)], ["lr"])
     with pytest.raises(UserError, match="the steps of lr 0.0001, 2 runs differ in their episodes"):
         curve.metrics
 
 
-def test_runs_with_different_versions_of_a_reward_file_are_different_curves(tmp_path, monkeypatch):
+def test_runs_with_different_versions_of_a_reward_file_form_different_curves(tmp_path, monkeypatch):
     for name in "ab":
         folder = write_run(tmp_path / name, 2, settings={"reward": "my:score", "seed": ord(name)})
         hashes = {"the hash of the file of --reward my:score": name * 12, "the hash of the prompts": name}
@@ -78,7 +78,7 @@ def test_runs_with_different_versions_of_a_reward_file_are_different_curves(tmp_
     assert read_run(Path(".")).name == "a"
 
 
-def test_runs_of_different_code_are_different_curves(tmp_path):
+def test_runs_with_different_code_form_different_curves(tmp_path):
     """A run that was resumed with edited code belongs to neither version. Older runs don't record their code."""
     starts = {"a": ["1"], "b": ["1", "1"], "c": ["2"], "d": ["1", "2"], "e": []}
     for name, codes in starts.items():
@@ -101,7 +101,7 @@ def test_the_code_hash_covers_the_files_that_affect_results(tmp_path, monkeypatc
         (tmp_path / name).write_bytes(b"a\nc\n")
         assert (devices.code_hash.__wrapped__() != before) == (name in decides), name
         (tmp_path / name).write_bytes(b"a\r\nb\r\n")
-        assert devices.code_hash.__wrapped__() == before  # line endings of git on Windows
+        assert devices.code_hash.__wrapped__() == before  # git's line endings on Windows
     (tmp_path / "support" / "x.py").rename(tmp_path / "support" / "y.py")
     assert devices.code_hash.__wrapped__() != before
 
@@ -160,7 +160,8 @@ def told_apart(*gains: tuple, error=0.02) -> list[list[str]]:
 
 def test_two_settings_are_compared_by_the_spread_over_their_seeds():
     """0.8 and 0.6 have mean 0.7 with standard error 0.1; 0.95 and 0.85 have mean 0.9 with standard error 0.05. Their
-    difference of 0.2 has standard error 0.112. It is twice its error with 4 (0.02 + 0.005) / 0.04 = 2.5 seeds each."""
+    difference of 0.2 has standard error 0.112. With 4 (0.02 + 0.005) / 0.04 = 2.5 seeds each, it would be twice its
+    standard error."""
     assert told_apart((0.8, 0.6), (0.95, 0.85)) == [["lr 0.1", "lr 0.2", "-0.200", "0.112", "no: 3 seeds each would"]]
     assert told_apart((0.8, 0.6), (0.45, 0.35)) == [["lr 0.1", "lr 0.2", "+0.300", "0.112", "yes"]]
     assert [row[:2] + row[3:] for row in told_apart((0.8, 0.6), (0.7, 0.7), (0.1, 0.2))] == [
@@ -171,12 +172,12 @@ def test_two_settings_are_compared_by_the_spread_over_their_seeds():
 
 
 def test_the_standard_error_over_seeds_is_at_least_that_of_the_evaluations():
-    """Two equal gains have an error of 0.1 each, so their mean has 0.1 / sqrt(2) and a difference of means has 0.1."""
+    """Each gain has a standard error of 0.1, so a mean of two has 0.1 / sqrt(2), and a difference of means has 0.1."""
     assert told_apart((0.7, 0.7), (0.6, 0.6), error=0.1)[0][2:4] == ["+0.100", "0.100"]
 
 
 def test_a_setting_with_one_seed_is_assumed_to_vary_like_the_others():
-    """Its error is the others' SD, 0.141, and sqrt(0.1^2 + 0.141^2) is 0.173. Without any SD, no pair is listed."""
+    """Its standard error is the others' SD, 0.141. sqrt(0.1^2 + 0.141^2) is 0.173. Without an SD, no pair is listed."""
     assert told_apart((0.8, 0.6), (0.2,)) == [["lr 0.1", "lr 0.2", "+0.500", "0.173", "yes"]]
     assert told_apart((0.8,), (0.2,)) == []
 

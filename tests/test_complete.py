@@ -34,7 +34,7 @@ def drawn(trainer, prompts) -> list[str]:
 
 
 def test_the_completions_are_those_of_the_evaluation(finished, capsys):
-    """By default there are five completions of the run's own prompt, as in the table of report.md."""
+    """By default, it shows five completions of the run's own prompt, like the table in report.md."""
     rows = complete(capsys, finished)
     assert len(rows) == 5 and [row[0] for row in rows] == ["刚收到货,感觉"] * 5
     lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -49,7 +49,7 @@ def test_each_prompt_is_completed_n_times(finished, capsys):
     assert [row[3] for row in rows] == texts[::2] + texts[1::2]
 
 
-def test_a_running_run_is_shown_with_the_averaged_weights_of_its_newest_checkpoint(finished, tmp_path, capsys):
+def test_a_running_run_uses_the_averaged_weights_of_its_newest_checkpoint(finished, tmp_path, capsys):
     """The run has finished two of three steps and holds its lock. Without a checkpoint, this is an error."""
     run_dir = shutil.copytree(finished, tmp_path / "run")
     for name in ("model", "checkpoints/step-000003", "report.md", "rewards.png"):
@@ -69,7 +69,7 @@ def test_a_running_run_is_shown_with_the_averaged_weights_of_its_newest_checkpoi
 
 
 def test_an_extended_run_shows_the_step_that_it_has_reached(finished, tmp_path, capsys):
-    """If its checkpoints are gone, it shows the model that it had before."""
+    """If its checkpoints are gone, `--complete` shows the model from before the extension."""
     run_dir = copy_run(finished, tmp_path / "longer", episodes=96)
     for said in ("after step 3 of 6:", "after training:"):
         assert main(["--complete", str(run_dir), "--n", "1"]) == 0
@@ -85,7 +85,7 @@ def test_prompts_on_the_command_line_replace_the_runs_prompts_file(finished, tmp
 
 
 def test_your_own_reward_scores_the_completions(finished, tmp_path, capsys, monkeypatch):
-    """It is a one-line error if the reward fails, or if its file has changed since the run."""
+    """A reward that fails, or whose file has changed since the run, gives a one-line error."""
     run_dir = copy_run(finished, tmp_path / "run", reward=["own_length:score"])
     (tmp_path / "own_length.py").write_text(
         "def score(texts):\n    assert 'no' not in texts[0]\n    return [len(text) for text in texts]\n"

@@ -42,12 +42,12 @@ CHOICES |= {"track": ["none", "wandb", "swanlab", "trackio"]}
 
 @pytest.fixture(autouse=True)
 def versions_are_known(monkeypatch):
-    """Don't read the installed versions in `check`, which is called hundreds of times here."""
+    """Skip the check of installed versions, because `check` is called hundreds of times here."""
     monkeypatch.setattr("support.run.settings.check_versions", lambda: None)
 
 
 def typed(values: dict) -> list:
-    """Values with their types, because 1 == 1.0 == True."""
+    """Return values with their types, because 1 == 1.0 == True."""
     return [(name, type(value), value) for name, value in values.items()]
 
 
@@ -172,7 +172,7 @@ def test_a_value_of_the_wrong_type_is_rejected():
     check(PPOConfig(lr=1, target=np.float64(2)))  # an int is allowed for a float, and np.float64 is a float
 
 
-def test_a_minibatch_fits_into_a_batch_and_a_run_name_is_a_single_folder_name():
+def test_a_minibatch_must_fit_into_a_batch_and_a_run_name_must_be_a_folder_name():
     check(PPOConfig(batch_size=64, minibatch_size=64))
     assert "--minibatch_size 65 is larger than --batch_size 64" in refusal(batch_size=64, minibatch_size=65)
     for name in ("run", "a_b-c.d", "7", "感觉"):

@@ -26,7 +26,7 @@ def reviews() -> list[tuple[str, int]]:
     return [demo_models.write_review(draw) for _ in range(4000)]
 
 
-def test_reviews_end_as_labelled_and_half_are_positive_and_a_fifth_mixed(reviews):
+def test_reviews_end_as_labelled_half_are_positive_and_a_fifth_are_mixed(reviews):
     """The shares have standard errors of 0.008 and 0.006. Five standard errors are allowed."""
     for text, label in reviews:
         assert (bool(ENDS_WELL.search(text)), bool(ENDS_BADLY.search(text))) == (label == 1, label == 0), text
@@ -35,11 +35,11 @@ def test_reviews_end_as_labelled_and_half_are_positive_and_a_fifth_mixed(reviews
     assert len(mixed) / 4000 == pytest.approx(0.2, abs=0.03)
     assert all(bool(ENDS_WELL.search(text.split(",但是")[0])) == bool(ENDS_BADLY.search(text)) for text in mixed)
     assert all(any(word in text for text, _ in reviews) for word in HAPPY + UNHAPPY)
-    assert max(len(text) for text, _ in reviews) <= 62  # plus [CLS] and [SEP]: the models' 64 positions
+    assert max(len(text) for text, _ in reviews) <= 62  # [CLS] and [SEP] fill the models' 64 positions
 
 
 class LockOfAnother(contextlib.nullcontext):
-    """A lock that another process held before. That process has made the models."""
+    """A lock that was held by another process, which has made the models in the meantime."""
 
     def __enter__(self):
         Path(self.enter_result).with_suffix("").mkdir()
@@ -89,7 +89,7 @@ def test_the_classifier_scores_reviews_by_their_ending(demo, reviews):
 
 
 def test_the_gpt2_has_learned_the_grammar(demo, reviews):
-    """Nats per review, including its end. An untrained model needs log 144 = 5 for each of about 20 characters."""
+    """A review costs under 25 nats with its [SEP]. An untrained model needs log 144 = 5 for each of about 20 tokens."""
     tokenizer = AutoTokenizer.from_pretrained(demo[0])
     model = GPT2LMHeadModel.from_pretrained(demo[0]).eval()
     batch = tokenizer([text for text, _ in reviews[:200]], padding=True, return_tensors="pt")

@@ -19,7 +19,7 @@ from support.compute.devices import (
 from support.compute.engine import Engine
 
 
-def test_an_unsupported_library_version_is_a_one_line_error_before_anything_else(monkeypatch, capsys):
+def test_an_unsupported_library_version_gives_a_one_line_error_before_anything_else(monkeypatch, capsys):
     versions = {"torch": "2.6.0a0+df5bbc09d1.nv24.12", "transformers": "5.4.0.dev0"}
     monkeypatch.setattr(metadata, "distributions", lambda name: [types.SimpleNamespace(version=versions[name])])
     check_versions()
@@ -35,7 +35,8 @@ def test_an_unsupported_library_version_is_a_one_line_error_before_anything_else
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Fakes a machine: machine(GPUs that torch can compute on, does torch see one, is NVIDIA's driver installed)."""
+    """A function that fakes a machine. usable: the GPUs that torch can compute on; seen: whether torch sees a GPU;
+    driver: whether NVIDIA's driver is installed."""
     ones = torch.ones
 
     def pretend(usable=(), seen=False, driver=False):
@@ -57,7 +58,7 @@ def machine(monkeypatch):
     return pretend
 
 
-def test_an_unknown_or_unusable_device_is_a_one_line_error():
+def test_an_unknown_or_unusable_device_gives_a_one_line_error():
     for device in ("cuda:x", "meta", "mps"):
         with pytest.raises(UserError, match=f"^--device {device}: torch can't compute on {device} .*$"):
             pick_device(device)

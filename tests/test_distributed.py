@@ -51,7 +51,7 @@ def three_steps(rank, n_processes, gpt2_folder):
 
 
 def distance(one, other) -> float:
-    """Norm of the difference of two state dicts."""
+    """Return the norm of the difference between two state dicts."""
     return sum((one[name] - other[name]).double().square().sum().item() for name in one) ** 0.5
 
 
@@ -68,7 +68,7 @@ def test_the_update_does_not_depend_on_the_number_of_processes(tmp_path, gpt2_fo
         assert all(one.equal(other) for one, other in zip(single["drawn"], result["drawn"]))
         for one, other in zip(single["stats"][:2], result["stats"]):
             assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
-        assert [stats["ppo/skipped"] for stats in result["stats"]] == [0, 0, 1]  # all ranks skip or none
+        assert [stats["ppo/skipped"] for stats in result["stats"]] == [0, 0, 1]  # all ranks skip a step, or none does
 
 
 def same_curve(one: Path, other: Path) -> bool:
@@ -78,7 +78,7 @@ def same_curve(one: Path, other: Path) -> bool:
 
 
 def errors(text: str) -> list[str]:
-    """Return the lines in which the program says why it stops."""
+    """Return the lines that say why the program stops."""
     return re.findall("^train_ppo.py: error: .*", text, re.MULTILINE)
 
 
@@ -170,7 +170,7 @@ def test_a_reward_error_on_one_process_stops_all_with_one_message(tmp_path, flag
 
 
 def test_a_run_continues_if_nothing_reads_its_output_any_more(runs, flags, tmp_path):
-    """This happens after `| head -1`, or after Ctrl-C with `| tee log`. The run writes the same files as any other."""
+    """For example, with `| head -1`, or after Ctrl-C with `| tee log`. The run writes the same files as any other."""
     flags = [*flags, "--reward", "tests.ranks:killed", "--run_name", "unread", "--log_samples_every", "1"]
     ranks = Ranks(tmp_path, program, flags, False, n=1)
     assert ranks.wait() == [0] and "BrokenPipe" not in ranks.err(0)

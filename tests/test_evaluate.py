@@ -17,7 +17,7 @@ from support.run.text_trainer import TextPPOTrainer
 from tests.helpers import FORBIDDEN, SEP, VOCAB, as_rewards, load_gpt2, plain_gpt2
 
 PROMPTS, N, GEN_LEN, TEMPERATURE = ["刚收到货,感觉", "衣服", "这本书很不错"], 61, 4, 0.7
-SEED = 20_170_707  # of every evaluation, also in earlier versions
+SEED = 20_170_707  # every evaluation uses this seed, in earlier versions, too
 
 
 def score(texts: list[str]) -> list[float]:
@@ -30,7 +30,7 @@ def queries_of(tokenizer) -> list[torch.Tensor]:
 
 
 class Judged:
-    """The evaluation of a policy that ends many texts early, and everything that it was made with."""
+    """The evaluation of a policy that ends many texts early, with everything that went into it."""
 
     def __init__(self, folder, **changes):
         self.reference, self.tokenizer = load_gpt2(folder)
@@ -90,7 +90,7 @@ def test_completions_scores_and_lengths_match_sampling_token_by_token(judged, re
     assert judged.scores == pytest.approx(expected, abs=1e-6)
     assert judged.result.reward == pytest.approx(np.mean(expected), abs=1e-6)
     assert judged.result.reward_ci95 == pytest.approx(1.96 * np.std(expected, ddof=1) / math.sqrt(N), rel=1e-5)
-    # Some completions end with the last token that is allowed
+    # In some completions, [SEP] is the last of gen_len tokens
     ended = [response[-1] == SEP for response in recount.responses]
     lengths = [len(response) for response in recount.responses]
     assert 0 < sum(ended) < N and sum(lengths) < N * GEN_LEN
@@ -129,7 +129,7 @@ def test_an_evaluation_does_not_depend_on_the_seed_or_the_step(judged, gpt2_fold
 
 
 def test_bfloat16_rounds_both_the_policy_and_the_reference(gpt2_folder):
-    """The reference has KL 0 to itself, although the evaluated copy comes in float32."""
+    """The reference has KL 0 to itself, although the evaluated copy is in float32."""
     judged = Judged(gpt2_folder, dtype="bfloat16")
     itself = evaluate(judged.trainer, judged.reference, as_rewards(score), PROMPTS, queries_of(judged.tokenizer))
     assert itself.kls == pytest.approx([0.0] * N, abs=1e-6)

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("without_pictures", "signals_restored")
 
 
 def reward_at(call, happens):
-    """Return a reward that calls happens(texts) in one call. Calls 1 to 3 evaluate, 4 to 6 train, 7 and 8 evaluate."""
+    """Return a reward that runs happens(texts) in the given call: 1 to 3 evaluate, 4 to 6 train, 7 and 8 evaluate."""
     calls = []
 
     def reward(texts):
@@ -43,7 +43,7 @@ def reward_at(call, happens):
 
 @pytest.fixture(scope="module")
 def whole(gpt2_folder, tmp_path_factory):
-    """A run without faults, to compare with."""
+    """A run without faults, for comparison."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patch:
         leave_pictures_empty(patch)
@@ -52,7 +52,7 @@ def whole(gpt2_folder, tmp_path_factory):
 
 
 def test_differences_finds_a_single_changed_byte(whole, tmp_path, monkeypatch):
-    """Without this, tests that compare runs could pass by mistake."""
+    """If it didn't, tests that compare runs would prove nothing."""
     for i, name in enumerate(("metrics.csv", *COMPARED)):
         other = shutil.copytree(whole, tmp_path / str(i))
         content = bytearray((other / name).read_bytes())
@@ -67,7 +67,7 @@ def test_differences_finds_a_single_changed_byte(whole, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_stops_the_run_after_the_step_and_saves_a_checkpoint(policy, whole, tmp_path, number, code, capfd):
-    """The resumed run ends like one that was never stopped."""
+    """The resumed run gives the same result as one that was never stopped."""
     run_dir, handler = tmp_path / "run", signal.getsignal(number)
     reward = reward_at(5, lambda _: signal.raise_signal(number))
     assert tiny_run(run_dir, policy, reward, save_every=0) == code and signal.getsignal(number) == handler
@@ -80,7 +80,7 @@ def test_a_signal_stops_the_run_after_the_step_and_saves_a_checkpoint(policy, wh
 
 @pytest.mark.parametrize("call", [1, 7])
 def test_ctrl_c_stops_an_evaluation_immediately(policy, tmp_path, call):
-    """Nothing can be lost in the first evaluation, and the trained model is saved before the last one."""
+    """The first evaluation has nothing to lose, and the trained model is saved before the last one."""
     with pytest.raises(KeyboardInterrupt):
         tiny_run(tmp_path / "run", policy, reward_at(call, lambda _: signal.raise_signal(signal.SIGINT)))
     assert (tmp_path / "run" / "model").exists() == (call == 7) and not (tmp_path / "run" / "report.md").exists()
@@ -145,8 +145,8 @@ def test_a_failed_run_releases_its_lock_and_signal_handlers(policy, tmp_path, ca
 
 @pytest.mark.parametrize(("call", "where", "kept"), [(1, "evaluation", []), (5, "step 2", ["step-000001"])])
 def test_a_run_can_be_resumed_after_its_reward_raised_an_exception(policy, whole, tmp_path, call, where, kept):
-    """The error is one line, and error.log has the traceback and the texts. If no evaluation was finished, the run can
-    be resumed with another reward."""
+    """The error is one line long, and error.log has the traceback and the texts. If no evaluation has finished, the run
+    can be resumed with another reward."""
     run_dir, seen = tmp_path / "run", []
 
     def breaks(texts):
@@ -162,7 +162,7 @@ def test_a_run_can_be_resumed_after_its_reward_raised_an_exception(policy, whole
     assert differences(whole, run_dir) == []
 
 
-def test_a_failing_step_is_a_one_line_error_and_keeps_the_checkpoints(policy, tmp_path, monkeypatch):
+def test_a_failing_step_gives_a_one_line_error_and_keeps_the_checkpoints(policy, tmp_path, monkeypatch):
     step = PPOTrainer.step
 
     def failing(self, *args):
@@ -176,7 +176,7 @@ def test_a_failing_step_is_a_one_line_error_and_keeps_the_checkpoints(policy, tm
     assert checkpoints(tmp_path / "run") == ["step-000001", "step-000002"] and len(rows(tmp_path / "run")) == 2
 
 
-def test_out_of_memory_is_a_one_line_error_and_a_bug_keeps_its_traceback(tmp_path, gpt2_folder, monkeypatch, capsys):
+def test_out_of_memory_gives_a_one_line_error_and_a_bug_keeps_its_traceback(tmp_path, gpt2_folder, monkeypatch, capsys):
     flags = ["--model_name", str(gpt2_folder), "--reward", "tests.helpers:count_characters", "--prompts", "衣服"]
     monkeypatch.setattr("train_ppo.train", lambda *_, **__: torch.empty(1 << 60))
     assert small_run(tmp_path, *flags)[0] == 2

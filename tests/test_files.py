@@ -35,8 +35,8 @@ def file_limit():
 
 @pytest.mark.parametrize("kind", WRITERS)
 def test_the_old_content_stays_until_the_new_content_is_on_disk(tmp_path, monkeypatch, kind):
-    """Every file and folder is flushed, the parent last, after the new content is in place. Leftovers of a killed
-    process are removed."""
+    """Every file and folder is flushed before the new content replaces the old, and the parent folder is flushed after
+    that. Leftovers of a killed process are removed."""
     path, seen, fsync = tmp_path / "it", [], os.fsync
     WRITERS[kind](path, "old")
     (tmp_path / ".partial-it" / "below" / "leftover").mkdir(parents=True)
@@ -69,8 +69,8 @@ BIG = torch.zeros(1 << 20)
 @pytest.mark.parametrize(
     "write", [write_whole, lambda path, _: torch.save(BIG, path), lambda path, _: save_file({"a": BIG}, path)]
 )
-def test_a_full_disk_is_a_one_line_error_with_the_path_and_the_free_space(tmp_path, file_limit, write):
-    """Python, torch and safetensors report it differently."""
+def test_a_full_disk_gives_a_one_line_error_with_the_path_and_the_free_space(tmp_path, file_limit, write):
+    """Python, torch and safetensors report a full disk differently."""
     file_limit(1 << 16)
     with pytest.raises(UserError) as error, disk_errors(tmp_path / "it"):
         write(tmp_path / "it", "x" * (1 << 17))
@@ -81,8 +81,8 @@ def test_a_full_disk_is_a_one_line_error_with_the_path_and_the_free_space(tmp_pa
 
 
 @pytest.mark.parametrize("text", [b"[]", b"{}", "感".encode("gbk")])
-def test_a_damaged_json_file_is_a_one_line_error_with_the_path_and_the_remedy(tmp_path, text):
-    """The file may not be JSON, or may lack a key. If it is missing, the caller decides what happens."""
+def test_a_damaged_json_file_gives_a_one_line_error_with_the_path_and_the_remedy(tmp_path, text):
+    """The file isn't an object, lacks a key or isn't UTF-8. If there is no file, the caller decides what happens."""
     path = tmp_path / "it.json"
     path.write_bytes(text)
     with pytest.raises(UserError, match=f"^{path} is damaged.*; remove it$"), damaged(path, "remove it"):

@@ -44,8 +44,8 @@ def limit_of(groups: list[np.ndarray], beta: float) -> dict:
 
 
 def test_gibbs_policy_by_hand():
-    """The weights are 1/4 and 3/4. Without one sample, R* and J* are the other's reward; leaving out 3/4 counts as 1/2.
-    With one sample per prompt there is nothing to choose. exp(1000 / 0.01) would overflow."""
+    """The weights are 1/4 and 3/4, and the jackknife leaves out the second sample with a weight of only 1/2. With one
+    sample per prompt, the best policy is the reference. A plain exp(1000 / 0.01) would overflow."""
     best = limit.gibbs_policy(torch.tensor([0.0, 2 * math.log(3)]), torch.zeros(2), 2.0)
     assert (best["reward"], best["J"]) == pytest.approx((1.5 * math.log(3), math.log(8 / 3)))
     best = limit.gibbs_policy(torch.tensor([0.2, 0.7]), torch.tensor([0, 1]), 0.5)
@@ -111,13 +111,13 @@ def test_gain_and_its_standard_error_by_hand_in_any_unit(unit):
 
 
 def binary(n_best: int, n: int, n_prompts: int = 1) -> Evaluation:
-    """n_best of each prompt's n completions score 1, the others 0. At a small beta, these determine the limit."""
+    """Score n_best of each prompt's n completions 1 and the others 0. At a small beta, the best determine the limit."""
     prompts = [f"prompt {i % n_prompts}" for i in range(n * n_prompts)]
     return judged([float(i < n_best * n_prompts) for i in range(n * n_prompts)], prompts=prompts)
 
 
 def two_valued(high: float) -> Evaluation:
-    """At beta 1, J* - J_ref is log cosh(high / 2), about high / 4 standard deviations of high / 2 each."""
+    """At beta 1, J* - J_ref is log cosh(high / 2), or about high / 4 times the standard deviation, high / 2."""
     return judged([0.0, high] * 10_000)
 
 
@@ -155,7 +155,7 @@ def test_gain_is_unknown_beyond_each_threshold_and_known_within_it(before, beta,
     else:
         assert result["gain"] is None and why in result["why"] and "gain_se" not in result
     assert ("J" in result) == (beta > 0) and json.dumps(result)
-    if why == FEW:  # twice the number needed
+    if why == FEW:  # twice the number needed, rounded up to a power of 2
         effective, least = result["limit"]["effective_samples"], max(100, 5 * len(set(prompts)))
         assert 1 <= result["samples_needed"] * effective / (2 * len(scores) * least) < 2
 
@@ -213,7 +213,7 @@ def noisy(deviation, seed=0):
 
 
 def first_and_second(reward, n=200) -> Evaluation:
-    """Return the Evaluation of n different texts that a reward has scored and then been checked on."""
+    """Return the Evaluation of n different texts, after scoring them and checking the reward on them."""
     texts = [str(i) for i in range(n)]
     before = evaluation([("", text, score) for text, score in zip(texts, torch.as_tensor(reward(texts)).tolist())])
     check_reward(as_rewards(reward), before)
@@ -269,11 +269,11 @@ def test_a_reward_that_drifts_or_compares_its_texts_is_distinguished_from_a_nois
         (lambda scores: scores - 0.04, "64 texts score 0.04 lower (standard error "),
         (lambda scores: 2 * scores - scores.mean(), "64 texts score 0.29 higher or lower now"),
         (lambda scores: scores.flip(0), "higher or lower now"),
-        (lambda scores: scores + 0.25 * (scores > 0.95), "higher or lower now"),  # only a few of the texts
+        (lambda scores: scores + 0.25 * (scores > 0.95), "higher or lower now"),  # only a few of the texts change
     ],
 )
 def test_the_gain_is_unknown_if_the_reward_changed_during_training(change, said):
-    """The reward's state changes with training steps, not with the calls of the evaluation."""
+    """The reward changes with training steps, not from call to call within an evaluation."""
     before = first_and_second(each)
     after = dataclasses.replace(before, unsteady=change_since(as_rewards(lambda texts: change(each(texts))), before))
     assert said in after.unsteady and bool(said) == bool(after.unsteady)
@@ -292,7 +292,7 @@ def test_noise_is_not_mistaken_for_a_change_after_training():
 
 @pytest.mark.parametrize(("good", "first"), [(19, 9), (21, 0)])
 def test_the_frontier_by_hand(good, first):
-    """`good` of 1,000 texts score 1e4, the others 0. At the lowest betas, the limit needs at least 20 of these."""
+    """`good` of 1,000 texts score 1e4 and the others 0. At the lowest betas, at least 20 good ones are needed."""
     scores = np.array([1e4] * good + [0.0] * (1000 - good))
     points = limit.frontier(*judged(scores.tolist()).rewards())
     assert len(points) == 22 - first
@@ -337,7 +337,7 @@ def test_gain_frontier_and_best_of_n_are_measured_on_the_policy_before_training(
 
 @functools.cache
 def normal(unit):
-    """Return an evaluation with normally distributed rewards, whose frontier is R = sqrt(2 KL), and its frontier."""
+    """Return an evaluation with normally distributed rewards, and its frontier, which is R = sqrt(2 KL)."""
     scores = [unit * NormalDist().inv_cdf((i + 0.5) / 2000) for i in range(2000)]
     before = judged(scores, unique=0.8)
     return before, limit.frontier(*before.rewards())
@@ -353,13 +353,13 @@ def verdict_on(reward, kl, beta=1.0, unit=1.0, noise=0.0, unique=0.7, **settings
 
 @pytest.mark.parametrize(
     ("reward", "kl", "sentence"),
-    [  # with J = R - KL, the limit has R 1 at KL 1/2
+    [  # J is R - KL, so the limit is R 1 at KL 1/2
         (0.86, 0.5, "good: 72% of what is possible"),
         (0.84, 0.5, "short: 68% of what is possible; continue with more --episodes"),
         (1.0, 0.74, "short: 52% of what is possible; continue with more --episodes"),
         (1.0, 0.76, "wasted KL: KL 0.76, and 0.5 at the limit; try a lower --lr"),
-        (0.15, 0.1, "wasted KL: KL 0.1, and 0.5 at the limit; try a lower --lr"),  # 0.1 can buy 0.45
-        (0.21, 0.1, "short: 22% of what is possible; continue with more --episodes"),  # half of 0.45, within two errors
+        (0.15, 0.1, "wasted KL: KL 0.1, and 0.5 at the limit; try a lower --lr"),  # KL 0.1 allows R 0.45
+        (0.21, 0.1, "short: 22% of what is possible; continue with more --episodes"),  # within 2 errors of half of 0.45
         (1.3, 1.1, "hacked: KL 1.1, and 0.5 at the limit; try a lower --lr"),
         (1.3, 0.9, "good: 80% of what is possible"),
         (1.9, 1.1, "hacked: KL 1.1, and 0.5 at the limit; try a higher --init_kl_coef"),  # above R = sqrt(2 KL)
@@ -377,10 +377,10 @@ def test_the_verdict_depends_on_unique_texts_minibatch_size_and_number_of_sample
     assert verdict_on(0.95, 0.9, unique=0.39).startswith("wasted KL")
     small = dict(batch_size=64, minibatch_size=8)
     assert verdict_on(0.9, 1.0, **small).endswith("try --minibatch_size 64")
-    # J has a standard error of 0.1, a fifth of the possible gain: over 2000 * (2 * 0.2 / 0.15)^2 samples
+    # The gain has a standard error of 0.2, because that of J is 0.1: over 2000 * (2 * 0.2 / 0.15)^2 samples are needed
     assert verdict_on(0.9, 0.5, noise=4.5).endswith("--eval_only with --eval_samples 16384 would")
     assert verdict_on(0.9, 0.5, noise=2.5).startswith("good")
-    assert verdict_on(0.2, 0.5, noise=4.5).startswith("wasted")  # 0.7 is far from -0.6
+    assert verdict_on(0.2, 0.5, noise=4.5).startswith("wasted")  # a gain of -0.6 is far below 0.7
     assert verdict_on(0.9, 0.5, beta=0.0).startswith("gain unknown: the KL coefficient is 0")
 
 

@@ -1,4 +1,4 @@
-"""Tests that need a GPU: python -m pytest -m gpu. The model is random, with the article's shape and few characters."""
+"""Tests that need a GPU: python -m pytest -m gpu. The random model has the article's sizes, but a tiny vocabulary."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def logprobs(trainer, responses):
 
 
 def step(trainer, responses):
-    """Return a step's statistics, and its change of all weights as one float64 vector on the CPU."""
+    """Return a step's statistics, and how much it changes the weights, as one float64 vector on the CPU."""
     before = [weight.detach().cpu().double() for weight in trainer.engine.weights]
     stats = trainer.step(trainer.encode(PROMPTS), responses, SCORES)
     moved = [weight.detach().cpu().double() - start for weight, start in zip(trainer.engine.weights, before)]
@@ -50,7 +50,7 @@ def step(trainer, responses):
 
 
 @pytest.mark.parametrize("other", [{"device": "cpu"}, {"micro_batch_size": 5}], ids=str)
-def test_float32_matches_the_cpu_and_other_micro_batch_sizes(trainers, other):
+def test_float32_on_the_gpu_matches_the_cpu_and_other_micro_batch_sizes(trainers, other):
     make, responses = trainers
     one, two = make(), make(**other)
     difference = (logprobs(one, responses) - logprobs(two, responses)).abs().max()
@@ -61,7 +61,7 @@ def test_float32_matches_the_cpu_and_other_micro_batch_sizes(trainers, other):
 
 
 def test_a_bfloat16_step_is_close_to_a_float32_step(trainers):
-    """PPO clips ratios above 1.2, which rounding must not cause: errors are a tenth of that on average."""
+    """Rounding must not cause ratios above 1.2, which PPO clips. Average errors are a tenth as large."""
     make, responses = trainers
     one, two = make("bfloat16"), make()
     differences = logprobs(one, responses) - logprobs(two, responses)
@@ -71,7 +71,7 @@ def test_a_bfloat16_step_is_close_to_a_float32_step(trainers):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_same_step_twice_gives_the_same_bits(trainers, dtype):
+def test_repeating_a_step_gives_bitwise_identical_weights(trainers, dtype):
     make, responses = trainers
     (stats, moved), (expected, expected_moved) = step(make(dtype), responses), step(make(dtype), responses)
     assert stats == expected and moved.equal(expected_moved)
@@ -82,7 +82,7 @@ def test_the_reward_on_the_gpu_matches_the_cpu(classifier_folder):
     assert on_gpu.device.type == "cpu" and on_gpu.tolist() == pytest.approx(on_cpu.tolist(), abs=1e-5)
 
 
-def test_two_runs_and_a_resumed_run_give_the_same_bits(tmp_path, demo, without_pictures):
+def test_two_runs_and_a_resumed_run_give_bitwise_identical_weights(tmp_path, demo, without_pictures):
     for name in ("one", "two"):
         assert small_run(tmp_path, "--device", GPU, name=name)[0] == 0
     assert small_run(tmp_path, "--device", GPU, "--episodes", "32", name="short")[0] == 0

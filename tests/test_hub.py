@@ -1,4 +1,4 @@
-"""Downloads from the Hub with the real client, which talks to a small hub on loopback."""
+"""Downloads from the Hub with the real client, which talks to a small hub on localhost."""
 
 import errno
 import importlib
@@ -34,7 +34,7 @@ def hub(published):
 
 @pytest.fixture
 def find(hub, tmp_path, monkeypatch):
-    """A function that finds a model like a new process with these environment variables. find.waited lists sleeps."""
+    """A function that finds a model as a new process with these variables would. find.waited lists the sleeps."""
 
     def find(name="owner/gpt2", check=lambda folder: None, **variables) -> Path:
         for variable in [variable for variable in os.environ if variable.startswith("HF_")]:
@@ -79,7 +79,7 @@ def test_only_the_files_that_loading_needs_are_downloaded_and_only_once(hub, pub
     assert all((folder / name).read_bytes() == (published / name).read_bytes() for name in names(folder))
     hub.requests.clear()
     assert find() == folder == find(HF_HUB_OFFLINE="1") and hub.requests == []
-    for name in {"config.json", "vocab.txt", *(wanted or there[:2])}:  # interrupted download
+    for name in {"config.json", "vocab.txt", *(wanted or there[:2])}:  # as after an interrupted download
         (folder / name).resolve().unlink()
         assert find() == folder and (folder / name).read_bytes() == (published / name).read_bytes()
 
@@ -103,7 +103,7 @@ def test_weights_are_only_downloaded_after_the_small_files_have_passed_the_check
 @pytest.mark.parametrize("missing", ["vocab.txt", "pytorch_model.bin"])
 def test_a_model_without_a_needed_file_is_rejected_before_any_download(hub, published, find, missing):
     (published / missing).unlink()
-    (published / "vocab.json").touch()  # only a vocabulary together with merges.txt
+    (published / "vocab.json").touch()  # is only a vocabulary together with merges.txt
     with pytest.raises(UserError, match="^--model_name owner/gpt2 needs config.json, .* on the Hub are README.md"):
         find()
     assert not hub.fetched()
@@ -129,7 +129,7 @@ FAULTS = [  # (method, part of the path, what the hub does), part of the error
 
 
 @pytest.mark.parametrize(("fault", "line"), FAULTS, ids=[" ".join(map(str, fault[0])) for fault in FAULTS])
-def test_a_failure_of_the_hub_is_a_one_line_error_within_two_minutes(hub, find, fault, line):
+def test_a_hub_failure_gives_a_one_line_error_within_two_minutes(hub, find, fault, line):
     """This assumes the client's default timeout of 10 seconds per request. The next attempt succeeds."""
     faults = []
     hub.fault, hub.on_fault = fault, lambda: faults.append(fault)
@@ -147,7 +147,7 @@ def test_xet_storage_is_not_used(hub, published, find):
     assert (find() / "pytorch_model.bin").read_bytes() == (published / "pytorch_model.bin").read_bytes()
 
 
-def test_an_invalid_name_offline_mode_and_a_full_disk_are_one_line_errors(hub, find, monkeypatch):
+def test_an_invalid_name_offline_mode_and_a_full_disk_give_one_line_errors(hub, find, monkeypatch):
     with pytest.raises(UserError, match="this folder doesn't exist, and it isn't a Hub id"):
         find("./missing")
     with pytest.raises(UserError, match="HF_HUB_OFFLINE"):

@@ -32,7 +32,7 @@ def test_the_coefficient_for_a_budget_matches_the_formula_for_two_rewards():
 
 
 def test_the_budget_is_a_mean_over_prompts():
-    """One of two prompts has only equal scores, so the other can use twice the KL."""
+    """All scores of one prompt are equal, so the other prompt can use twice the KL."""
     scores = torch.cat([gaussian(), torch.full((1000,), 3.0)]).double()
     prompt_index = torch.cat([ONE, ONE + 1])
     assert kl_coef_for(scores, prompt_index, 0.2) == pytest.approx(kl_coef_for(gaussian(), ONE, 0.4), rel=1e-3)
@@ -79,7 +79,7 @@ def test_unsuitable_kl_coefficients_and_noisy_rewards_cause_a_warning(scores, kl
 
 @pytest.mark.parametrize(("unit", "share", "flat"), [(1.0, 0.008, False), (1000.0, 0.006, True)])
 def test_prompts_with_nothing_to_learn_cause_a_warning(unit, share, flat):
-    """All scores together have 0.7 of the first prompt's standard deviation. The second prompt has `share` of it."""
+    """Relative to the first prompt, the standard deviation is `share` for the second prompt and 0.7 for all scores."""
     first = (unit * gaussian(500)).tolist()
     second = (unit * share * gaussian(500)).tolist()
     *_, last = lines([score for pair in zip(first, second) for score in pair], unit, prompts=("好", "坏"))

@@ -1,4 +1,4 @@
-"""What a run loads, in which order, and what its processes compare."""
+"""What a run loads and in which order, and what its processes compare."""
 
 import copy
 import gc
@@ -82,7 +82,7 @@ def test_an_incompatible_reference_is_rejected_before_weights_are_read(
 
 
 def test_a_second_round_of_training_measures_kl_to_the_original(finished, demo, tmp_path, capsys, without_pictures):
-    """This also holds after --resume, with --eval_only and in Python. It is an error if the original was replaced."""
+    """This also holds after --resume, with --eval_only and in Python. Replacing the original is an error."""
     original = shutil.copytree(demo[0], tmp_path / "original")
     flags = ["--model_name", str(finished / "model"), "--reference", str(original), "--frozen_share", "0.5"]
     assert small_run(tmp_path, *flags)[0] == 0
@@ -137,11 +137,11 @@ for model in f"--model_name {PPOConfig.model_name}", f"--reward_model_name {PPOC
     HASHES += [f"the hash of the weights of {model}", f"the hash of the tokenizer of {model}"]
 
 
-def test_another_classifier_changes_only_its_hash_and_another_dtype_changes_none(parts, classifier_folder, tmp_path):
+def test_another_classifier_changes_only_its_own_hash_and_another_dtype_none(parts, classifier_folder, tmp_path):
     before, device = input_hashes(settings(), *parts), torch.device("cpu")
     assert list(before) == HASHES
     parts[2].functions["classifier"] = SentimentReward(classifier_folder, device, torch.bfloat16)
-    assert input_hashes(settings(), *parts) == before  # a run may continue in another dtype
+    assert input_hashes(settings(), *parts) == before  # --eval_only accepts another --dtype
     changed = shutil.copytree(classifier_folder, tmp_path / "changed")
     weights = torch.load(changed / "pytorch_model.bin")
     weights["classifier.bias"][-1] += 1
@@ -150,7 +150,7 @@ def test_another_classifier_changes_only_its_hash_and_another_dtype_changes_none
     after = input_hashes(settings(), *parts)
     assert [name for name in HASHES if after[name] != before[name]] == [HASHES[3]]
     parts[2].columns["answer"] = [1]
-    assert input_hashes(settings(), *parts)[HASHES[0]] != before[HASHES[0]]  # other columns of the file
+    assert input_hashes(settings(), *parts)[HASHES[0]] != before[HASHES[0]]  # other columns of the prompts count, too
 
 
 def test_processes_compare_versions_device_dtype_and_inputs(monkeypatch, gpt2_folder, classifier_folder):

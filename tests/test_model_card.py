@@ -1,4 +1,4 @@
-"""The model card: its metadata as the Hub's library reads it, its text, and its code."""
+"""The model card: its metadata as read by the Hub's library, its text, and its code."""
 
 import json
 import re

@@ -86,14 +86,14 @@ GPT2_FOLDERS = {  # name: (the change to the folder, part of the error, or None 
     "vocabulary too long": (lambda f: (f / "vocab.txt").open("a").write("a\nb\n"), "has 45 tokens, .* model has 43"),
     "vocabulary too short": (lambda f: edit(f, vocab_size=176), "has 43 tokens, but the model has 176"),
     "code for a config": (lambda f: edit(f, model_type="evil", **CODE), "config.json can't be loaded"),
-    "code beside a model": (lambda f: edit(f, **CODE), None),
+    "unneeded code": (lambda f: edit(f, **CODE), None),
     "an attention kernel": (lambda f: edit(f, attn_implementation="evil/kernel"), None),
     "code in weights": (lambda f: torch.save({"a": Evil()}, f / BIN), "can't be loaded"),
     "pointer": (lambda f: (f / BIN).write_bytes(POINTER), f"{BIN} is a git-lfs pointer.*git lfs pull.*hf download`$"),
-    "pointer beside": (lambda f: (f / SAFE).write_bytes(POINTER), f"{SAFE} is a git-lfs.*remove {SAFE} to load {BIN}"),
+    "extra pointer": (lambda f: (f / SAFE).write_bytes(POINTER), f"{SAFE} is a git-lfs.*remove {SAFE} to load {BIN}"),
     "pointer as vocabulary": (lambda f: (f / "vocab.txt").write_bytes(POINTER), "vocab.txt is a git-lfs pointer"),
     "web page": (lambda f: (f / BIN).write_bytes(PAGE), f"{BIN} is a web page"),
-    "broken beside whole": (lambda f: (f / SAFE).write_bytes(b"cut off"), f"; or remove {SAFE} to load {BIN} instead"),
+    "one of two broken": (lambda f: (f / SAFE).write_bytes(b"cut off"), f"; or remove {SAFE} to load {BIN} instead"),
     "adapter": (lambda f: (f / "adapter_config.json").write_text(ADAPTER), "LORA .*uer/gpt2.*merge_and_unload.*remove"),
     "checkpoints": (into("checkpoint-500", "checkpoint-1000"), "no config.json; did you mean .*/checkpoint-1000\\?"),
     "a run": (lambda f: (into("model")(f), (f / "config.json").write_text("{}")), "did you mean .*/model/model\\?"),
@@ -111,7 +111,7 @@ CASES = [("gpt2", *case) for case in GPT2_FOLDERS.values()] + [("bert", *case) f
 
 
 @pytest.mark.parametrize(("kind", "change", "line"), CASES, ids=[*GPT2_FOLDERS, *CLASSIFIER_FOLDERS])
-def test_a_bad_model_folder_is_a_one_line_error_and_runs_no_code(
+def test_a_bad_model_folder_gives_a_one_line_error_and_runs_no_code(
     gpt2_folder, classifier_folder, tmp_path, monkeypatch, kind, change, line
 ):
     good = gpt2_folder if kind == "gpt2" else classifier_folder
@@ -139,7 +139,7 @@ def test_a_published_gpt2_loads_silently_in_float32_with_a_zero_value_head(tmp_p
     assert model.config._attn_implementation == "eager" and model.lm_head.weight is model.transformer.wte.weight
 
 
-def test_apple_gpus_use_eager_attention_and_out_of_memory_does_not_blame_the_files(gpt2_folder):
+def test_apple_gpus_use_eager_attention_and_out_of_memory_is_not_blamed_on_the_files(gpt2_folder):
     config = models.load_gpt2_config(gpt2_folder)
     for device, kind in ("cpu", "sdpa"), ("mps", "eager"):
         model = models.load_weights(GPT2LMHeadModel, gpt2_folder, copy.deepcopy(config), device)
@@ -167,7 +167,7 @@ def test_logits_match_plain_transformers_before_and_after_saving(tmp_path, chang
 
 
 def as_tokenizer_json(folder, named=None):
-    """Replace vocab.txt by a tokenizer.json. `named` is the tokenizer class to write, or None to name no class."""
+    """Replace vocab.txt with a tokenizer.json. named: the tokenizer class in tokenizer_config.json, or None."""
     BertTokenizer.from_pretrained(folder).save_pretrained(folder)
     edit(folder, tokenizer_class=None)
     edit(folder, "tokenizer_config.json", tokenizer_class=named)
@@ -219,12 +219,12 @@ def name_tokens(folder, **names):
 
 
 UNUSED = {
-    "blank last lines": lambda f: add_bytes(f, after=b"\n \n"),
+    "trailing blank lines": lambda f: add_bytes(f, after=b"\n \n"),
     "byte order mark": lambda f: add_bytes(f, before=b"\xef\xbb\xbf"),
     "unused words": lambda f: add_bytes(f, after=b"[unused1]\n[unused2]\n"),
     "an added token": lambda f: name_tokens(f, additional_special_tokens=["<user>"]),
-    "an added end": lambda f: name_tokens(f, eos_token="[EOS]"),
-    "an added padding": lambda f: (name_tokens(f, pad_token="<pad>"), as_tokenizer_json(f, "PreTrainedTokenizerFast")),
+    "an added end token": lambda f: name_tokens(f, eos_token="[EOS]"),
+    "an added pad": lambda f: (name_tokens(f, pad_token="<pad>"), as_tokenizer_json(f, "PreTrainedTokenizerFast")),
     "no [MASK]": lambda f: (f / "vocab.txt").write_text((f / "vocab.txt").read_text().replace("[MASK]", "[unused1]")),
 }
 
@@ -275,10 +275,10 @@ OWN = {  # name: (the change to a folder of a model with 45 tokens, the tokens t
     ),
     "ids in config.json": (in_vocabulary, "[BOS]", "[EOS]"),
     "ids in generation_config.json": (lambda f: in_vocabulary(f, "generation_config.json"), "[BOS]", "[EOS]"),
-    "only an end": (lambda f: name_tokens(f, eos_token="</s>"), "[CLS]", "</s>"),
-    "one for both": (lambda f: name_tokens(f, bos_token="<|end|>", eos_token="<|end|>"), "<|end|>", "<|end|>"),
-    "an end that also pads": (lambda f: name_tokens(f, eos_token="[EOS]", pad_token="[EOS]"), "[CLS]", "[EOS]"),
-    "padding as the end": (lambda f: name_tokens(f, bos_token="[UNK]", eos_token="[PAD]"), "[CLS]", "[SEP]"),
+    "only an end token": (lambda f: name_tokens(f, eos_token="</s>"), "[CLS]", "</s>"),
+    "one token for both": (lambda f: name_tokens(f, bos_token="<|end|>", eos_token="<|end|>"), "<|end|>", "<|end|>"),
+    "an end token that pads": (lambda f: name_tokens(f, eos_token="[EOS]", pad_token="[EOS]"), "[CLS]", "[EOS]"),
+    "[PAD] as end token": (lambda f: name_tokens(f, bos_token="[UNK]", eos_token="[PAD]"), "[CLS]", "[SEP]"),
     "ids of padding": (lambda f: edit(f, bos_token_id=0, eos_token_id=0), "[CLS]", "[SEP]"),
     "ids of words": (lambda f: edit(f, bos_token_id=30, eos_token_id=31), "[CLS]", "[SEP]"),
     "ids of GPT-2": (lambda f: edit(f, bos_token_id=50256, eos_token_id=50256), "[CLS]", "[SEP]"),
@@ -323,7 +323,7 @@ def saved(policy, tmp_path):
 
 
 def test_plain_transformers_opens_a_saved_folder_with_the_runs_settings(saved, capfd):
-    """It doesn't use the library's top-k of 50 or greedy search. [CLS] starts, [SEP] ends and [PAD] pads a text."""
+    """It uses neither the library's top-k of 50 nor greedy search. [CLS] starts, [SEP] ends and [PAD] pads a text."""
     model, _, folder = saved
     capfd.readouterr()
     assert same_logits(model, plain(folder)) and capfd.readouterr().out == ""
@@ -339,7 +339,7 @@ def test_plain_transformers_opens_a_saved_folder_with_the_runs_settings(saved, c
 
 
 def test_a_batch_of_prompts_gives_the_same_completions_as_single_prompts(saved):
-    """Plain transformers completes prompts of different lengths. Other programs find the names of special tokens."""
+    """Plain transformers can complete prompts of different lengths. The names of the special tokens are saved, too."""
     _, _, folder = saved
     tokenizer, model = AutoTokenizer.from_pretrained(folder), plain(folder)
 
@@ -355,7 +355,7 @@ def test_a_batch_of_prompts_gives_the_same_completions_as_single_prompts(saved):
     assert [names[f"{name}_token"] for name in ("bos", "eos", "pad")] == ["[CLS]", "[SEP]", "[PAD]"]
 
 
-def test_the_files_of_a_run_get_the_permissions_of_the_umask(policy, tmp_path, without_pictures):
+def test_the_files_of_a_run_respect_the_umask(policy, tmp_path, without_pictures):
     before = os.umask(0o027)
     try:
         assert tiny_run(tmp_path / "run", policy) == 0
@@ -435,7 +435,7 @@ def test_padding_rows_of_the_embeddings_are_never_sampled(tmp_path):
     assert suppressed == [0, 1, 2, 4, *range(43, 64)]
 
 
-def test_decoded_tokens_are_joined_as_people_write_them():
+def test_decoded_tokens_are_joined_into_natural_text():
     for decoded, text in {
         "[CLS] 刚 收 到 [MASK] 货 [UNK]": "刚收到货",
         "good phone 很 好 用 5 星": "good phone很好用5星",

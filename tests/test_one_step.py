@@ -13,7 +13,7 @@ from tools import one_step
 
 PAGES = ["docs/one_step.md", "docs/one_step.zh.md"]
 HALF = 5e-4  # how far a number with three decimals may be from the exact one
-# Numbers of the whole batch: a pattern of the sentence, and five standard deviations over the seeds 1 to 12. On another
+# Numbers of the whole batch: a regex for the sentence, and five standard deviations over the seeds 1 to 12. On another
 # processor or torch version, the demo models differ slightly and write other texts, as they would with another seed.
 OF_BATCH = {
     "mean score": (r"([\d.]+) on average", 0.2),
@@ -36,7 +36,7 @@ def rows_of(page: str) -> list[list[str]]:
 
 
 def tables_of(name: str) -> list[list[list[float]]]:
-    """Return the columns of one completion in the three tables of tokens."""
+    """Return the columns of the three per-token tables for one completion."""
     rows, tables = rows_of(PAGES[0]), []
     for start in [i for i, row in enumerate(rows) if row[0] == f"**{name}**" and not any(row[1:])]:
         of_tokens = [[float(cell.strip("*")) for cell in row[1:]] for row in takewhile(of_a_token, rows[start + 1 :])]

@@ -36,7 +36,7 @@ TRAIN_FLAGS = {f"--{name}" for name in PPOConfig.__dataclass_fields__} | {"--com
 
 
 def anchors(page: Path) -> set[str]:
-    """What GitHub makes of the headings."""
+    """Return the anchors that GitHub creates for the headings."""
     headings = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {
         re.sub(r"[^\w\- ]", "", re.sub(r"\[(.*?)\]\(.*?\)", r"\1", line)).lower().replace(" ", "-") for line in headings
@@ -44,7 +44,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def links(page: Path) -> list[tuple[str, str]]:
-    """(file, anchor) of the links within the repository, "" for this page or no anchor."""
+    """Return (file, anchor) for each link within the repository. "" means this page, or no anchor."""
     found = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
     return [tuple((link + "#").split("#")[:2]) for link in found if "://" not in link]
 
@@ -82,12 +82,12 @@ RECORD = "import json, os, sys; print(json.dumps([os.environ.get('HF_ENDPOINT'),
 
 
 def command_lines(block: str) -> set[str]:
-    """The lines of a block without comments; a line that ends in a backslash is joined with the next one."""
+    """Return the lines of a block without comments. A line that ends in a backslash is joined with the next one."""
     return {line.strip() for line in re.sub(r" *# .*", "", re.sub(r" *\\\n *", " ", block)).split("\n")}
 
 
 def commands(block: str) -> list[tuple[str | None, list[str]]]:
-    """The commands that a shell starts for a block, with loops unrolled: (HF_ENDPOINT, words)."""
+    """Return the commands that a shell runs for a block, with loops unrolled, as (HF_ENDPOINT, words)."""
     functions = "".join(
         f'{name}() {{ {shlex.quote(sys.executable)} -ISc {shlex.quote(RECORD)} {name} "$@"; }}\n'
         for name in ("python", "hf", "curl", "pip", "modelscope")
@@ -97,7 +97,7 @@ def commands(block: str) -> list[tuple[str | None, list[str]]]:
 
 
 def small(flags: list[str]) -> list[str]:
-    """Flags that make a run of train_ppo.py small, if the command starts one."""
+    """Return flags that make a run of train_ppo.py small, if the command starts one."""
     if {"--help", "--complete"} & set(flags):
         return []
     return ["--episodes", "48"] if "--resume" in flags else [*SMALL, "--episodes", "16"]
@@ -105,14 +105,14 @@ def small(flags: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def typed(tmp_path_factory, finished):
-    """A function that runs a block of shell commands in a folder that has the files the README speaks of.
+    """A function that runs a block of shell commands in a folder with the files that the README mentions.
 
-    A hub on loopback serves the article's models. Every program runs in this process, except `hf`.
+    A hub on localhost serves the article's models. Every program except `hf` runs in this process.
     """
     folder = tmp_path_factory.mktemp("typed")
     published = tmp_path_factory.mktemp("published")
     gpt2, sentiment = write_gpt2(published / "gpt2"), write_classifier(published / "sentiment")
-    vocab = gpt2 / "vocab.txt"  # with the characters of the README's prompts
+    vocab = gpt2 / "vocab.txt"  # must have the characters of the README's prompts
     vocab.write_text(vocab.read_text(encoding="utf-8").replace("苹", "部"), encoding="utf-8")
     models = {"uer/gpt2-chinese-cluecorpussmall": gpt2, "uer/roberta-base-finetuned-jd-binary-chinese": sentiment}
     models |= {"hfl/chinese-roberta-wwm-ext": sentiment}
@@ -153,7 +153,7 @@ def typed(tmp_path_factory, finished):
 
 
 def call(program: str, words: list[str]) -> int | None:
-    if program in ("curl", "pip", "modelscope"):  # their files are there
+    if program in ("curl", "pip", "modelscope"):  # their files exist already
         return 0
     if program == "hf":
         return subprocess.run([sys.executable, "-m", "huggingface_hub.cli.hf", *words], check=True).returncode
@@ -169,7 +169,7 @@ def call(program: str, words: list[str]) -> int | None:
         return end.code
 
 
-MAKES = {  # a page and a word that only one of its blocks has: files that its commands leave, and how many
+MAKES = {  # (page, a word that only one of its blocks has): {files that its commands create: how many}
     ("README.md", "HF_ENDPOINT"): {"runs/2*/report.md": 3, "runs/2*/model/model.safetensors": 3},
     ("README.zh.md", "modelscope"): {"runs/2*/report.md": 1},
     ("README.md", "for lr in"): {"runs/lr-*/report.md": 2, "compare.png": 1, "compare.md": 1},
@@ -196,7 +196,7 @@ def test_a_block_runs_as_pasted(typed, page, word, capfd):
     for path in [Path(path) for pattern in ("runs/2*", *MAKES[page, word]) for path in glob.glob(pattern)]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     (block,) = [block for block in code_blocks(page, "bash") if word in block]
-    block = re.sub(".*--against.*\n", "", block)  # 64 samples are too few to know a gain
+    block = re.sub(".*--against.*\n", "", block)  # 64 samples are too few to estimate a gain
     for loop, shorter in ((" 3e-5 1e-4 3e-4", " 3e-5 1e-4"), (" 1 4 16", " 1 4"), (" 1 2 3", " 1")):
         block = block.replace("in" + loop, "in" + shorter)
     run(block)
@@ -204,7 +204,7 @@ def test_a_block_runs_as_pasted(typed, page, word, capfd):
     for pattern, number in MAKES[page, word].items():
         assert len(glob.glob(pattern)) == number, pattern
     if word == "HF_ENDPOINT":
-        assert hub.fetched().count("config.json") == 2  # one for each model: the second run makes no request
+        assert hub.fetched().count("config.json") == 2  # one for each model: later runs download nothing
     if word == "--prompts_file":
         assert "--lr" in printed and "step 1/1" in printed
     if word == "--complete":
@@ -218,8 +218,8 @@ def test_a_block_runs_as_pasted(typed, page, word, capfd):
 
 @pytest.mark.parametrize("page", READMES)
 def test_every_block_of_a_readme_is_run(page):
-    """The blocks that create an environment are run by .ci/run. A block may be run from the README in the other
-    language, if that has all its commands."""
+    """The blocks that create an environment are run by .ci/run. It is enough to run a block from one README if that
+    contains all commands of the block in the other language."""
     run = [command_lines(block) for page, word in MAKES for block in code_blocks(page, "bash") if word in block]
     for block in code_blocks(page, "bash"):
         assert block.startswith("python3 -m venv") or sum(word in block for _, word in MAKES) == 1, block

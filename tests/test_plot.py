@@ -83,7 +83,7 @@ def test_the_reward_is_smoothed_over_a_tenth_of_the_run_and_the_legend_shows_bot
 
 
 def test_runs_that_only_differ_in_the_seed_are_drawn_as_mean_and_standard_deviation(tmp_path, figures):
-    """The curves are at 0.2, at 0.4 and, after smoothing, at 0.9, 1, 1, 0.9. In the middle their mean is 1.6 / 3, and
+    """The curves are at 0.2, at 0.4 and, after smoothing, at 0.9, 1, 1, 0.9. In the middle, their mean is 1.6 / 3 and
     their variance 0.52 / 3. The histogram shows the scores 0.26, 0.99, -2 and 6 in 40 bins of width 0.2."""
     rewards = [0.2, 0.4, np.array([0.9, 1.2, 0.9, 0.9])]
     runs = [write_run(tmp_path / f"{m}", 4, i, settings={"seed": i}, **{MEAN: m}) for i, m in enumerate(rewards)]
@@ -136,7 +136,7 @@ def test_the_reward_kl_plane_shows_what_is_known(tmp_path, figures):
     }
 
 
-def test_each_run_has_its_colour_and_what_several_share_is_drawn_once_in_black(tmp_path, figures):
+def test_each_run_has_its_own_colour_and_shared_points_are_drawn_once_in_black(tmp_path, figures):
     """Runs of the same models have the same frontier, drafts, start and limit, up to rounding."""
     runs = [write_run(tmp_path / name, steps, seed=steps) for name, steps in (("a", 30), ("b", 7), ("c", 3))]
     rounded = json.loads(json.dumps(WHOLE))
@@ -154,7 +154,7 @@ def test_each_run_has_its_colour_and_what_several_share_is_drawn_once_in_black(t
             assert points(line) == np.stack([metrics[number]["step"], metrics[number][column]], 1).tolist()
             assert line.get_color() == colours[number]
     assert words(drawn["time"].get_legend()) == ["sample", "score", "ppo"] and not drawn[REWARD].collections
-    assert drawn[HISTOGRAM].patches[0].get_data().edges[[0, -1]].tolist() == [0, 1]  # not the range of the rewards
+    assert drawn[HISTOGRAM].patches[0].get_data().edges[[0, -1]].tolist() == [0, 1]  # wider than the rewards' range
     of_third = {"best possible": 1, "best of n drafts": 0, "before": 1, "the limit at this beta": 0}
     for label, number in of_third.items():
         assert [line.get_color() for line in lines(drawn[PLANE], label)] == ["black", *colours[2:] * number]
@@ -183,7 +183,7 @@ def test_the_gain_is_drawn_against_a_setting_with_its_standard_error_over_seeds(
 
 
 def test_runs_without_a_step_are_left_out_if_other_runs_have_steps(tmp_path, figures, capsys, monkeypatch):
-    """A failed attempt leaves a folder behind, which is often the newest."""
+    """A failed attempt leaves a folder behind, often the newest one."""
     monkeypatch.chdir(tmp_path)
     runs = [write_run(tmp_path / "runs" / name, 2, settings={"lr": lr}) for name, lr in (("a", 1e-4), ("b", 2e-4))]
     failed = tmp_path / "runs" / "failed"
@@ -198,7 +198,7 @@ def test_runs_without_a_step_are_left_out_if_other_runs_have_steps(tmp_path, fig
 
 @pytest.fixture
 def chinese_font(monkeypatch):
-    """Fakes a machine with or without a Chinese font: chinese_font(fonts that matplotlib knows, new fonts on disk)."""
+    """A function that fakes the fonts of a machine: those that matplotlib knows, and new ones on the disk."""
 
     def pretend(known=(), found=()):
         names = ["DejaVu Sans", *known]
@@ -216,7 +216,7 @@ def chinese_font(monkeypatch):
 
 
 def test_all_pictures_can_be_labelled_in_chinese(tmp_path, figures, chinese_font):
-    """Only names of settings and runs and a few technical terms stay in Latin letters."""
+    """Only the names of settings and runs and a few technical terms stay in Latin letters."""
     runs = []
     for lr, seed in (3e-5, 1), (3e-5, 2), (1.5e-4, 1), (1.5e-4, 2):
         metrics, settings = {MEAN: 0.5, "reward/评委": 0.5}, {"lr": lr, "seed": seed}
@@ -232,7 +232,7 @@ def test_all_pictures_can_be_labelled_in_chinese(tmp_path, figures, chinese_font
     assert latin == {"KL", "nat", "beta", "best", "of", "token", "PPO", "gain", "lr"}
     assert set(CHINESE.values()) <= texts
     assert {"全部，4 次训练", "lr 3e-05，2 次训练：奖励 0.50 → 0.50"} <= texts
-    assert [axes.get_xscale() for axes in figures[-2][0].axes] == ["log"]  # 1.5e-4 / 3e-5 is below 5 by rounding
+    assert [axes.get_xscale() for axes in figures[-2][0].axes] == ["log"]  # rounding puts 1.5e-4 / 3e-5 just below 5
 
 
 def test_a_newly_installed_chinese_font_is_found_and_a_missing_one_is_reported(tmp_path, figures, chinese_font, capsys):
@@ -299,7 +299,7 @@ HEADER = f"step,episodes,{MEAN},{STD},objective/kl"
         ("run", "evaluation.json", "{", "evaluation.json is damaged"),
     ],
 )
-def test_unusable_flags_and_files_are_one_line_errors(tmp_path, flags, file, content, said, capsys):
+def test_unusable_flags_and_files_give_one_line_errors(tmp_path, flags, file, content, said, capsys):
     run = write_run(tmp_path / "run", 2)
     if file:
         (run / file).write_text(content)

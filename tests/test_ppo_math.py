@@ -1,4 +1,4 @@
-"""The mathematics of ppo.py, checked against numbers computed by hand and loops in NumPy float64."""
+"""The mathematics of ppo.py, checked against numbers computed by hand and float64 loops in NumPy."""
 
 import math
 
@@ -137,7 +137,7 @@ def test_advantages_match_the_sum_that_defines_them(gamma, lam):
     ("ratio", "advantage", "loss", "clipped", "gradient"),
     [
         (1.5, 1, -1.2, 1, 0),
-        (1.5, -1, 1.5, 0, 1.5),  # never clipped, because the ratio is high in spite of a negative advantage
+        (1.5, -1, 1.5, 0, 1.5),  # never clipped: a high ratio with a negative advantage
         (0.5, 1, -0.5, 0, -0.5),
         (0.5, -2, 1.6, 1, 0),
         (1.1, 2, -2.2, 0, -2.2),
@@ -208,9 +208,9 @@ def test_polynomial_average_by_hand(power, expected):
         ([-1, -1, 1, 1], 99, 2.5),  # a standard deviation of 1, which is just above kl_coef / 100
         ([-1, -1, 1, 1], 101, 252.5),  # just below it; the mean is 0, so the coefficient is used
         ([5, 5, 5], 0.2, 0.5),  # no spread
-        ([1e6, 1e6 + 1], 0.2, 1.25),  # some spread in spite of an offset
+        ([1e6, 1e6 + 1], 0.2, 1.25),  # some spread despite a large offset
         ([1e7, 1e7 + 1], 0.2, 0.5),  # the spread is only rounding
-        ([0, 0], 0.2, 0.5),  # such as a word that hasn't occurred yet
+        ([0, 0], 0.2, 0.5),  # for example, the reward counts a word that hasn't occurred yet
         ([0.3], 0.2, 0.5),
         ([0, 0], 0, 1),
     ],

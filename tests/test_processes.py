@@ -122,7 +122,7 @@ def test_only_errors_of_gloo_and_nccl_mean_a_lost_process(monkeypatch):
 
 
 def test_processes_that_cannot_connect_get_a_one_line_error(monkeypatch, capsys):
-    """Nothing listens at the address of rank 0."""
+    """Nothing listens on the address of rank 0."""
     monkeypatch.setattr(PPOConfig, "process_timeout", 0.5)
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
@@ -140,7 +140,7 @@ def test_output_is_line_buffered_and_a_closed_pipe_does_not_stop_the_program():
         "sys.exit(7)\n"
     )
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="ascii")
-    pipes["env"] = os.environ | {"PYTHONIOENCODING": "ascii"}  # like a console without Chinese
+    pipes["env"] = os.environ | {"PYTHONIOENCODING": "ascii"}  # like a console that can't print Chinese
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, **pipes) as process:
         assert process.stdout.readline() == "first\n"
         process.stdout.close()

@@ -1,4 +1,4 @@
-"""Your own training loop in Python."""
+"""The Python API, for your own training loop."""
 
 import copy
 import math
@@ -157,8 +157,8 @@ def test_decode_returns_the_encoded_texts(trainer):
 
 
 def test_fit_kl_coef_finds_the_coefficient_and_the_first_step_uses_it(trainer):
-    """Rewards are b with probability p, otherwise a. The best policy at a KL of 0.1 nats has b with the probability q
-    that solves q log(q/p) + (1 - q) log((1 - q) / (1 - p)) = 0.1, and beta = (b - a) / (logit(q) - logit(p))."""
+    """A reward is b with probability p and a otherwise. For the best policy at a KL of 0.1, it is b with probability
+    q, where q log(q/p) + (1 - q) log((1 - q) / (1 - p)) = 0.1, and beta = (b - a) / (logit(q) - logit(p))."""
 
     def reward(texts):
         return [30.0 * ("!" in text) for text in texts]

@@ -1,4 +1,4 @@
-"""Rankings: entering, saving and reading them, and training a reward model on them that PPO can use."""
+"""Rankings: entering, saving and reading them, and using them to train a reward model that PPO can use."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def test_an_answer_that_does_not_name_each_number_once_is_rejected(answer):
 
 @pytest.fixture
 def session(gpt2_folder, tmp_path, monkeypatch, capsys):
-    """A function that runs the tool with typed lines, then closes the terminal. It returns the sets that were shown."""
+    """A function that types lines into the tool, then raises `error`. It returns the sets of texts that were shown."""
 
     def run(*lines, error=EOFError, out="rankings.jsonl", prompts=("刚收到货,感觉", "衣服")):
         answers = iter(lines)
@@ -75,11 +75,11 @@ def test_a_session_is_saved_and_the_next_one_shows_new_sets(session, tmp_path, c
     assert {"seed", "model", "time"} < found[0].keys()
 
     before = path.read_bytes()
-    path.write_bytes(before + before[:40])  # the terminal was closed in the middle of a line
+    path.write_bytes(before + before[:40])  # as if killed in the middle of a line
     second = session("1 2 3 4", "q")
     assert path.read_bytes().startswith(before) and len(lines(path)) == 5
     shown = {tuple(texts) for texts in first + second}
-    assert len(shown) == 6 and second[0] == first[6]  # the one that was open when the terminal was closed
+    assert len(shown) == 6 and second[0] == first[6]  # the set on screen when the first session ended
     path.write_bytes(path.read_bytes().rstrip(b"\n"))  # as some editors do
     session("1 2 3 4")
     assert len(lines(path)) == 6
@@ -117,7 +117,7 @@ GOOD = '{"prompt": "a", "texts": ["b", "c"]}\n'
         ("好评\n", "line 2 of .*at least two texts"),
     ],
 )
-def test_an_unusable_ranking_is_an_error_with_its_line_number(tmp_path, content, said):
+def test_an_unusable_ranking_gives_an_error_with_its_line_number(tmp_path, content, said):
     path = tmp_path / "rankings.jsonl"
     path.write_text(GOOD + content, encoding="utf-8")
     with pytest.raises(UserError, match=said):
@@ -169,7 +169,7 @@ def test_accuracy_is_a_mean_over_rankings_with_its_standard_error():
 
 
 def test_the_whole_pipeline_from_rankings_to_a_trained_policy(tmp_path, demo, monkeypatch, capsys, without_pictures):
-    """Uses the demo models. The classifier simulates the person who ranks, and is the judge of the run."""
+    """Uses the demo models. The classifier simulates the person who ranks texts, and is the judge of the run."""
     monkeypatch.chdir(tmp_path)
     rank.main("--model_name demo --judge demo --simulate 40".split())
     assert sum(not record["skipped"] for record in lines(tmp_path / "rankings.jsonl")) == 40

@@ -1,4 +1,4 @@
-"""report.md of run folders made by hand and of small runs, and Markdown."""
+"""report.md for hand-made run folders and for small runs, and Markdown formatting."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ STARTS = [
 
 
 def test_a_report_shows_the_results_of_the_run_and_how_it_was_made(tmp_path, monkeypatch):
-    """The steps take 65.6 seconds. The slow first one doesn't change the median. The second start changed nothing."""
+    """The steps take 65.6 seconds. The slow first one doesn't affect the median. The second start is like the first."""
     run = tmp_path / "my_run"
     run.mkdir()
     save_config(PPOConfig(preset="demo", lr=2e-4, run_name="my_run"), run / "config.json")
@@ -81,7 +81,7 @@ def by_prompt(rewards: dict[str, tuple], n=200, beta=0.5) -> Results:
 
 
 def test_the_prompts_table_shows_reward_kl_and_gain_of_each_prompt():
-    """With rewards 0 and 1, J is 0.5 before and at most 0.5 log((1 + e^2) / 2) = 0.717. 0.9 at 0.4 nats is J 0.7."""
+    """With rewards 0 and 1, J is 0.5 before and at most 0.5 log((1 + e^2) / 2) = 0.717. R 0.9 at KL 0.4 is J 0.7."""
     results = by_prompt({"bad": ((0.0, 1.0), 0.5, 0.2), "flat": ((0.3, 0.3), 0.3, 0.0), "good": ((0.0, 1.0), 0.9, 0.4)})
     assert [(each["prompt"], each["n"]) for each in results.by_prompt] == [("good", 200), ("flat", 200), ("bad", 200)]
     good, flat, bad = results.by_prompt
@@ -119,13 +119,13 @@ def test_the_report_names_the_end_token_and_shows_large_and_tiny_rewards(tmp_pat
 
 
 def test_special_characters_of_a_text_are_escaped_in_markdown():
-    """A backslash precedes what would start markup, HTML, an entity or a new cell. Whitespace becomes one space."""
+    """A backslash escapes whatever starts markup, HTML, an entity or a new cell. Whitespace becomes one space."""
     text = "a *b* _c_ `d` [e](f) ![g](h) <i> &lt; ~~j~~ | k\\\n\u2028 # l\x1b[0m init_kl_coef __m__"
     shown = r"a \*b\* \_c\_ \`d\` \[e](f) !\[g](h) \<i> \&lt; \~\~j\~\~ \| k\\ # l\\x1b\[0m init_kl_coef \_\_m\_\_"
     assert in_markdown(text) == shown
 
 
-def test_a_table_is_aligned_if_chinese_characters_are_two_columns_wide():
+def test_a_table_is_aligned_with_chinese_characters_two_columns_wide():
     assert table(["", "b"], [["感觉", "1|"], ["x", ""]]).split("\n") == [
         "|      | b   |",
         "| ---- | --- |",

@@ -65,7 +65,7 @@ def copied(finished, tmp_path):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory, gpt2_folder):
-    """A policy, a finished run of three steps, and copies of the run folder as a kill at each flush would leave it."""
+    """A policy, a finished run of three steps, and the run folder as it would be after a kill at each flush."""
     policy, runs_dir, copies, fsync = load_gpt2(gpt2_folder), tmp_path_factory.mktemp("runs"), [], os.fsync
 
     def copying(descriptor):
@@ -80,7 +80,7 @@ def killed(tmp_path_factory, gpt2_folder):
 
 
 def test_a_run_killed_at_any_flush_can_be_resumed_with_the_same_result(killed, tmp_path):
-    """Each set of files that existed at some time is tested once. Without config.json, the run hasn't started."""
+    """Each set of files that existed at some point is tested once. Without config.json, the run hasn't started."""
     policy, whole, copies = killed
     seen = set()
     different = {tuple(sorted(path.relative_to(copy) for path in copy.rglob("*"))): copy for copy in copies}
@@ -99,7 +99,7 @@ def test_a_run_killed_at_any_flush_can_be_resumed_with_the_same_result(killed, t
 
 @pytest.mark.parametrize("kept", [1, 100])
 def test_a_run_killed_while_writing_a_log_can_be_resumed_with_the_same_result(killed, tmp_path, kept):
-    """kept: how many bytes were written about the first step after the checkpoint."""
+    """kept: how many bytes of the first step after the checkpoint were written."""
     policy, whole, copies = killed
     first = next(copy for copy in copies if (copy / "checkpoints" / "step-000002").exists())
     run_dir = shutil.copytree(first, tmp_path / "run")
@@ -111,7 +111,7 @@ def test_a_run_killed_while_writing_a_log_can_be_resumed_with_the_same_result(ki
 
 @pytest.mark.parametrize("failing", range(0, 50, 20))
 def test_a_full_disk_loses_nothing(killed, tmp_path, monkeypatch, failing):
-    """The error comes at the flush of any file. With free space again, the run can be resumed with the same result."""
+    """The disk is full from some flush on. Once there is space again, the run can be resumed with the same result."""
     policy, whole, _ = killed
     run_dir, flushes, fsync = tmp_path / "run", [], os.fsync
 
@@ -153,7 +153,7 @@ HEADER = "step,episodes,env/reward_mean,objective/kl"
 @pytest.mark.parametrize(
     ("name", "content"), [("metrics.csv", f"{HEADER}\n2,32,0,0,0\n"), ("samples.jsonl", '{"step": 1}\n{}\n')]
 )
-def test_a_damaged_log_is_an_error_and_both_logs_stay_unchanged(tmp_path, name, content):
+def test_a_damaged_log_gives_an_error_and_both_logs_stay_unchanged(tmp_path, name, content):
     (tmp_path / "metrics.csv").write_text(f"{HEADER}\n1,16,0,0\n9,16,0,0\n")
     (tmp_path / "samples.jsonl").write_text('{"step": 1}\n{"step": 9}\n')
     (tmp_path / name).write_text(content)
@@ -186,7 +186,7 @@ def test_logs_are_on_disk_before_the_checkpoint_that_depends_on_them(policy, tmp
 
 
 @pytest.mark.parametrize("removed", [["checkpoints/*"], ["checkpoints", "model"]])
-def test_a_run_that_lost_its_checkpoints_does_not_start_again(killed, tmp_path, removed):
+def test_a_run_that_lost_its_checkpoints_does_not_start_over(killed, tmp_path, removed):
     run_dir = shutil.copytree(killed[1], tmp_path / "run")
     for path in [path for name in removed for path in run_dir.glob(name)]:
         remove(path)
@@ -219,7 +219,7 @@ def test_settings_that_do_not_affect_the_result_can_be_changed_on_resume(copied,
     assert read_json(copied / "evaluation.json")["before"]["ref_logprob"] == -99
 
 
-def test_an_extended_run_equals_one_that_was_as_long_from_the_start(policy, tmp_path):
+def test_an_extended_run_matches_a_run_of_that_length(policy, tmp_path):
     """The coefficient that --kl_budget found is not reset."""
     run_dir, changes = tmp_path / "run", dict(kl_budget=0.1, kl_controller="adaptive", target=0.01, horizon=20)
     assert tiny_run(run_dir, policy, eval_samples=64, **changes) == 0
@@ -230,7 +230,7 @@ def test_an_extended_run_equals_one_that_was_as_long_from_the_start(policy, tmp_
     assert differences(tmp_path / "long", run_dir) == [] and weights(run_dir) != short
 
 
-def test_a_finished_run_is_not_changed_and_missing_output_is_made_again(finished, copied, capsys, monkeypatch):
+def test_a_finished_run_is_not_changed_and_missing_output_is_recreated(finished, copied, capsys, monkeypatch):
     before, timeouts = contents(copied), []
     monkeypatch.setattr("support.compute.processes.set_timeout", timeouts.append)
     assert main(["--resume", str(copied), *flags(WHEN_GOING_ON - {"episodes"})]) == 0
@@ -243,11 +243,11 @@ def test_a_finished_run_is_not_changed_and_missing_output_is_made_again(finished
 
 
 def test_unnamed_runs_started_in_the_same_second_get_different_folders(policy, tmp_path):
-    """A name given by the user is never changed."""
+    """A name that the user gave is never changed."""
     for name, refused in ((None, contextlib.nullcontext()), ("mine", pytest.raises(UserError, match="mine exists"))):
         trainer = make(policy, runs_dir=str(tmp_path), run_name=name)
         path = new_run_folder(trainer.config)
-        path.mkdir()  # by another run
+        path.mkdir()  # created by another run
         with refused, RunFolder.create(path, trainer, {}, []) as folder:
             assert trainer.config.run_name == folder.path.name != path.name and folder.path.is_dir()
 
@@ -286,7 +286,7 @@ def test_a_running_run_is_locked_and_a_stale_lock_is_ignored(finished, copied, c
     assert main(["--eval_only", str(copied)]) == 2 and "is not what" in capsys.readouterr().err
 
 
-def test_changed_inputs_are_an_error_that_names_them_and_nothing_changes(killed, tmp_path):
+def test_changed_inputs_give_an_error_that_names_them_and_nothing_is_written(killed, tmp_path):
     policy, run_dir = killed[0], tmp_path / "run"
     used = {"the weights": "1", "the prompts": "2", "--model_name demo": "3"}
     assert tiny_run(run_dir, policy, inputs=used) == 0
@@ -340,8 +340,8 @@ def test_environment_jsonl_records_each_start_of_a_run(killed, tmp_path, monkeyp
     assert starts[0] == starts[1] and (starts[0]["device"], starts[0]["dtype"]) == ("cpu", "float32")
 
 
-def test_an_extended_run_that_was_stopped_is_not_finished(killed, tmp_path, monkeypatch):
-    """It stops in training or before the last file is written. The files from its first end still exist."""
+def test_an_extended_run_that_was_stopped_does_not_count_as_finished(killed, tmp_path, monkeypatch):
+    """It is stopped in training, or before the last file is written. Files from when it first finished still exist."""
     for stopped in "ppo.PPOTrainer.step", "train_ppo.finish":
         run_dir = shutil.copytree(killed[1], tmp_path / stopped)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

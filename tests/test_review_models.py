@@ -31,7 +31,7 @@ SMALL = {
 
 
 def test_the_tool_trains_models_that_the_program_can_open(tmp_path, monkeypatch, capsys):
-    """Both models are better than chance: 50%, and log(vocabulary) nats per token. A random thirtieth is held out."""
+    """Both models beat chance: 50%, and log(vocabulary) nats per token. A random thirtieth is held out."""
     draw = random.Random(3)
     reviews = dict(demo_models.write_review(draw) for _ in range(800))
     by_label = sorted(reviews.items(), key=lambda review: review[1])
@@ -78,7 +78,7 @@ def test_evaluation_weights_all_tokens_or_texts_equally_and_ignores_padding(name
     draw = random.Random(0)
     examples = [([draw.randrange(1, 20) for _ in range(2 + i % 14)], i % 2) for i in range(100)]
     lengths = [mask.sum(1) for _, mask, _ in batches(examples * 9, draw)]
-    assert all(n.max() - n.min() <= 3 for n in lengths)  # similar lengths together
+    assert all(n.max() - n.min() <= 3 for n in lengths)  # texts of similar length share a batch
     assert (means := [n.double().mean() for n in lengths]) != sorted(means)  # not sorted by length
     with torch.no_grad():
         logits = [model(input_ids=torch.tensor([ids])).logits[0] for ids, _ in examples]
@@ -115,7 +115,7 @@ def test_the_vocabulary_has_every_piece_of_every_text_in_a_fixed_order(tmp_path)
     assert (tmp_path / "vocab.txt").read_text(encoding="utf-8").splitlines() == expected
 
 
-def test_an_unusable_file_is_a_one_line_error_and_nothing_is_written(tmp_path, capsys):
+def test_an_unusable_file_gives_a_one_line_error_and_nothing_is_written(tmp_path, capsys):
     lines, file = "label,review\n" + "".join(f"{i % 2},第{i}条很好\n" for i in range(100)), tmp_path / "reviews.csv"
     for content, line in (
         (lines.removesuffix("1,第99条很好\n"), "has 99 different reviews; at least 100"),

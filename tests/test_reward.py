@@ -44,7 +44,7 @@ CLEAN = [*TEXTS[:4], "很差", *TEXTS[5:]]  # special tokens and spaces are igno
 )
 def test_scores_are_probabilities_of_the_positive_label_in_the_order_of_the_texts(tmp_path, labels, named, positive):
     folder = write_classifier(tmp_path / "s", labels)
-    # For several labels, the pipeline would choose a sigmoid because of this field
+    # Because of this field, the pipeline would choose a sigmoid
     change_json(folder / "config.json", problem_type="multi_label_classification", function_to_apply="none")
     expected = [probabilities(folder, text)[positive] for text in CLEAN]
     scores = SentimentReward(folder, "cpu", batch_size=2, positive_label=named)(TEXTS)
@@ -54,7 +54,7 @@ def test_scores_are_probabilities_of_the_positive_label_in_the_order_of_the_text
 
 @pytest.mark.parametrize(("limit", "kept"), [(None, 46), (20, 18)])
 def test_long_texts_are_truncated_to_the_limit_of_the_model_or_tokenizer(tmp_path, limit, kept):
-    """The model has 48 positions, two of them for [CLS] and [SEP]. A tokenizer without a limit says 1e30."""
+    """The model has 48 positions, two of them for [CLS] and [SEP]. A tokenizer without a limit has 1e30."""
     folder = write_classifier(tmp_path / "s")
     change_json(folder / "tokenizer_config.json", model_max_length=limit or int(1e30))
     text = ("很好差书" * 100)[: kept + 1]
@@ -76,7 +76,7 @@ UNCLEAR += [["Very Negative", "Negative", "Neutral", "Positive", "Very Positive"
 @pytest.mark.parametrize(
     ("labels", "wanted"), [*((labels, None) for labels in UNCLEAR), (UNCLEAR[0], "label_0"), (["LABEL_0"], "happy")]
 )
-def test_an_ambiguous_positive_label_is_an_error_that_lists_all_labels(labels, wanted):
+def test_an_ambiguous_positive_label_gives_an_error_that_lists_all_labels(labels, wanted):
     with pytest.raises(UserError) as error:
         find_positive_label(labels, wanted)
     assert all(repr(label) in str(error.value) for label in labels)
@@ -135,7 +135,7 @@ def test_classifiers_of_other_families_can_score_texts(tmp_path, kind, tokenizer
 
 @pytest.mark.parametrize(("kind", "pad", "kept"), [("roberta", 1, 44), ("roberta", 0, 45), ("mpnet", 1, 44)])
 def test_long_texts_are_truncated_to_the_positions_that_the_roberta_family_uses(tmp_path, kind, pad, kept):
-    """There are 48 positions. Tokens start at the one after the padding's, and two are for [CLS] and [SEP]."""
+    """There are 48 positions. The first token comes after the padding position, and two are for [CLS] and [SEP]."""
     model, folder = write_other(tmp_path / "s", kind, pad_token_id=pad)
     text = ("很好差书" * 20)[: kept + 1]
     expected = scores_one_by_one(model, [text[:kept]])
@@ -147,7 +147,7 @@ DECODERS = [("gpt2", DECODER, {}), ("gpt2", DECODER, LEFT), ("gpt2", DECODER | {
 DECODERS += [("qwen2", {"num_key_value_heads": 1}, LEFT)]
 
 
-@pytest.mark.parametrize(("kind", "changes", "tokenizer"), DECODERS, ids=["", "left", "other padding", "qwen2"])
+@pytest.mark.parametrize(("kind", "changes", "tokenizer"), DECODERS, ids=["right", "left", "other padding", "qwen2"])
 def test_a_decoder_scores_a_text_in_a_batch_like_a_single_text(tmp_path, kind, changes, tokenizer):
     names = {"model_input_names": ["input_ids", "attention_mask"]}
     model, folder = write_other(tmp_path / "s", kind, tokenizer | names, **changes)
@@ -200,13 +200,13 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("result", NUMBERS)
-def test_scores_can_be_numbers_in_any_usual_form(result):
+def test_scores_can_be_numbers_in_any_common_form(result):
     scores = score_texts(lambda texts: result, ["a", "b"])
     assert torch.equal(scores, torch.tensor([0.5, 1.0])) and scores.dtype == torch.float32
 
 
 @pytest.mark.parametrize(("result", "said"), REFUSED)
-def test_invalid_scores_are_an_error_that_shows_the_text(result, said):
+def test_invalid_scores_give_an_error_that_shows_the_text(result, said):
     with pytest.raises(RewardError) as error:
         score_texts(lambda texts: result, ["好评", "差评"])
     assert str(error.value).startswith(f"the reward function returned {said}") and "\n" not in str(error.value)
@@ -271,7 +271,7 @@ def rewards(tmp_path, monkeypatch):
             path = tmp_path / f"{name.replace('__in__', '/')}.py"
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)
-            os.utime(path, (1, 1))  # Python compares whole seconds and the size
+            os.utime(path, (1, 1))  # Python only compares whole seconds and the file size
 
     yield write
     for name in set(sys.modules) - before:
@@ -305,7 +305,7 @@ IN_CALL = "def score(texts):\n    from own_words import WORTH\n    return [WORTH
     ],
 )
 def test_an_edited_reward_is_executed_again(rewards, spec, sources, edited):
-    """The edited file is the reward or a module that it imports. This also works after an edit with a mistake."""
+    """The edited file is the reward or a module that it imports. This also works after an edit that fails."""
     rewards(**sources)
     assert import_function(spec)(["a"]) == [1]
     rewards(**edited)

@@ -1,4 +1,4 @@
-"""The policy, sampling and shared prompts agree with plain forward passes of single sequences.
+"""The policy, sampling and shared prompts match plain forward passes of single sequences.
 
 The models compute in float64 here. Two correct computations of a logit differ by at most 1e-12 (about 4,000 roundings
 of 2^-53), and a wrong one differs by far more than 1e-9, on any processor.
@@ -90,7 +90,7 @@ def test_shared_prompts_give_the_same_logits_and_values_as_single_sequences(poli
 
 
 def test_the_gradient_of_shared_prompts_is_summed_in_float32():
-    """Summed one by one in bfloat16, 1,024 gradients would be about 4% off. Here, one rounding of 2^-8 remains."""
+    """Summed one by one in bfloat16, 1,024 gradients would be about 4% off. Here, only one rounding of 2^-8 remains."""
     prompts = b.Prompts(torch.zeros(3, 2, dtype=torch.int64), None, torch.arange(3072) % 3)
     states = torch.randn(3, 2, 8, dtype=torch.bfloat16, requires_grad=True)
     gradient = torch.rand(3072, 2, 8).bfloat16()
@@ -101,8 +101,8 @@ def test_the_gradient_of_shared_prompts_is_summed_in_float32():
     assert ((states.grad - exact).norm() / exact.norm()) < 2**-8 + 1024 * 2**-24
 
 
-def test_gradients_are_the_same_to_the_bit_every_time(policy):
-    """This holds on several threads, and if the gradients of many completions are summed at one prompt."""
+def test_gradients_are_bitwise_reproducible(policy):
+    """The gradients of many completions are summed at one prompt. OMP_NUM_THREADS sets the number of threads."""
     texts = [PROMPTS[0]] * 256
     completions = completions_of(policy[1], texts, draw(policy, texts))
     gradients = []
@@ -185,7 +185,7 @@ def test_sampling_picks_the_first_token_whose_cumulative_probability_exceeds_the
     assert draw(always(policy, logits), ["衣服"], uniforms=torch.tensor([draws])).tolist() == [expected]
 
 
-def test_the_largest_random_number_gives_a_valid_token_in_spite_of_rounding(policy):
+def test_the_largest_random_number_gives_a_valid_token_despite_rounding(policy):
     """Probabilities in float32 rarely add up to exactly 1, and often to less than the largest random number."""
     texts = [first + second for first in "刚收到货感觉很不错好" for second in "评差质量快递物流"]
     responses = draw(policy, texts, uniforms=torch.full((len(texts), 4), LAST))
@@ -193,7 +193,7 @@ def test_the_largest_random_number_gives_a_valid_token_in_spite_of_rounding(poli
 
 
 def test_sampling_stops_once_all_completions_have_ended(policy):
-    """Of thirty tokens, one completion ends at the third and the other at the tenth."""
+    """One completion ends at the third of thirty tokens and the other at the tenth."""
     policy, calls = always(policy, dict.fromkeys([3, 5, 6, 7], 0.0)), []
     policy[0].lm_head.register_forward_hook(lambda *_: calls.append(1))
     draws = torch.full((2, 30), 0.3)

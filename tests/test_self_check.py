@@ -21,7 +21,7 @@ def without_padding(mask, *shape):
 
 
 def overwriting(read):
-    """Write every token to the place and position of the first one."""
+    """Store every token in the slot and at the position of the first one."""
 
     def call(self, tokens):
         read(self, tokens)
@@ -72,15 +72,15 @@ def test_our_attention_matches_the_librarys(policy, option, attention):
         (modeling_gpt2, "create_causal_mask", lambda attention_mask, **_: attention_mask, "with a shared prompt"),
     ],
 )
-def test_lost_masks_and_wrong_positions_are_noticed(policy, monkeypatch, module, name, broken, way):
+def test_missing_masks_and_wrong_positions_are_detected(policy, monkeypatch, module, name, broken, way):
     policy[0].set_attn_implementation("eager")
     monkeypatch.setattr(module, name, broken(getattr(module, name)) if name == "read" else broken)
     with pytest.raises(UserError, match=f"{way} the logits are [0-9]+% off"):
         check(policy[0])
 
 
-def test_the_copy_that_does_the_arithmetic_is_checked(policy, monkeypatch):
-    """In bfloat16, a copy of the model does the arithmetic. A library that is only wrong in bfloat16 stops the run."""
+def test_the_bfloat16_copy_of_the_model_is_checked(policy, monkeypatch):
+    """In bfloat16, a copy of the model does the arithmetic. If the library is only wrong in bfloat16, the run stops."""
 
     def broken(mask, n_keys, seq, like):
         bias = attention_bias(mask, n_keys, seq, like)
@@ -96,7 +96,7 @@ def test_the_copy_that_does_the_arithmetic_is_checked(policy, monkeypatch):
     ("dtype", "noise", "noticed"),
     [("float32", 0.005, False), ("float32", 0.02, True), ("bfloat16", 0.05, False), ("bfloat16", 0.15, True)],
 )
-def test_rounding_is_allowed_and_larger_errors_are_noticed(policy, monkeypatch, dtype, noise, noticed):
+def test_rounding_is_allowed_and_larger_errors_are_detected(policy, monkeypatch, dtype, noise, noticed):
     forward = products.Projection.forward
 
     def noisy(self, states):

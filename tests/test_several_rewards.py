@@ -1,4 +1,4 @@
-"""Several weighted rewards, judges, rewards that get other columns of the prompts, and a person as the reward."""
+"""Several weighted rewards, judges, rewards that get other columns of the prompts, and a person who gives scores."""
 
 import json
 import math
@@ -79,7 +79,7 @@ def test_a_judge_does_not_affect_training(policy, tmp_path, without_pictures):
 
 
 def results(rewards, judge, weight=0.0) -> Results:
-    """Return the results of a run with the scores of a first and a second reward, [before, after] each."""
+    """Return the results of a run with two rewards. rewards, judge: the scores of each, before and after training."""
     parts = [[{"name": "first", "weight": 1.0, "scores": a}, {"name": "second", "weight": weight, "scores": b}]
              for a, b in zip(rewards, judge)]  # fmt: skip
     before, after = ([("p", f"t{i}", score) for i, score in enumerate(scores)] for scores in rewards)
@@ -99,7 +99,7 @@ HALF, MOST = [0.0, 1.0] * 200, [0.0, 1.0, 1.0, 1.0] * 100
     [
         ((HALF, MOST), (MOST, HALF), 0.0, True),
         ((HALF, MOST), (HALF, HALF), 0.0, False),
-        ((HALF, MOST), (HALF, [0.0, 1.0] * 180 + [0.0, 0.0] * 20), 0.0, False),  # 0.05, standard error 0.035
+        ((HALF, MOST), (HALF, [0.0, 1.0] * 180 + [0.0, 0.0] * 20), 0.0, False),  # fell by 0.05, standard error 0.035
         ((HALF, MOST), (MOST, HALF), 0.5, False),  # a part of the reward isn't a judge
         ((MOST, HALF), (MOST, HALF), 0.0, False),  # the reward didn't rise
     ],
@@ -134,7 +134,7 @@ def test_a_reward_gets_the_columns_of_each_texts_prompt(policy, tmp_path, withou
     assert tiny_run(tmp_path / "run", policy, Rewards({"score": score}, columns=columns), eval_samples=80) == 0
     assert {64, 32, 8} <= set(calls)
     decorated = Rewards({"score": lambda *args, **options: variety(*args, **options)}, columns=columns)
-    assert decorated.score(["a"], [0]).tolist() == [[pytest.approx(0.1)]]  # it names no column
+    assert decorated.score(["a"], [0]).tolist() == [[pytest.approx(0.1)]]  # it has no parameter for a column
     with pytest.raises(UserError, match="--reward score takes 'answer' as a parameter; .*--prompts_file"):
         Rewards({"score": score})
 
@@ -181,7 +181,7 @@ def test_invalid_reward_settings_are_rejected(settings, said):
 def test_a_run_with_your_own_reward_a_reward_model_and_the_classifier_as_judge(
     tmp_path, demo, monkeypatch, capsys, without_pictures
 ):
-    """To resume, the rewards must be named again, because one of them is code."""
+    """To resume the run, the rewards must be named again, because one of them is code."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "own_words.py").write_text("def score(texts):\n    return [len(set(text)) / 10 for text in texts]\n")
     model = str(demo[1])

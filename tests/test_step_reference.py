@@ -48,7 +48,7 @@ def batches():
 
 
 def moved_policy(model, seed=1, blocks=(1,)):
-    """Return a policy that differs from its reference, so that the KL isn't 0 in the first step, and the reference."""
+    """Return a policy and its reference, which differ, so that the KL of the first step isn't 0."""
     torch.manual_seed(seed)
     torch.nn.init.normal_(model.v_head.summary.weight, std=0.1)
     ref_model = copy.deepcopy(model)

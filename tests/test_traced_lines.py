@@ -1,4 +1,4 @@
-"""How many lines a reader has to read to follow a step, and that imports only go down."""
+"""How many lines one has to read to follow a step, and that imports only go down."""
 
 import ast
 import inspect
@@ -11,7 +11,7 @@ from tests.helpers import ROOT, batch_of, make, tiny_run
 
 
 class Trace:
-    """Records which of the project's functions are called in a `with` block, generators and properties included."""
+    """Records which of the project's functions are called in a `with` block, including generators and properties."""
 
     def __enter__(self) -> "Trace":
         self.codes = set()
@@ -22,7 +22,7 @@ class Trace:
         sys.setprofile(None)
 
     def lines(self) -> Counter:
-        """The non-blank lines, docstrings included, by file. A lambda or comprehension is part of its function."""
+        """Count non-blank lines per file, including docstrings. A lambda or comprehension is part of its function."""
         found = {}
         for code in self.codes:
             file = Path(code.co_filename)
@@ -44,7 +44,7 @@ def test_the_number_of_lines_in_a_step_of_your_own_loop(policy):
 
 
 def test_the_number_of_lines_in_an_iteration_of_train_ppo(policy, tmp_path, monkeypatch, without_pictures):
-    """Traces from the line that is printed after the first step to the one after the second."""
+    """Traces what runs between the lines that are printed after the first and the second step."""
     trace, seen = Trace(), []
 
     def watched(row, last_step):

@@ -113,7 +113,7 @@ def test_runs_with_the_same_name_stay_separate(tmp_path, trackers):
 def test_a_run_that_does_not_finish_is_marked_as_failed(
     policy, tmp_path, trackers, package, happens, error, why, signals_restored
 ):
-    """After it was resumed, it is marked as finished."""
+    """Once it has been resumed and has finished, it is marked as finished."""
 
     def reward(texts):
         if len(calls(trackers, package)) == 2:
@@ -129,7 +129,7 @@ def test_a_run_that_does_not_finish_is_marked_as_failed(
     assert calls(trackers, package)[-1] == ["finish", {}]
 
 
-def test_a_package_that_is_not_installed_is_a_one_line_error(tmp_path, monkeypatch):
+def test_a_package_that_is_not_installed_gives_a_one_line_error(tmp_path, monkeypatch):
     """A folder that a package left next to the program isn't mistaken for the package."""
     (tmp_path / "swanlab").mkdir()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: PathFinder.find_spec(name, [str(tmp_path)]))

@@ -45,7 +45,7 @@ def test_prompt_and_completion_are_scored_together_and_metrics_match_the_samples
 
 
 def test_alarms_get_the_limits_kl_in_any_unit_of_the_reward(policy, tmp_path, monkeypatch):
-    """The limit's J is a thousand times as large here. Without a KL coefficient there is no limit."""
+    """Rewards are in thousands, which doesn't affect the KL at the limit. Without a KL coefficient, there is none."""
     limits = []
 
     def alarms(config, limit):
@@ -66,7 +66,7 @@ def test_alarms_get_the_limits_kl_in_any_unit_of_the_reward(policy, tmp_path, mo
 
 
 def test_a_run_prints_each_step_with_its_time_and_completions_every_few_steps(policy, tmp_path, monkeypatch, capsys):
-    """The fake clock only counts 2 seconds for sampling, 3 for scoring and 4 for PPO."""
+    """The fake clock only advances during sampling (2 seconds), scoring (3) and PPO (4)."""
     now = [0.0]
 
     def takes(seconds, function):

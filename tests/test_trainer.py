@@ -15,7 +15,7 @@ from support.run.evaluation import kl_to_reference
 from support.run.text_trainer import TextPPOTrainer
 from tests.helpers import batch_of, make
 
-BAD = 1e30  # a score whose value loss has a gradient that overflows float32, if other scores set the unit
+BAD = 1e30  # its value loss has a gradient that overflows float32, unless the score itself sets the unit
 QUERIES, RESPONSES = [[2, 5], [2, 6, 7], [2, 8]] * 2, [[5, 6], [7], [9, 3], [9, 9, 8, 7], [3], [5, 6, 7, 8, 3]]
 SCORES = [0.1, 0.9, 0.5, 0.4, 0.8, 0.2]
 # Two float32 passes round about 4,000 times each, by at most 2^-24. Independent errors add up to 60 times that
@@ -23,12 +23,12 @@ FLOAT32 = 2e-5
 
 
 def twin_of(policy, **changes):
-    """Return a trainer of a copy of the policy."""
+    """Return a trainer for a copy of the policy."""
     return make((copy.deepcopy(policy[0]), policy[1]), **changes)
 
 
 def small(policy, n_layer=2, n_positions=16, vocab_size=43, tied=True, **changes):
-    """Return a trainer of a model of another shape, of width 8, with the usual tokenizer."""
+    """Return a trainer for a model of width 8 and the given shape, with the usual tokenizer."""
     shape = dict(n_layer=n_layer, n_positions=n_positions, vocab_size=vocab_size, tie_word_embeddings=tied)
     torch.manual_seed(0)
     model = g.GPT2HeadWithValueModel(GPT2Config(**shape, n_embd=8, n_head=2, initializer_range=0.2))
@@ -53,7 +53,7 @@ def test_the_first_ratio_is_1_and_the_first_kl_is_0(policy):
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(policy, seed):
+def test_the_same_seed_gives_bitwise_identical_weights_and_another_seed_does_not(policy, seed):
     """The completions are given, so only the order of the minibatches differs."""
     ends = []
     for trainer in (make(policy, seed=seed, minibatch_size=2), twin_of(policy, seed=1, minibatch_size=2)):
@@ -71,7 +71,7 @@ def test_tokens_after_the_end_of_a_response_are_ignored(policy):
     assert twin.step(QUERIES, RESPONSES, SCORES) == pytest.approx(stats, rel=1e-3, abs=FLOAT32)
 
 
-def test_at_most_one_micro_batch_goes_through_the_model_at_once(policy):
+def test_the_model_runs_on_one_micro_batch_at_a_time(policy):
     """Sampling uses four times as many rows. A step has one pass for old log-probabilities and one for the update."""
     trainer, rows = make(policy, micro_batch_size=2, minibatch_size=5, ppo_epochs=1, gen_len=2), []
     forward = trainer.engine.compute_model.transformer.ln_f.register_forward_hook
@@ -87,7 +87,7 @@ def test_at_most_one_micro_batch_goes_through_the_model_at_once(policy):
     ("share", "n_layer", "frozen"),
     [(2 / 3, 6, 4), (2 / 3, 12, 8), (2 / 3, 2, 1), (0.9, 2, 2), (0.5, 3, 2), (0.5, 5, 2), (0.2, 2, 0)],
 )
-def test_the_frozen_share_is_rounded_to_the_nearest_block_and_half_to_even(policy, share, n_layer, frozen):
+def test_the_frozen_share_is_rounded_to_the_nearest_block_and_halves_to_even(policy, share, n_layer, frozen):
     trainer = small(policy, n_layer=n_layer, tied=False, frozen_share=share)
     moved = moves(trainer, lambda: trainer.step([[2, 5]] * 2, [[6, 7, 3], [9, 8]], [1.0, 0.0]))
     moved = {name for name, move in moved.items() if move.any()}
@@ -192,7 +192,7 @@ def test_a_skipped_step_does_not_change_the_optimiser(policy, fused):
 
 
 def test_a_batch_of_one_token_changes_nothing(policy):
-    """Its score is the batch's mean, and its advantage is whitened to 0, so there is nothing to learn."""
+    """Its score equals the batch's mean, and its advantage is whitened to 0, so there is nothing to learn."""
     trainer, stats = make(policy, ppo_epochs=1, batch_size=1, minibatch_size=1, gen_len=1), {}
     moved = moves(trainer, lambda: stats.update(trainer.step([[2, 5]], [[3]], [0.6])))
     assert stats["ppo/returns/mean"] == pytest.approx(0.6) and stats["ppo/loss/policy"] == 0

@@ -53,7 +53,7 @@ def test_a_random_reward_is_reported_and_its_gain_is_unknown(policy, tmp_path, c
 
 
 class Novelty(set):
-    """A reward that gives 1 to texts it hasn't seen and 0 to others."""
+    """A reward that is 1 for texts it hasn't seen before, and 0 for others."""
 
     def __call__(self, texts):
         scores = [text not in self for text in texts]
@@ -62,7 +62,7 @@ class Novelty(set):
 
 
 def drifts_with_steps(texts, calls=[]):
-    """Return text lengths in the first ten calls, which evaluate, and one more in each call after that."""
+    """Return text lengths in the first ten calls, which evaluate, and add 1 more with each call after that."""
     calls.append(texts)
     return [length + max(0, len(calls) - 10) for length in map(len, texts)]
 

@@ -1,4 +1,4 @@
-"""A whole run, whose output is recomputed by a second implementation: plain `transformers` and NumPy."""
+"""The output of a whole run, recomputed by a second implementation with plain `transformers` and NumPy."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from support.models.pretrained import load_gpt2_config, load_policy
 from tests.helpers import Reference, leave_pictures_empty, read_json, rows
 from train_ppo import main
 
-PROMPTS = ["好", "刚收到货,感觉", "给妈妈买的,"]  # of one, seven and six tokens
+PROMPTS = ["好", "刚收到货,感觉", "给妈妈买的,"]  # one, seven and six tokens long
 BATCH, GEN_LEN, TEMPERATURE, SEED, BETA = 10, 10, 0.8, 3, 1.0
 SETTINGS = dict(
     preset="demo", device="cpu", prompts=PROMPTS, temperature=TEMPERATURE, gen_len=GEN_LEN, seed=SEED,
@@ -34,8 +34,8 @@ def how_far_apart(dtype: str, spread: float) -> float:
 
     The logits of a token have a standard deviation of `spread`. A forward pass rounds a number about 25 times: 11 times
     in each of two blocks, then in the embedding, the norm and the projection. One rounding changes it by up to `unit`
-    of its size, with a mean square of a third of unit^2. Products in bfloat16 are summed in float32. In float32, a sum
-    of up to 384 terms is rounded 384 times. Two computations have twice as many errors, and the largest of a few
+    times its size, with a mean square of a third of unit^2. In bfloat16, products are summed in float32. In float32, a
+    sum of up to 384 terms is rounded 384 times. Two computations have twice as many errors, and the largest of a few
     thousand independent errors is within 4 standard deviations.
     """
     unit, roundings = {"float32": (2**-24, 25 * 384), "bfloat16": (2**-8, 25)}[dtype]
@@ -122,7 +122,7 @@ def test_prompts_take_turns_in_a_new_random_order_each_round(run):
 
 
 def test_each_token_is_the_one_that_its_random_number_selects(run):
-    """The policy of a step is in the checkpoint of the step before.
+    """The policy that samples in a step is in the checkpoint of the previous step.
 
     If all logits change by at most d, a cumulative probability changes by at most tanh(d) / 2, which is below d / 2.
     """
@@ -136,7 +136,7 @@ def test_each_token_is_the_one_that_its_random_number_selects(run):
 
 
 def test_kl_and_entropy_match_the_samples(run):
-    """Errors of single tokens cancel in a mean over about 100 tokens. The KL of a text adds up those of ten tokens."""
+    """Errors of single tokens cancel in a mean over about 100 tokens. In the KL of a text, those of ten add up."""
     for step, (row, policy) in enumerate(zip(run.metrics, run.policies), 1):
         texts = of_step(run, step)
         tokens = [tokens_of(run, completion) for _, completion in texts]
@@ -150,9 +150,9 @@ def test_kl_and_entropy_match_the_samples(run):
 
 @pytest.mark.parametrize("run", ["float32"], indirect=True)
 def test_a_second_implementation_learns_the_same_from_the_samples(run):
-    """Checks every column of metrics.csv and the weights of the checkpoint for the first two steps.
+    """Checks the statistics of PPO in metrics.csv and the weights in the checkpoint for the first two steps.
 
-    The tolerances are those of test_step_reference.py times the number of steps, because errors add up.
+    The tolerances are larger than in test_step_reference.py, because errors add up over the steps.
     """
     start = load_policy(run.demo[0], load_gpt2_config(run.demo[0]))
     reference = Reference(PPOConfig(**run.settings), start, start)
