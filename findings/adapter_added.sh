@@ -3,7 +3,7 @@
 # open the weights in model.safetensors, ready to train.
 # If peft is installed, transformers 5.24.0 finds adapter_config.json, adds the adapter, and sets requires_grad to False
 # for every parameter: an optimiser over the trainable ones gets an empty list, and the parameter names have changed. If
-# peft isn't installed, the same line opens the base model: same folder, same code, other texts. Neither warns you.
+# peft isn't installed, the same line opens the base model: same folder, same code, different texts. Neither warns you.
 # A policy that starts from such a folder doesn't learn, or isn't the model that you tested on another machine.
 # Source: maybe_load_adapters in integrations/peft.py (returns nothing if peft is missing), called by
 # PreTrainedModel.from_pretrained; PeftAdapterMixin.load_adapter has is_trainable=False.

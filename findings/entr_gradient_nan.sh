@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # A policy may sample only some tokens; the logits of the others are -inf. torch.special.entr gives 0 at probability 0,
-# so you expect that you can train with an entropy bonus made of it.
+# so you expect to be able to train with an entropy bonus built on it.
 # In torch 2.13.0 the value is right, but the gradient is NaN for all logits, including the allowed ones: the derivative
 # of entr at 0 is infinite, and softmax's backward multiplies it by 0. There is no warning. The same happens without any
 # -inf if a logit is about 104 below the best one, because its probability rounds to 0 in float32.
 # torch.where around p * log p doesn't help, because NaN * 0 is NaN again, and xlogy(p, p) fails like entr.
-# Workaround: replace log p by 0 at these tokens before the product, or use torch.distributions.Categorical.
+# Workaround: replace log p with 0 at these tokens before the product, or use torch.distributions.Categorical.
 # Source: `special_entr` in torch's tools/autograd/derivatives.yaml and `softmax_backward`.
 set -euo pipefail
 folder=$(mktemp -d)

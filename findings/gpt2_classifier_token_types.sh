@@ -2,8 +2,8 @@
 # You turn a Chinese GPT-2 into a reward model: a classification head and BERT's tokenizer. A GPT-2 has no token types,
 # so you expect the text-classification pipeline to score only the text's tokens.
 # The tokenizer returns token_type_ids, and GPT-2's forward looks them up among the word embeddings: the pipeline adds
-# the embedding of token 0, [PAD], to every token. A head that was trained on input_ids and attention_mask gives other
-# scores there, without a warning. Ours ordered 79% of pairs correctly instead of 91%.
+# the embedding of token 0, [PAD], to every token. A head that was trained on input_ids and attention_mask gives
+# different scores there, without a warning. Ours ordered 79% of pairs correctly instead of 91%.
 # Workaround: save the tokenizer with model_input_names ["input_ids", "attention_mask"]. It isn't enough to set the
 # attribute: save_pretrained leaves it out, and the loaded tokenizer returns token_type_ids again. Set it in
 # tokenizer.init_kwargs, too.

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # You move a job with a KL coefficient of 0.2 from PPO to GRPO and set beta=0.2. In PPO the coefficient is a price in
-# units of the reward, so you expect rewards times 100 to make the same beta matter 100 times less.
+# units of the reward, so if you multiply the rewards by 100, you expect the same beta to matter 100 times less.
 # In TRL 1.16.0 nothing changes: GRPOTrainer divides each group's rewards by their standard deviation before the loss
 # adds beta times the KL. So beta is a price in standard deviations of the reward. For rewards with a standard deviation
-# of 0.34, a KL coefficient of 0.2 is beta=0.2/0.34=0.6. With scale_rewards="none" the unit is that of the reward.
+# of 0.34, a KL coefficient of 0.2 is beta=0.2/0.34=0.6. With scale_rewards="none" beta is in units of the reward.
 # Source: scale_rewards in _generate_and_score_completions and per_token_kl in _compute_loss, both in
 # trl/trainer/grpo_trainer.py.
 set -euo pipefail

@@ -3,7 +3,7 @@
 # BertTokenizer. You expect the function to get what the model wrote after your prompt.
 # In TRL 1.16.0 with transformers 5.24.0 the function gets "很 好", with a space between the characters, so every reward
 # is 0 and nothing is learned. Also, the prompt's ids end with [SEP], which ends a text, so the model begins a new one.
-# Both come from BertTokenizer, and neither is reported. These models' tokenizers have no eos_token; unless you set one,
+# Both come from BertTokenizer, and there is no warning. These models' tokenizers have no eos_token; unless you set one,
 # generate() fails with "'NoneType' object cannot be interpreted as an integer".
 # Source: GRPOTrainer._tokenize_prompts and batch_decode in trl/trainer/grpo_trainer.py; BertTokenizer.__init__ sets
 # the [SEP] and a WordPiece decoder, which joins tokens with spaces.

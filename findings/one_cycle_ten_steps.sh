@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A short training run has ten optimiser steps, and a tenth of them is warm-up. You expect
-# OneCycleLR(total_steps=10, pct_start=0.1) to warm up for one step and to anneal for nine.
+# A short training run has ten optimiser steps, and the first tenth is warm-up. You expect
+# OneCycleLR(total_steps=10, pct_start=0.1) to warm up for one step and anneal for nine.
 # It raises ZeroDivisionError in its constructor, because a warm-up of exactly one step has length 0 there. The same
 # happens with 5 steps and 0.2, or 4 and 0.25, but not with 9 or 11 steps and 0.1 (9 skip the warm-up). A program works
 # until a dataset happens to have exactly this many batches.

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # To complete prompts in batches, a GPT-2's tokenizer has to pad on the left. You set tokenizer.padding_side = "left"
-# and save the tokenizer with the model. You expect it to pad on the left when the folder is opened again: bos_token,
-# set in the same way, is saved.
-# transformers 5.24.0 and 4.57.6 don't write padding_side unless it was passed to from_pretrained or __init__. Whoever
-# opens the folder and calls generate() pads on the right again. GPT-2 then continues from [PAD], and the short
+# and save the tokenizer with the model. You expect it to pad on the left when the folder is opened again, because
+# bos_token, set in the same way, is saved.
+# transformers 5.24.0 and 4.57.6 don't write padding_side unless it was passed to from_pretrained or __init__. Anyone
+# who opens the folder and calls generate() pads on the right again. GPT-2 then continues from [PAD], and the short
 # prompts of a batch get garbage.
 # Workaround: write "padding_side": "left" into tokenizer_config.json.
 # Source: save_pretrained in tokenization_utils_base.py saves init_kwargs, which an assignment doesn't change.

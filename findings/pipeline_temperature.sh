@@ -3,10 +3,10 @@
 # pipeline to follow it, as generate() does, because the pipeline's own values are only defaults.
 # The pipeline of transformers 4.57.6 and 5.0.0 samples at its own 0.7, up to 256 tokens, whatever the file says. A
 # policy that PPO trained and evaluated at temperature 1 seems better and more monotonous in the pipeline than its
-# figures say. 5.24.0 follows the file.
+# figures suggest. 5.24.0 follows the file.
 # Workaround: set temperature=1.0 and max_new_tokens=9 in the call, or in config.json's task_specific_params.
 # Source: Pipeline.__init__ in pipelines/base.py passes _default_generation_config to _prepare_generation_config in
-# generation/utils.py, which takes only those values from the model that the pipeline's config leaves at the default.
+# generation/utils.py, which takes a value from the model only if the pipeline's config leaves it at the default.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -2,7 +2,7 @@
 # The tokenizer of a model folder puts [CLS] before a prompt, because the Chinese GPT-2 was trained that way. You
 # expect the text-generation pipeline to give the model what tokenizer(prompt) gives, in all versions of transformers.
 # Up to 4.42 the pipeline encodes prompts with add_special_tokens=False, so there is no [CLS]. From 4.43 on it leaves
-# the decision to the tokenizer. With the same folder, the same call and greedy decoding you get other completions,
+# the decision to the tokenizer. With the same folder, the same call and greedy decoding you get different completions,
 # and a model that PPO trained on prompts with [CLS] looks worse than it is.
 # Workaround: pass add_special_tokens=True in 4.42. In 4.41 the pipeline passes it on to generate(), which raises an
 # error; call the tokenizer and model.generate yourself there.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A RoBERTa classifier has max_position_embeddings 514. You truncate long texts to that many tokens, with
-# truncation=True and max_length=config.max_position_embeddings, which is right for BERT, and expect that it can score
+# truncation=True and max_length=config.max_position_embeddings, which is right for BERT, and expect it to score
 # every text.
 # In transformers 5.24.0 a RoBERTa numbers its positions from pad_token_id + 1 = 2, so only 512 tokens fit. Longer
 # texts raise "IndexError: index out of range in self". A reward built like this works until the first long text,

@@ -21,7 +21,7 @@ same = []
 for text, other in (("我喜欢", "我没有喜欢"), ("让人失望", "没有让人失望"), ("好", "非常好"), ("喜欢", "不喜欢")):
     scores = [SnowNLP(each).sentiments for each in (text, other)]
     same.append(scores[0] == scores[1])
-    print(f"{text} {scores[0]:.4f}, {other} {scores[1]:.4f}: expected other scores, found", "equal" if same[-1] else "other")
+    print(f"{text} {scores[0]:.4f}, {other} {scores[1]:.4f}: expected different, found", "equal" if same[-1] else "different")
 if same != [True, True, True, False]:
     raise SystemExit("The behaviour has changed")
 PY

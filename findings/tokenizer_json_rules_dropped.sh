@@ -3,10 +3,10 @@
 # expect AutoTokenizer and BertTokenizer to do what the file says, as they do in transformers 4.57.6.
 # In transformers 5.24.0 a class with its own __init__, such as BertTokenizer, takes the vocabulary from the file and
 # rebuilds the rest from BERT's defaults. If a classifier's tokenizer.json keeps case and maps ， to , then the
-# classifier gets other tokens than in training and gives other scores. If a Chinese GPT-2's tokenizer.json adds only
-# [CLS] and decodes without spaces, the prompt gets a [SEP] at its end, and texts get spaces between characters.
-# Nothing is printed.
-# Workaround: "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json, opened with AutoTokenizer.
+# classifier gets different tokens than in training and gives different scores. If a Chinese GPT-2's tokenizer.json
+# adds only [CLS] and decodes without spaces, the prompt gets a [SEP] at its end, and texts get spaces between
+# characters. Nothing is printed.
+# Workaround: put "tokenizer_class": "PreTrainedTokenizerFast" into tokenizer_config.json and use AutoTokenizer.
 # Source: TokenizersBackend.convert_to_native_format in tokenization_utils_tokenizers.py (it reads the post-processor,
 # but not normalizer and decoder) and BertTokenizer.__init__ (it replaces the post-processor at its end).
 set -euo pipefail
