@@ -2,8 +2,8 @@
 
     python train_ppo.py --lr 3e-5 --prompts "刚收到货,感觉" "这部电影很"
 
-Change a default here, or set it by name on the command line (--detach_value False). A new field also becomes a flag.
-Presets override these defaults: with --preset demo, `lr` is the demo's. Flags override both.
+Change a default here, or set it by name on the command line (--detach_value False). Any field you add becomes a flag,
+too. Presets override these defaults: with --preset demo, `lr` is the demo's. Flags override both.
 """
 
 import copy
@@ -25,7 +25,10 @@ class PPOConfig:
     """All settings of a run; `support.run.settings.check` rejects invalid values."""
 
     def __init__(self, preset: str = "default", **given):
-        """Use the given values, then the preset's, then the defaults below. Lowers minibatch_size to batch_size."""
+        """Given values override the preset's, which override the defaults.
+
+        If batch_size is given without minibatch_size, minibatch_size is at most batch_size.
+        """
         values = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(self)}
         if unknown := sorted(given.keys() - values.keys()):
             raise TypeError(f"PPOConfig has no field {unknown[0]!r}{did_you_mean(unknown[0])}")
@@ -60,8 +63,9 @@ class PPOConfig:
     )
     reward: list[str] = option(
         [],
-        "One or several rewards; PPO maximises their weighted sum. Each is module:function (yours; takes a list of "
-        "texts, returns a number for each), 'classifier', a model's hub id or folder, or 'human' (you type scores).",
+        "One or several rewards; PPO maximises their weighted sum. Each is 'classifier' (--reward_model_name; the "
+        "default), module:function (yours; takes a list of texts, returns a number for each), a model's hub id or "
+        "folder, or 'human' (you type scores).",
     )
     reward_weights: list[float] = option(
         [],
@@ -72,7 +76,7 @@ class PPOConfig:
     prompts_file: str | None = option(
         None,
         "UTF-8 text file with one prompt per line, used instead of --prompts. In a .jsonl file each line is an object "
-        "with 'prompt'; its other keys are passed to reward functions that have a parameter of that name.",
+        "with 'prompt'; its other keys are passed to reward functions that have parameters with these names.",
     )
     gen_len: int = option(16, "Maximum number of new tokens per completion; [SEP] ends it earlier.", at_least=1)
     temperature: float = option(
@@ -85,7 +89,7 @@ class PPOConfig:
     batch_size: int = option(128, "Completions sampled and scored per step.", at_least=1)
     minibatch_size: int = option(
         128,
-        "Completions per optimiser step (article: 1, whose many noisy steps cost KL but bring little reward; see "
+        "Completions per optimiser step (article: 1; its many noisy steps cost KL but bring little reward; see "
         "docs/settings.md).",
         at_least=1,
     )
@@ -100,7 +104,7 @@ class PPOConfig:
     lam: float = option(
         1.0,
         "Lambda of generalised advantage estimation, 0 to 1 (Schulman et al. 2016; article: 0.95). Below 1, early "
-        "tokens rely on the value head to predict the score, which it does poorly here; it does better in the demo.",
+        "tokens rely on the value head to predict the score, which it does poorly except on the demo's models.",
         at_least=0,
         at_most=1,
     )
@@ -109,14 +113,14 @@ class PPOConfig:
     )
     cliprange_value: float = option(
         0.2,
-        "Values are clipped to the old value plus or minus this. Scores are rescaled so that those of the first batch "
-        "have a standard deviation of 0.4 (about that of the article's raw scores), and values with them.",
+        "Values are clipped to the old value plus or minus this. Scores and values are rescaled together, so that the "
+        "first batch's scores have a standard deviation of 0.4 (about that of the article's raw scores).",
         above=0,
     )
     vf_coef: float = option(
         0.1,
-        "Weight of the value loss (the article's). It matters with --detach_value False. Otherwise this loss trains "
-        "only the value head, where Adam cancels the weight; it then only counts in the norm for --max_grad_norm.",
+        "Weight of the value loss (0.1 as in the article). It matters with --detach_value False. Otherwise this loss "
+        "trains only the value head, where Adam cancels the weight; it then only affects the norm of --max_grad_norm.",
         at_least=0,
     )
     detach_value: bool = option(
@@ -128,7 +132,7 @@ class PPOConfig:
     frozen_share: float = option(
         2 / 3,
         "Share of the transformer blocks to freeze, from the bottom up, together with the embeddings. 2/3 halves the "
-        "work for the same gain, in models with 6 blocks and with 12 (article: 0; see docs/settings.md).",
+        "work for the same gain, in models with 6 or 12 blocks (article: 0; see docs/settings.md).",
         at_least=0,
         at_most=1,
     )
@@ -141,8 +145,8 @@ class PPOConfig:
     )
     kl_budget: float = option(
         0.0,
-        "Choose --init_kl_coef before training, for a reward in any unit: the value at which the best possible policy "
-        "has this KL to the reference, in nats per completion. 0.4 suits the article's task; 0 keeps --init_kl_coef.",
+        "KL to the reference, in nats per completion, that the best possible policy should have. Before training, "
+        "--init_kl_coef is chosen to match, whatever the reward's unit. 0.4 suits the article's task; 0 turns it off.",
         at_least=0,
     )
     kl_controller: Literal["adaptive", "fixed"] = option(
@@ -150,7 +154,7 @@ class PPOConfig:
     )
     target: float = option(6.0, "KL per completion that the adaptive controller aims at, in nats.", above=0)
     horizon: int = option(
-        10_000, "Completions in which a KL 10% above --target raises the coefficient by about 10%.", at_least=1
+        10_000, "Completions after which a KL 10% above --target has raised the coefficient by about 10%.", at_least=1
     )
 
     lr: float = option(
@@ -167,14 +171,14 @@ class PPOConfig:
     )
     adam_epsilon: float = option(
         1e-5,
-        "Added to the root of Adam's second moment, so that weights whose gradient is only rounding error don't move "
-        "(article: 1e-8; PPO in OpenAI Baselines: 1e-5).",
+        "Added to the square root of Adam's second moment, so that weights whose gradient is only rounding error don't "
+        "move (article: 1e-8; PPO in OpenAI Baselines: 1e-5).",
         above=0,
     )
     average_power: float = option(
         3.0,
-        "The saved policy is a weighted average of the weights of all steps. Step t counts in proportion to about t to "
-        "this power, so early steps hardly count; 1e9 saves the last weights (as the article does).",
+        "The saved policy averages the weights over all steps. Step t counts roughly in proportion to t to this power, "
+        "so early steps hardly count; 1e9 saves the last weights (as the article does).",
         at_least=0,
     )
     max_grad_norm: float = option(1.0, "Gradients with a larger norm are scaled down to this norm.", above=0)
@@ -203,31 +207,37 @@ class PPOConfig:
     log_samples_every: int = option(10, "Steps between printouts of a few completions; 0 for never.", at_least=0)
     stop_on_alarm: bool = option(
         False,
-        "End the run, with its checkpoint, model and report, at the first warning of collapse or reward hacking: the "
-        "alarms 'far away', 'narrow' and 'alike' of docs/experiments.md.",
+        "Stop at the first warning of collapse or reward hacking (the alarms 'far away', 'narrow' and 'alike', see "
+        "docs/experiments.md); checkpoint, model and report are still written.",
     )
     track: Literal["none", "wandb", "swanlab", "trackio"] = option(
         "none",
-        "Also log the run to this package, which must be installed: settings, every column of metrics.csv, samples and "
-        "results. --resume continues the same tracked run.",
+        "Also log the run with this package, which must be installed: settings, every column of metrics.csv, samples "
+        "and results. --resume continues the same tracked run.",
     )
     save_every: int = option(50, "Steps between checkpoints; 0 for never.", at_least=0)
     save_every_minutes: float = option(
-        10.0, "Also write a checkpoint if the last one is this old, in minutes; 0 for never.", at_least=0
+        10.0, "Also write a checkpoint once the last one is this many minutes old; 0 for never.", at_least=0
     )
     keep_checkpoints: int = option(2, "Checkpoints to keep; older ones are removed.", at_least=1)
     process_timeout: float = option(
         600.0,
-        "Seconds that a process waits for the others before the run fails; allow for a slow reward or download.",
+        "With several processes: seconds that one waits for the others before the run fails; allow for a slow reward "
+        "or download.",
         above=0,
         at_most=10**6,
     )
     eval_samples: int = option(
         1024, "Completions for evaluating the policy, before and after training; at least 2.", at_least=2
     )
-    resume: str | None = option(None, "Continue this run folder, or 'latest', with the settings saved in it.")
+    resume: str | None = option(
+        None,
+        "Continue the run in this folder, or the 'latest' run, with its saved settings; more --episodes extend it.",
+    )
     eval_only: str | None = option(None, "Evaluate the saved model of this run folder again, without training.")
-    complete: str | None = option(None, "Complete --prompts with this run's model, before and after training.")
+    complete: str | None = option(
+        None, "Complete --prompts with the model of this run folder as it was before and after training."
+    )
     n: int = option(5, "Completions per prompt that --complete shows.", at_least=1)
 
 
@@ -240,7 +250,7 @@ PRESETS = {
         lr=1.2e-4,
         eval_samples=8192,
     ),
-    "article": dict(  # except that advantages are still whitened over the batch
+    "article": dict(  # the article's, but advantages are whitened over the batch, and no [SEP] follows a prompt
         prompts=["刚收到货，感觉", "这部电影很", "说实话，真的很", "这次购物总的来说体验很"],  # with full-width commas
         minibatch_size=1,
         lam=0.95,
@@ -299,14 +309,14 @@ OTHER_NAMES = {
     "there is no entropy bonus; docs/changing_ppo.md shows how to add one": "ent_coef entropy_coef entropy_coeff",
     "there is no early stopping; lower --lr or --ppo_epochs instead": "target_kl early_stopping",
     "Adam's learning rate is constant": "lr_scheduler_type scheduler warmup_steps warmup_ratio",
-    "texts are drawn from the whole distribution, which is what PPO trains": "top_k top_p do_sample min_length",
-    "LoRA isn't supported; --frozen_share decides what trains": "lora use_lora lora_r lora_rank peft use_peft",
-    "several processes are started with torchrun, see docs/several_gpus.md": "local_rank num_processes n_gpu num_gpus",
+    "completions are always sampled from the full distribution": "top_k top_p do_sample min_length",
+    "LoRA isn't supported; --frozen_share sets what is trained": "lora use_lora lora_r lora_rank peft use_peft",
+    "start several processes with torchrun, see docs/several_gpus.md": "local_rank num_processes n_gpu num_gpus",
 }
 
 
 def did_you_mean(name: str, dashes: str = "") -> str:
-    """Return what to append to an unknown-setting error: the likely name, why there is none, or an empty string."""
+    """Return what to append to an unknown-setting error: the likely name, the reason there is none, or ""."""
     found = [meant for meant, names in OTHER_NAMES.items() if name in names.split()]
     found += difflib.get_close_matches(name, [field.name for field in fields(PPOConfig)], cutoff=0.75)
     if not found:

@@ -4,20 +4,20 @@ These points differ from textbook PPO, the article's code or both (docs/settings
 
  1. An action is one token. The score arrives at a completion's last token and is credited to all of its tokens.
  2. Each token pays a KL penalty. Without it, the policy would end up repeating a few positive words.
- 3. Advantages are whitened over the whole batch. Within a completion, that would erase how good it is as a whole.
+ 3. Advantages are whitened over the whole batch. Within each completion, it would erase how good the completion is.
  4. Lambda is 1. Otherwise early tokens would rely on the value head to predict the final score, which it does poorly.
     (It is 0.95 in the demo, where the value head does better.)
- 5. A minibatch has 128 completions, by default a whole batch. Many noisy optimiser steps cost KL but bring little.
+ 5. A minibatch is the whole batch by default (128 completions). Many noisy steps cost KL but bring little reward.
  6. The value head has its own learning rate, and its gradient doesn't reach the transformer, which it would disturb
     if there were many small minibatches.
  7. The lower blocks are frozen and shared by policy and reference: half the work for the same gain.
  8. Old log-probabilities come from the same code as the new ones, not from sampling, so each ratio starts at exactly 1.
- 9. The KL coefficient is fixed. KL stays far below the usual target of 6 nats, so a controller would only lower beta.
+ 9. The KL coefficient is fixed. KL stays far below the usual target of 6 nats, so a controller would only lower it.
 10. The saved policy is an average of the weights over the steps, which removes the noise of single steps.
 11. Adam's epsilon is 1e-5. With 1e-8, weights whose gradient is only rounding error move as fast as all others.
 12. An optimiser step is skipped and counted if its gradient isn't finite.
 13. Scores are centred on each batch's mean and scaled by the first batch's standard deviation. So scores from 0 to 1,
-    from 0 to 10,000 and from 80 to 90 train alike if kl_coef is scaled with them, and values needn't follow the mean.
+    from 0 to 10,000 or from 80 to 90 train the same way, if kl_coef is scaled with them.
 
 Shapes: n completions, T tokens (completions are right-padded to the longest), V vocabulary entries. A mask is True
 or 1 at a completion's real tokens, including its final [SEP], and 0 at the padding. Logits and values at t depend on
@@ -75,7 +75,7 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
-    """Return (values - mean) / sqrt(variance + 1e-8) over all unmasked entries of the batch, 0 at the masked ones.
+    """Return (values - mean) / sqrt(variance + 1e-8) over all entries of the batch whose mask is 1, 0 at the others.
 
     The variance is the biased one. With shift_mean=False the mean is added back.
     """
@@ -87,7 +87,7 @@ def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) ->
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return 1 - variance(returns - values) / variance(returns) over the unmasked tokens: 1 is perfect, 0 is useless.
+    """Return 1 - variance(returns - values) / variance(returns) over all real tokens: 1 is perfect, 0 is useless.
 
     Returns 0 if all returns are equal.
     """
@@ -108,9 +108,9 @@ SPREAD = 0.4  # about the spread of the article's scores, for which cliprange_va
 
 
 def pick_reward_unit(scores: torch.Tensor, kl_coef: float) -> float:
-    """Return the unit in which the scores (n,) of the first batch have a standard deviation of SPREAD (Ziegler, section
-    2.1, scales its reward model similarly). If the scores barely differ (std below kl_coef / 100, or below float32's
-    rounding, 1e-7 of the mean), their std would amplify noise, so use kl_coef instead, or 1 if that is 0, too."""
+    """Return the unit in which the scores (n,) of the first batch have a standard deviation of SPREAD (like Ziegler,
+    section 2.1). If the scores barely differ (std below kl_coef / 100, or below float32's rounding, 1e-7 of the mean),
+    dividing by their std would amplify noise, so kl_coef takes its place; if that is 0, the unit is 1."""
     scores = scores.double().cpu()
     spread, rounding = scores.std(correction=0).item(), 1e-7 * scores.mean().abs().item()
     return (spread if spread > max(kl_coef / 100, rounding) else kl_coef) / SPREAD or 1.0
@@ -179,7 +179,7 @@ def policy_loss(
 def value_loss(
     values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, cliprange_value: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute half the mean squared error; each token's is the larger of clipped and unclipped (Ziegler, `loss`).
+    """Compute half the mean over tokens of the larger squared error, clipped or unclipped (Ziegler's code, `loss`).
 
         clipped values = clip(values, old_values - cliprange_value, old_values + cliprange_value)
         loss           = 0.5 * mean max((values - returns)^2, (clipped values - returns)^2)
@@ -231,7 +231,7 @@ class FixedKLController:
 def polynomial_average(averages: list[torch.Tensor], weights: list[torch.Tensor], step: int, power: float) -> None:
     """Update polynomial-decay averages in place (Shamir & Zhang 2013, arXiv:1212.1824, section 4).
 
-    Step t (1-based) counts in proportion to about t^power; power 0 is the plain mean.
+    Step t (1-based) counts roughly in proportion to t^power; power 0 is the plain mean.
 
         average[t] = (1 - share) * average[t - 1] + share * weights[t],   share = (power + 1) / (power + t)
     """
@@ -264,7 +264,7 @@ class Experience:
 
 
 def ppo_loss(config, logprobs: torch.Tensor, values: torch.Tensor, batch: Experience):
-    """Compute PPO's loss of a micro-batch, and a dict of statistics; all are means over its tokens.
+    """Compute PPO's loss on a micro-batch and a dict of statistics; all are means over its tokens.
 
     logprobs, values: those of the current policy, (n, T).
     """
@@ -290,7 +290,7 @@ class PPOTrainer:
     (support.text_trainer) is easier: it adds conversions and checks.
 
     config: a PPOConfig. model: the policy, a GPT2HeadWithValueModel with float32 weights. ref_model: the model from
-    which KL is measured, usually the untrained policy, in any dtype; the trainer may modify it. Dropout is off.
+    which KL is measured, usually the untrained policy, in any dtype; the trainer may modify it. Turns dropout off.
     """
 
     def __init__(self, config, model, ref_model, tokenizer):
@@ -313,15 +313,15 @@ class PPOTrainer:
 
     @property
     def policy_for_saving(self):
-        """The policy with the average of its weights over the steps (`polynomial_average`)."""
+        """The policy with its weights averaged over the steps (`polynomial_average`)."""
         return self.engine.averaged if self.n_steps else self.model
 
     def generate(self, query_tensors: list[torch.Tensor], model=None, seed=None, step=None) -> Completions:
         """Complete each query, a 1-d int64 tensor on the CPU.
 
-        The random numbers of completion i depend only on (seed, step, i). Defaults: the policy, the run's seed, and the
-        coming step; then i goes on counting from earlier calls, so n calls with one query each give the same
-        completions as one call with n queries. With `step`, i starts at 0.
+        The random numbers of completion i depend only on (seed, step, i). By default, model is the policy, seed the
+        run's, and step the coming one; i then continues from earlier calls for that step, so n calls with one query
+        each give the same completions as one call with n queries. If step is given, i starts at 0.
         """
         model = self.model if model is None else model
         seed = self.config.seed if seed is None else seed
@@ -399,7 +399,7 @@ class PPOTrainer:
 
     @torch.no_grad()
     def forward_pass(self, completions: Completions, model, function) -> torch.Tensor:
-        """Return what function(logits, ids) gives at each token, one or several (n, T), and the values: (k, n, T)."""
+        """Return the results of function(logits, ids), one or several (n, T), then the values, stacked: (k, n, T)."""
         computed, passes = [], self.engine.passes(model)
         for part in self.engine.parts(completions):
             results, values = self.engine.forward(part, function, passes)

@@ -55,7 +55,7 @@ def one_line(capsys, *argv) -> str:
         ("--detach_value maybe", "--detach_value: expected True or False"),
         ("--device tpu", "--device tpu: torch can't compute on tpu"),
         ("--learning_rate 1e-5", "unknown argument --learning_rate; did you mean --lr?"),
-        ("--local-rank=0", "unknown argument --local_rank=0; several processes are started with torchrun"),
+        ("--local-rank=0", "unknown argument --local_rank=0; start several processes with torchrun"),
         ("--epochs 4", "--ppo_epochs are passes over each batch, --episodes the length of the run"),
         ("--model-nam=uer/gpt2-chinese-cluecorpussmall", "did you mean --model_name?"),
         ("--mood 1", "unknown argument --mood; python train_ppo.py --help"),
