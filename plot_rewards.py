@@ -89,7 +89,7 @@ CHINESE = {  # the words of the pictures, with --lang zh
     "rise in SD before training": "升幅（以训练前的标准差为单位）",
     "what PPO maximises": "PPO 优化的奖励",
     "step": "训练步数",
-    "gain": "gain（已达到理论上限的比例）",
+    "gain": "gain（实际提升占理论最大提升的比例）",
     "a run": "单次训练",
     "mean, standard error": "均值与标准误",
 }

@@ -26,7 +26,7 @@ SEED = 20_170_707  # of every evaluation, whatever the run's seed: all policies 
 STEADY = "a score must depend only on its text, not on earlier calls or on the other texts of a call"
 TWICE = 64  # texts that are scored a second time
 SURE = 3  # standard errors beyond which a shift of the scores isn't chance
-COMPANY = 0.1  # allowed drop of the better half if scored alone, in SDs of the scores; z-scores or ranks drop by 0.8
+COMPANY = 0.1  # allowed drop of the better half if scored separately, in SDs of the scores; z-scores or ranks drop by 0.8
 
 
 @dataclass

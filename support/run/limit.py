@@ -4,7 +4,7 @@ PPO maximises J = R - beta * KL: mean reward minus the KL coefficient times the 
 The best policy for that is the Gibbs policy, proportional to ref * exp(r / beta) (Ziegler et al. 2019, section 2;
 Korbak et al. 2022, arXiv:2205.11275). Its R*, KL* and J* can be estimated from rewards of the reference's samples:
 
-    gain = (J - J_ref) / (J* - J_ref)        1 is the limit, 0 is no gain, below 0 the run did harm
+    gain = (J - J_ref) / (J* - J_ref)        1 is the limit, 0 means no gain, below 0 the run did harm
 
 In all functions, rewards (n,) are those of the reference's samples, and prompt_index (n,) int64 has their prompts.
 """

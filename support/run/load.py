@@ -99,7 +99,7 @@ def input_hashes(
 ) -> dict[str, str]:
     """Return hashes, by name, of what affects a run besides its settings: models, prompts, your rewards' files.
 
-    Reward models' weights are rounded to bfloat16 first, so that a run can be resumed in another dtype.
+    Reward models' weights are rounded to bfloat16 first, so that a run can be evaluated in another dtype.
     """
     models = {f"--model_name {config.model_name}": (hash_of(dict(policy.named_parameters())), tokenizer)}
     for name, (flag, model, _) in reward_models(config).items():
