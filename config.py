@@ -47,15 +47,15 @@ class PPOConfig:
         group="models",
     )
 
-    model_name: str = option("uer/gpt2-chinese-cluecorpussmall", "GPT-2 to train: a hub id, a local folder, or 'demo'.")
+    model_name: str = option("uer/gpt2-chinese-cluecorpussmall", "GPT-2 to train: a Hub id, a local folder, or 'demo'.")
     reference: str | None = option(
         None,
-        "The model from which KL and gain are measured: a hub id, a local folder, or 'demo'. By default --model_name; "
+        "The model from which KL and gain are measured: a Hub id, a local folder, or 'demo'. By default --model_name; "
         "if that is itself a fine-tuned model, you can give the model that it was fine-tuned from.",
     )
     reward_model_name: str = option(
         "uer/roberta-base-finetuned-jd-binary-chinese",
-        "Sentiment classifier, or reward model with one label, that scores texts: a hub id, a local folder, or 'demo'.",
+        "Sentiment classifier, or reward model with one label, that scores texts: a Hub id, a local folder, or 'demo'.",
     )
     positive_label: str | None = option(
         None,
@@ -64,7 +64,7 @@ class PPOConfig:
     reward: list[str] = option(
         [],
         "One or several rewards; PPO maximises their weighted sum. Each is 'classifier' (--reward_model_name; the "
-        "default), module:function (yours; takes a list of texts, returns a number for each), a model's hub id or "
+        "default), module:function (yours; takes a list of texts, returns a number for each), a model's Hub id or "
         "folder, or 'human' (you type scores).",
     )
     reward_weights: list[float] = option(

@@ -4,7 +4,7 @@ python plot_rewards.py                              the newest run below runs/, 
 python plot_rewards.py runs/lr-*                    several, to compare.png and compare.md here
 python plot_rewards.py runs/lr-* --only reward --out reward.pdf    one panel for a report, as .png, .pdf or .svg
 python plot_rewards.py runs/lr-* --against lr       the gain of the trained models against a setting, to gain.png
-python plot_rewards.py --lang zh                    with Chinese words in the picture
+python plot_rewards.py --lang zh                    with Chinese text in the picture
 """
 
 import argparse
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--by", default="", metavar="NAME[,NAME]", help="settings that separate curves, e.g. lr,seed")
     parser.add_argument("--only", choices=BIG, help="draw only this panel, 16 cm wide")
     parser.add_argument("--against", metavar="NAME", help="draw the gain against this numeric setting, 16 cm wide")
-    parser.add_argument("--lang", choices=("en", "zh"), default="en", help="language of the words in the picture")
+    parser.add_argument("--lang", choices=("en", "zh"), default="en", help="language of the text in the picture")
     parser.add_argument("--out", type=Path, help="picture to write, as .png, .pdf or .svg (default: see above)")
     args = parser.parse_args(argv)
     try:
@@ -126,7 +126,7 @@ def newest_run(runs_dir: Path) -> Path:
     written = [path for path in runs_dir.glob("*/metrics.csv") if not lacks_steps(path.parent)]
     newest = max(written, key=lambda path: path.stat().st_mtime, default=None)
     if not newest:
-        raise UserError(f"no run in {runs_dir} has a step in its metrics.csv; train first, or name a run folder")
+        raise UserError(f"no run in {runs_dir} has finished a step; train first, or give a run folder")
     return newest.parent
 
 
@@ -141,14 +141,14 @@ def draw(paths: list[Path], out: Path, by=(), only: str = "", against: str = "",
 
     empty = [path for path in paths if lacks_steps(path)]
     if 0 < len(empty) < len(paths):
-        print(f"left out, because they have no step: {', '.join(map(str, empty))}")
+        print(f"skipping runs without a finished step: {', '.join(map(str, empty))}")
         paths = [path for path in paths if path not in empty]
     runs = [read_run(path) for path in paths]
     compared = drawn = curves(runs, by or None)
     if against:
         known = [run for run in runs if known_gain(run) and type(run.settings.get(against)) in (int, float)]
         if len({run.settings[against] for run in known}) < 2:
-            raise UserError(f"--against {against} needs runs with known gains and different numbers for {against}")
+            raise UserError(f"--against {against} needs two runs with known gains and different numbers for {against}")
         drawn = curves(known, [name for name in by or differences(known) if name != against])
     if only == "judges" and not any(map(judges, drawn)):
         raise UserError("--only judges needs a run with a judge (a reward of weight 0) that has been evaluated")

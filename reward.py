@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, pipeline
 
 from support.common.errors import RewardError, UserError, first_line, is_out_of_memory
-from support.common.files import MEND_LINE, append_line, damaged, read_lines
+from support.common.files import FIX_LINE, append_line, damaged, read_lines
 from support.common.imports import import_as_it_is_now
 from support.compute import processes
 from support.compute.batches import listed, to_float32
@@ -140,7 +140,7 @@ def find_positive_label(labels: list[str], wanted: str | None) -> str:
         return labels[0]
     positive = [label for label in labels if re.match(r"(very |非常|很)?(pos|正|好|积极)", label.strip().lower())]
     if len(positive) != 1:
-        raise UserError(f"which label of the reward model is the happy one? It has {names}; set --positive_label")
+        raise UserError(f"can't tell which label of the classifier is positive; set --positive_label to one of {names}")
     return positive[0]
 
 
@@ -154,7 +154,7 @@ class HumanReward:
 
     def __init__(self, path: Path = Path("human_scores.jsonl")):
         self.path = path
-        with damaged(path, MEND_LINE):
+        with damaged(path, FIX_LINE):
             self.scores = {each["text"]: float(each["score"]) for each in read_lines(path)}
         if self.scores:
             print(f"{path} has the scores of {len(self.scores)} texts; remove it to score them again")
@@ -162,7 +162,7 @@ class HumanReward:
     def __call__(self, texts: list[str]) -> list[float]:
         new = [text for text in dict.fromkeys(texts) if text not in self.scores]
         for i, text in enumerate(new, 1):
-            self.scores[text] = ask(f"\n{i} of {len(new)}  {text}\na number, high is good; Ctrl-D stops > ", self.path)
+            self.scores[text] = ask(f"\n{i} of {len(new)}  {text}\nscore, higher is better; Ctrl-D stops > ", self.path)
             append_line(self.path, {"text": text, "score": self.scores[text]})
         return [self.scores[text] for text in texts]
 
@@ -173,10 +173,10 @@ def ask(question: str, path: Path) -> float:
         try:
             answer = input(question)
         except EOFError:
-            raise RewardError(f"the input has ended; the scores given so far are in {path}, and aren't asked for again")
+            raise RewardError(f"the input has ended; your scores so far are in {path} and won't be asked for again")
         if re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)\s*", answer):
             return float(answer)
-        print("that isn't a number; type for example 0.8")
+        print("that isn't a number; type one, for example 0.8")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def wanted_columns(name: str, function: Callable, columns: dict[str, list]) -> l
     for each in parameters:
         if each.default is each.empty and each.name not in columns:
             file = f"a --prompts_file of JSON lines, each with 'prompt' and {each.name!r}"
-            raise UserError(f"--reward {name} takes {each.name!r} as a parameter; that needs {file}")
+            raise UserError(f"--reward {name} has a parameter {each.name!r}, so it needs {file}")
     return [each.name for each in parameters if each.name in columns]
 
 
@@ -270,7 +270,7 @@ def failed_call(texts: list[str], error: BaseException) -> RewardError:
     whole = "".join(traceback.format_exception(error)).encode(errors="backslashreplace").decode()
     whole += f"\nIt was called with these texts:\n{json.dumps(texts, ensure_ascii=False, indent=1)}\n"
     if is_out_of_memory(error):
-        lower = "--gen_len, or how many texts the reward takes at once"
+        lower = "--gen_len, or the number of texts that it processes at once"
         return RewardError(f"out of memory in the reward function ({first_line(error)}); lower {lower}", whole)
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return RewardError(f"the reward function raised {first_line(error)} ({frame.filename}, line {frame.lineno})", whole)

@@ -110,9 +110,9 @@ def train(trainer, reward, prompts: list[str], queries: list, folder) -> int:
                     break
         flags = flags_to_go_on(folder.path, config)
         if alarms.stop:
-            print(f"ended by that warning; go on with: python train_ppo.py {flags} --stop_on_alarm False")
+            print(f"stopped because of that warning; continue with: python train_ppo.py {flags} --stop_on_alarm False")
         elif trainer.n_steps < last_step:
-            print(f"stopped after step {trainer.n_steps}; go on with: python train_ppo.py {flags}")
+            print(f"stopped after step {trainer.n_steps}; continue with: python train_ppo.py {flags}")
             return 128 + stopped  # the exit code of a process that this signal ended
         stop.release()
 
@@ -182,7 +182,7 @@ def judge_again(
         on_rank_0(lambda: note_start(run_dir, trainer, argv, step=None))
     finish(run_dir, config, results, prompts, keep)
     if not keep:
-        print(f"{run_dir} keeps its judgement by {n_earlier} samples, more than these {config.eval_samples}")
+        print(f"{run_dir} keeps its evaluation with {n_earlier} samples, more than these {config.eval_samples}")
     return 0
 
 
@@ -216,7 +216,7 @@ def complete(trainer, reward, prompts: list[str], queries: list, run_dir: Path, 
     if not finished:
         load_checkpoint(trainer, run_dir / "checkpoints")
     if not trainer.n_steps and not saved:
-        raise UserError(f"{run_dir} has no checkpoint yet, and no model; wait for one, see --save_every_minutes")
+        raise UserError(f"{run_dir} has neither a checkpoint nor a model yet; wait for one (see --save_every_minutes)")
     now = trainer.policy_for_saving if trainer.n_steps else saved_policy(run_dir, trainer.model)
 
     tables = []
@@ -264,12 +264,12 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except Exception as error:
         if is_out_of_memory(error):
-            lower = "lower --micro_batch_size, also with --resume, or in a new run --gen_len or the models"
+            lower = "lower --micro_batch_size, also with --resume; in a new run, lower --gen_len or use smaller models"
             processes.say_why(f"out of memory ({first_line(error)}); {lower}")
             return 2
         if lost := processes.lost_process(error):
             flags = flags_to_go_on(run_dir, config) if mode in ("train", "resume") else shlex.join(argv)
-            processes.say_why(f"{lost}; when all machines are back, go on with: python train_ppo.py {flags}")
+            processes.say_why(f"{lost}; when all machines are back, continue with: python train_ppo.py {flags}")
             return 1
         raise
 

@@ -106,7 +106,8 @@ def test_stop_on_alarm_ends_a_run_at_the_first_collapse_alarm(tmp_path, policy, 
     run, settings = tmp_path / "run", dict(stop_on_alarm=True, save_every=0, save_every_minutes=0)
     assert tiny_run(run, policy, **settings) == 0
     out = capsys.readouterr().out
-    assert f"ended by that warning; go on with: python train_ppo.py --resume {run.as_posix()} --stop_on_alarm" in out
+    command = f"python train_ppo.py --resume {run.as_posix()} --stop_on_alarm False"
+    assert f"stopped because of that warning; continue with: {command}" in out
     report = (run / "report.md").read_text(encoding="utf-8")
     assert "`--stop_on_alarm` ended the run after step 1 of 3." in report
     assert len(rows(run)) == 1 and checkpoints(run) == ["step-000001"] and (run / "model").exists()

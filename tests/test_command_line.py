@@ -53,7 +53,7 @@ def one_line(capsys, *argv) -> str:
         ("--kl_budget 0.4 --init_kl_coef 0.1", "give only one"),
         ("--preset big", "--preset big is unknown"),
         ("--detach_value maybe", "--detach_value: expected True or False"),
-        ("--device tpu", "--device tpu: torch can't compute on tpu"),
+        ("--device tpu", "--device tpu: torch can't use tpu"),
         ("--learning_rate 1e-5", "unknown argument --learning_rate; did you mean --lr?"),
         ("--local-rank=0", "unknown argument --local_rank=0; start several processes with torchrun"),
         ("--epochs 4", "--ppo_epochs are passes over each batch, --episodes the length of the run"),
@@ -76,9 +76,9 @@ def test_a_bad_flag_gives_a_one_line_error_and_creates_no_files(flags, said, fol
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--preset demo --run_name run --runs_dir .", "exists already; choose another --run_name, or --resume run"),
+        ("--preset demo --run_name run --runs_dir .", "already exists; choose another --run_name, or --resume run"),
         ("--resume run --lr 1", "--lr 1.0 would change the result of run, which was started with 0.0001"),
-        ("--resume run --episodes 16", "--episodes 16 is fewer than the 48 of run"),
+        ("--resume run --episodes 16", "--episodes 16 is less than the 48 of run"),
         ("--eval_only run --episodes 96", "--episodes 96 would change the result"),
         ("--complete run --eval_samples 9", "--eval_samples 9 would change the result"),
         ("--complete run --prompts 衣服𪚥", "'𪚥'"),
@@ -125,7 +125,7 @@ def test_batch_sizes_must_be_divisible_by_the_number_of_processes(folder, monkey
     monkeypatch.setattr("support.compute.processes.world_size", lambda: 3)
     for sizes, name in ("128 126", "batch_size 128"), ("126 64", "minibatch_size 64"):
         batch, minibatch = sizes.split()
-        with pytest.raises(UserError, match=f"--{name} is not divisible by the 3 processes"):
+        with pytest.raises(UserError, match=f"--{name} must be divisible by the number of processes, 3"):
             read_command_line(["--batch_size", batch, "--minibatch_size", minibatch])
 
 

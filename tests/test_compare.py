@@ -63,7 +63,7 @@ def test_a_curve_ends_where_its_shortest_run_ends():
     assert "more" not in curve.metrics and MEAN in curve.metrics  # only columns that both runs have
     assert curve.metrics["episodes"].tolist() == [[128, 256]] * 2
     (curve,) = curves([run("a", [128]), run("b", [100], batch_size=100)], ["lr"])
-    with pytest.raises(UserError, match="the steps of lr 0.0001, 2 runs differ in their episodes"):
+    with pytest.raises(UserError, match="the runs of lr 0.0001, 2 runs differ in their episodes per step"):
         curve.metrics
 
 
@@ -136,14 +136,14 @@ def test_the_comparison_table_by_hand():
         each.metrics[STD] = 0.4 + number - 0.399 * (each.metrics["step"] > 1)
     runs[2].metrics["time/step"][0] = 99  # a slow first step doesn't change the median
     header, _, *rows, _, _, _, _, _, first, _, second = cells(comparison(runs, curves(runs)))
-    assert header == ",runs,episodes,R,KL,J,gain,standard error,SD,error of judging,unique,seconds per step".split(",")
+    assert header == ",runs,episodes,R,KL,J,gain,standard error,SD,evaluation error,unique,seconds per step".split(",")
     assert rows == [
         ["lr 0.0001", "2", "256", "0.800", "0.400", "0.740", "0.70", "0.100", "0.14", "0.03", "95.0%", "0.50"],
         ["lr 0.5", "1", "1,280", "0.900", "0.500", "0.825", "-", "-", "-", "-", "90.0%", "2.00"],
         ["lr 0.7", "1", "256", "-", "-", "-", "-", "-", "-", "-", "-", "3.00"],
     ]
     assert first == ["The gain of c is unknown: too few samples."]
-    assert second == ["The gain of d is unknown: not judged yet."]
+    assert second == ["The gain of d is unknown: not evaluated yet."]
 
 
 def told_apart(*gains: tuple, error=0.02) -> list[list[str]]:
@@ -162,10 +162,10 @@ def test_two_settings_are_compared_by_the_spread_over_their_seeds():
     """0.8 and 0.6 have mean 0.7 with standard error 0.1; 0.95 and 0.85 have mean 0.9 with standard error 0.05. Their
     difference of 0.2 has standard error 0.112. With 4 (0.02 + 0.005) / 0.04 = 2.5 seeds each, it would be twice its
     standard error."""
-    assert told_apart((0.8, 0.6), (0.95, 0.85)) == [["lr 0.1", "lr 0.2", "-0.200", "0.112", "no: 3 seeds each would"]]
+    assert told_apart((0.8, 0.6), (0.95, 0.85)) == [["lr 0.1", "lr 0.2", "-0.200", "0.112", "no: needs 3 seeds each"]]
     assert told_apart((0.8, 0.6), (0.45, 0.35)) == [["lr 0.1", "lr 0.2", "+0.300", "0.112", "yes"]]
     assert [row[:2] + row[3:] for row in told_apart((0.8, 0.6), (0.7, 0.7), (0.1, 0.2))] == [
-        ["lr 0.1", "lr 0.2", "0.101", "no: over 100 seeds each"],
+        ["lr 0.1", "lr 0.2", "0.101", "no: needs over 100 seeds each"],
         ["lr 0.1", "lr 0.3", "0.112", "yes"],
         ["lr 0.2", "lr 0.3", "0.052", "yes"],
     ]
@@ -186,7 +186,7 @@ def test_the_table_notes_different_limits_and_rows_with_mixed_settings():
     of_the_limit = "model_name reward_model_name positive_label reward prompts prompts_file gen_len".split()
     for name in (*of_the_limit, "temperature", "init_kl_coef"):
         runs = [run("a"), run("b", **{name: 0.7})]
-        assert f"These runs differ in {name}, and so in the limit" in comparison(runs, curves(runs))
+        assert f"These runs differ in {name}, so their limits differ" in comparison(runs, curves(runs))
     runs = [run("a"), run("b", batch_size=4)]
     assert "These" not in comparison(runs, curves(runs)) and "Runs in" not in comparison(runs, curves(runs))
-    assert "Runs in one row differ in batch_size, too" in comparison(runs, curves(runs, ["lr"]))
+    assert "Runs in the same row also differ in batch_size" in comparison(runs, curves(runs, ["lr"]))

@@ -65,7 +65,7 @@ def test_a_running_run_uses_the_averaged_weights_of_its_newest_checkpoint(finish
     assert [[row[1], row[3]] for row in rows] == [[*pair] for pair in zip(before, after)] and before != after
     shutil.rmtree(run_dir / "checkpoints")
     assert main(["--complete", str(run_dir)]) == 2
-    assert "has no checkpoint yet, and no model; wait for one" in capsys.readouterr().err
+    assert "has neither a checkpoint nor a model yet; wait for one" in capsys.readouterr().err
 
 
 def test_an_extended_run_shows_the_step_that_it_has_reached(finished, tmp_path, capsys):
@@ -101,4 +101,4 @@ def test_your_own_reward_scores_the_completions(finished, tmp_path, capsys, monk
     assert contents(run_dir) == before
     change_json(run_dir / "inputs.json", **{"the hash of the file of --reward own_length:score": "0"})
     assert main(["--complete", str(run_dir), "--reward", "own_length:score"]) == 2
-    assert "is not what" in capsys.readouterr().err
+    assert "an input has changed" in capsys.readouterr().err

@@ -191,13 +191,13 @@ def test_a_prompts_file_has_one_prompt_per_line(tmp_path):
         file = tmp_path / "prompts.txt"
         file.write_bytes(content.encode())
         assert read_prompts(PPOConfig(prompts_file=str(file), prompts=["书"])) == {"prompt": prompts}
-    bad = {b"": "prompt 1 is empty", "好\n\n坏\n".encode(): "prompt 2 is empty", "感觉".encode("gbk"): "UTF-8"}
+    bad = {b"": "prompt 1 must be", "好\n\n坏\n".encode(): "prompt 2 must be", "感觉".encode("gbk"): "UTF-8"}
     for content, said in bad.items():
         file.write_bytes(content)
         with pytest.raises(UserError, match=f"{file}.*{said}"):
             read_prompts(PPOConfig(prompts_file=str(file)))
     for settings in {"prompts_file": str(tmp_path)}, {"prompts": ["好", " "]}, {"prompts": []}:
-        with pytest.raises(UserError, match="cannot be read|prompt 2 is empty|prompt 1 is empty"):
+        with pytest.raises(UserError, match="cannot be read|prompt 2 must be a text|prompt 1 must be a text"):
             read_prompts(PPOConfig(**settings))
 
 

@@ -60,7 +60,7 @@ def machine(monkeypatch):
 
 def test_an_unknown_or_unusable_device_gives_a_one_line_error():
     for device in ("cuda:x", "meta", "mps"):
-        with pytest.raises(UserError, match=f"^--device {device}: torch can't compute on {device} .*$"):
+        with pytest.raises(UserError, match=f"^--device {device}: torch can't use {device} .*$"):
             pick_device(device)
 
 

@@ -133,7 +133,7 @@ def test_a_torchrun_restart_only_resumes_a_named_run_that_has_started(runs, flag
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert read_command_line([*flags, "one"])[2] == "resume" and read_command_line([*flags, "new"])[2] == "train"
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    with pytest.raises(UserError, match="one exists already"):
+    with pytest.raises(UserError, match="one already exists"):
         read_command_line([*flags, "one"])
 
 
@@ -155,7 +155,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path, flags):
     assert ranks.wait() == [128 + signal.SIGINT] * 2, ranks.err(0) + ranks.err(1)
     run = tmp_path / "runs" / "stopped"
     assert len(rows(run)) == STEP and checkpoints(run) == [f"step-{STEP:06d}"]
-    assert f"stopped after step {STEP}; go on with: python train_ppo.py --resume runs/stopped" in ranks.out(0)
+    assert f"stopped after step {STEP}; continue with: python train_ppo.py --resume runs/stopped" in ranks.out(0)
     assert ranks.out(1) == "" and errors(ranks.err(0) + ranks.err(1)) == []
 
 

@@ -136,7 +136,7 @@ def test_a_failed_run_releases_its_lock_and_signal_handlers(policy, tmp_path, ca
     handlers, run_dir = [signal.getsignal(number) for number in STOPS], tmp_path / "run"
     with pytest.raises(UserError, match="KeyError") as failed:
         tiny_run(run_dir, policy, reward_at(call, lambda _: {}["word"]), inputs={"the reward": "1"})
-    with pytest.raises(UserError, match="is not what") as refused:
+    with pytest.raises(UserError, match="an input has changed") as refused:
         tiny_run(run_dir, policy, resume=True, inputs={"the reward": "2"})
     assert [signal.getsignal(number) for number in STOPS] == handlers
     assert tiny_run(run_dir, policy, resume=True, inputs={"the reward": "1"}) == 0

@@ -121,7 +121,7 @@ def two_valued(high: float) -> Evaluation:
     return judged([0.0, high] * 10_000)
 
 
-FEW, HANDFUL, DEAR = "too few of these samples", "a handful of texts", "hardly any KL is worth it"
+FEW, HANDFUL, DEAR = "sample size is too small", "a handful of texts", "hardly better than the reference"
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ FEW, HANDFUL, DEAR = "too few of these samples", "a handful of texts", "hardly a
         (binary(1, 19, 50), 0.02, FEW),
         (two_valued(0.118), 1.0, DEAR),
         (two_valued(0.122), 1.0, None),
-        (judged([0.0, 1.0] * 500, noise=0.021), 0.5, "2% of the rewards' variance is chance"),
+        (judged([0.0, 1.0] * 500, noise=0.021), 0.5, "2% of the rewards' variance is noise"),
         (judged([0.0, 1.0] * 500, noise=0.019), 0.5, None),
         (judged([0.1, 0.2, 0.7] * 100, prompts=["a", "b", "c"] * 100), 0.2, "only 0 of 300 rewards differ"),
         (judged([0.0, 1.0] * 500), 0.0, "the KL coefficient is 0"),
@@ -357,13 +357,13 @@ def verdict_on(reward, kl, beta=1.0, unit=1.0, noise=0.0, unique=0.7, **settings
         (0.86, 0.5, "good: 72% of what is possible"),
         (0.84, 0.5, "short: 68% of what is possible; continue with more --episodes"),
         (1.0, 0.74, "short: 52% of what is possible; continue with more --episodes"),
-        (1.0, 0.76, "wasted KL: KL 0.76, and 0.5 at the limit; try a lower --lr"),
-        (0.15, 0.1, "wasted KL: KL 0.1, and 0.5 at the limit; try a lower --lr"),  # KL 0.1 allows R 0.45
+        (1.0, 0.76, "wasted KL: KL 0.76, compared with 0.5 at the limit; try a lower --lr"),
+        (0.15, 0.1, "wasted KL: KL 0.1, compared with 0.5 at the limit; try a lower --lr"),  # KL 0.1 allows R 0.45
         (0.21, 0.1, "short: 22% of what is possible; continue with more --episodes"),  # within 2 errors of half of 0.45
-        (1.3, 1.1, "hacked: KL 1.1, and 0.5 at the limit; try a lower --lr"),
+        (1.3, 1.1, "hacked: KL 1.1, compared with 0.5 at the limit; try a lower --lr"),
         (1.3, 0.9, "good: 80% of what is possible"),
-        (1.9, 1.1, "hacked: KL 1.1, and 0.5 at the limit; try a higher --init_kl_coef"),  # above R = sqrt(2 KL)
-        (0.05, 0.004, "unmoved: KL 0.004, and 0.5 at the limit; try a higher --lr"),
+        (1.9, 1.1, "hacked: KL 1.1, compared with 0.5 at the limit; try a higher --init_kl_coef"),  # R > sqrt(2 KL)
+        (0.05, 0.004, "unmoved: KL 0.004, compared with 0.5 at the limit; try a higher --lr"),
         (0.05, 0.006, "short: 9% of what is possible; continue with more --episodes"),
     ],
 )
@@ -378,7 +378,7 @@ def test_the_verdict_depends_on_unique_texts_minibatch_size_and_number_of_sample
     small = dict(batch_size=64, minibatch_size=8)
     assert verdict_on(0.9, 1.0, **small).endswith("try --minibatch_size 64")
     # The gain has a standard error of 0.2, because that of J is 0.1: over 2000 * (2 * 0.2 / 0.15)^2 samples are needed
-    assert verdict_on(0.9, 0.5, noise=4.5).endswith("--eval_only with --eval_samples 16384 would")
+    assert verdict_on(0.9, 0.5, noise=4.5).endswith("evaluate again with --eval_only and --eval_samples 16384")
     assert verdict_on(0.9, 0.5, noise=2.5).startswith("good")
     assert verdict_on(0.2, 0.5, noise=4.5).startswith("wasted")  # a gain of -0.6 is far below 0.7
     assert verdict_on(0.9, 0.5, beta=0.0).startswith("gain unknown: the KL coefficient is 0")
@@ -387,8 +387,9 @@ def test_the_verdict_depends_on_unique_texts_minibatch_size_and_number_of_sample
 def test_a_gain_more_than_three_standard_errors_above_1_is_impossible():
     """J - J_ref has a standard error of 0.04, and at most 1/2 is possible."""
     assert verdict_on(1.11, 0.5, noise=1.8).startswith("good")
-    assert verdict_on(1.3, 0.5, noise=1.8).startswith("impossible: 160% of what is possible, over 3 standard errors (")
-    assert "the reward isn't the same before and after" in verdict_on(1.3, 0.5, noise=1.8)
+    said = verdict_on(1.3, 0.5, noise=1.8)
+    assert said.startswith("impossible: 160% of what is possible, more than 3 standard errors (")
+    assert "the reward isn't the same before and after" in said
 
 
 def cells(table: str) -> list[list[str]]:
@@ -436,10 +437,10 @@ def test_results_are_written_as_readable_json_and_read_back(tmp_path):
     assert Results.read(path) == found
     content = json.loads(path.read_text(encoding="utf-8"))
     without = {when: content.pop(when) for when in ("before", "after")}
-    for judgement in without.values():
-        del judgement["samples"], judgement["kls"], judgement["parts"]
+    for evaluated in without.values():
+        del evaluated["samples"], evaluated["kls"], evaluated["parts"]
     assert found.without_samples() == content | without
     for content in ("{", '{"after": 1}', '{"before": {"n": 1}}'):
         path.write_text(content)
-        with pytest.raises(UserError, match="evaluation.json is damaged .*remove it: --resume makes it again"):
+        with pytest.raises(UserError, match="evaluation.json is damaged .*remove it; --resume will create it again"):
             Results.read(path)

@@ -120,10 +120,10 @@ def test_a_local_folder_is_preferred_to_a_hub_id_and_may_start_with_a_tilde(hub,
 FAULTS = [  # (method, part of the path, what the hub does), part of the error
     (("HEAD", "pytorch_model.bin", "hang"), "doesn't answer.* HF_HUB_ETAG_TIMEOUT=60"),
     (("GET", "pytorch_model.bin", "stall"), "doesn't answer"),
-    (("GET", "/api/models", 503), "has a problem .*503.* try later, or set HF_ENDPOINT .* --model_name PATH"),
+    (("GET", "/api/models", 503), "has a problem .*503.* try later, or set HF_ENDPOINT .* --model_name to the path"),
     (("HEAD", "config.json", 403), "refuses access; .* at .*/owner/gpt2 and set HF_TOKEN"),
     (("GET", "/api/models", 404), "has no such model; check the name"),
-    (("GET", "/api/models", "page"), "isn't a model hub, or a login page answers"),
+    (("GET", "/api/models", "page"), "isn't a model hub, or a login page answered instead"),
     (("GET", "pytorch_model.bin", "cut"), "can't be reached.* try later"),
 ]
 

@@ -41,8 +41,8 @@ def test_the_budget_is_a_mean_over_prompts():
 @pytest.mark.parametrize(
     ("scores", "budget", "said"),
     [
-        ([0.0] * 991 + [1.0] * 9, 0.4, "of 1,000 completions before training 9 differ in score from the rest"),
-        ([0.0, 1.0] * 500, 0.7, "--kl_budget 0.7 is more than these scores can use: .* at most 0.69 nats away"),
+        ([0.0] * 991 + [1.0] * 9, 0.4, "10 scores before training must differ from the rest, but only 9 of 1,000 do"),
+        ([0.0, 1.0] * 500, 0.7, "--kl_budget 0.7 is too high for these scores: .* at most 0.69 nats from"),
     ],
 )
 def test_a_budget_that_no_coefficient_meets_is_rejected(scores, budget, said):
@@ -66,10 +66,10 @@ def test_the_best_possible_reward_is_printed_in_the_unit_of_the_scores():
 @pytest.mark.parametrize(
     ("scores", "kl_coef", "before", "said"),
     [
-        (gaussian().tolist(), 0.01, {}, "writes a handful of texts; try --kl_budget 0.4"),
-        (gaussian(10_000).tolist(), 0.45, {}, "nats is far away: expect collapse"),  # 1 / (2 * 0.45^2) = 2.5
-        (gaussian().tolist(), 100.0, {}, "hardly any KL is worth it; try --kl_budget 0.4"),
-        (gaussian().tolist(), 1.0, {"noise": 0.87}, "87% of the rewards' variance is chance"),
+        (gaussian().tolist(), 0.01, {}, "writes only a handful of texts; try --kl_budget 0.4"),
+        (gaussian(10_000).tolist(), 0.45, {}, "nats, expect collapse"),  # 1 / (2 * 0.45^2) = 2.5
+        (gaussian().tolist(), 100.0, {}, "hardly better than the reference; try --kl_budget 0.4"),
+        (gaussian().tolist(), 1.0, {"noise": 0.87}, "87% of the rewards' variance is noise"),
     ],
 )
 def test_unsuitable_kl_coefficients_and_noisy_rewards_cause_a_warning(scores, kl_coef, before, said):
@@ -83,4 +83,4 @@ def test_prompts_with_nothing_to_learn_cause_a_warning(unit, share, flat):
     first = (unit * gaussian(500)).tolist()
     second = (unit * share * gaussian(500)).tolist()
     *_, last = lines([score for pair in zip(first, second) for score in pair], unit, prompts=("好", "坏"))
-    assert ("1 of 2 prompts, for example '坏'" in last) == flat
+    assert ("1 of 2 prompts (for example '坏')" in last) == flat

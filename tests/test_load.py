@@ -57,15 +57,15 @@ def test_the_longest_prompt_and_its_completion_may_fill_all_positions(gpt2_folde
     policy, tokenizer, *_ = load_folders(config, "cpu", {"prompt": prompts}, gpt2_folder, models)
     trainer = TextPPOTrainer(config, policy, copy.deepcopy(policy), tokenizer)
     assert 1 <= len(trainer.generate(trainer.encode(prompts))[0]) <= 40
-    with pytest.raises(UserError, match="--gen_len 41 is too long: .* 48 .* takes 8$"):
+    with pytest.raises(UserError, match="--gen_len 41 is too long: .* 48 .* takes 8 of them$"):
         load_folders(settings(gen_len=41), "cpu", {"prompt": prompts}, gpt2_folder, models)
 
 
 @pytest.mark.parametrize(
     ("sizes", "vocab", "said"),
     [
-        ({"n_layer": 3, "n_head": 4}, VOCAB, "n_layer 3 instead of 2, n_head 4 instead of 2; name"),
-        ({}, [*VOCAB[:5], *VOCAB[:4:-1]], "it has another vocabulary; name"),
+        ({"n_layer": 3, "n_head": 4}, VOCAB, "n_layer 3 instead of 2, n_head 4 instead of 2; give"),
+        ({}, [*VOCAB[:5], *VOCAB[:4:-1]], "it has a different vocabulary; give"),
     ],
 )
 def test_an_incompatible_reference_is_rejected_before_weights_are_read(

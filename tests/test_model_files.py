@@ -80,8 +80,8 @@ ADAPTER = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "uer/gpt2"
 GPT2_FOLDERS = {  # name: (the change to the folder, part of the error, or None if it still opens)
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "weights cut off": (lambda f: (f / BIN).write_bytes((f / BIN).read_bytes()[:-200]), "can't be loaded"),
-    "half of the weights": (without_last_block, "lack transformer.h.1.attn.c_attn.bias"),
-    "config of a wider model": (lambda f: edit(f, n_embd=64), "config.json describes other shapes"),
+    "half of the weights": (without_last_block, "it lacks transformer.h.1.attn.c_attn.bias"),
+    "config of a wider model": (lambda f: edit(f, n_embd=64), "their shapes don't match config.json"),
     "no vocabulary": (lambda f: (f / "vocab.txt").unlink(), "no tokenizer in"),
     "vocabulary too long": (lambda f: (f / "vocab.txt").open("a").write("a\nb\n"), "has 45 tokens, .* model has 43"),
     "vocabulary too short": (lambda f: edit(f, vocab_size=176), "has 43 tokens, but the model has 176"),

@@ -192,7 +192,7 @@ def test_runs_without_a_step_are_left_out_if_other_runs_have_steps(tmp_path, fig
     (failed / "metrics.csv").write_text(header)
     assert main([]) == 0 and "wrote runs/" in capsys.readouterr().out
     assert main([str(path) for path in (*runs, failed)]) == 0
-    assert capsys.readouterr().out.startswith(f"left out, because they have no step: {failed}\n")
+    assert capsys.readouterr().out.startswith(f"skipping runs without a finished step: {failed}\n")
     assert len(lines(figures[-1][0].axes[0], "running mean")) == 2
 
 
@@ -289,12 +289,12 @@ HEADER = f"step,episodes,{MEAN},{STD},objective/kl"
 @pytest.mark.parametrize(
     ("flags", "file", "content", "said"),
     [
-        ("", "", "", "no run in runs has a step in its metrics.csv; train first, or name a run folder"),
+        ("", "", "", "no run in runs has finished a step; train first, or give a run folder"),
         ("run --out x.unknown", "", "", "x.unknown: the name of a picture must end in .png, .pdf or .svg"),
-        ("run --by lr,rate", "", "", "--by rate: no run here has such a setting; take some of preset, run_name"),
-        ("run --against lr", "", "", "--against lr needs runs with known gains and different numbers"),
+        ("run --by lr,rate", "", "", "--by rate: no run here has such a setting; choose from preset, run_name"),
+        ("run --against lr", "", "", "--against lr needs two runs with known gains and different numbers"),
         ("missing", "", "", "missing has no metrics.csv; give the folder of a run"),
-        ("run", "metrics.csv", f"{HEADER}\n1,128,0.5,0,0", "has no step yet"),  # an incomplete line
+        ("run", "metrics.csv", f"{HEADER}\n1,128,0.5,0,0", "has no rows yet"),  # an incomplete line
         ("run", "metrics.csv", f"{HEADER}\n1,128,0,0,0\n2,256\n", "line 3 of"),
         ("run", "evaluation.json", "{", "evaluation.json is damaged"),
     ],

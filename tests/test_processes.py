@@ -84,7 +84,7 @@ def three(tmp_path_factory) -> tuple[Ranks, list[int], list[dict]]:
 
 
 FIRST, SECOND, THIRD = (f"UserError: {host}no room for {rank}" for rank, host in enumerate(("", ON_2, ON_2)))
-DIFFER = "UserError: torch is 2.13 on host gpu-1, but 2.6 on host gpu-2"
+DIFFER = "UserError: torch must agree on all hosts: gpu-1 has 2.13, gpu-2 has 2.6"
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def test_an_answer_is_parsed_into_an_order_with_ties(answer, order, ties):
     "answer", ["", "1 2 3", "1 2 3 3", "1 2 3 4 4", "1 2 3 5", "0 1 2 3", "3<1", "1 2 = 3 4 =", "好"]
 )
 def test_an_answer_that_does_not_name_each_number_once_is_rejected(answer):
-    with pytest.raises(ValueError, match="name each number from 1 to 4 once"):
+    with pytest.raises(ValueError, match="type each number from 1 to 4 once"):
         parse_ranking(answer, 4)
 
 
@@ -106,11 +106,11 @@ GOOD = '{"prompt": "a", "texts": ["b", "c"]}\n'
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ('{"prompt": "a", "texts": ["b", "b"]}\n', "line 2 of .*each only once"),
+        ('{"prompt": "a", "texts": ["b", "b"]}\n', "line 2 of .*all different"),
         ('{"prompt": "a", "texts": ["b"]}\n', "line 2 of .*at least two texts"),
         ('{"prompt": "a", "texts": ["ab", "ac"]}\n', "line 2 of .*begin with the prompt 'a'"),
         ('{"prompt": "x", "texts": ["ab", "ac"]}\n', "line 2 of .*begin with the prompt 'a'"),
-        ('{"prompt": "a", "texts": ["b", "c"], "ties": [[0, 2]]}\n', "line 2 of .*pairs of places from 0 to 1"),
+        ('{"prompt": "a", "texts": ["b", "c"], "ties": [[0, 2]]}\n', "line 2 of .*pairs of positions from 0 to 1"),
         ('{"texts": ["b", "c"]}\n', "line 2 of .*prompt"),
         ('{"prompt": "a", "texts": ["b", 1]}\n', "line 2 of"),
         ('{"prompt": "a"\n' + GOOD, "line 2 of .*is damaged"),
@@ -131,7 +131,7 @@ def test_rankings_with_only_ties_an_incomplete_line_and_too_few_rankings_are_rep
     )
     assert read_rankings(path) == [Ranking(["ab", "ac"], [(0, 1)])] * 2
     printed = capsys.readouterr().out
-    assert "was cut short" in printed and "1 of 3 rankings have only ties" in printed
+    assert "is incomplete and is ignored" in printed and "1 of 3 rankings have only ties" in printed
     with pytest.raises(UserError, match="has 2 rankings to learn from; at least 10"):
         train_reward_model.main([str(path), "--base", "demo", "--out", str(tmp_path / "model")])
     assert not (tmp_path / "model").exists()

@@ -46,17 +46,18 @@ def test_a_report_shows_the_results_of_the_run_and_how_it_was_made(tmp_path, mon
     lines = report.split("\n")
     for line in (
         r"    python train_ppo.py --lr 2e-4\n# Title  # from step 1",
-        "    (unknown)  # judged again",
+        "    (unknown)  # evaluated again",
         r"- step 2: too \<b>fast",
-        "3 steps in 01:05, without loading and evaluating; 8.60 s per step in the median.",
+        "3 steps in 01:05, excluding loading and evaluation; median 8.60 s per step.",
     ):
         assert line in lines
-    assert "a gain of 0.46 with 2, 0.70 with 3." in report and "1,500 completions before and after training" in report
+    assert "1,500 completions before and after training" in report
+    assert "best-of-n from the original model has a gain of 0.46 with n = 2, 0.70 with n = 3." in report
     shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
     for row in (
         ["lr", "0.0002", "0.0001"],
         ["the prompts", "ba98"],
-        ["environment", "from step 1", "from step 3", "judged again"],
+        ["environment", "from step 1", "from step 3", "evaluated again"],
         ["torch", "2.6.0", "2.13.0", "2.6.0"],
         ["parameters", "", "", "102068736"],
     ):

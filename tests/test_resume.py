@@ -158,7 +158,7 @@ def test_a_damaged_log_gives_an_error_and_both_logs_stay_unchanged(tmp_path, nam
     (tmp_path / "samples.jsonl").write_text('{"step": 1}\n{"step": 9}\n')
     (tmp_path / name).write_text(content)
     before = contents(tmp_path)
-    with pytest.raises(UserError, match=f"{tmp_path / name}.*; mend that line, or remove it"):
+    with pytest.raises(UserError, match=f"{tmp_path / name}.*; fix that line, or remove it"):
         RunLog(tmp_path, 3)
     assert contents(tmp_path) == before
 
@@ -191,7 +191,7 @@ def test_a_run_that_lost_its_checkpoints_does_not_start_over(killed, tmp_path, r
     for path in [path for name in removed for path in run_dir.glob(name)]:
         remove(path)
     before = contents(run_dir)
-    with pytest.raises(UserError, match="has no checkpoint to go on from"):
+    with pytest.raises(UserError, match="has no checkpoint to continue from"):
         tiny_run(run_dir, killed[0], resume=True, episodes=32)
     assert contents(run_dir) == before
 
@@ -234,7 +234,7 @@ def test_a_finished_run_is_not_changed_and_missing_output_is_recreated(finished,
     before, timeouts = contents(copied), []
     monkeypatch.setattr("support.compute.processes.set_timeout", timeouts.append)
     assert main(["--resume", str(copied), *flags(WHEN_GOING_ON - {"episodes"})]) == 0
-    assert "is finished" in capsys.readouterr().out and contents(copied) == before and timeouts == [30.0]
+    assert "is already finished" in capsys.readouterr().out and contents(copied) == before and timeouts == [30.0]
     for name in ("report.md", "rewards.png", "evaluation.json", "model"):
         remove(copied / name)
         assert read_command_line(["--resume", str(copied)])[2] == "resume"
@@ -244,7 +244,7 @@ def test_a_finished_run_is_not_changed_and_missing_output_is_recreated(finished,
 
 def test_unnamed_runs_started_in_the_same_second_get_different_folders(policy, tmp_path):
     """A name that the user gave is never changed."""
-    for name, refused in ((None, contextlib.nullcontext()), ("mine", pytest.raises(UserError, match="mine exists"))):
+    for name, refused in ((None, contextlib.nullcontext()), ("mine", pytest.raises(UserError, match="mine already"))):
         trainer = make(policy, runs_dir=str(tmp_path), run_name=name)
         path = new_run_folder(trainer.config)
         path.mkdir()  # created by another run
@@ -258,7 +258,8 @@ def test_eval_only_can_use_other_settings_and_changes_only_the_evaluation(finish
     before = contents(copied)
     assert main(["--eval_only", str(copied), "--eval_samples", "4"]) == 0
     out = capsys.readouterr().out
-    assert "keeps its judgement by 16 samples" in out and "mean reward" in out and contents(copied) == before
+    assert "keeps its evaluation with 16 samples, more than these 4" in out and "mean reward" in out
+    assert contents(copied) == before
     monkeypatch.setattr("support.run.evaluation.noise", lambda *_: 0.01)
     assert main(["--eval_only", str(copied), *flags(WHEN_JUDGING)]) == 0
     assert read_json(copied / "evaluation.json")["before"]["noise"] == 0.01
@@ -279,11 +280,11 @@ def test_a_running_run_is_locked_and_a_stale_lock_is_ignored(finished, copied, c
         fcntl.flock(lock, fcntl.LOCK_EX)
         for mode in ("--resume", "--eval_only"):
             assert main([mode, str(copied)]) == 2
-            assert "another process is at work in" in capsys.readouterr().err and contents(copied) == before
+            assert "another process is using" in capsys.readouterr().err and contents(copied) == before
     assert main(["--eval_only", str(copied)]) == 0 and (copied / "report.md").exists()
     assert read_json(copied / "evaluation.json") == read_json(finished / "evaluation.json")
     change_json(copied / "inputs.json", **{"the hash of the prompts": "0"})
-    assert main(["--eval_only", str(copied)]) == 2 and "is not what" in capsys.readouterr().err
+    assert main(["--eval_only", str(copied)]) == 2 and "an input has changed" in capsys.readouterr().err
 
 
 def test_changed_inputs_give_an_error_that_names_them_and_nothing_is_written(killed, tmp_path):
@@ -291,7 +292,7 @@ def test_changed_inputs_give_an_error_that_names_them_and_nothing_is_written(kil
     used = {"the weights": "1", "the prompts": "2", "--model_name demo": "3"}
     assert tiny_run(run_dir, policy, inputs=used) == 0
     before = contents(run_dir)
-    with pytest.raises(UserError, match=f"{run_dir} was started with: the prompts is 0 and was 2; .*inputs.json"):
+    with pytest.raises(UserError, match=f"{run_dir} was started: the prompts is 0, but was 2; .*inputs.json"):
         tiny_run(run_dir, policy, resume=True, episodes=32, inputs=used | {"the prompts": "0"})
     assert contents(run_dir) == before
     # The demo models may differ in the last digits on another machine, and an older run may have fewer hashes

@@ -120,7 +120,7 @@ def test_an_unusable_file_gives_a_one_line_error_and_nothing_is_written(tmp_path
     for content, line in (
         (lines.removesuffix("1,第99条很好\n"), "has 99 different reviews; at least 100"),
         (lines.replace("\n0,", "\n1,"), "has 100 different reviews; at least 100 with both labels"),
-        (lines + "5,好\n", "line 102: expected 0 or 1 in the column label"),
+        (lines + "5,好\n", "line 102: expected columns label .0 or 1."),
     ):
         file.write_text(content, encoding="utf-8")
         with pytest.raises(UserError, match=f"{file}.*{line}"):
@@ -131,5 +131,5 @@ def test_an_unusable_file_gives_a_one_line_error_and_nothing_is_written(tmp_path
         assert not (tmp_path / "models").exists()
     file.write_text(lines, encoding="utf-8")
     (tmp_path / "models").mkdir()
-    with pytest.raises(UserError, match="models exists already"):
+    with pytest.raises(UserError, match="models already exists"):
         main([str(file), str(tmp_path / "models")])

@@ -75,7 +75,7 @@ def test_our_attention_matches_the_librarys(policy, option, attention):
 def test_missing_masks_and_wrong_positions_are_detected(policy, monkeypatch, module, name, broken, way):
     policy[0].set_attn_implementation("eager")
     monkeypatch.setattr(module, name, broken(getattr(module, name)) if name == "read" else broken)
-    with pytest.raises(UserError, match=f"{way} the logits are [0-9]+% off"):
+    with pytest.raises(UserError, match=f"{way}, the logits are [0-9]+% off"):
         check(policy[0])
 
 
@@ -88,7 +88,7 @@ def test_the_bfloat16_copy_of_the_model_is_checked(policy, monkeypatch):
 
     monkeypatch.setattr(blocks, "attention_bias", broken)
     make(policy, dtype="float32")
-    with pytest.raises(UserError, match="with a shared prompt the logits are"):
+    with pytest.raises(UserError, match="with a shared prompt, the logits are"):
         make(policy, dtype="bfloat16")
 
 

@@ -135,7 +135,7 @@ def test_a_reward_gets_the_columns_of_each_texts_prompt(policy, tmp_path, withou
     assert {64, 32, 8} <= set(calls)
     decorated = Rewards({"score": lambda *args, **options: variety(*args, **options)}, columns=columns)
     assert decorated.score(["a"], [0]).tolist() == [[pytest.approx(0.1)]]  # it has no parameter for a column
-    with pytest.raises(UserError, match="--reward score takes 'answer' as a parameter; .*--prompts_file"):
+    with pytest.raises(UserError, match="--reward score has a parameter 'answer', .*--prompts_file"):
         Rewards({"score": score})
 
 
@@ -153,7 +153,7 @@ def test_a_prompts_file_in_json_lines_can_have_other_columns(tmp_path):
         ('{"prompt": "a"}\n{"prompt": "b", "x": 1}\n', "line 1 has no 'x'; it has 'prompt'"),
         ('{"prompt": "a"}\nb\n', "line 2 of .* is damaged"),
         ('{"text": "a"}\n', "line 1 has no 'prompt'"),
-        ('{"prompt": 1}\n', "prompt 1 is empty"),
+        ('{"prompt": 1}\n', "prompt 1 must be a text that isn't empty, not 1"),
         ('["prompt"]\n', "line 1 of .* is damaged"),
     ):
         path.write_text(content)
@@ -164,10 +164,10 @@ def test_a_prompts_file_in_json_lines_can_have_other_columns(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"reward": ["score"]}, "--reward score is none of these: module:function, classifier, human"),
-        ({"reward": ["a:b", "classifier", "a:b"]}, "--reward names a:b twice"),
-        ({"reward": ["a:b", "classifier"], "reward_weights": [1]}, "there are 2 of --reward, and the weights are"),
-        ({"reward_weights": [1.0]}, "there are 0 of --reward"),
+        ({"reward": ["score"]}, "--reward score must be module:function, classifier, human"),
+        ({"reward": ["a:b", "classifier", "a:b"]}, "--reward a:b is given twice"),
+        ({"reward": ["a:b", "classifier"], "reward_weights": [1]}, "got 2 rewards and the weights"),
+        ({"reward_weights": [1.0]}, "got 0 rewards"),
         ({"reward": ["a:b"], "reward_weights": [0]}, "not all 0"),
         ({"reward": ["a:b"], "reward_weights": [math.nan]}, "a finite number for each"),
         ({"reward": "a:b"}, "--reward must be list"),
@@ -234,7 +234,7 @@ def test_a_person_scores_each_text_only_once_and_no_score_is_lost(tmp_path, type
     assert len(asked) == 4 and "1 of 2  好" in asked[0] and "2 of 2  差" in asked[1]
     assert score_texts(human, ["差"]).tolist() == [1] and len(asked) == 4
     typed("-2")
-    with pytest.raises(RewardError, match=f"the scores given so far are in {path}"):
+    with pytest.raises(RewardError, match=f"your scores so far are in {path}"):
         score_texts(human, ["书", "衣服"])
     path.write_bytes(path.read_bytes() + '{"text": "苹'.encode()[:-1])  # killed while writing
     asked = typed("3")

@@ -72,7 +72,7 @@ FAILURES = {
 def test_a_package_that_raises_is_reported_once_and_the_run_continues(policy, tmp_path, trackers, how, capsys):
     (trackers / "wandb.py").write_text(TRACKER + FAILURES[how])
     assert tiny_run(tmp_path / "run", policy, track="wandb") == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if "wandb stopped tracking" in line]
+    said = [line for line in capsys.readouterr().out.splitlines() if "wandb failed and is now off" in line]
     assert len(said) == 1 and len(rows(tmp_path / "run")) == 3
 
 

@@ -166,7 +166,7 @@ def test_ten_skipped_optimiser_steps_in_a_row_stop_the_run(policy):
         assert trainer.step(QUERIES, RESPONSES, [BAD, -BAD] * 3)["ppo/skipped"] == 9
         assert trainer.step(QUERIES, RESPONSES, SCORES)["ppo/skipped"] == 0
     trainer.step(QUERIES, RESPONSES, [BAD, -BAD] * 3)
-    with pytest.raises(FloatingPointError, match="the gradient of 10 optimiser steps in a row was not finite"):
+    with pytest.raises(FloatingPointError, match="the gradient was not finite in 10 optimiser steps in a row"):
         trainer.step(QUERIES, RESPONSES, [BAD, -BAD] * 3)
 
 
@@ -218,7 +218,7 @@ def test_tokens_beyond_the_tokenizer_are_neither_sampled_nor_accepted(policy):
         trainer.model.transformer.wte.weight[43:] *= 20
     responses = torch.cat(trainer.generate([[2, 5]] * 40))
     assert set(responses.tolist()) <= {3, *range(5, 43)} and len(set(responses.tolist())) > 5
-    with pytest.raises(ValueError, match="response 0 has .* before its end, which are never sampled"):
+    with pytest.raises(ValueError, match="response 0 contains .* before its end, but these tokens are never sampled"):
         trainer.step([[2, 5]], [[43]], [0.5])
 
 

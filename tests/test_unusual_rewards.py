@@ -36,7 +36,7 @@ def test_a_kl_budget_sets_the_coefficient_of_a_run_and_of_your_own_loop(policy, 
 
 
 @pytest.mark.parametrize(
-    ("reward", "budget", "why"), [(rare, 0.3, "differ in score"), (variety, 60.0, "more than these scores can use")]
+    ("reward", "budget", "why"), [(rare, 0.3, "must differ from the rest"), (variety, 60.0, "is too high for these")]
 )
 def test_a_kl_budget_that_cannot_be_met_ends_the_run_before_training(policy, tmp_path, reward, budget, why):
     with pytest.raises(UserError, match=f"^--kl_budget.*{why}"):
@@ -48,7 +48,7 @@ def test_a_random_reward_is_reported_and_its_gain_is_unknown(policy, tmp_path, c
     draw = random.Random(1)
     assert tiny_run(tmp_path / "run", policy, lambda texts: [draw.random() for _ in texts], eval_samples=64) == 0
     results = read_json(tmp_path / "run" / "evaluation.json")
-    assert results["before"]["noise"] == pytest.approx(1, abs=0.5) and "is chance" in capsys.readouterr().out
+    assert results["before"]["noise"] == pytest.approx(1, abs=0.5) and "is noise" in capsys.readouterr().out
     assert results["gain"]["gain"] is None and "twice" in results["verdict"]
 
 
@@ -91,7 +91,7 @@ def test_a_slow_reward_is_evaluated_in_training_sized_batches_with_a_progress_ba
     assert tiny_run(tmp_path / "run", policy, reward, eval_samples=20, batch_size=10, minibatch_size=10) == 0
     assert sizes == [10, 10, 20, 10, *[10] * 3, 10, 10, 20]  # evaluate and check; train; evaluate and check
     out, err = capsys.readouterr()
-    assert out.count("judging 20 completions") == 2 and err.count("scoring: 100%") >= 2
+    assert out.count("evaluating 20 completions") == 2 and err.count("scoring: 100%") >= 2
 
 
 def test_an_alarm_is_printed_once_and_kept_in_evaluation_json(policy, tmp_path, capsys):

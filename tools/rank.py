@@ -22,12 +22,12 @@ from datetime import datetime
 from pathlib import Path
 
 from config import PPOConfig
-from support.common.files import MEND_LINE, append_line, damaged, path_errors, read_lines, read_text
+from support.common.files import FIX_LINE, append_line, damaged, path_errors, read_lines, read_text
 from support.run.settings import load_config
 from tools import exits_on_user_error
 
 HINT = "100 make a usable reward model, 300 a good one, see docs/reward_model.md"
-HELP = "best first, as 3 1 4 2, or 3 1=4 2 for a tie; s to skip, u to undo, q to stop > "
+HELP = "best first, such as 3 1 4 2, or 3 1=4 2 for a tie; s to skip, u to undo, q to stop > "
 BLOCK = 32  # sets sampled at once
 CLOSE = 0.05  # difference in score below which --judge calls two completions a tie
 
@@ -36,14 +36,14 @@ CLOSE = 0.05  # difference in score below which --judge calls two completions a 
 def main(argv: list[str] | None = None) -> None:
     raw, defaults = argparse.RawDescriptionHelpFormatter, PPOConfig()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument("--model_name", default=defaults.model_name, help="GPT-2: a hub id, a folder, or 'demo'")
+    parser.add_argument("--model_name", default=defaults.model_name, help="GPT-2: a Hub id, a folder, or 'demo'")
     parser.add_argument("--run", type=Path, help="a run's folder: use its trained model, prompts and gen_len")
     parser.add_argument("--prompts", nargs="+", help="prompts, taken in turn (default: the run's or the article's)")
     parser.add_argument("--n", type=int, choices=range(2, 10), default=4, help="completions in a set (default: 4)")
     parser.add_argument("--out", type=Path, default=Path("rankings.jsonl"), help="file to write")
     parser.add_argument("--seed", type=int, default=1, help="decides which completions are drawn (default: 1)")
     parser.add_argument("--simulate", type=int, default=0, help="let --judge rank until there are this many rankings")
-    parser.add_argument("--judge", default=defaults.reward_model_name, help="classifier: a hub id, a folder, or 'demo'")
+    parser.add_argument("--judge", default=defaults.reward_model_name, help="classifier: a Hub id, a folder, or 'demo'")
     args = parser.parse_args(argv)
     records, config = read_lines(args.out), load_config(args.run / "config.json") if args.run else defaults
     model, prompts = str(args.run / "model") if args.run else args.model_name, args.prompts or config.prompts
@@ -138,7 +138,7 @@ def parse_ranking(answer: str, n: int) -> tuple[list[int], list[list[int]]]:
     groups = [[int(number) - 1 for number in group.split("=")] for group in found]
     order = sum(groups, [])
     if sorted(order) != list(range(n)) or "".join(found) != compact:
-        raise ValueError(f"name each number from 1 to {n} once, best first")
+        raise ValueError(f"type each number from 1 to {n} once, best first")
     ranks = [rank for rank, group in enumerate(groups) for _ in group]
     return order, [[i, j] for i, j in itertools.combinations(range(n), 2) if ranks[i] == ranks[j]]
 
@@ -165,16 +165,16 @@ def read_rankings(path: Path) -> list[Ranking]:
     rankings, prompts = [], set()
     for number, line in enumerate(lines, 1):
         if number == len(lines) and line.startswith("{") and not line.rstrip().endswith("}"):
-            print(f"the last line of {path} was cut short and is left out")
+            print(f"the last line of {path} is incomplete and is ignored")
             continue
-        with damaged(f"line {number} of {path}", MEND_LINE):
+        with damaged(f"line {number} of {path}", FIX_LINE):
             record = json.loads(line) if line.startswith("{") else {"prompt": "", "texts": line.split("\t")}
             if is_ranking(record):
                 prompts.add(record["prompt"])
                 rankings.append(read_ranking(record, prompts))
     useful = [ranking for ranking in rankings if ranking.better]
     if len(useful) < len(rankings):
-        print(f"{len(rankings) - len(useful)} of {len(rankings)} rankings have only ties and are left out")
+        print(f"{len(rankings) - len(useful)} of {len(rankings)} rankings have only ties and are ignored")
     return useful
 
 
@@ -182,13 +182,13 @@ def read_ranking(record: dict, prompts: set[str]) -> Ranking:
     """Check a ranking from a file. prompts: those of the file so far. Raises ValueError, KeyError or TypeError."""
     texts, n = record["texts"], len(record["texts"])
     if n < 2 or len(set(texts)) < n:
-        raise ValueError("a ranking needs at least two texts, and each only once")
+        raise ValueError("a ranking needs at least two texts, all different")
     for prompt in filter(None, prompts):
         if all(text.startswith(prompt) for text in texts):
             raise ValueError(f"its texts begin with the prompt {prompt!r}, but they must contain only what follows it")
     pairs, tied = list(itertools.combinations(range(n), 2)), {tuple(sorted(tie)) for tie in record.get("ties", [])}
     if not tied <= set(pairs):
-        raise ValueError(f"ties must be pairs of places from 0 to {n - 1}")
+        raise ValueError(f"ties must be pairs of positions from 0 to {n - 1}")
     return Ranking([record["prompt"] + text for text in texts], [pair for pair in pairs if pair not in tied])
 
 

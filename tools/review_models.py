@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="folder to write")
     args = parser.parse_args(argv)
     if args.out.exists():
-        raise UserError(f"{args.out} exists already; name another folder, or remove it")
+        raise UserError(f"{args.out} already exists; choose another folder, or remove it")
     reviews = read_reviews(args.reviews)
     with quiet_transformers(), whole(args.out) as partial:
         partial.mkdir(parents=True)
@@ -58,7 +58,7 @@ def read_reviews(path: Path) -> list[tuple[str, int]]:
     reviews = {}
     for row in rows:
         if row.get("label") not in ("0", "1") or row.get("review") is None:
-            expected = "expected 0 or 1 in the column label and a text in the column review, named in the first line"
+            expected = "expected columns label (0 or 1) and review (a text), named in the first line"
             raise UserError(f"{path}, line {rows.line_num}: {expected}")
         if row["review"].strip():
             reviews[row["review"]] = int(row["label"])

@@ -58,16 +58,16 @@ def main(argv: list[str] | None = None) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("rankings", type=Path, help="a file from tools.rank, or tab-separated texts, best first")
-    parser.add_argument("--base", required=True, help="encoder or GPT-2 to start from: a hub id, a folder, or 'demo'")
+    parser.add_argument("--base", required=True, help="encoder or GPT-2 to start from: a Hub id, a folder, or 'demo'")
     parser.add_argument("--out", type=Path, default=Path("reward_model"), help="folder to write")
     parser.add_argument("--epochs", type=int, default=4, help="maximum number of passes over the rankings (default: 4)")
     parser.add_argument("--lr", type=float, default=5e-5, help="peak learning rate of AdamW (default: 5e-5)")
     parser.add_argument("--batch_size", type=int, default=16, help="rankings per optimiser step (default: 16)")
-    parser.add_argument("--test", type=Path, help="measure the accuracy on this file, not on held-out rankings")
+    parser.add_argument("--test", type=Path, help="measure the accuracy on this file instead of held-out rankings")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
     if args.out.exists():
-        raise UserError(f"{args.out} exists already; name another folder, or remove it")
+        raise UserError(f"{args.out} already exists; choose another folder, or remove it")
     rankings, test = read_rankings(args.rankings), read_rankings(args.test) if args.test else []
     if len(rankings) < FEWEST:
         raise UserError(f"{args.rankings} has {len(rankings)} rankings to learn from; at least {FEWEST} are needed")

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from support.common.errors import UserError, first_line, is_out_of_memory
 
-MEND_LINE = "mend that line, or remove it"
+FIX_LINE = "fix that line, or remove it"
 
 
 @contextlib.contextmanager
@@ -45,7 +45,7 @@ def read_text(path: Path, remedy: str, name: str = "") -> str:
 
 def whole_lines(path: Path) -> list[str]:
     """Read the lines of a log, without a last line that a kill cut short. Texts may contain U+2028."""
-    with damaged(path, MEND_LINE):
+    with damaged(path, FIX_LINE):
         content = path.read_bytes()
         return content[: content.rfind(b"\n") + 1].decode("utf-8-sig").split("\n")[:-1]
 
@@ -61,11 +61,11 @@ def read_lines(path: Path) -> list[dict]:
             json.loads(last)
             path.write_bytes(content + b"\n")  # an editor left out the line break
         except ValueError:
-            print(f"the last line of {path} was cut short and is removed")
+            print(f"the last line of {path} was incomplete and has been removed")
             os.truncate(path, len(content) - len(last))
     records = []
     for number, line in enumerate(whole_lines(path), 1):
-        with damaged(f"line {number} of {path}", MEND_LINE):
+        with damaged(f"line {number} of {path}", FIX_LINE):
             records.append(json.loads(line))
     return records
 
@@ -85,7 +85,7 @@ def read_json(path: Path, remedy: str, missing: dict | None = None) -> dict:
     with damaged(path, remedy):
         value = json.loads(read_text(path, remedy))
         if not isinstance(value, dict):
-            raise TypeError(f"an object was expected, not a {type(value).__name__}")
+            raise TypeError(f"expected a JSON object, not a {type(value).__name__}")
         return value
 
 
@@ -147,4 +147,4 @@ def disk_errors(path: Path):
             raise  # safetensors and torch use their own words for system errors
         place = next(parent for parent in (path, *path.parents) if os.path.exists(parent))
         free = shutil.disk_usage(place).free / 2**20
-        raise UserError(f"{path} cannot be written: {reason} ({free:.0f} MiB are free)")
+        raise UserError(f"{path} cannot be written: {reason} ({free:.0f} MiB free)")

@@ -74,10 +74,10 @@ def pick_device(device: str):
     try:
         torch.ones(1, device=device).add(1).item()
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
-        reason = f"torch can't compute on {device} ({first_line(error)}); see https://pytorch.org/get-started/locally/"
+        reason = f"torch can't use {device} ({first_line(error)}); see https://pytorch.org/get-started/locally/"
         if several or not auto:
             raise UserError(f"--device {device}: {reason}, or try --device cpu")
-        print(f"warning: this run computes on the CPU: {reason}")
+        print(f"warning: this run uses the CPU: {reason}")
         device = "cpu"
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)

@@ -247,7 +247,7 @@ class Engine:
         for skipped in fetched[len(statistics) :]:
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
             if self.skipped_in_a_row == MAX_SKIPPED:
-                raise FloatingPointError(f"the gradient of {MAX_SKIPPED} optimiser steps in a row was not finite")
+                raise FloatingPointError(f"the gradient was not finite in {MAX_SKIPPED} optimiser steps in a row")
         return dict(zip(statistics, fetched))
 
     # --- checkpoints
@@ -265,7 +265,7 @@ class Engine:
         """Restore what `state_dict` returned. Raises ValueError or RuntimeError if the weights are of another model."""
         for model, weights in ((self.model, state["policy"]), (self.averaged, state["average"])):
             if weights.keys() != dict(model.named_parameters()).keys():
-                raise ValueError("its weights are of another model")
+                raise ValueError("its weights belong to another model")
             model.load_state_dict(weights, strict=False)  # tied weights are saved under only one name
         groups = self.optimizer.state_dict()["param_groups"]  # with this run's settings; fused if this device allows it
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})

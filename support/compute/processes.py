@@ -41,7 +41,7 @@ def init_process_group() -> None:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except RuntimeError as error:
         hint = "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network interface between the machines"
-        raise UserError(f"host {socket.gethostname()}: found no other process ({first_line(error)}); {hint}")
+        raise UserError(f"host {socket.gethostname()}: can't reach the other processes ({first_line(error)}); {hint}")
     if dist.get_rank():  # because libraries print, too
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
@@ -131,7 +131,7 @@ def check_same(values: dict[str, str]) -> None:
     for found, host in everyone:
         for name, value in expected.items():
             if found[name] != value:
-                raise UserError(f"{name} is {value} on host {first_host}, but {found[name]} on host {host}")
+                raise UserError(f"{name} must agree on all hosts: {first_host} has {value}, {host} has {found[name]}")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def lost_process(error: Exception) -> str | None:
     """Return a message if an exception means that another process is lost, None if it means anything else."""
     if process_group() is None or not isinstance(error, RuntimeError) or not re.search("gloo|NCCL", str(error)):
         return None
-    return f"another process or machine is gone, or was silent for --process_timeout ({first_line(error)})"
+    return f"another process or machine died or didn't answer within --process_timeout ({first_line(error)})"
 
 
 def exit_process(code: int) -> None:

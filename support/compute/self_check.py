@@ -44,6 +44,6 @@ def check_passes(model, computing) -> None:
         if not share <= rounding:
             raise UserError(
                 f"transformers {transformers.__version__} and torch {torch.__version__} don't work with this program: "
-                f"{way} the logits are {share:.0%} off, and rounding explains only {rounding:.0%}; for versions that "
-                "work, pip install -r requirements.txt -c constraints.txt"
+                f"{way}, the logits are {share:.0%} off, and rounding explains only {rounding:.0%}; to get versions "
+                "that work, run: python -m pip install -r requirements.txt -c constraints.txt"
             )

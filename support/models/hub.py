@@ -127,15 +127,15 @@ def explain(error: Exception, name: str, flag: str) -> str:
     from huggingface_hub import constants
 
     hub, cache, text = constants.ENDPOINT, constants.HF_HUB_CACHE, first_line(error)
-    elsewhere = f"set HF_ENDPOINT to a mirror of the Hub, or {flag} PATH to a local folder"
+    elsewhere = f"set HF_ENDPOINT to a mirror of the Hub, or {flag} to the path of a local folder"
     slow = "if it is only slow, set HF_HUB_ETAG_TIMEOUT=60 and HF_HUB_DOWNLOAD_TIMEOUT=60"
     advice = {  # by exception or HTTP status; the first match is used
         "GatedRepoError 403": f"{hub} refuses access; accept the terms at {hub}/{name} and set HF_TOKEN to your token",
         "RepositoryNotFoundError 401 404": f"{hub} has no such model; check the name; if it is private, set HF_TOKEN",
         "TimeoutException": f"{hub} doesn't answer; {elsewhere}; {slow}",
         "HTTPError": f"{hub} has a problem or can't be reached ({text}); try later, or {elsewhere}",
-        "JSONDecodeError FileMetadataError": f"{hub} isn't a model hub, or a login page answers; {elsewhere}",
-        "Exception": f"{text}; if {cache} is full or can't be written, set HF_HOME; otherwise {elsewhere}",
+        "JSONDecodeError FileMetadataError": f"{hub} isn't a model hub, or a login page answered instead; {elsewhere}",
+        "Exception": f"{text}; if {cache} is full or not writable, set HF_HOME; otherwise {elsewhere}",
     }
     kinds = {kind.__name__ for kind in type(error).__mro__}  # the module of httpx's errors depends on its version
     kinds.add(str(getattr(getattr(error, "response", None), "status_code", None)))

@@ -26,12 +26,13 @@ for _ in range(5):
     print(generator({prompt})[0]["generated_text"])
 ```
 
-{base}, trained by proximal policy optimization towards a reward, with a penalty on the KL divergence from the original.
+{base}, fine-tuned with proximal policy optimization to increase a reward, with a penalty on the KL divergence from the
+original model.
 It continues a prompt by up to {gen_len} tokens, sampled at temperature {temperature:g} (see `generation_config.json`).
 
 In your own code, open the tokenizer with `AutoTokenizer`. `BertTokenizer` would append `[SEP]`, the end of a text,
-to every prompt. Pipelines of transformers before 4.43 leave out the token that starts a text: call
-`model.generate(**tokenizer(prompt, return_tensors="pt"))` there.
+to every prompt. Pipelines in transformers before 4.43 omit the token that starts a text; in these versions, call
+`model.generate(**tokenizer(prompt, return_tensors="pt"))` instead.
 
 The license isn't filled in: see the license of the base model, then add `license: ...` at the top of this file.
 Only further training needs `value_head.safetensors`.

@@ -255,7 +255,7 @@ def load_weights(model_class, folder: Path, config, device) -> nn.Module:
     with loading(f"the weights in {folder}", second_weights(folder)):
         model, info = model_class.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
     if missing := sorted(name for name in info["missing_keys"] if not name.startswith("v_head.")):
-        raise UserError(f"{folder} isn't a trained model: its weights lack {missing[0]}; download all of it again")
+        raise UserError(f"{folder} isn't a trained model: it lacks {missing[0]}; download it again, or choose another")
     for weight in model.parameters():
         weight.data = weight.data.clone()  # a memory-mapped file would stay in memory next to the weights
     if torch.device(device).type == "mps":  # SDPA has been wrong there, see pytorch 181133, 184180, 195910
@@ -274,7 +274,7 @@ def loading(what, hint: str = ""):
         if is_out_of_memory(error):
             raise
         shapes = "mismatched_sizes" in str(error)  # the library's message explains how to ignore this
-        reason = "config.json describes other shapes" if shapes else first_line(error)
+        reason = "their shapes don't match config.json" if shapes else first_line(error)
         raise UserError(f"{what} can't be loaded ({reason}); download it again, or choose another model{hint}")
 
 

@@ -23,7 +23,7 @@ from support.common.files import damaged, disk_errors, remove, whole
 from support.compute import processes
 
 FILES = ("policy.safetensors", "average.safetensors", "optimizer.pt")
-REMEDY = "an older one is used, if there is one"
+REMEDY = "an older one is used if there is one"
 
 
 def save_checkpoint(trainer, folder: Path, keep: int) -> Path:
@@ -79,7 +79,7 @@ def load_checkpoint(trainer, folder: Path) -> None:
                 trainer.n_steps = state["step"]
             return
         except UserError as error:
-            print(f"warning: a checkpoint cannot be used: {error}")
+            print(f"warning: skipping a checkpoint: {error}")
     if found:
         raise UserError(f"no usable checkpoint in {folder}; start the run again under another --run_name")
 

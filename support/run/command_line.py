@@ -47,12 +47,12 @@ def read_command_line(argv: list[str], description: str = "") -> tuple[PPOConfig
         way = f"finish it first: python train_ppo.py {flags_to_go_on(run_dir, config)}"
         raise UserError(f"{run_dir} isn't finished, so it has no model to evaluate; {way}")
     if mode == "resume" and is_finished(run_dir, config):
-        print(f"{run_dir} is finished; --resume with more --episodes would train it further")
+        print(f"{run_dir} is already finished; to train it further, use --resume with more --episodes")
         return config, run_dir, "nothing"
     if own := own_rewards(config):
         if "reward" not in given:
             way = shlex.join(["python", "train_ppo.py", *argv, "--reward", *config.reward])
-            raise UserError(f"{run_dir} has its own reward, whose code runs only if you name it: {way}")
+            raise UserError(f"{run_dir} uses a reward function, whose code runs only if you name it: {way}")
         from reward import import_function  # needs torch, which --help doesn't need
 
         for name in own:
@@ -62,8 +62,8 @@ def read_command_line(argv: list[str], description: str = "") -> tuple[PPOConfig
             check_installed(config.track)
         for name in ("batch_size", "minibatch_size"):
             if getattr(config, name) % processes.world_size():
-                shares = f"{processes.world_size()} processes, which take equal shares"
-                raise UserError(f"--{name} {getattr(config, name)} is not divisible by the {shares}")
+                n = processes.world_size()
+                raise UserError(f"--{name} {getattr(config, name)} must be divisible by the number of processes, {n}")
     return config, run_dir, mode
 
 
@@ -76,7 +76,7 @@ def saved_config(run_dir: Path, config: PPOConfig, given: set[str], allowed: set
             change = f"--{name} {new} would change the result of {run_dir}, which was started with {old}"
             raise UserError(f"{change}; start a new run for that")
         if name == "episodes" and new < old:
-            raise UserError(f"--episodes {new} is fewer than the {old} of {run_dir}; they can only be raised")
+            raise UserError(f"--episodes {new} is less than the {old} of {run_dir}; it can only be raised")
     taken = {name: getattr(config, name) for name in given & allowed}
     if "prompts" in given:
         taken["prompts_file"] = config.prompts_file  # instead of the run's own file

@@ -12,7 +12,7 @@ import numpy as np
 
 from support.common.errors import UserError
 from support.common.figures import decimals, table
-from support.common.files import MEND_LINE, damaged, read_json, whole_lines
+from support.common.files import FIX_LINE, damaged, read_json, whole_lines
 from support.run.settings import NOT_COMPARED
 
 STARTS = "environment.jsonl"  # a line for the start of the run, for each --resume and for each --eval_only
@@ -24,13 +24,13 @@ LIMIT = {"model_name", "reward_model_name", "positive_label", "reward", "reward_
 LIMIT |= {"gen_len", "temperature", "init_kl_coef"}
 # None: one decimal more than rewards
 FORMATS = {"R": None, "KL": ".3f", "J": None, "gain": ".2f", "standard error": ".3f", "SD": ".2f"}
-FORMATS |= {"error of judging": ".2f", "unique": ".1%", "seconds per step": ".2f"}
+FORMATS |= {"evaluation error": ".2f", "unique": ".1%", "seconds per step": ".2f"}
 LEGEND = """R, KL, J, gain and unique: means over the evaluated models of a row. Standard error: that of the mean gain,
-from the randomness of seeds and samples. SD: the standard deviation of the row's gains. Error of judging: the
+from the randomness of seeds and samples. SD: the standard deviation of the row's gains. Evaluation error: the
 standard error of one run's gain that comes only from the evaluation; more --eval_samples reduce it."""
 PAIRS = """Two gains are told apart if their difference is more than twice its standard error. Of twenty
 pairs that are equally good, about one is told apart by chance."""
-ONE_SEED = """Each row is one run, and another seed moves its gain by some hundredths: no two rows can be told apart.
+ONE_SEED = """Each row is one run. Another seed changes its gain by a few hundredths, so no two rows can be told apart.
 Train at least three seeds of each."""
 
 
@@ -50,13 +50,13 @@ class Run:
             J = after["reward"] - self.settings["init_kl_coef"] * after["kl"]
             found |= {"R": after["reward"], "KL": after["kl"], "J": J, "unique": after["unique"]}
         if gain := known_gain(self):
-            found |= {"gain": gain["gain"], "error of judging": gain["gain_se"]}
+            found |= {"gain": gain["gain"], "evaluation error": gain["gain_se"]}
         return found
 
 
 def known_gain(run: Run) -> dict:
     """Return a run's gain with its standard error and its limit, or {} if it is unknown."""
-    gain = run.evaluation.get("gain") or {"gain": None}  # null until the run is judged after training
+    gain = run.evaluation.get("gain") or {"gain": None}  # null until the run is evaluated after training
     return {} if gain["gain"] is None else gain
 
 
@@ -78,7 +78,7 @@ def read_run(path: Path) -> Run:
 def read_starts(run_dir: Path) -> list[dict]:
     """Return the lines of environment.jsonl. Raises UserError if one is damaged."""
     path = run_dir / STARTS
-    with damaged(path, MEND_LINE):
+    with damaged(path, FIX_LINE):
         return [json.loads(line) for line in whole_lines(path)] if path.exists() else []
 
 
@@ -86,7 +86,7 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, float]]]:
     """Return the whole lines of a metrics.csv, each with its numbers by column; the first, the header, has none."""
     rows, names = [], []
     for number, line in enumerate(whole_lines(path), 1):
-        with damaged(f"line {number} of {path}", MEND_LINE):
+        with damaged(f"line {number} of {path}", FIX_LINE):
             numbers = dict(zip(names, map(float, line.split(",")), strict=True)) if names else {}
         names = names or line.strip().split(",")
         rows.append((line, numbers))
@@ -106,7 +106,7 @@ def read_metrics(run: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{run} has no metrics.csv; give the folder of a run")
     rows = [row for _, row in read_rows(path)[1:]]
     if not rows:
-        raise UserError(f"{path} has no step yet: the run has not finished one")
+        raise UserError(f"{path} has no rows yet: the run hasn't finished a step")
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
@@ -130,7 +130,7 @@ class Curve:
         names = [name for name in self.runs[0].metrics if all(name in run.metrics for run in self.runs)]
         metrics = {name: np.stack([run.metrics[name][:n] for run in self.runs]) for name in names}
         if np.ptp(metrics["episodes"], axis=0).any():
-            raise UserError(f"the steps of {self.label} differ in their episodes; tell these runs apart with --by")
+            raise UserError(f"the runs of {self.label} differ in their episodes per step; separate them with --by")
         return metrics
 
 
@@ -143,7 +143,7 @@ def curves(runs: list[Run], by: list[str] | None = None) -> list[Curve]:
     names, groups, found = differences(runs) if by is None else by, {}, []
     if unknown := [name for name in names if not any(name in run.settings for run in runs)]:
         differing = ", ".join([*differences(runs), "preset", "run_name", "seed"])
-        raise UserError(f"--by {unknown[0]}: no run here has such a setting; take some of {differing}")
+        raise UserError(f"--by {unknown[0]}: no run here has such a setting; choose from {differing}")
     for run in runs:
         groups.setdefault(str([run.settings.get(name) for name in names]), []).append(run)
     for group in groups.values():
@@ -177,7 +177,7 @@ def reward_decimals(drawn: list[Curve]) -> int:
 def spreads(drawn: list[Curve]) -> list[float | None]:
     """Return for each curve the standard deviation of another run's gain, due to its seed and to the evaluation.
 
-    That is the SD of its gains or, if it is only one run, the SD within all curves, but at least the error of judging.
+    That is the SD of its gains or, if it is only one run, the SD within all curves, but at least the evaluation error.
     All are None if no curve has several gains.
     """
     known = [[known_gain(run) for run in curve.runs if known_gain(run)] for curve in drawn]
@@ -200,7 +200,7 @@ def pairs(drawn: list[Curve], figures: list[dict], spread: list[float | None]) -
         told = "yes"
         if abs(difference) <= 2 * error:
             seeds = 4 * (spread[a] ** 2 + spread[b] ** 2) / max(difference**2, 1e-12)
-            told = f"no: {math.ceil(seeds)} seeds each would" if seeds < 100 else "no: over 100 seeds each"
+            told = f"no: needs {math.ceil(seeds)} seeds each" if seeds < 100 else "no: needs over 100 seeds each"
         rows.append([drawn[a].name, drawn[b].name, f"{difference:+.3f}", f"{error:.3f}", told])
     return table(["", "minus", "difference in gain", "standard error", "told apart"], rows)
 
@@ -222,12 +222,12 @@ def comparison(runs: list[Run], drawn: list[Curve]) -> str:
         figures.append(shown)
     parts = [table(["", "runs", "episodes", *FORMATS], rows), LEGEND]
     if unlike := [name for name in differences(runs) if name in LIMIT]:
-        parts.append(f"These runs differ in {', '.join(unlike)}, and so in the limit: don't compare their gains.")
+        parts.append(f"These runs differ in {', '.join(unlike)}, so their limits differ: don't compare their gains.")
     elif sum("gain" in shown for shown in figures) > 1:
         parts += [pairs(drawn, figures, spread), PAIRS] if any(spread) else [ONE_SEED]
     if mixed := dict.fromkeys(name for curve in drawn for name in differences(curve.runs)):
-        parts.append(f"Runs in one row differ in {', '.join(mixed)}, too; --by tells them apart.")
+        parts.append(f"Runs in the same row also differ in {', '.join(mixed)}; --by separates them.")
     for run in [run for run in runs if not known_gain(run)]:
-        why = (run.evaluation.get("gain") or {}).get("why", "not judged yet")
+        why = (run.evaluation.get("gain") or {}).get("why", "not evaluated yet")
         parts.append(f"The gain of {run.name} is unknown: {why}.")
     return "\n\n".join(parts)

@@ -26,7 +26,7 @@ SEED = 20_170_707  # of every evaluation, whatever the run's seed: all policies 
 STEADY = "a score must depend only on its text, not on earlier calls or on the other texts of a call"
 TWICE = 64  # texts that are scored a second time
 SURE = 3  # standard errors beyond which a shift of the scores isn't chance
-COMPANY = 0.1  # allowed drop of the better half if scored separately, in SDs of the scores; z-scores or ranks drop by 0.8
+COMPANY = 0.1  # allowed drop of the better half if scored on its own, in SDs; z-scores or ranks drop by 0.8
 
 
 @dataclass
@@ -119,7 +119,7 @@ class Results:
         """Read an evaluation.json. Returns None if it doesn't exist. Raises UserError if it is damaged."""
         if not path.exists():
             return None
-        remedy = "remove it: --resume makes it again"
+        remedy = "remove it; --resume will create it again"
         values = read_json(path, remedy)
         with damaged(path, remedy):
             parts = {when: Evaluation(**values[when]) for when in ("before", "after") if values.get(when)}
@@ -141,7 +141,7 @@ def evaluate(trainer: PPOTrainer, model, reward: Rewards, prompts: list[str], qu
 
     `kl` is the mean of `kl_to_reference`: the same expectation as the sampled log-ratios, with less noise.
     """
-    print(f"judging {trainer.config.eval_samples:,} completions")
+    print(f"evaluating {trainer.config.eval_samples:,} completions")
     prompt_index, completions, texts, parts = sample_and_score(trainer, model, reward, prompts, queries)
     kl, ref_logprobs = kl_to_reference(trainer, model, completions)
     mask, n, rewards = completions.mask.cpu(), len(texts), parts @ reward.weights

@@ -21,13 +21,13 @@ def new_run_folder(config: PPOConfig) -> Path:
         names = chain([name], (f"{name}-{i}" for i in count(2)))
         return next(runs / free for free in names if not (runs / free).exists())
     if (run_dir := runs / config.run_name).exists():
-        raise UserError(f"{run_dir} exists already; choose another --run_name, or {flags_to_go_on(run_dir, config)}")
+        raise UserError(f"{run_dir} already exists; choose another --run_name, or {flags_to_go_on(run_dir, config)}")
     return run_dir
 
 
 def is_finished(run_dir: Path, config: PPOConfig) -> bool:
     """Return whether a run has done all steps of its config and written everything that the end of a run writes."""
-    evaluation = read_json(run_dir / "evaluation.json", "remove it: --resume makes it again", missing={})
+    evaluation = read_json(run_dir / "evaluation.json", "remove it; --resume will create it again", missing={})
     steps = evaluation.get("steps") or 0
     return steps >= total_steps(config) and all((run_dir / name).exists() for name in FINAL)
 
@@ -37,7 +37,7 @@ def find_run_folder(config: PPOConfig, name: str) -> Path:
     if name == "latest":
         runs = sorted(Path(config.runs_dir).glob("*/config.json"), key=lambda path: path.stat().st_mtime)
         if not runs:
-            raise UserError(f"there is no run in {config.runs_dir}")
+            raise UserError(f"there is no run in {config.runs_dir}; check --runs_dir")
         name = runs[-1].parent
     path = Path(name)
     if not is_run_folder(path):
@@ -49,7 +49,7 @@ def find_run_folder(config: PPOConfig, name: str) -> Path:
 def is_run_folder(path: Path) -> bool:
     """Return whether a folder has the config.json of a run, and not of a model (such as the run's own)."""
     file = path / "config.json"
-    return file.is_file() and "model_type" not in read_json(file, "a run cannot go on without its settings")
+    return file.is_file() and "model_type" not in read_json(file, "a run can't continue without its settings")
 
 
 def flags_to_go_on(run_dir: Path, config: PPOConfig) -> str:

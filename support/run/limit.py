@@ -89,11 +89,11 @@ def possible(before, beta: float) -> dict:
     elif (differing := n_differing(rewards, prompt_index)) < FEWEST:
         why = f"nothing to learn: only {differing} of {n:,} rewards differ from the others of their prompt"
     elif before.noise > NOISY:
-        why = f"{before.noise:.0%} of the rewards' variance is chance, as scoring the same texts twice shows"
+        why = f"{before.noise:.0%} of the rewards' variance is noise, as scoring the same texts twice shows"
     elif m >= 20 and effective < max(FEW, 5 * n_prompts) and effective * m / n < max(2, m / 100):
-        why = "at this KL coefficient the best policy writes a handful of texts; try --kl_budget 0.4"
+        why = "at this KL coefficient the best policy writes only a handful of texts; try --kl_budget 0.4"
     elif best["J"] - result["J_before"] < LITTLE * math.sqrt(variance_within(rewards, prompt_index)):
-        why = "at this KL coefficient hardly any KL is worth it; try --kl_budget 0.4"
+        why = "at this KL coefficient the best policy is hardly better than the reference; try --kl_budget 0.4"
     else:
         return result
     return result | {"why": why}
@@ -116,7 +116,7 @@ def gain(before, after, beta: float) -> dict:
     least = max(FEW, 5 * len(prompt_index.unique()))
     if "why" not in result and best["effective_samples"] < least:
         needed = 2 ** math.ceil(math.log2(2 * len(rewards) * least / best["effective_samples"]))
-        result |= {"why": "the limit rests on too few of these samples", "samples_needed": needed}
+        result |= {"why": "the effective sample size is too small to estimate the limit", "samples_needed": needed}
     if "why" in result:
         return {"gain": None, **result}
     way = best["J"] - result["J_before"]
@@ -159,14 +159,14 @@ def kl_coef_for(rewards: torch.Tensor, prompt_index: torch.Tensor, kl_budget: fl
     """Return the KL coefficient at which the Gibbs policy is `kl_budget` nats per completion from the reference, found
     by bisection. Raises UserError if there is none, or if fewer than FEWEST rewards differ."""
     if (differing := n_differing(rewards, prompt_index)) < FEWEST:
-        told = f"of {len(rewards):,} completions before training {differing} differ in score from the rest"
-        raise UserError(f"--kl_budget: {told}, and {FEWEST} must; raise --eval_samples, or reward what texts do have")
+        told = f"{FEWEST} scores before training must differ from the rest, but only {differing} of {len(rewards):,} do"
+        raise UserError(f"--kl_budget: {told}; raise --eval_samples, or use a reward that varies more")
     scale = rewards.double().std().item()
     low, high = math.log(scale / 1000), math.log(scale * 1000)
     farthest = gibbs_policy(rewards, prompt_index, math.exp(low))["kl"]
     if farthest <= kl_budget:
-        most = f"the best possible policy is at most {farthest:.2f} nats away, whatever the coefficient"
-        raise UserError(f"--kl_budget {kl_budget:g} is more than these scores can use: {most}; give less than that")
+        most = f"at any coefficient, the best possible policy is at most {farthest:.2f} nats from the reference"
+        raise UserError(f"--kl_budget {kl_budget:g} is too high for these scores: {most}; give less than that")
     for _ in range(50):
         middle = (low + high) / 2
         farther = gibbs_policy(rewards, prompt_index, math.exp(middle))["kl"] > kl_budget

@@ -61,7 +61,7 @@ def load_folders(
     queries = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     longest = max(map(len, queries))
     if longest + config.gen_len > gpt2_config.n_positions:
-        room = f"{gpt2_config.n_positions} positions, of which the longest prompt takes {longest}"
+        room = f"{gpt2_config.n_positions} positions, and the longest prompt takes {longest} of them"
         raise UserError(f"--gen_len {config.gen_len} is too long: the model has {room}")
     rewards, dtype = {}, pick_dtype(config.dtype, device)
     for name in config.reward or ["classifier"]:
@@ -72,7 +72,7 @@ def load_folders(
     reward = Rewards(rewards, config.reward_weights, columns)
     policy = load_policy(policy_folder, gpt2_config, device)
     if not (policy_folder / VALUE_HEAD).exists():
-        print(f"{policy_folder.name}: no value head in this checkpoint, starting one at zero")
+        print(f"{policy_folder.name}: no value head in this checkpoint, so it starts at zero")
     if not reference_folder:
         return policy, tokenizer, reward, prompts, queries, copy.deepcopy(policy)
     print(f"the reference is {config.reference}: KL and gain are measured from it, and 'before' is its result")
@@ -87,9 +87,9 @@ def read_reference(folder: Path, gpt2_config, tokenizer):
     sizes = [(name, getattr(ref_config, name), getattr(gpt2_config, name)) for name in names]
     differ = [f"{name} {its} instead of {ours}" for name, its, ours in sizes if its != ours]
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-        differ.append("another vocabulary")
+        differ.append("a different vocabulary")
     if differ:
-        way = "name the model that it was trained from"
+        way = "give the model that --model_name was trained from"
         raise UserError(f"--reference {folder} doesn't fit --model_name: it has {', '.join(differ)}; {way}")
     return ref_config
 

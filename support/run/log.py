@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from support.common.errors import UserError
 from support.common.figures import decimals
-from support.common.files import MEND_LINE, damaged, whole_lines, write_whole
+from support.common.files import FIX_LINE, damaged, whole_lines, write_whole
 from support.run.compare import read_rows
 
 
@@ -52,11 +52,11 @@ class RunLog:
         rows = read_rows(metrics) if metrics.exists() else []
         logged_only = len(rows) > 1 and not (run_dir / "checkpoints").exists()
         if last_step == 0 and (logged_only or (run_dir / "model").exists()):
-            raise UserError(f"{run_dir} has no checkpoint to go on from; start a new run under another --run_name")
+            raise UserError(f"{run_dir} has no checkpoint to continue from; start a new run under another --run_name")
         rows = [(line, row) for line, row in rows if row.get("step", 0) <= last_step]
         lines = []
         for number, line in enumerate(whole_lines(samples) if samples.exists() else [], 1):
-            with damaged(f"line {number} of {samples}", MEND_LINE):
+            with damaged(f"line {number} of {samples}", FIX_LINE):
                 if json.loads(line)["step"] <= last_step:
                     lines.append(line)
         self.rows = [row for _, row in rows[1:]]

@@ -17,7 +17,7 @@ from support.run.settings import changes, load_config, total_steps
 
 def run_report(run_dir: Path, results: Results) -> str:
     """Return the report of a finished run, in Markdown. Raises UserError if a file there is damaged."""
-    starts, inputs = read_starts(run_dir), read_json(run_dir / "inputs.json", "remove it: it is made again", missing={})
+    starts, inputs = read_starts(run_dir), read_json(run_dir / "inputs.json", "remove it; it is recreated", missing={})
     parts = [f"# {in_markdown(run_dir.resolve().name)}", f"**{results.verdict}**"]
     if (run_dir / "rewards.png").exists():
         parts.append("![curves of the run](rewards.png)")
@@ -25,16 +25,14 @@ def run_report(run_dir: Path, results: Results) -> str:
     limit = "The limit is the best possible policy at this KL coefficient, and the gain is the share of the way there"
     judged = f"Evaluated on {n}, with the same random numbers. {limit}. KL is in nats per completion."
     parts += ["## Results", judged, results_table(results)]
-    if gains := [f"{best['gain']:.2f} with {best['n']}" for best in results.best_of_n if best["gain"] is not None]:
-        drafts = "Without training, the best of several drafts by the original model has a gain of"
+    if gains := [f"{best['gain']:.2f} with n = {best['n']}" for best in results.best_of_n if best["gain"] is not None]:
+        drafts = "Without training, best-of-n from the original model has a gain of"
         parts.append(f"{drafts} {', '.join(gains)}.")
     if results.by_prompt:
-        about = (
-            "Best first. J gained is what training has added to J = reward - beta KL. A gain of - is unknown, usually"
-        )
+        about = "Best first. J gained is the increase in J = reward - beta KL. A gain of - is unknown, usually"
         parts += [
             "## By prompt",
-            f"{about} because a prompt needs `--eval_samples` of its own.",
+            f"{about} because there are too few samples of that prompt; raise `--eval_samples`.",
             prompts_table(results),
         ]
     if results.alarms:
@@ -52,8 +50,8 @@ def run_report(run_dir: Path, results: Results) -> str:
     parts += ["## How it was made", "\n".join(commands)]
     if (run_dir / "metrics.csv").exists():
         seconds = read_metrics(run_dir)["time/step"]
-        took = f"{len(seconds):,} steps in {tqdm.format_interval(sum(seconds))}, without loading and evaluating"
-        parts.append(f"{took}; {np.median(seconds):.2f} s per step in the median.")
+        took = f"{len(seconds):,} steps in {tqdm.format_interval(sum(seconds))}, excluding loading and evaluation"
+        parts.append(f"{took}; median {np.median(seconds):.2f} s per step.")
     if changed := [[name, str(here), str(preset)] for name, (preset, here) in changes(config).items()]:
         parts.append(f"Settings that differ from the preset {config.preset}:")
         parts.append(table(["setting", "here", "preset"], changed))
@@ -67,4 +65,4 @@ def run_report(run_dir: Path, results: Results) -> str:
 
 
 def when(start: dict) -> str:
-    return f"from step {start['step']}" if start.get("step") else "judged again"
+    return f"from step {start['step']}" if start.get("step") else "evaluated again"

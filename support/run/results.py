@@ -25,13 +25,13 @@ def verdict(results: Results, config) -> str:
         told = ", ".join(f"{each['name']} fell from {each['before']:.3g} to {each['after']:.3g}" for each in fallen)
         rise = f"the reward rose from {before.reward:.3g} to {after.reward:.3g}, but the judge {told}"
         dearer = "a lower --kl_budget" if config.kl_budget else "a higher --init_kl_coef"
-        return f"hacked: {rise}, more than {JUDGED} standard errors; try {dearer}, or a better reward"
+        return f"hacked: {rise}, by more than {JUDGED} standard errors; try {dearer}, or a better reward"
     if (share := result["gain"]) is None:
         needed = result.get("samples_needed")
         more = f"; evaluate again with --eval_only and --eval_samples {needed}" if needed else ""
         return f"gain unknown: {result['why']}{more}"
     kl, limit, error = after.kl, result["limit"], result["gain_se"]
-    got, spent = f"{share:.0%} of what is possible", f"KL {kl:.2g}, and {limit['kl']:.2g} at the limit"
+    got, spent = f"{share:.0%} of what is possible", f"KL {kl:.2g}, compared with {limit['kl']:.2g} at the limit"
     calmer = "a lower --lr" if config.minibatch_size == config.batch_size else f"--minibatch_size {config.batch_size}"
     collapsed = after.unique < before.unique / 2
     if kl < UNMOVED * limit["kl"]:
@@ -39,12 +39,12 @@ def verdict(results: Results, config) -> str:
     if kl > FAR * limit["kl"] and (after.reward > limit["reward"] or collapsed):
         return f"hacked: {spent}; try {calmer if share < GOOD else 'a higher --init_kl_coef'}"
     if share > 1 + SURE * error:
-        told = f"{got}, over {SURE} standard errors ({error:.0%}) too much"
+        told = f"{got}, more than {SURE} standard errors ({error:.0%}) above 100%"
         cause = "the reward isn't the same before and after training, or the best texts are too rare for these samples"
-        return f"impossible: {told}: {cause}; look at both, with --eval_only and more --eval_samples"
+        return f"impossible: {told}: {cause}; check both with --eval_only and more --eval_samples"
     if error > UNSURE and abs(share - GOOD) < 2 * error:
         needed = 2 ** math.ceil(math.log2(len(after.samples) * (2 * error / UNSURE) ** 2))
-        return f"good or short, which these samples cannot tell: --eval_only with --eval_samples {needed} would"
+        return f"good or short: too few samples to tell; evaluate again with --eval_only and --eval_samples {needed}"
     if share >= GOOD:
         return f"good: {got}"
     bought = after.reward - result["J_before"]

@@ -103,7 +103,7 @@ class RunFolder:
 
         folder = cls(path, trainer, on_rank_0(write))
         config, engine = trainer.config, trainer.engine
-        print(f"{engine.n_trained / 1e6:.1f} of {trainer.model.num_parameters() / 1e6:.1f} million parameters train")
+        print(f"training {engine.n_trained / 1e6:.1f} of {trainer.model.num_parameters() / 1e6:.1f} million parameters")
         if changed := [f"{name} {here} (preset: {preset})" for name, (preset, here) in changes(config).items()]:
             print(f"changed from the preset {config.preset}: {', '.join(changed)}")
         print(f"run folder {path}, {folder.last_step} steps of {config.batch_size} completions")
@@ -180,7 +180,7 @@ def locked(path: Path):
             try:
                 lock.acquire(blocking=False)
             except Timeout:
-                raise UserError(f"another process is at work in {path}; wait for it, or stop it")
+                raise UserError(f"another process is using {path}; wait for it to end, or stop it")
 
     on_rank_0(acquire)
     try:
@@ -198,14 +198,14 @@ def compare_inputs(path: Path, inputs: dict[str, str]) -> None:
     """Raise UserError if the run was started with other models, prompts or rewards than these."""
     file, judged = path / "inputs.json", path / "evaluation.json"
     before = processes.broadcast_from_rank_0(
-        lambda: read_json(file, "remove it: it is made again", missing={}) if judged.exists() else {}
+        lambda: read_json(file, "remove it; it is recreated", missing={}) if judged.exists() else {}
     )
     for name, now in inputs.items():
         # The demo's models are built on each machine and may differ in the last digits
         if before.get(name, now) != now and not name.endswith(" demo"):
-            what = f"{name} is {now} and was {before[name]}"
-            way = f"put it back, start a new run, or remove {file} to go on with what is there now"
-            raise UserError(f"this is not what {path} was started with: {what}; {way}")
+            what = f"{name} is {now}, but was {before[name]}"
+            way = f"restore it, start a new run, or remove {file} to continue with the new one"
+            raise UserError(f"an input has changed since {path} was started: {what}; {way}")
 
 
 def note_start(path: Path, trainer, argv: list[str], step: int | None) -> None:
@@ -243,6 +243,6 @@ def write_ending(path: Path, config: PPOConfig, results: Results, prompts: list[
     if (path / "metrics.csv").exists():
         draw(path / "rewards.png")
     figures, texts = results_table(results), before_after_table(results.before.samples, results.after.samples)
-    judgement = f"**{results.verdict}**\n\n{figures}\n\nThe same draws before and after:\n\n{texts}"
+    judgement = f"**{results.verdict}**\n\n{figures}\n\nCompletions before and after (same random numbers):\n\n{texts}"
     write_results(path / "model", config, prompts, judgement)
     write_whole(path / FINAL[-1], run_report(path, results))

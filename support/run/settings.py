@@ -12,7 +12,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from config import PRESETS, PPOConfig, did_you_mean
 from support.common.errors import UserError
-from support.common.files import MEND_LINE, damaged, read_json, read_text, write_whole
+from support.common.files import FIX_LINE, damaged, read_json, read_text, write_whole
 from support.compute.devices import check_versions
 
 # Settings of one start or one folder that don't affect training; never listed as changes
@@ -84,8 +84,8 @@ def check(config: PPOConfig) -> None:
         raise UserError(f"--minibatch_size {config.minibatch_size} is larger than --batch_size {config.batch_size}")
     check_rewards(config)
     if config.run_name is not None and not re.fullmatch(r"[^\W_][\w.\-]*", config.run_name):
-        allowed = "letters, digits, '_', '-' and '.', beginning with a letter or digit"
-        raise UserError(f"--run_name {config.run_name!r} must be {allowed}")
+        allowed = "letters, digits, '_', '-' and '.', and begin with a letter or digit"
+        raise UserError(f"--run_name {config.run_name!r} must consist of {allowed}")
 
 
 def check_value(field: Field, kind, value) -> None:
@@ -118,14 +118,14 @@ def check_rewards(config: PPOConfig) -> None:
     """Raise UserError if a reward is of an unknown kind or given twice, or if the number of weights is wrong."""
     for name, (flag, *_) in reward_models(config).items():
         if flag == "--reward" and "/" not in name and not Path(name).expanduser().is_dir():
-            kinds = "module:function, classifier, human, or a model's folder or hub id (owner/model)"
-            raise UserError(f"--reward {name} is none of these: {kinds}")
+            kinds = "module:function, classifier, human, or a model's folder or Hub id (owner/model)"
+            raise UserError(f"--reward {name} must be {kinds}")
     if repeated := [name for name in config.reward if config.reward.count(name) > 1]:
-        raise UserError(f"--reward names {repeated[0]} twice")
+        raise UserError(f"--reward {repeated[0]} is given twice; give each reward only once")
     weights = config.reward_weights
     if weights and not (len(weights) == len(config.reward) and all(map(math.isfinite, weights)) and any(weights)):
-        needed = f"needs a finite number for each --reward, and not all 0; there are {len(config.reward)} of --reward"
-        raise UserError(f"--reward_weights {needed}, and the weights are {weights}")
+        needed = "needs a finite number for each --reward, and not all 0"
+        raise UserError(f"--reward_weights {needed}; got {len(config.reward)} rewards and the weights {weights}")
 
 
 def has_type(value, kind) -> bool:
@@ -152,14 +152,14 @@ def read_prompts(config: PPOConfig) -> dict[str, list]:
     records = [{"prompt": prompt} for prompt in prompts]
     if source.endswith(".jsonl"):
         for i, line in enumerate(prompts):
-            with damaged(f"line {i + 1} of {config.prompts_file}", MEND_LINE):
+            with damaged(f"line {i + 1} of {config.prompts_file}", FIX_LINE):
                 records[i] = dict(json.loads(line))
     names = dict.fromkeys(["prompt", *(name for record in records for name in record)])
     for number, record in enumerate(records, 1):
         if lacking := [name for name in names if name not in record]:
             raise UserError(f"{source}: line {number} has no {lacking[0]!r}; it has {', '.join(map(repr, record))}")
-        if not isinstance(record["prompt"], str) or not record["prompt"].strip():
-            raise UserError(f"{source}: prompt {number} is empty; each needs at least one character")
+        if not isinstance(prompt := record["prompt"], str) or not prompt.strip():
+            raise UserError(f"{source}: prompt {number} must be a text that isn't empty, not {reprlib.repr(prompt)}")
     return {name: [record[name] for record in records] for name in names}
 
 
@@ -173,7 +173,7 @@ def load_config(path: Path) -> PPOConfig:
 
     Raises UserError if the file is missing or damaged, or has a setting that this program doesn't know.
     """
-    values = read_json(path, "a run cannot go on without its settings")
+    values = read_json(path, "a run can't continue without its settings")
     names = {field.name for field in fields(PPOConfig)}
     if unknown := sorted(values.keys() - names):
         way = "use the version of the program that wrote it, or remove that line"

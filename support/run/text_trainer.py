@@ -36,7 +36,7 @@ class TextPPOTrainer(PPOTrainer):
     @classmethod
     @path_errors()
     def from_pretrained(cls, name: str | Path, config: PPOConfig | None = None) -> "TextPPOTrainer":
-        """Load a hub id, a folder (for example from `save`) or "demo". Ignores the config's prompts and rewards."""
+        """Load a Hub id, a folder (for example from `save`) or "demo". Ignores the config's prompts and rewards."""
         config = PPOConfig() if config is None else config
         check(config)
         if config.kl_budget:
@@ -91,25 +91,25 @@ class TextPPOTrainer(PPOTrainer):
         completions = self.collate(query_tensors, response_tensors)
         n = len(completions.ids)
         if (found := listed(rewards)) is None or len(found) != n:
-            raise ValueError(f"a list or tensor of {n} rewards, one for each response, is needed, not {shown(rewards)}")
+            raise ValueError(f"expected a list or tensor of {n} rewards, one for each response, not {shown(rewards)}")
         scores, wrong = to_float32(found)
         for i, score in wrong:
-            raise ValueError(f"reward {i} is {score}: rewards must be finite numbers, one for each response")
+            raise ValueError(f"reward {i} is {score}; rewards must be finite numbers, one for each response")
         return super().step(completions, scores)
 
     def collate(self, query_tensors, response_tensors) -> Completions:
         """Pad queries and their responses into one batch. Raises ValueError if they can't be used for training."""
         queries, responses = self.token_ids("query", query_tensors), self.token_ids("response", response_tensors)
         if not len(queries) == len(responses) > 0:
-            raise ValueError(f"{len(queries)} queries need as many responses, not {len(responses)}")
+            raise ValueError(f"expected one response per query, got {len(responses)} for {len(queries)} queries")
         sep, pad, n_positions = self.tokenizer.sep_token_id, self.tokenizer.pad_token_id, self.model.config.n_positions
         for i, (query, response) in enumerate(zip(queries, responses)):
             if len(query) + len(response) > n_positions:
-                raise ValueError(f"text {i}: {len(query)} + {len(response)} tokens > {n_positions} positions")
+                raise ValueError(f"query/response {i}: {len(query)} + {len(response)} tokens > {n_positions} positions")
             sampled = response[completion_mask(response, sep)].tolist()
             if forbidden := self.never_sampled.intersection(sampled):
                 names = self.tokenizer.convert_ids_to_tokens(sorted(forbidden))
-                raise ValueError(f"response {i} has {names} before its end, which are never sampled")
+                raise ValueError(f"response {i} contains {names} before its end, but these tokens are never sampled")
         ids = pad_sequence(responses, batch_first=True, padding_value=pad)
         lengths = torch.tensor([len(response) for response in responses])
         mask = completion_mask(ids, sep) & (torch.arange(ids.shape[1]) < lengths[:, None])
@@ -119,7 +119,7 @@ class TextPPOTrainer(PPOTrainer):
     def token_ids(self, what: str, sequences) -> list[torch.Tensor]:
         """Convert token ids, in tensors, arrays or lists, to 1-d int64 tensors on the CPU. what: name for errors."""
         if (found := listed(sequences)) is None:
-            raise ValueError(f"a list with one {what} for each completion is needed, not {shown(sequences)}")
+            raise ValueError(f"expected a list with one {what} for each completion, not {shown(sequences)}")
         for i, ids in enumerate(tensors := [to_ids(ids) for ids in found]):
             if ids is None or not len(ids):
                 raise ValueError(f"{what} {i} must be a 1-d tensor or a list of token ids, not {shown(found[i])}")
@@ -133,7 +133,7 @@ class TextPPOTrainer(PPOTrainer):
         """Set the KL coefficient as --kl_budget does, and return it. reward: a function from a list of texts (prompt
         and completion) to as many numbers. Raises ValueError if no coefficient fits, or after the first step."""
         if not listed(prompts) or not kl_budget > 0:
-            raise ValueError(f"fit_kl_coef() takes at least one prompt and a budget above 0, not {shown(kl_budget)}")
+            raise ValueError(f"fit_kl_coef needs prompts and a budget > 0, not {shown(prompts)} and {shown(kl_budget)}")
         queries = self.encode(prompts)
         rewards = Rewards({"reward": reward}, columns={"prompt": prompts})
         prompt_index, *_, scores = sample_and_score(self, self.ref_model, rewards, prompts, queries)

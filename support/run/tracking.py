@@ -44,7 +44,7 @@ class Tracker:
 
     def start(self, run_dir: Path, config: dict) -> None:
         path = run_dir / "tracking.json"
-        ids = read_json(path, "remove it: the run is then tracked as a new one", missing={})
+        ids = read_json(path, "remove it; the run is then tracked as a new one", missing={})
         known = self.package in ids
         run_id = ids.setdefault(self.package, secrets.token_hex(8))
         name = run_dir.resolve().name
@@ -89,7 +89,7 @@ class Tracker:
             call()
         except Exception as error:
             self.module = None
-            print(f"warning: {self.package} stopped tracking ({first_line(error)}); metrics.csv has everything")
+            print(f"warning: {self.package} failed and is now off ({first_line(error)}); metrics.csv has everything")
 
 
 def numbers(value, name: str) -> dict[str, float]:

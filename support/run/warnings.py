@@ -16,7 +16,7 @@ NARROW, ALIKE = 0.5, 0.4  # entropy and unique texts, as shares of the first ste
 COLLAPSE = {"far away", "narrow", "alike"}  # alarms that mean reward hacking or collapse
 MISLED = 10  # steps in a row with an explained variance below -0.01; a value head that has learned nothing has 0
 QUARTER = 10  # a plateau is only reported if a quarter of the run has this many steps
-DEARER = "a higher --init_kl_coef or --kl_budget 0.4 keeps the texts closer to the language"
+DEARER = "try a higher --init_kl_coef, or --kl_budget 0.4"
 
 
 def prospect(before, prompts: list[str], kl_coef: float) -> list[str]:
@@ -32,11 +32,11 @@ def prospect(before, prompts: list[str], kl_coef: float) -> list[str]:
     if "why" in found:
         return [*lines, f"warning: {found['why']}"]
     if best["kl"] > FAR:
-        lines.append(f"warning: a KL of {best['kl']:.2g} nats is far away: expect collapse; try --kl_budget 0.4")
+        lines.append(f"warning: at a KL of {best['kl']:.2g} nats, expect collapse; try --kl_budget 0.4")
     little = 0.01 * rewards.std(correction=0).item()
     if flat := [i for i in prompt_index.unique() if rewards[prompt_index == i].std(correction=0) < little]:
-        which = f"{len(flat)} of {len(prompts)} prompts, for example {before.samples[flat[0]][0]!r}"
-        lines.append(f"warning: all completions of {which}, get nearly the same score, so nothing can be learned there")
+        which = f"{len(flat)} of {len(prompts)} prompts (for example {before.samples[flat[0]][0]!r})"
+        lines.append(f"warning: all completions of {which} get nearly the same score, so PPO can't learn from them")
     return lines
 
 
@@ -62,19 +62,19 @@ class Alarms:
         if row is first and row["env/reward_std"] <= 1e-7 * abs(row["env/reward_mean"]):
             signs["no spread"] = "all scores of the first batch are equal: so far there is nothing to learn"
         elif row is first and self.moves_first and fast < STILL:
-            signs["no movement"] = f"the policy hardly moves (approxkl {fast:.1g}): a higher --lr"
+            signs["no movement"] = f"the policy hardly moves (approxkl {fast:.1g}); try a higher --lr"
         if fast > TOO_FAST or clipped > CLIPPED:
             seen = f"approxkl {fast:.2g}, clipfrac {clipped:.2g}"
-            signs["too fast"] = f"the policy moves too fast ({seen}): a lower --lr, or fewer optimiser steps per batch"
+            signs["too fast"] = f"the policy moves too fast ({seen}); lower --lr or use fewer optimiser steps per batch"
         if kl > max(FAR, BEYOND * self.kl_limit):
-            signs["far away"] = f"KL is {kl:.2g} nats, too far from the reference: {DEARER}"
+            signs["far away"] = f"KL is {kl:.2g} nats, too far from the reference; {DEARER}"
         if entropy < NARROW * first["objective/entropy"]:
-            signs["narrow"] = f"entropy has fallen from {first['objective/entropy']:.2g} to {entropy:.2g}: {DEARER}"
+            signs["narrow"] = f"entropy has fallen from {first['objective/entropy']:.2g} to {entropy:.2g}; {DEARER}"
         if unique < ALIKE * first["tokens/unique_share"]:
-            signs["alike"] = f"only {unique:.0%} of the texts in a batch are unique: {DEARER}"
+            signs["alike"] = f"only {unique:.0%} of the texts in a batch are unique; {DEARER}"
         self.misled = self.misled + 1 if row.get("ppo/val/explained_variance", 0.0) < -0.01 else 0
         if self.misled == MISLED:
-            signs["bad values"] = f"explained variance was below 0 for {MISLED} steps: a lower --value_lr"
+            signs["bad values"] = f"explained variance was below 0 for {MISLED} steps; try a lower --value_lr"
         self.rewards.append(row["env/reward_mean"])
         if steps := self.stalled(row):
             signs["plateau"] = f"the reward hasn't risen for {steps} steps; further steps only add noise"
