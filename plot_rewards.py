@@ -309,10 +309,10 @@ def draw_plane(axes, drawn: list[Curve]) -> None:
     for points, colour in shared(drawn, lambda run: run.evaluation.get("best_of_n")):
         axes.plot(*points.T, "x", color=colour, label="best of n drafts")
     big = {"markersize": 13, "markeredgecolor": "black", "zorder": 3}
-    for points, colour in shared(drawn, lambda run: judged(run, "before")):
+    for points, colour in shared(drawn, lambda run: evaluated(run, "before")):
         axes.plot(*points.T, "o", color=colour, **big, label="before")
     for curve in drawn:
-        ends = [(each["kl"], each["reward"]) for run in curve.runs for each in judged(run, "after")]
+        ends = [(each["kl"], each["reward"]) for run in curve.runs for each in evaluated(run, "after")]
         if ends:
             axes.plot(*np.mean(ends, 0), "*", color=curve.colour, **big, label="after")
     for points, colour in shared(drawn, lambda run: known_gain(run) and [known_gain(run)["limit"]]):
@@ -323,7 +323,9 @@ def draw_plane(axes, drawn: list[Curve]) -> None:
 
 def judges(curve: Curve) -> list[dict]:
     """Return a curve's judges, the rewards that PPO doesn't maximise, with their scores before training."""
-    return [part for each in judged(curve.runs[0], "before") for part in each.get("parts", []) if part["weight"] == 0]
+    return [
+        part for each in evaluated(curve.runs[0], "before") for part in each.get("parts", []) if part["weight"] == 0
+    ]
 
 
 def draw_judges(axes, drawn: list[Curve]) -> None:
@@ -344,7 +346,7 @@ def draw_histogram(axes, drawn: list[Curve]) -> None:
     """Draw the distribution of rewards before training (dotted) and after it (lines)."""
 
     def scores(curve: Curve, when: str) -> list[float]:
-        return [score for run in curve.runs for each in judged(run, when) for *_, score in each["samples"]]
+        return [score for run in curve.runs for each in evaluated(run, when) for *_, score in each["samples"]]
 
     every = [0, 1, *(score for curve in drawn for when in ("before", "after") for score in scores(curve, when))]
     edges = np.linspace(min(every), max(every), 41)
@@ -357,7 +359,7 @@ def draw_histogram(axes, drawn: list[Curve]) -> None:
     add_key(axes)
 
 
-def judged(run: Run, when: str) -> list[dict]:
+def evaluated(run: Run, when: str) -> list[dict]:
     """Return a list with a run's evaluation "before" or "after" training, empty if there is none yet."""
     return [run.evaluation[when]] if run.evaluation.get(when) else []
 

@@ -26,7 +26,7 @@ from support import import_libraries
 from support.common.errors import UserError, first_line, is_out_of_memory
 from support.compute import processes
 from support.run.command_line import read_command_line
-from support.run.folders import flags_to_go_on, is_finished
+from support.run.folders import flags_to_continue, is_finished
 from support.run.settings import total_steps
 from support.run.streams import hold_streams
 
@@ -108,7 +108,7 @@ def train(trainer, reward, prompts: list[str], queries: list, folder) -> int:
                     folder.save_checkpoint()
                 if stopped:
                     break
-        flags = flags_to_go_on(folder.path, config)
+        flags = flags_to_continue(folder.path, config)
         if alarms.stop:
             print(f"stopped because of that warning; continue with: python train_ppo.py {flags} --stop_on_alarm False")
         elif trainer.n_steps < last_step:
@@ -154,7 +154,7 @@ def draw_prompts(n_prompts: int, seed: int, step: int, batch_size: int) -> list[
     return [int(orders[p // n_prompts][p % n_prompts]) for p in positions]
 
 
-def judge_again(
+def evaluate_again(
     trainer, reward, prompts: list[str], queries: list, run_dir: Path, inputs: dict[str, str], argv: list[str]
 ) -> int:
     """Evaluate the saved model of a run without training, and return the exit code. trainer, reward: as for `train`."""
@@ -252,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
             return complete(trainer, reward, prompts, queries, run_dir, inputs)
         if mode == "eval_only":
             with locked(run_dir):
-                return judge_again(trainer, reward, prompts, queries, run_dir, inputs, argv)
+                return evaluate_again(trainer, reward, prompts, queries, run_dir, inputs, argv)
         open_folder = RunFolder.resume if mode == "resume" else RunFolder.create
         with open_folder(run_dir, trainer, inputs, argv) as folder:
             return train(trainer, reward, prompts, queries, folder)
@@ -268,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
             processes.say_why(f"out of memory ({first_line(error)}); {lower}")
             return 2
         if lost := processes.lost_process(error):
-            flags = flags_to_go_on(run_dir, config) if mode in ("train", "resume") else shlex.join(argv)
+            flags = flags_to_continue(run_dir, config) if mode in ("train", "resume") else shlex.join(argv)
             processes.say_why(f"{lost}; when all machines are back, continue with: python train_ppo.py {flags}")
             return 1
         raise

@@ -29,7 +29,7 @@ def queries_of(tokenizer) -> list[torch.Tensor]:
     return [encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
 
 
-class Judged:
+class Evaluated:
     """The evaluation of a policy that ends many texts early, with everything that went into it."""
 
     def __init__(self, folder, **changes):
@@ -55,14 +55,14 @@ def logprobs_of_next(model, ids: list[int]) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def judged(gpt2_folder) -> Judged:
-    return Judged(gpt2_folder)
+def evaluated(gpt2_folder) -> Evaluated:
+    return Evaluated(gpt2_folder)
 
 
 @pytest.fixture(scope="module")
-def recount(judged) -> SimpleNamespace:
+def recount(evaluated) -> SimpleNamespace:
     """The evaluation's samples, computed again token by token, with their KL and reference log-probabilities."""
-    models = [plain_gpt2(model) for model in (judged.model, judged.reference)]
+    models = [plain_gpt2(model) for model in (evaluated.model, evaluated.reference)]
     found = SimpleNamespace(responses=[], kls=[], ref_logprobs=[])
     for i in range(N):
         ids = [2, *(VOCAB.index(character) for character in PROMPTS[i % 3])]
@@ -81,48 +81,48 @@ def recount(judged) -> SimpleNamespace:
     return found
 
 
-def test_completions_scores_and_lengths_match_sampling_token_by_token(judged, recount):
-    assert judged.result.n == N == len(judged.completions)
-    assert judged.prompts == (PROMPTS * 21)[:N]
+def test_completions_scores_and_lengths_match_sampling_token_by_token(evaluated, recount):
+    assert evaluated.result.n == N == len(evaluated.completions)
+    assert evaluated.prompts == (PROMPTS * 21)[:N]
     written = ["".join(VOCAB[token] for token in response if token != SEP) for response in recount.responses]
-    assert [text.replace(" ", "") for text in judged.completions] == [text.replace("##", "") for text in written]
-    expected = score([prompt + text for prompt, text in zip(judged.prompts, judged.completions)])
-    assert judged.scores == pytest.approx(expected, abs=1e-6)
-    assert judged.result.reward == pytest.approx(np.mean(expected), abs=1e-6)
-    assert judged.result.reward_ci95 == pytest.approx(1.96 * np.std(expected, ddof=1) / math.sqrt(N), rel=1e-5)
+    assert [text.replace(" ", "") for text in evaluated.completions] == [text.replace("##", "") for text in written]
+    expected = score([prompt + text for prompt, text in zip(evaluated.prompts, evaluated.completions)])
+    assert evaluated.scores == pytest.approx(expected, abs=1e-6)
+    assert evaluated.result.reward == pytest.approx(np.mean(expected), abs=1e-6)
+    assert evaluated.result.reward_ci95 == pytest.approx(1.96 * np.std(expected, ddof=1) / math.sqrt(N), rel=1e-5)
     # In some completions, [SEP] is the last of gen_len tokens
     ended = [response[-1] == SEP for response in recount.responses]
     lengths = [len(response) for response in recount.responses]
     assert 0 < sum(ended) < N and sum(lengths) < N * GEN_LEN
     assert any(end and length == GEN_LEN for end, length in zip(ended, lengths))
-    assert judged.result.ended == pytest.approx(sum(ended) / N)
-    assert judged.result.length == pytest.approx(sum(lengths) / N)
+    assert evaluated.result.ended == pytest.approx(sum(ended) / N)
+    assert evaluated.result.length == pytest.approx(sum(lengths) / N)
 
 
-def test_the_kl_is_summed_over_vocabulary_and_tokens(judged, recount):
+def test_the_kl_is_summed_over_vocabulary_and_tokens(evaluated, recount):
     """float32 rounds a log-probability near 10 by about 1e-6, and a text has up to 4 tokens."""
-    assert judged.result.kls == pytest.approx(recount.kls, abs=1e-4) and min(recount.kls) > 0.01
-    assert judged.result.kl == pytest.approx(sum(recount.kls) / N, abs=1e-5)
+    assert evaluated.result.kls == pytest.approx(recount.kls, abs=1e-4) and min(recount.kls) > 0.01
+    assert evaluated.result.kl == pytest.approx(sum(recount.kls) / N, abs=1e-5)
     expected = sum(recount.ref_logprobs) / len(recount.ref_logprobs)
-    assert judged.result.ref_logprob == pytest.approx(expected, abs=1e-5)
+    assert evaluated.result.ref_logprob == pytest.approx(expected, abs=1e-5)
 
 
-def test_equal_completions_of_different_prompts_count_as_different_texts(judged):
-    counts = Counter(zip(judged.prompts, judged.completions))
-    assert len(set(judged.completions)) < len(counts) < N
-    assert judged.result.unique == pytest.approx(len(counts) / N)
+def test_equal_completions_of_different_prompts_count_as_different_texts(evaluated):
+    counts = Counter(zip(evaluated.prompts, evaluated.completions))
+    assert len(set(evaluated.completions)) < len(counts) < N
+    assert evaluated.result.unique == pytest.approx(len(counts) / N)
     texts = {prompt + completion: count for (prompt, completion), count in counts.items()}
-    commonest = judged.result.commonest
+    commonest = evaluated.result.commonest
     assert [count for _, count in commonest] == sorted(counts.values(), reverse=True)[:10]
     assert all(texts.pop(text) == count for text, count in commonest)
 
 
-def test_an_evaluation_does_not_depend_on_the_seed_or_the_step(judged, gpt2_folder):
-    other = Judged(gpt2_folder, seed=12)
+def test_an_evaluation_does_not_depend_on_the_seed_or_the_step(evaluated, gpt2_folder):
+    other = Evaluated(gpt2_folder, seed=12)
     queries = [encode_prompt(other.tokenizer, PROMPTS[0])] * 4
     other.trainer.step(queries, other.trainer.generate(queries), [0.0] * 4)
     assert (
-        judged.result
+        evaluated.result
         == other.result
         == evaluate(other.trainer, other.model, as_rewards(score), PROMPTS, queries_of(other.tokenizer))
     )
@@ -130,7 +130,9 @@ def test_an_evaluation_does_not_depend_on_the_seed_or_the_step(judged, gpt2_fold
 
 def test_bfloat16_rounds_both_the_policy_and_the_reference(gpt2_folder):
     """The reference has KL 0 to itself, although the evaluated copy is in float32."""
-    judged = Judged(gpt2_folder, dtype="bfloat16")
-    itself = evaluate(judged.trainer, judged.reference, as_rewards(score), PROMPTS, queries_of(judged.tokenizer))
+    evaluated = Evaluated(gpt2_folder, dtype="bfloat16")
+    itself = evaluate(
+        evaluated.trainer, evaluated.reference, as_rewards(score), PROMPTS, queries_of(evaluated.tokenizer)
+    )
     assert itself.kls == pytest.approx([0.0] * N, abs=1e-6)
-    assert judged.result.kl > 0.01
+    assert evaluated.result.kl > 0.01

@@ -21,7 +21,7 @@ from support.run.results import before_after_table, results_table, verdict
 from tests.helpers import as_rewards, evaluation, example_results
 
 
-def judged(scores, kls=None, prompts=None, **figures) -> Evaluation:
+def evaluated(scores, kls=None, prompts=None, **figures) -> Evaluation:
     prompts = prompts or ["a"] * len(scores)
     return evaluation([(prompt, "x", score) for prompt, score in zip(prompts, scores)], kls, **figures)
 
@@ -73,9 +73,9 @@ def test_gain_and_its_standard_error_match_repeated_draws():
     rng, beta, prompts = np.random.default_rng(2), 0.2, ["a", "b", "c", "d"] * 100
     better, gains = np.arange(400) % 4 / 2, []
     for _ in range(100):
-        before = judged((rng.uniform(size=400) + better).tolist(), prompts=prompts)
+        before = evaluated((rng.uniform(size=400) + better).tolist(), prompts=prompts)
         kls = rng.exponential(0.2, size=400).tolist()
-        after = judged((rng.beta(4, 2, size=400) + better).tolist(), kls, prompts)
+        after = evaluated((rng.beta(4, 2, size=400) + better).tolist(), kls, prompts)
         gains.append(limit.gain(before, after, beta))
     found, errors = (np.array([each[name] for each in gains]) for name in ("gain", "gain_se"))
     assert errors.mean() == pytest.approx(found.std(), rel=0.21)
@@ -90,8 +90,8 @@ def test_gain_and_its_standard_error_by_hand_in_any_unit(unit):
     prompts = rng.choice(["a", "b"], p=[0.6, 0.4], size=600).tolist()
     scores = unit * (rng.uniform(size=600) + (np.array(prompts) == "b"))
     scores_after, kls, beta = unit * rng.uniform(0.5, 1.8, size=500), rng.exponential(0.3, size=500), 0.25 * unit
-    before = judged(scores.tolist(), rng.uniform(size=600).tolist(), prompts)
-    after = judged(scores_after.tolist(), kls.tolist(), ["a", "b"] * 250)
+    before = evaluated(scores.tolist(), rng.uniform(size=600).tolist(), prompts)
+    after = evaluated(scores_after.tolist(), kls.tolist(), ["a", "b"] * 250)
     result = limit.gain(before, after, beta)
 
     own = [np.array(prompts) == prompt for prompt in "ab"]
@@ -113,12 +113,12 @@ def test_gain_and_its_standard_error_by_hand_in_any_unit(unit):
 def binary(n_best: int, n: int, n_prompts: int = 1) -> Evaluation:
     """Score n_best of each prompt's n completions 1 and the others 0. At a small beta, the best determine the limit."""
     prompts = [f"prompt {i % n_prompts}" for i in range(n * n_prompts)]
-    return judged([float(i < n_best * n_prompts) for i in range(n * n_prompts)], prompts=prompts)
+    return evaluated([float(i < n_best * n_prompts) for i in range(n * n_prompts)], prompts=prompts)
 
 
 def two_valued(high: float) -> Evaluation:
     """At beta 1, J* - J_ref is log cosh(high / 2), or about high / 4 times the standard deviation, high / 2."""
-    return judged([0.0, high] * 10_000)
+    return evaluated([0.0, high] * 10_000)
 
 
 FEW, HANDFUL, DEAR = "sample size is too small", "a handful of texts", "hardly better than the reference"
@@ -139,16 +139,16 @@ FEW, HANDFUL, DEAR = "sample size is too small", "a handful of texts", "hardly b
         (binary(1, 19, 50), 0.02, FEW),
         (two_valued(0.118), 1.0, DEAR),
         (two_valued(0.122), 1.0, None),
-        (judged([0.0, 1.0] * 500, noise=0.021), 0.5, "2% of the rewards' variance is noise"),
-        (judged([0.0, 1.0] * 500, noise=0.019), 0.5, None),
-        (judged([0.1, 0.2, 0.7] * 100, prompts=["a", "b", "c"] * 100), 0.2, "only 0 of 300 rewards differ"),
-        (judged([0.0, 1.0] * 500), 0.0, "the KL coefficient is 0"),
+        (evaluated([0.0, 1.0] * 500, noise=0.021), 0.5, "2% of the rewards' variance is noise"),
+        (evaluated([0.0, 1.0] * 500, noise=0.019), 0.5, None),
+        (evaluated([0.1, 0.2, 0.7] * 100, prompts=["a", "b", "c"] * 100), 0.2, "only 0 of 300 rewards differ"),
+        (evaluated([0.0, 1.0] * 500), 0.0, "the KL coefficient is 0"),
     ],
 )
 def test_gain_is_unknown_beyond_each_threshold_and_known_within_it(before, beta, why):
     unit, prompts = 1e4, [prompt for prompt, *_ in before.samples]  # the thresholds hold in any unit
     scores = [unit * score for *_, score in before.samples]
-    before = judged(scores, prompts=prompts, noise=before.noise)
+    before = evaluated(scores, prompts=prompts, noise=before.noise)
     result = limit.gain(before, before, beta * unit)
     if why is None:
         assert result["gain"] == pytest.approx(0, abs=1e-6) and result["gain_se"] > 0 and "why" not in result
@@ -168,7 +168,7 @@ def test_noise_is_half_the_variance_of_score_changes_over_the_variance_of_scores
         calls.append(batch)
         return [0.4, 2.0] * (len(batch) // 2)
 
-    before = judged([0.0, 2.0] * 50)
+    before = evaluated([0.0, 2.0] * 50)
     check_reward(as_rewards(again), before)
     assert before.noise == pytest.approx(0.02)
     assert calls == [["ax"] * 64, ["ax"] * 32]
@@ -294,7 +294,7 @@ def test_noise_is_not_mistaken_for_a_change_after_training():
 def test_the_frontier_by_hand(good, first):
     """`good` of 1,000 texts score 1e4 and the others 0. At the lowest betas, at least 20 good ones are needed."""
     scores = np.array([1e4] * good + [0.0] * (1000 - good))
-    points = limit.frontier(*judged(scores.tolist()).rewards())
+    points = limit.frontier(*evaluated(scores.tolist()).rewards())
     assert len(points) == 22 - first
     for power in (first, first + 4, 21):
         best = limit_of([scores], beta := 0.15 * 1.25**power * scores.std(ddof=1))
@@ -312,7 +312,7 @@ def test_best_of_n_matches_all_combinations_within_a_prompt():
     """Two prompts have eight samples each. The best of two has a KL of log 2 - 1/2."""
     rng = np.random.default_rng(0)
     first, second = rng.uniform(size=8).round(1), 10 + rng.uniform(size=8).round(1)
-    before = judged(np.stack([first, second], 1).ravel().tolist(), prompts=["a", "b"] * 8)
+    before = evaluated(np.stack([first, second], 1).ravel().tolist(), prompts=["a", "b"] * 8)
     known = {"gain": 0.5, "beta": 0.2, "J_before": 0.5, "limit": {"J": 0.9}}
     for n in (2, 3, 8):
         brute = [np.mean([max(choice) for choice in itertools.combinations(scores, n)]) for scores in (first, second)]
@@ -324,13 +324,13 @@ def test_best_of_n_matches_all_combinations_within_a_prompt():
 
 
 def test_gain_frontier_and_best_of_n_are_measured_on_the_policy_before_training():
-    before = judged([0.1, 0.6, 0.3, 0.9, 0.2, 0.5, 0.8] * 20, prompts=["a", "b"] * 70)
-    results = Results(before, judged([0.4] * 140, [0.25] * 140, ["a", "b"] * 70))
+    before = evaluated([0.1, 0.6, 0.3, 0.9, 0.2, 0.5, 0.8] * 20, prompts=["a", "b"] * 70)
+    results = Results(before, evaluated([0.4] * 140, [0.25] * 140, ["a", "b"] * 70))
     results.measure(0.5)
     assert results.gain == limit.gain(before, results.after, 0.5)
     assert results.frontier == limit.frontier(*before.rewards())
     assert [each["n"] for each in results.best_of_n] == [2, 3, 4, 8]
-    few = Results(judged([0.1] * 7, prompts=["a"] * 4 + ["b"] * 3), judged([0.2] * 16, prompts=["a", "b"] * 8))
+    few = Results(evaluated([0.1] * 7, prompts=["a"] * 4 + ["b"] * 3), evaluated([0.2] * 16, prompts=["a", "b"] * 8))
     few.measure(0.2)
     assert [each["n"] for each in few.best_of_n] == [2, 3]  # prompt b has three samples
 
@@ -339,13 +339,13 @@ def test_gain_frontier_and_best_of_n_are_measured_on_the_policy_before_training(
 def normal(unit):
     """Return an evaluation with normally distributed rewards, and its frontier, which is R = sqrt(2 KL)."""
     scores = [unit * NormalDist().inv_cdf((i + 0.5) / 2000) for i in range(2000)]
-    before = judged(scores, unique=0.8)
+    before = evaluated(scores, unique=0.8)
     return before, limit.frontier(*before.rewards())
 
 
 def verdict_on(reward, kl, beta=1.0, unit=1.0, noise=0.0, unique=0.7, **settings):
     """Return the verdict on a run that starts from `normal` rewards and ends at this reward and KL."""
-    after = judged([unit * (reward + noise), unit * (reward - noise)] * 1000, [kl] * 2000, unique=unique)
+    after = evaluated([unit * (reward + noise), unit * (reward - noise)] * 1000, [kl] * 2000, unique=unique)
     before, frontier = normal(unit)
     found = limit.gain(before, after, unit * beta)
     return verdict(Results(before, after, gain=found, frontier=frontier), PPOConfig(**settings))
@@ -429,7 +429,7 @@ def test_distinct_n_by_hand():
 def test_results_are_written_as_readable_json_and_read_back(tmp_path):
     path = tmp_path / "evaluation.json"
     assert Results.read(path) is None
-    found = Results(judged([0.25, 0.5], prompts=["感觉", "衣服"], noise=0.1))
+    found = Results(evaluated([0.25, 0.5], prompts=["感觉", "衣服"], noise=0.1))
     found.write(path)
     assert "感觉" in path.read_text(encoding="utf-8") and Results.read(path) == found
     found = dataclasses.replace(example_results(), steps=3, alarms=[{"step": 1}])
@@ -437,8 +437,8 @@ def test_results_are_written_as_readable_json_and_read_back(tmp_path):
     assert Results.read(path) == found
     content = json.loads(path.read_text(encoding="utf-8"))
     without = {when: content.pop(when) for when in ("before", "after")}
-    for evaluated in without.values():
-        del evaluated["samples"], evaluated["kls"], evaluated["parts"]
+    for evaluation in without.values():
+        del evaluation["samples"], evaluation["kls"], evaluation["parts"]
     assert found.without_samples() == content | without
     for content in ("{", '{"after": 1}', '{"before": {"n": 1}}'):
         path.write_text(content)

@@ -96,8 +96,8 @@ def test_a_second_round_of_training_measures_kl_to_the_original(finished, demo, 
     assert float(rows(run_dir)[0]["objective/kl"]) > 0.2 * again.kl
     for flags in [], ["--resume", str(run_dir), "--episodes", "64"], ["--eval_only", str(run_dir)]:
         assert not flags or main(flags) == 0
-        judged = read_json(run_dir / "evaluation.json")
-        assert judged["before"] == first["before"] and judged["after"]["kl"] > 0.2 * again.kl
+        evaluated = read_json(run_dir / "evaluation.json")
+        assert evaluated["before"] == first["before"] and evaluated["after"]["kl"] > 0.2 * again.kl
     shutil.copy(finished / "model" / "model.safetensors", original)
     assert main(["--eval_only", str(run_dir)]) == 2
     assert f"the hash of the weights of --reference {original} is" in capsys.readouterr().err

@@ -21,7 +21,7 @@ PLANE = "reward against KL"
 HISTOGRAM = "rewards before and after training"
 
 
-def judged(reward, kl, scores):
+def evaluated(reward, kl, scores):
     return {
         "n": len(scores),
         "reward": reward,
@@ -54,8 +54,8 @@ def lines(axes, label: str) -> list:
 
 
 WHOLE = {
-    "before": judged(0.62, 0.01, [0.01, 0.01, 0.51, 0.99]),
-    "after": judged(0.8, 0.4, [0.26, 0.99]),
+    "before": evaluated(0.62, 0.01, [0.01, 0.01, 0.51, 0.99]),
+    "after": evaluated(0.8, 0.4, [0.26, 0.99]),
     "frontier": [{"beta": 1, "reward": 0.7, "kl": 0.1}, {"beta": 0.2, "reward": 0.9, "kl": 0.45}],
     "best_of_n": [{"n": 2, "reward": 0.8, "kl": 0.19, "gain": 0.8}, {"n": 3, "reward": 0.83, "kl": 0.43, "gain": 1}],
     "gain": {"gain": 0.5, "gain_se": 0.1, "limit": {"reward": 0.93, "kl": 0.52, "J": 0.82}},
@@ -87,7 +87,7 @@ def test_runs_that_only_differ_in_the_seed_are_drawn_as_mean_and_standard_deviat
     their variance 0.52 / 3. The histogram shows the scores 0.26, 0.99, -2 and 6 in 40 bins of width 0.2."""
     rewards = [0.2, 0.4, np.array([0.9, 1.2, 0.9, 0.9])]
     runs = [write_run(tmp_path / f"{m}", 4, i, settings={"seed": i}, **{MEAN: m}) for i, m in enumerate(rewards)]
-    for run, evaluation in zip(runs, (WHOLE, {"after": judged(0.6, 0.1, [-2.0, 6.0])})):
+    for run, evaluation in zip(runs, (WHOLE, {"after": evaluated(0.6, 0.1, [-2.0, 6.0])})):
         write_evaluation(run, **evaluation)
     draw([*runs, write_run(tmp_path / "4", settings={"lr": 0.5})], tmp_path / "x.png")
     drawn = panels(figures)
@@ -119,7 +119,7 @@ def test_the_reward_kl_plane_shows_what_is_known(tmp_path, figures):
     """An unfinished run has only been evaluated before training. If the gain is unknown, there is no limit."""
     run, gain = write_run(tmp_path / "run", 3), {"gain": None, "limit": {"reward": 1, "kl": 1}}
     metrics, shown = read_metrics(run), []
-    for evaluation in (WHOLE, {"before": judged(0.61, 0.0, [0.5, 0.7]), "frontier": [], "gain": gain}):
+    for evaluation in (WHOLE, {"before": evaluated(0.61, 0.0, [0.5, 0.7]), "frontier": [], "gain": gain}):
         write_evaluation(run, **evaluation)
         draw([run], tmp_path / "x.png")
         plane = panels(figures)[PLANE]
@@ -141,8 +141,8 @@ def test_each_run_has_its_own_colour_and_shared_points_are_drawn_once_in_black(t
     runs = [write_run(tmp_path / name, steps, seed=steps) for name, steps in (("a", 30), ("b", 7), ("c", 3))]
     rounded = json.loads(json.dumps(WHOLE))
     rounded["frontier"][0]["kl"] += 1e-9
-    other = {"frontier": [{"reward": 0.5, "kl": 0.3}], "before": judged(0.2, 0, [0.2])}
-    for run, evaluation in zip(runs, (WHOLE, rounded | {"after": judged(0.75, 0.3, [1.0])}, other)):
+    other = {"frontier": [{"reward": 0.5, "kl": 0.3}], "before": evaluated(0.2, 0, [0.2])}
+    for run, evaluation in zip(runs, (WHOLE, rounded | {"after": evaluated(0.75, 0.3, [1.0])}, other)):
         write_evaluation(run, **evaluation)
     draw(runs, tmp_path / "x.png")
     drawn, metrics = panels(figures), [read_metrics(run) for run in runs]
@@ -315,7 +315,7 @@ def test_each_of_several_rewards_has_a_panel_and_judges_are_drawn_next_to_the_re
     metrics = {MEAN: np.array([1, 2, 3, 4]), "objective/kl": np.array([0, 0.1, 0.2, 0.3])}
     run = write_run(tmp_path / "run", 4, **metrics, **{"reward/a:f": 5.0, "reward/judge": np.array([4, 3, 2, 1])})
     parts = [{"name": "a:f", "weight": 1.0, "scores": [0, 9]}, {"name": "judge", "weight": 0.0, "scores": [2.0, 6.0]}]
-    write_evaluation(run, before=judged(1, 0, [0.0, 2.0]) | {"parts": parts})
+    write_evaluation(run, before=evaluated(1, 0, [0.0, 2.0]) | {"parts": parts})
     with pytest.raises(UserError, match="--only judges needs a run with a judge"):
         draw([write_run(tmp_path / "other", 4)], tmp_path / "x.png", only="judges")
     for only in ("", "judges"):

@@ -68,13 +68,13 @@ def test_the_reward_is_the_weighted_sum_and_each_part_is_logged_and_reported(pai
 def test_a_judge_does_not_affect_training(policy, tmp_path, without_pictures):
     for name, functions, weights in (
         ("single", {"variety": variety}, None),
-        ("judged", {"length": length, "variety": variety}, [0, 1]),
+        ("with_judge", {"length": length, "variety": variety}, [0, 1]),
     ):
         assert tiny_run(tmp_path / name, policy, Rewards(functions, weights)) == 0
-    single, judged = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("single", "judged"))
-    assert single.keys() == judged.keys() and all(torch.equal(single[name], judged[name]) for name in single)
+    single, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("single", "with_judge"))
+    assert single.keys() == other.keys() and all(torch.equal(single[name], other[name]) for name in single)
     assert [row["env/reward_mean"] for row in rows(tmp_path / "single")] == [
-        row["env/reward_mean"] for row in rows(tmp_path / "judged")
+        row["env/reward_mean"] for row in rows(tmp_path / "with_judge")
     ]
 
 

@@ -37,10 +37,10 @@ def test_settings_metrics_samples_and_results_are_tracked(policy, tmp_path, trac
     expected = [{name: float(value) for name, value in row.items()} for row in rows(run_dir)]
     assert [data for _, data, _ in steps] == expected and [step for *_, step in steps] == [1, 2, 3]
 
-    judged = read_json(run_dir / "evaluation.json")
+    evaluated = read_json(run_dir / "evaluation.json")
     assert at is None and results["evaluation/steps"] == 3
     for when in ("before", "after"):
-        assert results[f"evaluation/{when}/reward"] == judged[when]["reward"]
+        assert results[f"evaluation/{when}/reward"] == evaluated[when]["reward"]
 
 
 def test_each_package_gets_its_own_options_and_resumes_its_run(policy, tmp_path, trackers, monkeypatch):

@@ -146,11 +146,11 @@ def test_values_and_the_saved_policy_are_float32_in_a_bfloat16_run(policy):
     with torch.no_grad():
         policy[0].v_head.summary.bias.fill_(0.3)
     trainer = make(policy, dtype="bfloat16", ppo_epochs=1)
-    stats, judged = trainer.step(QUERIES, RESPONSES, SCORES), trainer.policy_for_saving
+    stats, evaluated = trainer.step(QUERIES, RESPONSES, SCORES), trainer.policy_for_saving
     assert stats["ppo/val/mean"] == pytest.approx(0.3, rel=1e-6)  # 0.30078 in bfloat16
-    before = copy.deepcopy(judged.state_dict())
-    kl_to_reference(trainer, judged, trainer.collate([[2, 5]], trainer.generate([[2, 5]], judged, 7, 0)))
-    assert judged.dtype == torch.float32 and all(map(torch.equal, before.values(), judged.state_dict().values()))
+    before = copy.deepcopy(evaluated.state_dict())
+    kl_to_reference(trainer, evaluated, trainer.collate([[2, 5]], trainer.generate([[2, 5]], evaluated, 7, 0)))
+    assert evaluated.dtype == torch.float32 and all(map(torch.equal, before.values(), evaluated.state_dict().values()))
 
 
 def skipping(policy, **changes):

@@ -26,7 +26,7 @@ SETTINGS = dict(
 )  # fmt: skip
 EPISODES = {"float32": 27, "bfloat16": 20}
 PAD, UNK, CLS, SEP, MASK = range(5)
-JUDGES_SEED = 20_170_707
+EVALUATION_SEED = 20_170_707
 
 
 def how_far_apart(dtype: str, spread: float) -> float:
@@ -130,9 +130,9 @@ def test_each_token_is_the_one_that_its_random_number_selects(run):
         assert draws_missed_by(run, policy, of_step(run, step), SEED, step) < run.close / 2
     average = load_file(run.checkpoints[-1] / "average.safetensors")
     assert all(weight.equal(average[name].to(run.dtype)) for name, weight in run.saved.named_parameters())
-    for when, judged in (("before", run.policies[0]), ("after", run.saved)):
+    for when, evaluated in (("before", run.policies[0]), ("after", run.saved)):
         texts = [(prompt, text) for prompt, text, _ in run.evaluation[when]["samples"]]
-        assert draws_missed_by(run, judged, texts, JUDGES_SEED, 0) < run.close / 2
+        assert draws_missed_by(run, evaluated, texts, EVALUATION_SEED, 0) < run.close / 2
 
 
 def test_kl_and_entropy_match_the_samples(run):

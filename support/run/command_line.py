@@ -8,7 +8,7 @@ from config import PPOConfig
 from support.common.errors import UserError
 from support.common.files import path_errors
 from support.compute import processes
-from support.run.folders import find_run_folder, flags_to_go_on, is_finished, new_run_folder
+from support.run.folders import find_run_folder, flags_to_continue, is_finished, new_run_folder
 from support.run.settings import check, load_config, own_rewards, parse_args
 from support.run.tracking import check_installed
 
@@ -44,7 +44,7 @@ def read_command_line(argv: list[str], description: str = "") -> tuple[PPOConfig
     if mode != "train":
         config = saved_config(run_dir, config, given - {mode}, ALLOWED[mode])
     if mode == "eval_only" and not (run_dir / "model").exists():
-        way = f"finish it first: python train_ppo.py {flags_to_go_on(run_dir, config)}"
+        way = f"finish it first: python train_ppo.py {flags_to_continue(run_dir, config)}"
         raise UserError(f"{run_dir} isn't finished, so it has no model to evaluate; {way}")
     if mode == "resume" and is_finished(run_dir, config):
         print(f"{run_dir} is already finished; to train it further, use --resume with more --episodes")

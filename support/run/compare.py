@@ -187,8 +187,8 @@ def spreads(drawn: list[Curve]) -> list[float | None]:
         return [None] * len(drawn)
     within = math.sqrt(sum(len(each) * np.var(each) for each in several) / sum(len(each) - 1 for each in several))
     deviations = [np.std(each, ddof=1) if len(each) > 1 else within for each in gains]
-    judging = [np.mean([each["gain_se"] for each in of_curve]) if of_curve else None for of_curve in known]
-    return [None if error is None else max(error, deviation) for error, deviation in zip(judging, deviations)]
+    errors = [np.mean([each["gain_se"] for each in of_curve]) if of_curve else None for of_curve in known]
+    return [None if error is None else max(error, deviation) for error, deviation in zip(errors, deviations)]
 
 
 def pairs(drawn: list[Curve], figures: list[dict], spread: list[float | None]) -> str:

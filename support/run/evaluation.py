@@ -108,8 +108,8 @@ class Results:
     def of_reward(self, before: dict, after: dict) -> dict:
         """Return how one of several rewards changed. before, after: its entries in `parts`."""
         (mean, error), (mean_after, error_after) = (
-            mean_and_error(torch.tensor(part["scores"], dtype=torch.float64), judged.rewards()[1])
-            for judged, part in ((self.before, before), (self.after, after))
+            mean_and_error(torch.tensor(part["scores"], dtype=torch.float64), evaluated.rewards()[1])
+            for evaluated, part in ((self.before, before), (self.after, after))
         )
         found = {"name": before["name"], "weight": before["weight"], "before": mean, "after": mean_after}
         return found | {"error": math.hypot(error, error_after)}
@@ -216,9 +216,9 @@ def change_since(reward: Rewards, before: Evaluation) -> str:
     return told and f"the reward isn't the same before and after training: {told} now; {STEADY}"
 
 
-def score_changes(reward: Rewards, judged: Evaluation, rows: list[int]) -> torch.Tensor:
+def score_changes(reward: Rewards, evaluated: Evaluation, rows: list[int]) -> torch.Tensor:
     """Score some samples again in one call. Returns the new scores minus the old ones, (len(rows),) float64."""
-    samples = [judged.samples[row] for row in rows]
+    samples = [evaluated.samples[row] for row in rows]
     prompt_index = [row % len(reward.columns["prompt"]) for row in rows]  # as in `sample_and_score`
     again = reward.score([prompt + text for prompt, text, _ in samples], prompt_index) @ reward.weights
     return again - torch.tensor([score for *_, score in samples], dtype=torch.float64)

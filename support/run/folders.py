@@ -21,7 +21,7 @@ def new_run_folder(config: PPOConfig) -> Path:
         names = chain([name], (f"{name}-{i}" for i in count(2)))
         return next(runs / free for free in names if not (runs / free).exists())
     if (run_dir := runs / config.run_name).exists():
-        raise UserError(f"{run_dir} already exists; choose another --run_name, or {flags_to_go_on(run_dir, config)}")
+        raise UserError(f"{run_dir} already exists; choose another --run_name, or {flags_to_continue(run_dir, config)}")
     return run_dir
 
 
@@ -52,6 +52,6 @@ def is_run_folder(path: Path) -> bool:
     return file.is_file() and "model_type" not in read_json(file, "a run can't continue without its settings")
 
 
-def flags_to_go_on(run_dir: Path, config: PPOConfig) -> str:
+def flags_to_continue(run_dir: Path, config: PPOConfig) -> str:
     """Return the flags that continue a run. The user's own reward must be named again, see `read_command_line`."""
     return shlex.join(["--resume", run_dir.as_posix(), *(["--reward", *config.reward] if own_rewards(config) else [])])

@@ -23,8 +23,8 @@ def run_report(run_dir: Path, results: Results) -> str:
         parts.append("![curves of the run](rewards.png)")
     n = f"{results.after.n:,} completions before and after training"
     limit = "The limit is the best possible policy at this KL coefficient, and the gain is the share of the way there"
-    judged = f"Evaluated on {n}, with the same random numbers. {limit}. KL is in nats per completion."
-    parts += ["## Results", judged, results_table(results)]
+    evaluated = f"Evaluated on {n}, with the same random numbers. {limit}. KL is in nats per completion."
+    parts += ["## Results", evaluated, results_table(results)]
     if gains := [f"{best['gain']:.2f} with n = {best['n']}" for best in results.best_of_n if best["gain"] is not None]:
         drafts = "Without training, best-of-n from the original model has a gain of"
         parts.append(f"{drafts} {', '.join(gains)}.")

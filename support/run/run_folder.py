@@ -196,9 +196,9 @@ def read_results(path: Path) -> Results | None:
 
 def compare_inputs(path: Path, inputs: dict[str, str]) -> None:
     """Raise UserError if the run was started with other models, prompts or rewards than these."""
-    file, judged = path / "inputs.json", path / "evaluation.json"
+    file, evaluated = path / "inputs.json", path / "evaluation.json"
     before = processes.broadcast_from_rank_0(
-        lambda: read_json(file, "remove it; it is recreated", missing={}) if judged.exists() else {}
+        lambda: read_json(file, "remove it; it is recreated", missing={}) if evaluated.exists() else {}
     )
     for name, now in inputs.items():
         # The demo's models are built on each machine and may differ in the last digits
@@ -243,6 +243,6 @@ def write_ending(path: Path, config: PPOConfig, results: Results, prompts: list[
     if (path / "metrics.csv").exists():
         draw(path / "rewards.png")
     figures, texts = results_table(results), before_after_table(results.before.samples, results.after.samples)
-    judgement = f"**{results.verdict}**\n\n{figures}\n\nCompletions before and after (same random numbers):\n\n{texts}"
-    write_results(path / "model", config, prompts, judgement)
+    evaluation = f"**{results.verdict}**\n\n{figures}\n\nCompletions before and after (same random numbers):\n\n{texts}"
+    write_results(path / "model", config, prompts, evaluation)
     write_whole(path / FINAL[-1], run_report(path, results))
