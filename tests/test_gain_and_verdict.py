@@ -437,8 +437,8 @@ def test_results_are_written_as_readable_json_and_read_back(tmp_path):
     assert Results.read(path) == found
     content = json.loads(path.read_text(encoding="utf-8"))
     without = {when: content.pop(when) for when in ("before", "after")}
-    for evaluation in without.values():
-        del evaluation["samples"], evaluation["kls"], evaluation["parts"]
+    for each in without.values():
+        del each["samples"], each["kls"], each["parts"]
     assert found.without_samples() == content | without
     for content in ("{", '{"after": 1}', '{"before": {"n": 1}}'):
         path.write_text(content)
