@@ -120,7 +120,7 @@ class PPOConfig:
     vf_coef: float = option(
         0.1,
         "Weight of the value loss (0.1 as in the article). It matters with --detach_value False. Otherwise this loss "
-        "trains only the value head, where Adam cancels the weight; it then only affects the norm of --max_grad_norm.",
+        "trains only the value head, where Adam cancels the weight; it then affects only --max_grad_norm's clipping.",
         at_least=0,
     )
     detach_value: bool = option(

@@ -4,7 +4,7 @@ These points differ from textbook PPO, the article's code or both (docs/settings
 
  1. An action is one token. The score arrives at a completion's last token and is credited to all of its tokens.
  2. Each token pays a KL penalty. Without it, the policy would end up repeating a few positive words.
- 3. Advantages are whitened over the whole batch. Within each completion, it would erase how good the completion is.
+ 3. Advantages are whitened over the whole batch. Whitening within each completion would erase how good it is.
  4. Lambda is 1. Otherwise early tokens would rely on the value head to predict the final score, which it does poorly.
     (It is 0.95 in the demo, where the value head does better.)
  5. A minibatch is the whole batch by default (128 completions). Many noisy steps cost KL but bring little reward.
@@ -12,7 +12,7 @@ These points differ from textbook PPO, the article's code or both (docs/settings
     if there were many small minibatches.
  7. The lower blocks are frozen and shared by policy and reference: half the work for the same gain.
  8. Old log-probabilities come from the same code as the new ones, not from sampling, so each ratio starts at exactly 1.
- 9. The KL coefficient is fixed. KL stays far below the usual target of 6 nats, so a controller would only lower it.
+ 9. The KL coefficient is fixed. A controller would only lower it, as KL stays far below the usual target of 6 nats.
 10. The saved policy is an average of the weights over the steps, which removes the noise of single steps.
 11. Adam's epsilon is 1e-5. With 1e-8, weights whose gradient is only rounding error move as fast as all others.
 12. An optimiser step is skipped and counted if its gradient isn't finite.
@@ -399,7 +399,7 @@ class PPOTrainer:
 
     @torch.no_grad()
     def forward_pass(self, completions: Completions, model, function) -> torch.Tensor:
-        """Return the results of function(logits, ids), one or several (n, T), then the values, stacked: (k, n, T)."""
+        """Return the results of function(logits, ids) and, last, the values at each token, stacked: (k, n, T)."""
         computed, passes = [], self.engine.passes(model)
         for part in self.engine.parts(completions):
             results, values = self.engine.forward(part, function, passes)
