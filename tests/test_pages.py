@@ -183,7 +183,7 @@ MAKES = {  # (page, a word that only one of its blocks has): {files that its com
     ("README.md", "my_reward"): {"runs/*/inputs/my_reward-*.py": 1},
     ("README.md", "tools.rank"): {"rankings.jsonl": 1, "reward_model/README.md": 1, "reward_model/loss.png": 1},
     ("README.md", "--complete"): {},
-    ("docs/settings.md", "online_shopping"): {
+    ("docs/settings.md", "curl"): {
         "review_models/gpt2/vocab.txt": 1,
         "review_models/sentiment/config.json": 1,
     },
