@@ -123,7 +123,7 @@ def compute_rewards(
 
         kl_penalties[t] = -kl_coef * (logprobs[t] - ref_logprobs[t])
 
-    scores (n,), the others (n, T). Returns (token_rewards, kl_penalties), each (n, T), 0 where masked.
+    scores (n,), the others (n, T). Returns (token_rewards, kl_penalties), each (n, T), 0 at the padding.
     """
     kl_penalties = (-kl_coef * (logprobs - ref_logprobs)).where(mask.bool(), 0)
     last = mask.long().sum(-1) - 1
@@ -142,7 +142,7 @@ def compute_advantages(
         advantage[t] = delta[t] + gamma * lam * advantage[t + 1]
         return[t]    = advantage[t] + values[t]
 
-    After a completion's last real token, value and advantage are 0. All (n, T), 0 where masked.
+    After a completion's last real token, value and advantage are 0. All (n, T), 0 at the padding.
     """
     values = values.where(mask.bool(), 0)
     token_rewards = token_rewards.where(mask.bool(), 0)

@@ -90,7 +90,7 @@ def take_step(config: PPOConfig) -> Step:
 
 def happy_and_unhappy(step: Step, cliprange: float) -> dict[str, int]:
     """Return the row of the shortest completion with a score above 0.9 that the step made more probable, and of the
-    shortest with a score below 0.1 that it made less probable. Prefers those where the last epoch clipped a token."""
+    shortest with a score below 0.1 that it made less probable. Prefers those with a token clipped in the last epoch."""
     products, last = step.ratios[-1].prod(1), step.ratios[-2]
 
     def shortest(chosen, clipped):
