@@ -38,7 +38,7 @@ class ValueHead(nn.Module):
 
 
 class CausalLMOutputWithValue(NamedTuple):
-    """logits (batch, seq, vocab) of the next token, unrestricted at temperature 1; value (batch, seq) at each token."""
+    """logits (batch, seq, vocab) of the next token, no restriction, temperature 1; value (batch, seq) at each token."""
 
     logits: torch.Tensor
     value: torch.Tensor
@@ -66,7 +66,7 @@ class GPT2HeadWithValueModel(GPT2PreTrainedModel):
             nn.init.zeros_(module.weight)
 
     def freeze(self, share: float) -> None:
-        """Freeze the lower `share` of the blocks, the embeddings and the output projection, or nothing if it is 0."""
+        """Freeze the embeddings, the output projection and the lower `share` of the blocks, or nothing if it is 0."""
         self.n_frozen = round(share * len(self.transformer.h))
         if self.n_frozen:
             embeddings = (self.transformer.wte, self.transformer.wpe, self.lm_head)
@@ -91,7 +91,7 @@ class GPT2HeadWithValueModel(GPT2PreTrainedModel):
         if attention_mask is not None:
             positions = position_ids(attention_mask)[:, -input_ids.shape[1] :]
             bias = attention_bias(attention_mask, attention_mask.shape[1], input_ids.shape[1], self.lm_head.weight)
-        # The cache's name depends on the version of the library, its position doesn't
+        # The cache is passed by position: its name depends on the library's version
         output = self.transformer(input_ids, cache, attention_mask=bias, position_ids=positions, use_cache=use_cache)
         hidden_states = output.last_hidden_state[:, -logits_to_keep:]
         return CausalLMOutputWithValue(self.lm_head(hidden_states), self.v_head(hidden_states), cache)
@@ -102,8 +102,8 @@ class GPT2HeadWithValueModel(GPT2PreTrainedModel):
 
 
 def never_sampled_ids(tokenizer, vocab_size: int) -> list[int]:
-    """Return the ids of all special tokens except [SEP], which ends a text, and the ids that the tokenizer doesn't have
-    (they pad the embeddings)."""
+    """Return the ids that the tokenizer doesn't have (they pad the embeddings), and those of all special tokens except
+    [SEP], which ends a text."""
     padding = set(range(vocab_size)).difference(tokenizer.get_vocab().values())
     return sorted(special_ids(tokenizer).union(padding) - {tokenizer.sep_token_id})
 
@@ -209,8 +209,8 @@ class SharedPrompts(nn.Module):
 
     def forward(self, completions) -> tuple[torch.Tensor, torch.Tensor]:
         """Return hidden states below the output projection (n, T, hidden) and values (n, T). Position t has seen the
-        prompt and the tokens before t, so the last token isn't read. Completions whose hidden states after the trunk
-        are known only go through the branch."""
+        prompt and the tokens before t, so the last token isn't read. Completions with known hidden states after the
+        trunk go through the branch only."""
         gpt2, prompts = self.model.transformer, completions.prompts
         prompt_states, states = prompts.hidden_states, completions.hidden_states
         if states is None:

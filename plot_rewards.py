@@ -329,7 +329,7 @@ def judges(curve: Curve) -> list[dict]:
 
 
 def draw_judges(axes, drawn: list[Curve]) -> None:
-    """Draw how much the reward that PPO maximises and the judges rise with KL, in standard deviations of the scores
+    """Draw how much the judges and the reward that PPO maximises rise with KL, in standard deviations of the scores
     before training."""
     for curve in filter(judges, drawn):
         scores = [reward for *_, reward in curve.runs[0].evaluation["before"]["samples"]]
@@ -343,7 +343,7 @@ def draw_judges(axes, drawn: list[Curve]) -> None:
 
 
 def draw_histogram(axes, drawn: list[Curve]) -> None:
-    """Draw the distribution of rewards before training (dotted) and after it (lines)."""
+    """Draw the distribution of rewards before training (dotted) and after it (solid)."""
 
     def scores(curve: Curve, when: str) -> list[float]:
         return [score for run in curve.runs for each in evaluated(run, when) for *_, score in each["samples"]]
@@ -380,7 +380,7 @@ def draw_gain(axes, drawn: list[Curve], setting: str) -> None:
             at, list(map(np.mean, gains)), errors, color=curve.colour, capsize=3, label="mean, standard error"
         )
     values = sorted({run.settings[setting] for curve in drawn for run in curve.runs})
-    if values[0] > 0 and values[-1] / values[0] > 4.999:  # 1.5e-4 / 3e-5 is less than 5
+    if values[0] > 0 and values[-1] / values[0] > 4.999:  # in floats, 1.5e-4 / 3e-5 < 5
         axes.set_xscale("log")
         axes.minorticks_off()
     axes.set_xticks(values, map(short, values))

@@ -264,7 +264,7 @@ class Experience:
 
 
 def ppo_loss(config, logprobs: torch.Tensor, values: torch.Tensor, batch: Experience):
-    """Compute PPO's loss on a micro-batch and a dict of statistics; all are means over its tokens.
+    """Compute PPO's loss and a dict of statistics on a micro-batch; all are means over its tokens.
 
     logprobs, values: those of the current policy, (n, T).
     """

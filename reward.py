@@ -64,7 +64,7 @@ class Rewards:
 
 class SentimentReward:
     """Texts -> P(positive) in [0, 1], from the `sentiment-analysis` pipeline around a classifier in a local folder. If
-    the model has only one label, it is a reward model, whose output is the reward as it is.
+    the model has only one label, it is a reward model, whose raw output is the reward.
 
     positive_label names the label that counts as happy; with None it is found in the model's id2label. Raises UserError
     if the label is ambiguous, or if the folder doesn't contain a trained classifier.

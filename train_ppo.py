@@ -1,6 +1,6 @@
 """Train a Chinese GPT-2 with PPO towards texts that a reward likes.
 
-    python train_ppo.py                                  the article's run, on a GPU
+    python train_ppo.py                                  the article's task, on a GPU
     python train_ppo.py --preset article                 the same with the article's own settings
     python train_ppo.py --preset demo                    tiny models, a minute or two on a laptop
     python train_ppo.py --model_name DIR --reward_model_name DIR --lr 2e-5 --prompts "衣服" "这本书"
@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except Exception as error:
         if is_out_of_memory(error):
-            lower = "lower --micro_batch_size, also with --resume; in a new run, lower --gen_len or use smaller models"
+            lower = "use a small --micro_batch_size (also with --resume) or, in a new run, a smaller --gen_len or model"
             processes.say_why(f"out of memory ({first_line(error)}); {lower}")
             return 2
         if lost := processes.lost_process(error):

@@ -181,7 +181,7 @@ def test_out_of_memory_gives_a_one_line_error_and_a_bug_keeps_its_traceback(tmp_
     monkeypatch.setattr("train_ppo.train", lambda *_, **__: torch.empty(1 << 60))
     assert small_run(tmp_path, *flags)[0] == 2
     err = capsys.readouterr().err
-    assert "lower --micro_batch_size, also with --resume" in err.splitlines()[-1] and "Traceback" not in err
+    assert "use a small --micro_batch_size (also with --resume)" in err.splitlines()[-1] and "Traceback" not in err
     monkeypatch.setattr("train_ppo.train", lambda *_: signal.raise_signal(signal.SIGINT))
     assert small_run(tmp_path, *flags, name="stopped")[0] == 130 and capsys.readouterr().err.endswith("\nstopped\n")
     monkeypatch.setattr("train_ppo.train", lambda *_, **__: [][0])
