@@ -226,7 +226,7 @@ def complete(trainer, reward, prompts: list[str], queries: list, run_dir: Path, 
         samples = [(prompts[i], text, score) for i, text, score in zip(index, texts, scores.tolist())]
         tables.append([samples[row] for row in index.argsort(stable=True)])  # prompt by prompt
     where = f"step {trainer.n_steps} of {total_steps(config)}" if trainer.n_steps else "training"
-    print(f"\nbefore training, and after {where}:\n\n{before_after_table(*tables, config.eval_samples)}")
+    print(f"\ncompletions before training and after {where}:\n\n{before_after_table(*tables, config.eval_samples)}")
     return 0
 
 

@@ -184,7 +184,7 @@ def test_the_whole_pipeline_from_rankings_to_a_trained_policy(tmp_path, demo, mo
     monkeypatch.setattr(train_reward_model, "descend", lambda model, *args: (seen.append(model), descend(model, *args)))
     train_reward_model.main("rankings.jsonl --base demo --test test.jsonl --lr 2e-3 --epochs 4".split())
     printed = capsys.readouterr().out
-    assert float(printed.split("accuracy ")[1].split()[0]) > 0.8
+    assert float(printed.split("accuracy ")[1].split()[0]) > 0.8 and printed.endswith("--kl_budget 0.4 --preset demo\n")
     assert "accuracy 0." in (tmp_path / "reward_model" / "README.md").read_text(encoding="utf-8")
     folder = tmp_path / "reward_model"
     assert (folder / "loss.png").stat().st_size > 1000

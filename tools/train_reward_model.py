@@ -4,8 +4,8 @@
     python train_ppo.py --reward_model_name reward_model --kl_budget 0.4
 
 The loss of a ranking is the mean over its pairs of -log sigmoid(r_better - r_worse), the negative log-likelihood of the
-Bradley-Terry model (Ouyang et al. 2022, arXiv:2203.02155, equation 1). Training stops when the loss on held-out
-rankings doesn't fall any more. The output folder contains the model, its card and a picture of the loss.
+Bradley-Terry model (Ouyang et al. 2022, arXiv:2203.02155, equation 1). Training stops after --epochs, or when
+the loss on held-out rankings no longer falls. The output folder contains the model, its card and a picture of the loss.
 """
 
 import argparse
@@ -86,7 +86,8 @@ def main(argv: list[str] | None = None) -> None:
         accuracy = accuracy_of(SentimentReward(partial, device), test or held_out)
         told = f"accuracy {accuracy} on the pairs of {len(test or held_out)} rankings that it wasn't trained on"
         write_whole(partial / "README.md", CARD.format(base=args.base, n=len(training), told=told))
-    print(told, f"next: {NEXT.format(args.out)}", sep="\n")
+    demo = " --preset demo" if args.base == "demo" else ""
+    print(told, f"next: {NEXT.format(args.out)}{demo}", sep="\n")
 
 
 def load_base(folder: Path, device, seed: int):

@@ -25,12 +25,12 @@ LIMIT |= {"gen_len", "temperature", "init_kl_coef"}
 # None: one decimal more than rewards
 FORMATS = {"R": None, "KL": ".3f", "J": None, "gain": ".2f", "standard error": ".3f", "SD": ".2f"}
 FORMATS |= {"evaluation error": ".2f", "unique": ".1%", "seconds per step": ".2f"}
-LEGEND = """R, KL, J, gain and unique: means over the evaluated models of a row. Standard error: that of the mean gain,
-from the randomness of seeds and samples. SD: the standard deviation of the row's gains. Evaluation error: the
-standard error of one run's gain that comes only from the evaluation; more --eval_samples reduce it."""
-PAIRS = """Two gains are told apart if their difference is more than twice its standard error. Of twenty
-pairs that are equally good, about one is told apart by chance."""
-ONE_SEED = """Each row is one run. Another seed changes its gain by a few hundredths, so no two rows can be told apart.
+LEGEND = """R, KL, J, gain and unique: means over the evaluated models of a row. SD: the standard deviation of
+the row's gains. Evaluation error: the standard error of one run's gain that comes only from the evaluation; more
+--eval_samples reduce it. Standard error: that of the mean gain, from the larger of these two."""
+PAIRS = """A difference is larger than noise if it is more than twice its standard error. Of twenty pairs
+that are equally good, about one seems to differ by chance."""
+ONE_SEED = """Each row is one run. Another seed changes its gain by a few hundredths, so these differences may be noise.
 Train at least three seeds of each."""
 
 
@@ -192,7 +192,7 @@ def spreads(drawn: list[Curve]) -> list[float | None]:
 
 
 def pairs(drawn: list[Curve], figures: list[dict], spread: list[float | None]) -> str:
-    """Return a table of the differences in gain between curves, and how many seeds would tell the others apart."""
+    """Return a table of the differences in gain between curves, and how many seeds the others would need."""
     rows, known = [], [i for i, each in enumerate(spread) if each is not None]
     for a, b in itertools.combinations(known, 2):
         difference = figures[a]["gain"] - figures[b]["gain"]
@@ -202,12 +202,12 @@ def pairs(drawn: list[Curve], figures: list[dict], spread: list[float | None]) -
             seeds = 4 * (spread[a] ** 2 + spread[b] ** 2) / max(difference**2, 1e-12)
             told = f"no: needs {math.ceil(seeds)} seeds each" if seeds < 100 else "no: needs over 100 seeds each"
         rows.append([drawn[a].name, drawn[b].name, f"{difference:+.3f}", f"{error:.3f}", told])
-    return table(["", "minus", "difference in gain", "standard error", "told apart"], rows)
+    return table(["", "minus", "difference in gain", "standard error", "larger than noise"], rows)
 
 
 def comparison(runs: list[Run], drawn: list[Curve]) -> str:
-    """Return the figures of curves as a Markdown table, what can be told apart, and what else a reader has to know.
-    "-" is an unknown figure."""
+    """Return the figures of curves as a Markdown table, the differences that are larger than noise, and what
+    else a reader has to know. "-" is an unknown figure."""
     in_rewards, rows, figures, spread = f".{reward_decimals(drawn) + 1}f", [], [], spreads(drawn)
     for curve, deviation in zip(drawn, spread):
         of_runs = [run.figures() for run in curve.runs]

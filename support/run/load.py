@@ -72,7 +72,7 @@ def load_folders(
     reward = Rewards(rewards, config.reward_weights, columns)
     policy = load_policy(policy_folder, gpt2_config, device)
     if not (policy_folder / VALUE_HEAD).exists():
-        print(f"{policy_folder.name}: no value head in this checkpoint, so it starts at zero")
+        print(f"{policy_folder.name} has no value head; a new one starts at zero")
     if not reference_folder:
         return policy, tokenizer, reward, prompts, queries, copy.deepcopy(policy)
     print(f"the reference is {config.reference}: KL and gain are measured from it, and 'before' is its result")

@@ -27,7 +27,7 @@ class StopSignal:
         if again:
             os._exit(128 + number)
         with contextlib.suppress(OSError):  # the terminal may be gone
-            os.write(2, b"\nstopping after this step; a second signal stops at once\n")
+            os.write(2, b"\nstopping after this step; a second Ctrl-C stops at once, without a checkpoint\n")
 
     def __enter__(self) -> "StopSignal":
         return self
